@@ -1,0 +1,8 @@
+"""`python -m fastbound`: the same as the console script `fastbound`."""
+
+import sys
+
+from fastbound.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

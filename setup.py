@@ -1,0 +1,18 @@
+"""What pyproject.toml cannot say: a build must stop when `kernels/` has become a package.
+
+Everything else is in pyproject.toml. With an `__init__.py` the folder would be an importable
+top-level `kernels` in every checkout, and transformers, which looks for Hugging Face's package of
+that name, fails to load its models.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+if (Path(__file__).parent / "kernels" / "__init__.py").exists():
+    raise SystemExit(
+        "kernels/__init__.py exists: it shadows Hugging Face's `kernels`; remove it, "
+        "the folder is importable as fastbound.kernels without it"
+    )
+
+setup()
