@@ -1,0 +1,202 @@
+"""Autograd for the bounded linear operator: what is saved, what each gradient is.
+
+    S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ
+    dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)
+    dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)        db = Σ dy
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbound import ops, reference
+from fastbound.plan import BACKENDS
+
+
+class _BoundedLinear(torch.autograd.Function):
+    """Saves x as it came, S [M, R] and references to the parameters; nothing of size [M, N]."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        omega: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, S = ops.forward(x, weight, bias, A, B, scaling, omega, backend)
+        return y, S
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, A, B, bias, ctx.scaling, ctx.omega, ctx.backend = inputs
+        _, S = output
+        ctx.mark_non_differentiable(S)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        _, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        x, S, weight, A, B = ctx.saved_tensors
+        need_dx, _, need_dA, need_dB, need_db, *_ = ctx.needs_input_grad
+        dx = dA = dB = db = None
+        if need_dx or need_dA or need_dB:
+            dx, dA, dB = ops.backward(
+                dy,
+                x,
+                S,
+                weight,
+                A,
+                B,
+                ctx.scaling,
+                ctx.omega,
+                ctx.backend,
+                need_dx,
+                need_dA,
+                need_dB,
+            )
+        if need_db:
+            rows = dy.reshape(-1, dy.shape[-1])
+            db = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        return (
+            dx if need_dx else None,
+            None,
+            dA if need_dA else None,
+            dB if need_dB else None,
+            db,
+            None,
+            None,
+            None,
+        )
+
+
+def bounded_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    omega: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """``y = x weightᵀ + bias + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ`` with weight frozen.
+
+    Args:
+        x: [..., K], any strides; fp32, fp16, bf16 or fp64.
+        weight: [N, K], any strides, frozen; x's dtype, or any under autocast.
+        A: [r, K], trained; any floating dtype, fp32 advised: the sine is taken in fp32.
+        B: [N, r], trained.
+        bias: [N] or None; receives a gradient if it asks for one.
+        scaling: s; every |ΔW| entry is at most ``scaling * r``.
+        omega: the frequency inside both sines.
+        backend: "auto" (``fastbound.explain`` says what it chose), "fused", "split", "torch", or
+            "reference" (the formula under autograd).
+
+    Returns:
+        [..., N] in the compute dtype: autocast's where autocast is on, else x's.
+
+    Accumulation is in fp32 (fp64 for fp64) and two runs give the same bits. The gradient is
+    differentiable once.
+
+    Raises:
+        TypeError: a non-floating tensor, or x and weight of different dtypes outside autocast.
+        ValueError: shapes that do not match, tensors on different devices, a weight that requires
+            grad, is a DTensor or has no storage, a scaling or omega that is not finite, an unknown
+            backend.
+    """
+    check_operands(x, weight, A, B, bias, scaling, omega, backend)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    elif x.dtype is not weight.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use torch.autocast"
+        )
+    if backend == "reference":
+        with torch.autocast(device_type, enabled=False):
+            dtype = x.dtype
+            b = None if bias is None else bias.to(dtype)
+            return reference.bounded_linear(
+                x, weight.to(dtype), A, B, b, scaling=scaling, omega=omega
+            )
+    y, _ = _BoundedLinear.apply(x, weight, A, B, bias, float(scaling), float(omega), backend)
+    return y
+
+
+def check_operands(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    omega: float,
+    backend: str,
+) -> None:
+    """Raise what :func:`bounded_linear` documents, before any work is done."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if not (math.isfinite(scaling) and math.isfinite(omega)):
+        raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
+    if weight.dim() != 2 or A.dim() != 2 or B.dim() != 2 or x.dim() < 1:
+        raise ValueError(
+            "expected x [..., K], weight [N, K], A [r, K], B [N, r]; got "
+            f"x {list(x.shape)}, weight {list(weight.shape)}, A {list(A.shape)}, B {list(B.shape)}"
+        )
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x {list(x.shape)} does not match weight {list(weight.shape)}: K differs")
+    if A.shape[0] < 1:
+        raise ValueError(f"rank must be >= 1, got A {list(A.shape)}")
+    if A.shape[1] != K:
+        raise ValueError(f"A {list(A.shape)} does not match weight {list(weight.shape)}: K differs")
+    if B.shape[0] != N:
+        raise ValueError(f"B {list(B.shape)} does not match weight {list(weight.shape)}: N differs")
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
+        raise ValueError(
+            f"bias {list(bias.shape)} does not match weight {list(weight.shape)}: expected [{N}]"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but the operator keeps it frozen and returns no gradient for it: "
+            "call weight.requires_grad_(False), or train it through a plain layer"
+        )
+    device = x.device
+    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no storage: load it first")
+        if _is_dtensor(tensor):
+            raise ValueError(
+                f"{name} is a DTensor: a kernel would see one shard of it. Shard the module that "
+                "owns the weight (fully_shard), so that it is gathered before the operator runs"
+            )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Without importing torch.distributed: where that module is not loaded, no DTensor exists."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

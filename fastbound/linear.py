@@ -1,0 +1,217 @@
+"""FusedBoundedLinear: a frozen linear layer with a bounded low-rank adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastbound.adapter import BoundedAdapter, check_settings
+
+AUTO_BOUND_FACTOR = 4.0
+
+
+class FusedBoundedLinear(nn.Module):
+    """``y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ`` with W and b frozen, A and B trained.
+
+    s = bound / rank and ω = sqrt(alpha / bound): near zero the adapter is LoRA with slope
+    alpha / rank, and |ΔW_ij| <= bound whatever the optimiser does.
+
+    Args:
+        in_features, out_features: K and N.
+        rank: r >= 1.
+        alpha: None means ``rank``.
+        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "auto" means four
+            times the root mean square of this layer's weight.
+        bias: whether the frozen layer has a bias.
+        device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
+        adapter_dtype: of A and B, independent of ``dtype``.
+        backend: see :func:`fastbound.bounded_linear`.
+
+    A new layer draws its weight as ``nn.Linear`` does; :meth:`from_linear` adopts an existing one.
+    ``weight`` keeps the layout of the layer it came from: [N, K], or [K, N] when it was a
+    transformers ``Conv1D`` (then ``fan_in_fan_out`` is True).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | str | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__()
+        self._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | str | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> FusedBoundedLinear:
+        """Adopt an ``nn.Linear`` or transformers ``Conv1D``: the same parameters, frozen, no copy.
+
+        Raises TypeError for any other class (subclasses may compute something else), ValueError for
+        settings out of range or a weight that the operator cannot read.
+        """
+        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        if type(layer) is not nn.Linear and not is_conv1d(layer):
+            raise TypeError(
+                f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
+            )
+        if not layer.weight.is_floating_point():  # type: ignore[operator, union-attr]
+            raise TypeError(
+                f"weight is {layer.weight.dtype}: expected a floating dtype, "  # type: ignore[union-attr]
+                "dequantise the layer first"
+            )
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        adopted._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
+        adopted.train(layer.training)
+        return adopted
+
+    def _adopt(
+        self,
+        layer: nn.Module,
+        rank: int,
+        alpha: float | None,
+        bound: float | str | None,
+        adapter_dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        weight, bias = layer.weight, layer.bias
+        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
+            raise TypeError("weight and bias must be parameters of the layer")
+        self.fan_in_fan_out = is_conv1d(layer)
+        self.weight = weight.requires_grad_(False)
+        self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
+        N, K = self._weight().shape
+        self.in_features, self.out_features = K, N
+        if bound == "auto":
+            bound = auto_bound(weight)
+        self.adapter = BoundedAdapter(
+            K,
+            N,
+            rank,
+            alpha=alpha,
+            bound=bound,  # type: ignore[arg-type]
+            device=weight.device,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+
+    @property
+    def rank(self) -> int:
+        """r, the rank of ΔW."""
+        return self.adapter.rank
+
+    @property
+    def alpha(self) -> float:
+        """alpha / rank is the slope of ΔW at zero, as in LoRA."""
+        return self.adapter.alpha
+
+    @property
+    def bound(self) -> float:
+        """The largest magnitude that an entry of ΔW can take."""
+        return self.adapter.bound
+
+    @property
+    def scaling(self) -> float:
+        """s = bound / rank."""
+        return self.adapter.scaling
+
+    @property
+    def omega(self) -> float:
+        """ω = sqrt(alpha / bound)."""
+        return self.adapter.omega
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return self.adapter(x, self._weight(), self.bias)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
+        return self.adapter.delta_weight()
+
+    @torch.no_grad()
+    def to_linear(self, merge: bool = True) -> nn.Module:
+        """A plain layer of the original class.
+
+        ``merge=True``: a new weight W + ΔW, added in fp32 and rounded once. ``merge=False``: the
+        frozen weight itself, shared, without the adapter.
+        """
+        weight = self.weight
+        if merge:
+            delta = self.delta_weight()
+            stored = delta.t() if self.fan_in_fan_out else delta
+            merged = (weight.to(delta.dtype) + stored).to(weight.dtype)
+            weight = nn.Parameter(merged, requires_grad=False)
+        layer = self._plain_layer()
+        layer.weight, layer.bias = weight, self.bias
+        return layer.train(self.training)
+
+    def _plain_layer(self) -> nn.Module:
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                return Conv1D(self.out_features, self.in_features)
+        return nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+
+    def _weight(self) -> Tensor:
+        """The weight as [N, K]; for a Conv1D a transposed view."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether the layer is transformers' Conv1D, told without importing transformers."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def auto_bound(weight: Tensor) -> float:
+    """4 x RMS(W): wide enough to forget, narrow enough to act. Raises ValueError if W is all zero."""
+    if weight.is_meta:
+        raise ValueError('bound="auto" reads the weight, which is on the meta device: load it first')
+    rms = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
+    if not rms > 0 or rms == float("inf"):
+        raise ValueError(f'bound="auto" needs a finite, non-zero weight, whose RMS is {rms}')
+    return AUTO_BOUND_FACTOR * rms
+
+
+def _check_settings(
+    rank: int,
+    alpha: float | None,
+    bound: float | str | None,
+    adapter_dtype: torch.dtype,
+    backend: str,
+) -> None:
+    if isinstance(bound, str):
+        if bound != "auto":
+            raise ValueError(f'bound must be a positive number, None or "auto", got {bound!r}')
+        bound = None
+    check_settings(rank, alpha, bound, adapter_dtype, backend)

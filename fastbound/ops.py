@@ -1,0 +1,159 @@
+"""Registered operators ``fastbound::forward`` and ``fastbound::backward``: one composition, two engines.
+
+The products (factors, thin, low-rank GEMM, gradient reductions) come from Triton or from PyTorch as
+the plan says. The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export
+and fake tensors see their shapes only.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastbound.plan import plan_for
+from fastbound.torch_products import TorchProducts, padded_rank
+
+if TYPE_CHECKING:
+    from fastbound.triton_products import TritonProducts
+
+# Kept for the life of the process: a collected Library leaves dangling operators behind.
+_library = torch.library.Library("fastbound", "DEF")
+_library.define(
+    "forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B,"
+    " float scaling, float omega, str backend) -> (Tensor y, Tensor S)"
+)
+_library.define(
+    "backward(Tensor dy, Tensor? x, Tensor? S, Tensor weight, Tensor A, Tensor B,"
+    " float scaling, float omega, str backend, bool need_dx, bool need_dA, bool need_dB)"
+    " -> (Tensor dx, Tensor dA, Tensor dB)"
+)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    omega: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with _device_scope(x):
+        X = x.reshape(-1, x.shape[-1])
+        products = _products(X, weight, A, backend)
+        SA, SB = products.factors(A, B, scaling, omega, X.dtype)
+        S = products.thin(X, SA.t())
+        Y = products.lowrank_gemm(X, weight.to(X.dtype), S, SB, bias)
+        return Y.view(*x.shape[:-1], weight.shape[0]), S
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    omega: float,
+    backend: str,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    with _device_scope(dy):
+        DY = dy.reshape(-1, dy.shape[-1])
+        products = _products(DY, weight, A, backend)
+        SA, SB = products.factors(A, B, scaling, omega, DY.dtype)
+        DS: Tensor | None = None
+        if need_dB and (need_dx or need_dA):
+            DS, dB = products.thin_and_factor_gradient(DY, SB, _given(S), B, omega, scaling)
+        elif need_dB:
+            dB = products.factor_gradient(DY, _given(S), B, omega, scaling)
+        elif need_dx or need_dA:
+            DS = products.thin(DY, SB)
+        if need_dx:
+            W = weight.to(DY.dtype)
+            dx = products.lowrank_gemm(DY, W.t(), _given(DS), SA.t(), None)
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        if need_dA:
+            X = _given(x).reshape(-1, weight.shape[1])
+            dA = products.factor_gradient(X, _given(DS), A.t(), omega, 1.0).t()
+    return dx, dA, dB
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    omega: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(rows, padded_rank(A.shape[0]))
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    omega: float,
+    backend: str,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_dx else dy.new_empty(0)
+    dA = torch.empty_like(A) if need_dA else dy.new_empty(0)
+    dB = torch.empty_like(B) if need_dB else dy.new_empty(0)
+    return dx, dA, dB
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
+torch.library.register_fake("fastbound::forward", _fake_forward, lib=_library)
+torch.library.register_fake("fastbound::backward", _fake_backward, lib=_library)
+
+_torch_products = TorchProducts()
+
+forward = torch.ops.fastbound.forward.default
+backward = torch.ops.fastbound.backward.default
+
+
+def _products(
+    X: Tensor, weight: Tensor, A: Tensor, backend: str
+) -> TorchProducts | TritonProducts:
+    N, K = weight.shape
+    plan = plan_for(X.device, X.shape[0], N, K, A.shape[0], X.dtype, backend)
+    if plan.strategy == "torch":
+        return _torch_products
+    from fastbound.triton_products import TritonProducts
+
+    return TritonProducts(plan)
+
+
+def _device_scope(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off (operands are in the compute dtype already) and x's device current."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _given(saved: Tensor | None) -> Tensor:
+    if saved is None:
+        raise RuntimeError("fastbound::backward: a tensor that the requested gradient needs is missing")
+    return saved

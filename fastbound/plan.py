@@ -1,0 +1,177 @@
+"""(device, shape, dtype) -> Plan: which path runs and with which tiles. Pure, and never an error.
+
+An unknown GPU gets the pointer tiles of Ampere, the smallest common ground; what cannot run in
+Triton (fp64, rank above 128, no Triton) runs in PyTorch, and ``Plan.reason`` says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.torch_products import padded_rank
+
+BACKENDS = ("auto", "fused", "split", "torch", "reference")
+MAX_TRITON_RANK = 128
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What dispatch knows of a device: ``sm_90``, ``gfx942``, ``cpu`` or ``interpreter``, and its size."""
+
+    architecture: str
+    multiprocessors: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The path of one layer's products at one shape.
+
+    ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1) or
+    "torch". The tiles are None for "torch"; the GEMM tiles are None for "split".
+    """
+
+    strategy: str
+    reason: str
+    forward: GemmTile | None = None
+    backward: GemmTile | None = None
+    thin: Tile | None = None
+    reduce: Tile | None = None
+    multiprocessors: int = 1
+
+
+def plan(
+    device: Device,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Plan:
+    """The plan for x [M, K], weight [N, K] and factors of ``rank`` in compute dtype ``dtype``.
+
+    Raises ValueError for an unknown backend, and for "fused" or "split" where Triton cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend in ("torch", "reference"):
+        return Plan("torch", f'backend="{backend}" was asked for')
+    obstacle = _triton_obstacle(device, rank, dtype)
+    if backend == "auto":
+        if obstacle is not None:
+            return Plan("torch", obstacle)
+        if device.architecture == "interpreter":
+            return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
+        if dtype is torch.float32:
+            strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
+        else:
+            strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
+    else:
+        if obstacle is not None:
+            raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto" or "torch"')
+        strategy, reason = backend, f'backend="{backend}" was asked for'
+    return _with_tiles(strategy, reason, device, M, padded_rank(rank), dtype)
+
+
+def plan_for(
+    device: torch.device,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Plan:
+    """:func:`plan` for a torch device, cached; M enters in powers of two."""
+    bucket = 1 << max(M - 1, 0).bit_length()
+    return _cached_plan(describe(device.type, device.index), bucket, N, K, rank, dtype, backend)
+
+
+_cached_plan = lru_cache(maxsize=4096)(plan)
+
+
+@lru_cache(maxsize=64)
+def describe(device_type: str, index: int | None = None) -> Device:
+    """The :class:`Device` behind a torch device."""
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(index if index is not None else "cuda")
+        architecture = f"sm_{properties.major}{properties.minor}"
+        if torch.version.hip is not None:
+            architecture = properties.gcnArchName.split(":")[0]
+        return Device(architecture, properties.multi_processor_count)
+    if device_type == "cpu" and interpreting():
+        return Device("interpreter", 4)
+    return Device(device_type)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1`` set before import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | None:
+    if device.architecture in ("cpu", "mps", "xpu"):
+        return f"device {device.architecture}: the kernels are for CUDA and ROCm"
+    if not _has_triton():
+        return "the package triton is not installed"
+    if dtype not in _TRITON_DTYPES:
+        return f"{dtype}: the kernels take fp32, fp16 and bf16"
+    if rank > MAX_TRITON_RANK:
+        return f"rank {rank}: the kernels take up to {MAX_TRITON_RANK}"
+    return None
+
+
+def _tile_family(architecture: str) -> str:
+    """sm_90 for Hopper and newer (tensor descriptors), gfx942 for AMD, sm_80 for everything else."""
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    if architecture.startswith("sm_") and int(architecture[3:]) >= 90:
+        return "sm_90"
+    return "sm_80"
+
+
+def _with_tiles(
+    strategy: str, reason: str, device: Device, M: int, R: int, dtype: torch.dtype
+) -> Plan:
+    family = "interpreter" if device.architecture == "interpreter" else None
+    family = family or _tile_family(device.architecture)
+    forward, backward = _gemm_tiles(family, R, dtype) if strategy == "fused" else (None, None)
+    thin, reduce = _tall_tiles(family, M, R, dtype)
+    return Plan(strategy, reason, forward, backward, thin, reduce, device.multiprocessors)
+
+
+def _gemm_tiles(family: str, R: int, dtype: torch.dtype) -> tuple[GemmTile, GemmTile]:
+    if family == "interpreter":
+        tile = GemmTile(32, 32, 32, 4, 2)
+    elif dtype is torch.float32:
+        tile = GemmTile(64, 64, 32, 4, 3)
+    elif family == "sm_90":
+        tile = GemmTile(128, 256, 64, 8, 3, descriptors=True)
+    elif family == "gfx942":
+        tile = GemmTile(128, 128, 64, 8, 2)
+    else:
+        tile = GemmTile(128, 256, 32, 8, 4)
+    return tile, tile
+
+
+def _tall_tiles(family: str, M: int, R: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """Tiles of the thin product (rows x step) and of the reduction over rows (step x columns)."""
+    if family == "interpreter":
+        return Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)
+    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
+    if dtype is torch.float32:
+        return Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)
+    stages = 2 if family == "gfx942" else 4
+    return Tile(rows, 128, 4, stages), Tile(32, 256, 8, stages - 1)

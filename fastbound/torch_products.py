@@ -1,0 +1,68 @@
+"""The operator's products in PyTorch operations: the CPU path, and what Triton does not take.
+
+Same contract as ``triton_products``: operands in the compute dtype, the rank zero-padded, scaling
+folded into SB, and no [M, N] tensor besides the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbound.reference import wide_dtype
+
+
+def padded_rank(rank: int) -> int:
+    """The width of SA, SB and S: ``max(16, next power of two)``, what a tensor core can take."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+class TorchProducts:
+    """Every product by ``torch.mm`` and its relatives; each reads its tall operand once."""
+
+    def factors(
+        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """SA = sin(omega·A) [R, K] and SB = scaling·sin(omega·B) [N, R], zero beyond the rank."""
+        rank = A.shape[0]
+        SA = A.new_zeros(padded_rank(rank), A.shape[1], dtype=dtype)
+        SB = B.new_zeros(B.shape[0], padded_rank(rank), dtype=dtype)
+        SA[:rank].copy_(torch.sin(A.to(wide_dtype(A)) * omega))
+        SB[:, :rank].copy_(torch.sin(B.to(wide_dtype(B)) * omega).mul_(scaling))
+        return SA, SB
+
+    def thin(self, T: Tensor, F: Tensor) -> Tensor:
+        """``T F``: T [M, K], F [K, R] -> [M, R]."""
+        return torch.mm(T, F)
+
+    def factor_gradient(
+        self, T: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
+    ) -> Tensor:
+        """``scaling·omega·cos(omega·P) ⊙ (Tᵀ G)``: T [M, N], G [M, R], P [N, r] -> [N, r], as P."""
+        raw = torch.mm(T.t(), G)[:, : P.shape[1]]
+        return _times_cosine(raw, P, omega, scaling)
+
+    def thin_and_factor_gradient(
+        self, T: Tensor, F: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """``thin(T, F)`` and ``factor_gradient(T, G, P)``."""
+        return self.thin(T, F), self.factor_gradient(T, G, P, omega, scaling)
+
+    def lowrank_gemm(
+        self, X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """``X Wᵀ + S Fᵀ + bias``: X [M, K], W [N, K], S [M, R], F [N, R], bias [N] -> [M, N].
+
+        The low-rank product is written first and the large GEMM accumulates onto it (beta = 1), so
+        the read of the output hides behind arithmetic.
+        """
+        if bias is None:
+            Y = torch.mm(S, F.t())
+        else:
+            Y = torch.addmm(bias.to(X.dtype), S, F.t())
+        return Y.addmm_(X, W.t())
+
+
+def _times_cosine(raw: Tensor, P: Tensor, omega: float, scaling: float) -> Tensor:
+    wide = wide_dtype(P)
+    return torch.cos(P.to(wide) * omega).mul_(scaling * omega).mul_(raw).to(P.dtype)

@@ -1,0 +1,40 @@
+"""Tile shapes: what a launcher needs to know besides its tensors. No Triton here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tall matrix that one program takes at a time, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.warps} warps, {self.stages} stages"
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """The output block, the step along the reduction, and how the GEMM is compiled.
+
+    ``descriptors`` selects the persistent form on tensor descriptors (TMA), where the operands'
+    alignment allows it.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    descriptors: bool = False
+
+    def __str__(self) -> str:
+        form = "descriptors" if self.descriptors else "pointers"
+        shape = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{shape}, {self.warps} warps, {self.stages} stages, {form}"
