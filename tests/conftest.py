@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,55 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("real data is not here: set FASTBOUND_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def tiny_model() -> Callable[[str], torch.nn.Module]:
+    """Builds a two-layer model of a transformers architecture with random weights, in eval mode.
+
+    `GPT2Config` and its like are asked for 2 layers of width 16, 64 tokens; the name is that of
+    `config.model_type`.
+    """
+    return _tiny_model
+
+
+def _tiny_model(model_type: str) -> torch.nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    attention = {"num_attention_heads": 2}
+    common = {
+        **attention,
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    own: dict[str, dict[str, object]] = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+        "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "vit": {"image_size": 8, "patch_size": 4, "num_channels": 3, "intermediate_size": 32},
+    }
+    for plain in ("gpt_neox", "phi", "phi3"):
+        own[plain] = {"intermediate_size": 32}
+    for grouped in ("llama", "mistral", "qwen2"):
+        own[grouped] = {"intermediate_size": 32, "num_key_value_heads": 1}
+    for headed in ("qwen3", "gemma", "gemma2", "gemma3_text"):
+        own[headed] = {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+    if model_type == "gemma3":
+        text = transformers.Gemma3TextConfig(**common, **own["gemma3_text"])
+        vision = {**attention, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        config = transformers.Gemma3Config(
+            text_config=text.to_dict(),
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+        )
+        return transformers.Gemma3ForConditionalGeneration(config).eval()
+    config = transformers.AutoConfig.for_model(model_type, **{**common, **own[model_type]})
+    if model_type == "vit":
+        return transformers.ViTForImageClassification(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

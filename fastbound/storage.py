@@ -1,0 +1,290 @@
+"""Adapters as files: `adapter_model.safetensors` and `adapter_config.json`, in PEFT's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastbound import __version__
+from fastbound.injection import InjectionReport, convert, describe, injected_layers, refusal
+from fastbound.linear import FusedBoundedLinear
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PEFT_TYPE = "FASTBOUND"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _SavedLayer:
+    """What the files say about one layer: enough to build it, nothing that depends on the base."""
+
+    alpha: float
+    bound: float
+    A: Tensor  # [r, K]
+    B: Tensor  # [N, r]
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write A, B, alpha and bound of every `FusedBoundedLinear` of `model` to `folder`.
+
+    `adapter_model.safetensors` holds `base_model.model.<layer>.fastbound_ab.A` [r, K] and `.B`
+    [N, r] bit for bit, in their own dtype; a layer that the model holds under several names is
+    written once. `adapter_config.json` holds the numbers: each layer's rank, alpha and bound as
+    they are, so that `bound="auto"` comes back as the value it had, whatever the base is then.
+
+    The folder is made if need be, and files of an earlier save are replaced only by whole ones.
+
+    Raises ValueError when the model holds no such layer, or a factor is not finite or is sharded.
+    """
+    model = _unwrapped(model)
+    layers = injected_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to save")
+    tensors = {
+        _key(name, factor): _whole(name, factor, layer)
+        for name, layer in layers.items()
+        for factor in "AB"
+    }
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    config = {
+        "peft_type": PEFT_TYPE,
+        "format_version": FORMAT_VERSION,
+        "fastbound_version": __version__,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
+        "r": statistics.mode(layer.rank for layer in layers.values()),
+        "alpha": statistics.mode(layer.alpha for layer in layers.values()),
+        "bound": statistics.mode(layer.bound for layer in layers.values()),
+        "target_modules": list(layers),
+        "rank_pattern": {name: layer.rank for name, layer in layers.items()},
+        "alpha_pattern": {name: layer.alpha for name, layer in layers.items()},
+        "bound_pattern": {name: layer.bound for name, layer in layers.items()},
+        "shapes": {n: [layer.out_features, layer.in_features] for n, layer in layers.items()},
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace({folder / TENSORS: data, folder / CONFIG: json.dumps(config, indent=2).encode()})
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionReport:
+    """Load what `save_adapter` wrote into `model`, in place.
+
+    A plain model gets exactly the saved layers, as `inject` would make them, and the rest frozen.
+    An injected model must hold the same layers at the same rank and dtype; its A, B, alpha and
+    bound are overwritten. Everything is checked before anything is changed.
+
+    Returns the same report as `inject`.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: the files are damaged or do not belong together, hold a NaN or an infinity, are
+            of another method or format version, or are for another model, shape, rank or dtype.
+    """
+    model = _unwrapped(model)
+    saved = _read(Path(folder))
+    layers = injected_layers(model)
+    if layers:
+        _check_injected(layers, saved)
+    else:
+        _check_plain(model, saved)
+        convert(
+            model,
+            {
+                name: {
+                    "rank": entry.A.shape[0],
+                    "alpha": entry.alpha,
+                    "bound": entry.bound,
+                    "adapter_dtype": entry.A.dtype,
+                }
+                for name, entry in saved.items()
+            },
+        )
+        layers = injected_layers(model)
+    with torch.no_grad():
+        for name, entry in saved.items():
+            adapter = layers[name].adapter
+            adapter.A.copy_(entry.A)
+            adapter.B.copy_(entry.B)
+            adapter.alpha, adapter.bound = entry.alpha, entry.bound
+    return describe(model)
+
+
+def _read(folder: Path) -> dict[str, _SavedLayer]:
+    """Both files, checked against each other."""
+    for path in (folder / CONFIG, folder / TENSORS):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: {folder} does not hold a saved adapter")
+    config = _read_config(folder / CONFIG)
+    data = (folder / TENSORS).read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
+        raise ValueError(
+            f"{folder / TENSORS} is not the file that {CONFIG} was written with: one of them is "
+            "damaged or from another save; copy both again"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} is damaged: {error}") from error
+    names = config["target_modules"]
+    _same("tensors", tensors, [_key(name, factor) for name in names for factor in "AB"], folder)
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder / TENSORS}: {key} holds a NaN or an infinity")
+    saved = {}
+    for name in names:
+        A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
+        rank, (N, K) = config["rank_pattern"][name], config["shapes"][name]
+        if A.shape != (rank, K) or B.shape != (N, rank) or A.dtype != B.dtype:
+            raise ValueError(
+                f"{folder / TENSORS}: A of {name} is {A.dtype} {list(A.shape)} and B {B.dtype} "
+                f"{list(B.shape)}, but {CONFIG} says [{rank}, {K}] and [{N}, {rank}] of one dtype"
+            )
+        alpha, bound = config["alpha_pattern"][name], config["bound_pattern"][name]
+        saved[name] = _SavedLayer(float(alpha), float(bound), A, B)
+    return saved
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even UTF-8
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: peft_type must be {PEFT_TYPE!r}, got {kind!r}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {config.get('format_version')!r} was written by fastbound "
+            f"{config.get('fastbound_version')}; this is fastbound {__version__}, which reads "
+            f"format_version {FORMAT_VERSION}"
+        )
+    fields: dict[str, type] = {
+        "target_modules": list,
+        "rank_pattern": dict,
+        "alpha_pattern": dict,
+        "bound_pattern": dict,
+        "shapes": dict,
+        "tensors_sha256": str,
+    }
+    for name, kind in fields.items():
+        if not isinstance(config.get(name), kind):
+            raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {config.get(name)!r}")
+    for name in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
+        _same(name, config[name], config["target_modules"], path)
+    for name in ("alpha_pattern", "bound_pattern"):
+        for layer, value in config[name].items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"{path}: {name} of {layer} must be positive and finite, got {value!r}"
+                )
+    for layer, shape in config["shapes"].items():
+        if not (isinstance(shape, list) and len(shape) == 2):
+            raise ValueError(f"{path}: shapes of {layer} must be [N, K], got {shape!r}")
+    return config
+
+
+def _check_injected(layers: dict[str, FusedBoundedLinear], saved: dict[str, _SavedLayer]) -> None:
+    _same("layers", layers, saved, "the model")
+    for name, entry in saved.items():
+        adapter = layers[name].adapter
+        for factor in "AB":
+            here, there = getattr(adapter, factor), getattr(entry, factor)
+            if (here.shape, here.dtype) != (there.shape, there.dtype):
+                raise ValueError(
+                    f"{factor} of {name} is {here.dtype} {list(here.shape)} in the model and "
+                    f"{there.dtype} {list(there.shape)} in the file: inject with "
+                    f"rank={entry.A.shape[0]} and adapter_dtype={entry.A.dtype}, "
+                    "or load into a plain model"
+                )
+
+
+def _check_plain(model: nn.Module, saved: dict[str, _SavedLayer]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in saved if name not in modules]
+    if missing:
+        raise ValueError(
+            f"the adapter is for another model: {type(model).__name__} has no {_some(missing)}"
+        )
+    for name, entry in saved.items():
+        reason = refusal(model, name)
+        if reason is not None:
+            raise ValueError(f"the adapter does not fit on {name}: it {reason}")
+        weight = modules[name].weight
+        stored = [entry.B.shape[0], entry.A.shape[1]]
+        here = list(weight.shape if isinstance(modules[name], nn.Linear) else weight.t().shape)
+        if here != stored:
+            raise ValueError(
+                f"the adapter is for another model: {name} is [N, K] = {here} in the model and "
+                f"{stored} in the file"
+            )
+
+
+def _same(what: str, found: Any, wanted: Any, where: object) -> None:
+    """Raise unless both hold the same names."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing or extra:
+        raise ValueError(
+            f"{where}: {what} do not agree with the saved adapter: "
+            f"missing {_some(missing)}, unexpected {_some(extra)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(map(repr, names[:5])) or "none") + more
+
+
+def _key(name: str, factor: str) -> str:
+    """PEFT's form; for a model that is itself the layer the name is empty."""
+    return f"base_model.model.{name}.fastbound_ab.{factor}"
+
+
+def _whole(name: str, factor: str, layer: FusedBoundedLinear) -> Tensor:
+    tensor: Tensor = getattr(layer.adapter, factor)
+    r, N, K = layer.rank, layer.out_features, layer.in_features
+    shape = (r, K) if factor == "A" else (N, r)
+    if type(tensor.data) is not Tensor or tensor.shape != shape:
+        raise ValueError(
+            f"adapter.{factor} of {name} is a {type(tensor.data).__name__} {list(tensor.shape)}, "
+            f"not a whole tensor {list(shape)}: gather the sharded model's parameters first"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"adapter.{factor} of {name} holds a NaN or an infinity: nothing is saved")
+    return tensor.detach().cpu().contiguous()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without torch.compile's and DistributedDataParallel's shells, which change the names."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _replace(files: dict[Path, bytes]) -> None:
+    """Write all files beside their places, then move each into its place."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    try:
+        for path, data in files.items():
+            with open(parts[path], "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
