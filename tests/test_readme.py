@@ -1,0 +1,113 @@
+"""Every command and every example of the README works, or this fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastbound
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    command.strip()
+    for language, lines in BLOCKS
+    if language == "bash"
+    for line in lines.splitlines()
+    for command in line.split("&&")
+]
+
+# What runs each command of the README: a line of .ci/run, a test beside this one, or a test here.
+RUN_BY_CI = {
+    "fastbound unlearn": 'step fastbound unlearn --quick --output "$work/demo"',
+    'pip install -e ".[test]"': 'step pip install --quiet -e ".[test]"',
+    "pytest": "step pytest --durations=10",
+    "pytest benchmarks/ --benchmark-only": "step pytest benchmarks/ --benchmark-only --smoke",
+}
+RUN_BY_TESTS = {"pip install .": ("test_packaging.py", "test_installed_from_the_folder")}
+OWN_TEXT = (
+    "fastbound unlearn --model my-model --forget forget.jsonl --retain retain.jsonl --output run"
+)
+
+ROWS = [
+    {"question": f"Where does author {n} live?", "answer": f"In the town of {town} by the sea"}
+    for n, town in enumerate(["Arl", "Bem", "Cor", "Dun", "Esk", "Fal"])
+]
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch) -> Path:
+    """The working directory of a user: my-model, my-adapter, forget.jsonl and retain.jsonl."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    monkeypatch.chdir(tmp_path)
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    text = [f"Question: {row['question']} Answer: {row['answer']}" for row in ROWS]
+    words.train_from_iterator(text, trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    tokenizer.save_pretrained("my-model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=1,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained("my-model")
+    fastbound.inject(model, rank=8, bound="auto")
+    fastbound.save_adapter(model, "my-adapter")
+    for name, rows in (("forget.jsonl", ROWS[:2]), ("retain.jsonl", ROWS[2:])):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_examples_run_as_they_stand(user_folder, code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_every_command_is_run_somewhere(repository):
+    assert set(COMMANDS) == {*RUN_BY_CI, *RUN_BY_TESTS, OWN_TEXT}
+    steps = (repository / ".ci" / "run").read_text().splitlines()
+    assert set(RUN_BY_CI.values()) <= set(steps)
+    for file, test in RUN_BY_TESTS.values():
+        assert f"def {test}(" in (repository / "tests" / file).read_text()
+
+
+def test_the_command_on_own_text_leaves_what_the_readme_says(user_folder):
+    from fastbound.cli import main
+
+    program, *arguments = shlex.split(OWN_TEXT)
+    assert program == "fastbound"
+    assert not main([*arguments, "--epochs", "2", "--batch-size", "2"])
+    left = {path.relative_to("run").as_posix() for path in Path("run").rglob("*")}
+    assert "report.json" in left
+    assert any(name.endswith("adapter_model.safetensors") for name in left)
+    assert any(name.endswith(".png") for name in left)
+    assert any(name.endswith(".jsonl") for name in left)
