@@ -102,7 +102,7 @@ def check_settings(
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> tuple[float, float]:
-    """alpha and bound as numbers (None: rank, None: alpha), or a ValueError that names the value."""
+    """alpha and bound as numbers (None: rank, None: alpha), or a ValueError naming the value."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"rank must be an integer, got {rank!r}")
     if rank < 1:

@@ -1,8 +1,8 @@
 """Autograd for the bounded linear operator: what is saved, what each gradient is.
 
-    S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ
-    dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)
-    dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)        db = Σ dy
+S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ
+dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)
+dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)        db = Σ dy
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def check_operands(
         )
     if weight.requires_grad:
         raise ValueError(
-            "weight requires grad, but the operator keeps it frozen and returns no gradient for it: "
+            "weight requires grad, but the operator returns no gradient for it: "
             "call weight.requires_grad_(False), or train it through a plain layer"
         )
     device = x.device

@@ -75,11 +75,6 @@ class FusedBoundedLinear(nn.Module):
             raise TypeError(
                 f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
             )
-        if not layer.weight.is_floating_point():  # type: ignore[operator, union-attr]
-            raise TypeError(
-                f"weight is {layer.weight.dtype}: expected a floating dtype, "  # type: ignore[union-attr]
-                "dequantise the layer first"
-            )
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
         adopted._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
@@ -98,9 +93,13 @@ class FusedBoundedLinear(nn.Module):
         weight, bias = layer.weight, layer.bias
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             raise TypeError("weight and bias must be parameters of the layer")
+        if not weight.is_floating_point():
+            raise TypeError(f"weight is {weight.dtype}: dequantise the layer to a floating dtype")
         self.fan_in_fan_out = is_conv1d(layer)
-        self.weight = weight.requires_grad_(False)
-        self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.weight, self.bias = weight, bias
         N, K = self._weight().shape
         self.in_features, self.out_features = K, N
         if bound == "auto":
@@ -163,7 +162,8 @@ class FusedBoundedLinear(nn.Module):
             merged = (weight.to(delta.dtype) + stored).to(weight.dtype)
             weight = nn.Parameter(merged, requires_grad=False)
         layer = self._plain_layer()
-        layer.weight, layer.bias = weight, self.bias
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
     def _plain_layer(self) -> nn.Module:
@@ -194,10 +194,15 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def auto_bound(weight: Tensor) -> float:
-    """4 x RMS(W): wide enough to forget, narrow enough to act. Raises ValueError if W is all zero."""
+    """4 x RMS(W). Raises ValueError for a weight that is all zero, not finite or on meta."""
     if weight.is_meta:
-        raise ValueError('bound="auto" reads the weight, which is on the meta device: load it first')
-    rms = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
+        raise ValueError(
+            'bound="auto" reads the weight, which is on the meta device: load it first'
+        )
+    rms = (
+        torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item()
+        / weight.numel() ** 0.5
+    )
     if not rms > 0 or rms == float("inf"):
         raise ValueError(f'bound="auto" needs a finite, non-zero weight, whose RMS is {rms}')
     return AUTO_BOUND_FACTOR * rms

@@ -1,4 +1,4 @@
-"""Registered operators ``fastbound::forward`` and ``fastbound::backward``: one composition, two engines.
+"""Registered operators ``fastbound::forward`` and ``fastbound::backward``: one composition.
 
 The products (factors, thin, low-rank GEMM, gradient reductions) come from Triton or from PyTorch as
 the plan says. The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export
@@ -134,9 +134,7 @@ forward = torch.ops.fastbound.forward.default
 backward = torch.ops.fastbound.backward.default
 
 
-def _products(
-    X: Tensor, weight: Tensor, A: Tensor, backend: str
-) -> TorchProducts | TritonProducts:
+def _products(X: Tensor, weight: Tensor, A: Tensor, backend: str) -> TorchProducts | TritonProducts:
     N, K = weight.shape
     plan = plan_for(X.device, X.shape[0], N, K, A.shape[0], X.dtype, backend)
     if plan.strategy == "torch":
@@ -155,5 +153,7 @@ def _device_scope(x: Tensor) -> AbstractContextManager[object]:
 
 def _given(saved: Tensor | None) -> Tensor:
     if saved is None:
-        raise RuntimeError("fastbound::backward: a tensor that the requested gradient needs is missing")
+        raise RuntimeError(
+            "fastbound::backward: a tensor that the requested gradient needs is missing"
+        )
     return saved

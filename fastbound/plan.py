@@ -1,48 +1,54 @@
 """(device, shape, dtype) -> Plan: which path runs and with which tiles. Pure, and never an error.
 
 An unknown GPU gets the pointer tiles of Ampere, the smallest common ground; what cannot run in
-Triton (fp64, rank above 128, no Triton) runs in PyTorch, and ``Plan.reason`` says so.
+Triton (fp64, rank above 64, no Triton) runs in PyTorch, and ``Plan.reason`` says so.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile, Tile
 from fastbound.torch_products import padded_rank
 
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
-MAX_TRITON_RANK = 128
+MAX_TRITON_RANK = 64
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Device:
-    """What dispatch knows of a device: ``sm_90``, ``gfx942``, ``cpu`` or ``interpreter``, and its size."""
+    """``architecture`` is ``sm_90``, ``gfx942``, ``cpu``, ``interpreter`` and the like."""
 
     architecture: str
     multiprocessors: int = 1
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """``gemm`` for y and dx; ``thin`` (rows x step) for S; ``reduce`` (step x columns) for the rest."""
+
+    gemm: GemmTile
+    thin: Tile
+    reduce: Tile
+
+
+@dataclass(frozen=True)
 class Plan:
     """The path of one layer's products at one shape.
 
-    ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1) or
-    "torch". The tiles are None for "torch"; the GEMM tiles are None for "split".
+    ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1),
+    "torch" or "reference"; the last two have no tiles.
     """
 
     strategy: str
     reason: str
-    forward: GemmTile | None = None
-    backward: GemmTile | None = None
-    thin: Tile | None = None
-    reduce: Tile | None = None
+    tiles: Tiles | None = None
     multiprocessors: int = 1
 
 
@@ -62,7 +68,9 @@ def plan(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend in ("torch", "reference"):
-        return Plan("torch", f'backend="{backend}" was asked for')
+        return Plan(backend, f'backend="{backend}" was asked for')
+    if M == 0:
+        return Plan("torch", "no rows: nothing to launch")
     obstacle = _triton_obstacle(device, rank, dtype)
     if backend == "auto":
         if obstacle is not None:
@@ -75,9 +83,17 @@ def plan(
             strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
     else:
         if obstacle is not None:
-            raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto" or "torch"')
+            raise ValueError(
+                f'backend="{backend}" cannot run here: {obstacle}; use "auto" or "torch"'
+            )
         strategy, reason = backend, f'backend="{backend}" was asked for'
-    return _with_tiles(strategy, reason, device, M, padded_rank(rank), dtype)
+    tiles = default_tiles(device.architecture, M, padded_rank(rank), dtype)
+    pitches = {"K": K * dtype.itemsize, "N": N * dtype.itemsize}
+    odd = [name for name, pitch in pitches.items() if pitch % DESCRIPTOR_ALIGNMENT]
+    if tiles.gemm.descriptors and odd:
+        tiles = replace(tiles, gemm=replace(tiles.gemm, descriptors=False))
+        reason += f"; pointers: rows of {' and '.join(odd)} are no multiple of 16 bytes"
+    return Plan(strategy, reason, tiles, device.multiprocessors)
 
 
 def plan_for(
@@ -112,7 +128,7 @@ def describe(device_type: str, index: int | None = None) -> Device:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1`` set before import)."""
+    """Whether Triton kernels run in its CPU interpreter: ``TRITON_INTERPRET=1`` before import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -134,7 +150,7 @@ def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | Non
 
 
 def _tile_family(architecture: str) -> str:
-    """sm_90 for Hopper and newer (tensor descriptors), gfx942 for AMD, sm_80 for everything else."""
+    """sm_90 for Hopper and newer (tensor descriptors), gfx942 for AMD, sm_80 for all others."""
     if architecture.startswith("gfx"):
         return "gfx942"
     if architecture.startswith("sm_") and int(architecture[3:]) >= 90:
@@ -142,36 +158,18 @@ def _tile_family(architecture: str) -> str:
     return "sm_80"
 
 
-def _with_tiles(
-    strategy: str, reason: str, device: Device, M: int, R: int, dtype: torch.dtype
-) -> Plan:
-    family = "interpreter" if device.architecture == "interpreter" else None
-    family = family or _tile_family(device.architecture)
-    forward, backward = _gemm_tiles(family, R, dtype) if strategy == "fused" else (None, None)
-    thin, reduce = _tall_tiles(family, M, R, dtype)
-    return Plan(strategy, reason, forward, backward, thin, reduce, device.multiprocessors)
-
-
-def _gemm_tiles(family: str, R: int, dtype: torch.dtype) -> tuple[GemmTile, GemmTile]:
-    if family == "interpreter":
-        tile = GemmTile(32, 32, 32, 4, 2)
-    elif dtype is torch.float32:
-        tile = GemmTile(64, 64, 32, 4, 3)
-    elif family == "sm_90":
-        tile = GemmTile(128, 256, 64, 8, 3, descriptors=True)
-    elif family == "gfx942":
-        tile = GemmTile(128, 128, 64, 8, 2)
-    else:
-        tile = GemmTile(128, 256, 32, 8, 4)
-    return tile, tile
-
-
-def _tall_tiles(family: str, M: int, R: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
-    """Tiles of the thin product (rows x step) and of the reduction over rows (step x columns)."""
-    if family == "interpreter":
-        return Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)
-    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
+def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
+    """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed."""
+    if architecture == "interpreter":
+        return Tiles(GemmTile(32, 32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
+    family = _tile_family(architecture)
     if dtype is torch.float32:
-        return Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)
-    stages = 2 if family == "gfx942" else 4
-    return Tile(rows, 128, 4, stages), Tile(32, 256, 8, stages - 1)
+        return Tiles(GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3))
+    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
+    if family == "sm_90":
+        gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
+        return Tiles(gemm, Tile(rows, 128, 4, 4), Tile(64, 512 if R == 16 else 256, 8, 3))
+    if family == "gfx942":
+        return Tiles(GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, 4, 2), Tile(64, 128, 4, 2))
+    reduce = Tile(32, 256 if R == 64 else 512, 8, 3)
+    return Tiles(GemmTile(128, 256, 32, 8, 4), Tile(rows, 128, 4, 4), reduce)

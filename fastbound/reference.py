@@ -22,7 +22,7 @@ def bounded_linear(
     scaling: float = 1.0,
     omega: float = 1.0,
 ) -> Tensor:
-    """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ`` by autograd, one rounding per operation.
+    """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, one rounding per operation.
 
     Shapes: x [..., K], weight [N, K], A [r, K], B [N, r], bias [N]; returns [..., N] in x's dtype.
     The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype.

@@ -56,10 +56,7 @@ class TorchProducts:
         The low-rank product is written first and the large GEMM accumulates onto it (beta = 1), so
         the read of the output hides behind arithmetic.
         """
-        if bias is None:
-            Y = torch.mm(S, F.t())
-        else:
-            Y = torch.addmm(bias.to(X.dtype), S, F.t())
+        Y = torch.mm(S, F.t()) if bias is None else torch.addmm(bias.to(X.dtype), S, F.t())
         return Y.addmm_(X, W.t())
 
 

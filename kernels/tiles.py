@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DESCRIPTOR_ALIGNMENT = 16  # bytes: of the base address and of every stride but the last
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tall matrix that one program takes at a time, and how it is compiled."""
+    """Rows and columns of a tall matrix that a program takes at a time; how it is compiled."""
 
     block_m: int
     block_n: int

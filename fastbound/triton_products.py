@@ -1,0 +1,50 @@
+"""The operator's products in Triton with a plan's tiles; "split" leaves the GEMM to cuBLAS."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbound.kernels.factors import factors
+from fastbound.kernels.lowrank_gemm import lowrank_gemm
+from fastbound.kernels.reduce import reduce, thin_and_reduce
+from fastbound.kernels.thin import thin
+from fastbound.plan import Plan
+from fastbound.torch_products import TorchProducts, padded_rank
+
+
+class TritonProducts:
+    """The products of :class:`~fastbound.torch_products.TorchProducts`, one launcher each."""
+
+    def __init__(self, plan: Plan) -> None:
+        if plan.tiles is None:
+            raise ValueError(f'a plan with strategy "{plan.strategy}" holds no tiles')
+        self._thin, self._reduce = plan.tiles.thin, plan.tiles.reduce
+        self._gemm = plan.tiles.gemm if plan.strategy == "fused" else None
+        self._multiprocessors = plan.multiprocessors
+        self._torch = TorchProducts()
+
+    def factors(
+        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return factors(A, B, padded_rank(A.shape[0]), scaling, omega, dtype)
+
+    def thin(self, T: Tensor, F: Tensor) -> Tensor:
+        return thin(T, F, self._thin)
+
+    def factor_gradient(
+        self, T: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
+    ) -> Tensor:
+        return reduce(T, G, P, omega, scaling, self._reduce, self._multiprocessors)
+
+    def thin_and_factor_gradient(
+        self, T: Tensor, F: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        return thin_and_reduce(T, F, G, P, omega, scaling, self._reduce, self._multiprocessors)
+
+    def lowrank_gemm(
+        self, X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if self._gemm is None:
+            return self._torch.lowrank_gemm(X, W, S, F, bias)
+        return lowrank_gemm(X, W, S, F, bias, self._gemm, self._multiprocessors)

@@ -1,0 +1,185 @@
+"""Y = X Wᵀ + S Fᵀ + bias with the accumulator started at S Fᵀ + bias: no [M, N] tensor but Y.
+
+Forward: (x, W, S, SB, b). Gradient of x: (dy, Wᵀ, dS, SAᵀ) W transposed by strides, not copied.
+Two forms of one kernel: pointers for any strides, and a persistent loop over tensor descriptors
+(TMA) for operands that meet their alignment.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def _output_block(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Blocks in groups of GROUP_M rows, so that neighbours share operands in L2."""
+    per_group = GROUP_M * num_n
+    first_m = (tile // per_group) * GROUP_M
+    group_m = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (tile % per_group) % group_m, (tile % per_group) // group_m
+
+
+@triton.jit
+def _lowrank_start(
+    S, F, BIAS, offs_m, offs_n, M, N, stride_sm, stride_sr, stride_fn, stride_fr,
+    HAS_BIAS: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The accumulator before the loop over K: S Fᵀ + bias, [BLOCK_M, BLOCK_N] in fp32.
+
+    Sixteen columns at a time: shared memory and registers then do not grow with the rank.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(BIAS + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        acc += bias[None, :]
+    for r in tl.static_range(0, R, 16):
+        offs_r = r + tl.arange(0, 16)
+        s_ptrs = S + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        f_ptrs = F + offs_n[None, :] * stride_fn + offs_r[:, None] * stride_fr
+        s = tl.load(s_ptrs, mask=offs_m[:, None] < M, other=0.0)  # [BLOCK_M, 16]
+        f = tl.load(f_ptrs, mask=offs_n[None, :] < N, other=0.0)  # [16, BLOCK_N]
+        acc = tl.dot(s, f, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _pointer_kernel(
+    X, W, S, F, BIAS, Y, M, N, K,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_sm, stride_sr, stride_fn, stride_fr, stride_ym, stride_yn,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    pid_m, pid_n = _output_block(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
+    )
+    offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    acc = _lowrank_start(
+        S, F, BIAS, offs_m, offs_n, M, N, stride_sm, stride_sr, stride_fn, stride_fr,
+        HAS_BIAS, R, BLOCK_M, BLOCK_N,
+    )
+    # Rows past the end read the first rows again: no mask in the loop, and they are not stored.
+    x_ptrs = X + (offs_m % M)[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = W + (offs_n % N)[None, :] * stride_wn + offs_k[:, None] * stride_wk
+    step = tl.full([], BLOCK_K, tl.int64)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_ptrs)  # [BLOCK_K, BLOCK_N]
+        else:
+            in_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=in_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
+    y_ptrs = Y + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    tl.store(y_ptrs, acc.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _descriptor_kernel(
+    X, W, S, F, BIAS, Y, M, N, K, programs,
+    stride_sm, stride_sr, stride_fn, stride_fr,
+    HAS_BIAS: tl.constexpr, W_TRANSPOSED: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, programs, flatten=True):
+        pid_m, pid_n = _output_block(tile, num_m, num_n, GROUP_M)
+        start_m = pid_m * BLOCK_M
+        start_n = pid_n * BLOCK_N
+        # S and F by pointers: the shared memory they pass through is then reused by the loop.
+        acc = _lowrank_start(
+            S, F, BIAS,
+            (start_m + tl.arange(0, BLOCK_M)).to(tl.int64),
+            (start_n + tl.arange(0, BLOCK_N)).to(tl.int64),
+            M, N, stride_sm, stride_sr, stride_fn, stride_fr, HAS_BIAS, R, BLOCK_M, BLOCK_N,
+        )
+        for k in range(0, K, BLOCK_K):
+            x = X.load([start_m, k])  # [BLOCK_M, BLOCK_K]
+            if W_TRANSPOSED:
+                w = W.load([k, start_n])  # [BLOCK_K, BLOCK_N]
+            else:
+                w = W.load([start_n, k]).T
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        Y.store([start_m, start_n], acc.to(Y.dtype))
+
+
+def takes_descriptors(*tensors: Tensor) -> bool:
+    """Whether TMA can address them: unit last stride, 16-byte aligned base and other strides."""
+    return all(
+        t.stride(-1) == 1
+        and t.stride(0) > 0
+        and t.stride(0) * t.element_size() % DESCRIPTOR_ALIGNMENT == 0
+        and t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+        for t in tensors
+    )
+
+
+def launch_lowrank_gemm(
+    X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None, Y: Tensor,
+    tile: GemmTile, multiprocessors: int,
+) -> Launch:
+    """X [M, K], W [N, K] (any strides), S [M, R], F [N, R], bias [N] or None -> Y [M, N]."""
+    M, K = X.shape
+    N = W.shape[0]
+    arguments = dict(
+        S=S, F=F, BIAS=Y if bias is None else bias, M=M, N=N, K=K,
+        **strides("s", S, "mr"), **strides("f", F, "nr"),
+    )
+    constants = dict(
+        HAS_BIAS=bias is not None, R=S.shape[1],
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+    )
+    tiles = blocks(M, tile.block_m) * blocks(N, tile.block_n)
+    transposed = W.stride(1) != 1
+    stored = W.t() if transposed else W
+    if tile.descriptors and M > 0 and takes_descriptors(X, stored, Y):
+        block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
+        programs = min(tiles, multiprocessors)
+        return Launch(
+            _descriptor_kernel,
+            (programs,),
+            dict(
+                X=TensorDescriptor.from_tensor(X, [tile.block_m, tile.block_k]),
+                W=TensorDescriptor.from_tensor(stored, block_w),
+                Y=TensorDescriptor.from_tensor(Y, [tile.block_m, tile.block_n]),
+                programs=programs,
+                **arguments,
+            ),
+            dict(W_TRANSPOSED=transposed, **constants),
+            tile.warps,
+            tile.stages,
+        )
+    return Launch(
+        _pointer_kernel,
+        (tiles,),
+        dict(
+            X=X, W=W, Y=Y, **arguments,
+            **strides("x", X, "mk"), **strides("w", W, "nk"), **strides("y", Y, "mn"),
+        ),
+        dict(EVEN_K=K % tile.block_k == 0, **constants),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def lowrank_gemm(
+    X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None,
+    tile: GemmTile, multiprocessors: int,
+) -> Tensor:
+    """``X Wᵀ + S Fᵀ + bias`` [M, N] in X's dtype, accumulated in fp32 and rounded once."""
+    Y = torch.empty(X.shape[0], W.shape[0], dtype=X.dtype, device=X.device)
+    launch_lowrank_gemm(X, W, S, F, bias, Y, tile, multiprocessors).run()
+    return Y

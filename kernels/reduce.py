@@ -1,0 +1,184 @@
+"""Reductions over the rows of a tall matrix, in one read of it and a fixed order.
+
+    Q = Tᵀ G   [N, R]      dB from (dy, S), dA from (x, dS)
+    P = T F    [M, R]      dS from dy and SB, in the same read
+
+Each program takes a column block and a chunk of rows: its part of Q stays in registers, its part of
+P goes to a workspace. `finish` adds the parts in order and applies the cosine: no atomics, so two
+runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.sine import sine_cosine
+from fastbound.kernels.tiles import Tile
+from torch import Tensor
+
+FINISH_ELEMENTS = 2048  # per program
+
+
+@triton.jit
+def _reduce_kernel(
+    T, F, G, P, Q, M, N, chunk,
+    stride_tm, stride_tn, stride_fn, stride_fr, stride_gm, stride_gr,
+    WITH_P: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    pid_n = tl.program_id(0).to(tl.int64)
+    pid_m = tl.program_id(1).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, R)
+    in_n = offs_n < N
+    t_cols = T + offs_n[None, :] * stride_tn
+    p_rows = P + pid_n * M * R + offs_r[None, :]
+    if WITH_P:
+        f_ptrs = F + offs_n[:, None] * stride_fn + offs_r[None, :] * stride_fr
+        f = tl.load(f_ptrs, mask=in_n[:, None], other=0.0)  # [BLOCK_N, R]
+    q = tl.zeros([BLOCK_N, R], dtype=tl.float32)
+    for m in range(pid_m * chunk, tl.minimum(pid_m * chunk + chunk, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        in_m = offs_m < M
+        t = tl.load(
+            t_cols + offs_m[:, None] * stride_tm, mask=in_m[:, None] & in_n[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_N]
+        g_ptrs = G + offs_m[:, None] * stride_gm + offs_r[None, :] * stride_gr
+        g = tl.load(g_ptrs, mask=in_m[:, None], other=0.0)  # [BLOCK_M, R]
+        q = tl.dot(tl.trans(t), g, q, input_precision="ieee")
+        if WITH_P:
+            p = tl.dot(t, f, input_precision="ieee")  # [BLOCK_M, R]
+            tl.store(p_rows + offs_m[:, None] * R, p, mask=in_m[:, None])
+    q_ptrs = Q + pid_m * N * R + offs_n[:, None] * R + offs_r[None, :]
+    tl.store(q_ptrs, q, mask=in_n[:, None])
+
+
+@triton.jit
+def _finish_kernel(
+    PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
+    stride_an, stride_ar, stride_on, stride_or,
+    HAS_COSINE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):
+    offs_n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    offs_r = tl.arange(0, R)
+    in_n = offs_n[:, None] < rows
+    part_ptrs = PARTS + offs_n[:, None] * R + offs_r[None, :]
+    total = tl.zeros([BLOCK, R], dtype=tl.float32)
+    for _ in range(parts):
+        total += tl.load(part_ptrs, mask=in_n, other=0.0)
+        part_ptrs += rows.to(tl.int64) * R
+    inside = in_n & (offs_r[None, :] < rank)
+    if HAS_COSINE:
+        a_ptrs = ANGLE + offs_n[:, None] * stride_an + offs_r[None, :] * stride_ar
+        angle = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
+        _, cosine = sine_cosine(angle * omega)
+        total *= cosine.to(tl.float32) * (omega * scaling)
+    o_ptrs = OUT + offs_n[:, None] * stride_on + offs_r[None, :] * stride_or
+    tl.store(o_ptrs, total.to(OUT.dtype.element_ty), mask=inside)
+
+
+def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
+    """(chunks, rows per chunk): about two programs a multiprocessor, whole blocks of rows each."""
+    wanted = max(1, -(-2 * multiprocessors // blocks(N, tile.block_n)))
+    chunk = blocks(blocks(M, wanted), tile.block_m) * tile.block_m
+    return blocks(M, chunk), chunk
+
+
+def launch_reduce(
+    T: Tensor, F: Tensor | None, G: Tensor, P: Tensor, Q: Tensor, chunk: int, tile: Tile
+) -> Launch:
+    """T [M, N], F [N, R], G [M, R] -> P [column blocks, M, R] and Q [chunks, N, R], fp32 parts.
+
+    Without F, P is not written.
+    """
+    M, N = T.shape
+    f = G if F is None else F
+    return Launch(
+        _reduce_kernel,
+        (blocks(N, tile.block_n), Q.shape[0]),
+        dict(
+            T=T, F=f, G=G, P=P, Q=Q, M=M, N=N, chunk=chunk,
+            **strides("t", T, "mn"), **strides("f", f, "nr"), **strides("g", G, "mr"),
+        ),
+        dict(WITH_P=F is not None, R=G.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def launch_finish(
+    parts: Tensor,
+    out: Tensor,
+    angle: Tensor | None = None,
+    omega: float = 0.0,
+    scaling: float = 0.0,
+) -> Launch:
+    """out = Σ parts, or scaling·omega·cos(omega·angle) ⊙ Σ parts.
+
+    parts [P, N, R], angle [N, r], out [N, r] with r <= R.
+    """
+    count, rows, R = parts.shape
+    a = out if angle is None else angle
+    block = FINISH_ELEMENTS // R
+    return Launch(
+        _finish_kernel,
+        (blocks(rows, block),),
+        dict(
+            PARTS=parts, ANGLE=a, OUT=out, parts=count, rows=rows, rank=out.shape[1],
+            omega=omega, scaling=scaling, **strides("a", a, "nr"), **strides("o", out, "nr"),
+        ),
+        dict(HAS_COSINE=angle is not None, R=R, BLOCK=block),
+        warps=4,
+        stages=1,
+    )
+
+
+def reduce(
+    T: Tensor,
+    G: Tensor,
+    angle: Tensor,
+    omega: float,
+    scaling: float,
+    tile: Tile,
+    multiprocessors: int,
+) -> Tensor:
+    """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> as angle."""
+    _, Q = _parts(T, None, G, tile, multiprocessors)
+    return _factor_gradient(Q, angle, omega, scaling)
+
+
+def thin_and_reduce(
+    T: Tensor,
+    F: Tensor,
+    G: Tensor,
+    angle: Tensor,
+    omega: float,
+    scaling: float,
+    tile: Tile,
+    multiprocessors: int,
+) -> tuple[Tensor, Tensor]:
+    """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R]."""
+    P, Q = _parts(T, F, G, tile, multiprocessors)
+    thin = torch.empty(P.shape[1:], dtype=T.dtype, device=T.device)
+    launch_finish(P, thin).run()
+    return thin, _factor_gradient(Q, angle, omega, scaling)
+
+
+def _parts(
+    T: Tensor, F: Tensor | None, G: Tensor, tile: Tile, multiprocessors: int
+) -> tuple[Tensor, Tensor]:
+    M, N = T.shape
+    R = G.shape[1]
+    chunks, chunk = row_chunks(M, N, tile, multiprocessors)
+    columns = 0 if F is None else blocks(N, tile.block_n)
+    P = torch.empty(columns, M, R, dtype=torch.float32, device=T.device)
+    Q = torch.empty(chunks, N, R, dtype=torch.float32, device=T.device)
+    launch_reduce(T, F, G, P, Q, chunk, tile).run()
+    return P, Q
+
+
+def _factor_gradient(Q: Tensor, angle: Tensor, omega: float, scaling: float) -> Tensor:
+    gradient = torch.empty_like(angle)
+    launch_finish(Q, gradient, angle, omega, scaling).run()
+    return gradient

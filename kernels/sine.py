@@ -1,0 +1,49 @@
+"""sin and cos for arguments that training leaves unbounded, exact to the rounding of fp32.
+
+Reduced and evaluated in fp64: the factors are small (r·(K + N) elements), and the library's slow
+path for large arguments would put them in local memory. Correct for |x| < 2^40.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# π/2 as a sum of two fp64 numbers: 106 bits.
+_HALF_PI = tl.constexpr(1.5707963267948966)
+_HALF_PI_LOW = tl.constexpr(6.123233995736766e-17)
+_TWO_OVER_PI = tl.constexpr(0.6366197723675814)
+
+
+@triton.jit
+def sine_cosine(x):
+    """sin(x) and cos(x) in fp64, of any floating x.
+
+    x = q·π/2 + t with |t| <= π/4; Taylor polynomials to t¹⁵ and t¹⁶ leave less than 1e-15 there.
+    """
+    x = x.to(tl.float64)
+    q = tl.floor(x * _TWO_OVER_PI + 0.5)
+    t = tl.fma(-q, tl.full([], _HALF_PI, tl.float64), x) - q * _HALF_PI_LOW
+    u = t * t
+    sine = -7.647163731819816e-13 * u + 1.6059043836821613e-10
+    sine = sine * u - 2.505210838544172e-08
+    sine = sine * u + 2.7557319223985893e-06
+    sine = sine * u - 0.0001984126984126984
+    sine = sine * u + 0.008333333333333333
+    sine = sine * u - 0.16666666666666666
+    sine = sine * u * t + t
+    cosine = 4.779477332387385e-14 * u - 1.1470745597729725e-11
+    cosine = cosine * u + 2.08767569878681e-09
+    cosine = cosine * u - 2.755731922398589e-07
+    cosine = cosine * u + 2.48015873015873e-05
+    cosine = cosine * u - 0.001388888888888889
+    cosine = cosine * u + 0.041666666666666664
+    cosine = cosine * u - 0.5
+    cosine = cosine * u + 1.0
+    quadrant = q - 4.0 * tl.floor(q * 0.25)
+    odd = (quadrant == 1.0) | (quadrant == 3.0)
+    s = tl.where(odd, cosine, sine)
+    c = tl.where(odd, sine, cosine)
+    s = tl.where(quadrant >= 2.0, -s, s)
+    c = tl.where((quadrant == 1.0) | (quadrant == 2.0), -c, c)
+    return s, c

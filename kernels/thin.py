@@ -1,0 +1,65 @@
+"""The thin product P = T F of a tall matrix T [M, K] with F [K, R]: one read of T.
+
+S = x SAᵀ in the forward, and dS = dy SB where dB is not wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.tiles import Tile
+from torch import Tensor
+
+
+@triton.jit
+def _thin_kernel(
+    T, F, P, M, K,
+    stride_tm, stride_tk, stride_fk, stride_fr, stride_pm, stride_pr,
+    EVEN_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_r = tl.arange(0, R)
+    # Rows past the end read the first rows again: no mask in the loop, and they are not stored.
+    t_rows = T + (offs_m % M)[:, None] * stride_tm
+    acc = tl.zeros([BLOCK_M, R], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        t_ptrs = t_rows + (k + offs_k)[None, :] * stride_tk
+        f_ptrs = F + (k + offs_k)[:, None] * stride_fk + offs_r[None, :] * stride_fr
+        if EVEN_K:
+            t = tl.load(t_ptrs)  # [BLOCK_M, BLOCK_K]
+            f = tl.load(f_ptrs)  # [BLOCK_K, R]
+        else:
+            t = tl.load(t_ptrs, mask=(k + offs_k)[None, :] < K, other=0.0)
+            f = tl.load(f_ptrs, mask=(k + offs_k)[:, None] < K, other=0.0)
+        acc = tl.dot(t, f, acc, input_precision="ieee")
+    p_ptrs = P + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
+    tl.store(p_ptrs, acc.to(P.dtype.element_ty), mask=offs_m[:, None] < M)
+
+
+def launch_thin(T: Tensor, F: Tensor, P: Tensor, tile: Tile) -> Launch:
+    """T [M, K], F [K, R] -> P [M, R]."""
+    M, K = T.shape
+    return Launch(
+        _thin_kernel,
+        (blocks(M, tile.block_m),),
+        dict(
+            T=T, F=F, P=P, M=M, K=K,
+            **strides("t", T, "mk"), **strides("f", F, "kr"), **strides("p", P, "mr"),
+        ),
+        dict(
+            EVEN_K=K % tile.block_n == 0, R=F.shape[1],
+            BLOCK_M=tile.block_m, BLOCK_K=tile.block_n,
+        ),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def thin(T: Tensor, F: Tensor, tile: Tile) -> Tensor:
+    """``T F`` [M, R] in T's dtype, accumulated in fp32."""
+    P = torch.empty(T.shape[0], F.shape[1], dtype=T.dtype, device=T.device)
+    launch_thin(T, F, P, tile).run()
+    return P
