@@ -33,8 +33,7 @@ _MLP = {
     "phi3": r"mlp\.(gate_up_proj|down_proj)",
     "qwen2": _GATED,
     "qwen3": _GATED,
-    # The second form is that of older transformers, where attention has an output.dense as well.
-    "vit": r"mlp\.(fc1|fc2)|layer\.\d+\.(intermediate|output)\.dense",
+    "vit": r"mlp\.(fc1|fc2)",
 }
 
 

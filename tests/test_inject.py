@@ -100,22 +100,6 @@ def test_merge_computes_what_the_adapted_model_did(tiny_model, model_type):
     assert not trained(model)
 
 
-def test_older_vit_names_are_known_without_its_attention():
-    class Older(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = type("Config", (), {"model_type": "vit"})()
-            layer = nn.Module()
-            layer.attention = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(4, 4)})})
-            layer.intermediate = nn.ModuleDict({"dense": nn.Linear(4, 8)})
-            layer.output = nn.ModuleDict({"dense": nn.Linear(8, 4)})
-            self.encoder = nn.ModuleDict({"layer": nn.ModuleList([layer])})
-
-    report = fastbound.inject(Older(), rank=2)
-    stem = "encoder.layer.0"
-    assert report.replaced == (f"{stem}.intermediate.dense", f"{stem}.output.dense")
-
-
 def test_suffixes_match_whole_dotted_ends_only(tiny_model):
     model = tiny_model("gpt2")
     report = fastbound.inject(model, rank=2, target_modules=["mlp.c_proj"])
