@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks/ --benchmark-only`. See NOTES.md for how they measure."""

@@ -1,0 +1,130 @@
+"""Options, machine facts and the closing table of ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import triton
+from torch.utils import collect_env
+
+import fastbound
+from benchmarks.cases import DTYPES, Case, cases
+from benchmarks.competitors import COMPETITORS
+from benchmarks.measure import DIRECTIONS, Measurement, measure
+from benchmarks.report import Row, ratio_table
+
+ROWS = pytest.StashKey[list[Row]]()
+CASES = pytest.StashKey[dict[str, Case]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastbound")
+    group.addoption("--smoke", action="store_true", help="tiny sizes, seconds in all: does it run?")
+    group.addoption(
+        "--tokens", help="token counts in place of the default ones, as 1024,8192", metavar="M,M"
+    )
+    group.addoption("--rounds", type=int, help="rounds per case (default: GPU 50, CPU 11, smoke 3)")
+    group.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    config.stash[CASES] = {}
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    named = config.getoption("--device")
+    return torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case_name" not in metafunc.fixturenames:
+        return
+    config = metafunc.config
+    tokens = config.getoption("--tokens")
+    selected = cases(
+        device_of(config).type,
+        smoke=config.getoption("--smoke"),
+        tokens=[int(M) for M in tokens.split(",")] if tokens else None,
+    )
+    config.stash[CASES].update({str(case): case for case in selected})
+    # Names, not objects: the JSON keeps a test's parameters.
+    metafunc.parametrize("case_name", [str(case) for case in selected])
+    metafunc.parametrize("direction", DIRECTIONS)
+    metafunc.parametrize("competitor_name", [competitor.name for competitor in COMPETITORS])
+
+
+@pytest.fixture(scope="session")
+def rows(pytestconfig: pytest.Config) -> list[Row]:
+    """What the closing table shows; a benchmark appends its row."""
+    return pytestconfig.stash[ROWS]
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Callable[[str, str], tuple[Case, Measurement]]:
+    """A function of case and competitor: the samples of the one interleaved run of that case.
+
+    The run happens when the first test of a case asks, with exactly the competitors and directions
+    that were selected for this session.
+    """
+    config = request.config
+    device = device_of(config)
+    default = 3 if config.getoption("--smoke") else 50 if device.type == "cuda" else 11
+    rounds = config.getoption("--rounds") or default
+    taken: dict[str, dict[str, Measurement]] = {}
+
+    def lookup(case_name: str, competitor_name: str) -> tuple[Case, Measurement]:
+        case = config.stash[CASES][case_name]
+        obstacles = {c.name: c.obstacle(device.type, DTYPES[case.dtype]) for c in COMPETITORS}
+        if obstacles[competitor_name] is not None:
+            pytest.skip(f"{competitor_name}: {obstacles[competitor_name]}")
+        if case_name not in taken:
+            selected = [item.callspec.params for item in request.session.items]  # type: ignore[attr-defined]
+            selected = [params for params in selected if params["case_name"] == case_name]
+            names = {params["competitor_name"] for params in selected}
+            taken[case_name] = measure(
+                case,
+                [c for c in COMPETITORS if c.name in names and obstacles[c.name] is None],
+                device,
+                rounds=rounds,
+                directions=[d for d in DIRECTIONS if d in {p["direction"] for p in selected}],
+            )
+        return case, taken[case_name][competitor_name]
+
+    return lookup
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    device = device_of(config)
+    on_gpu = device.type == "cuda"
+    machine_info["fastbound"] = {
+        "version": fastbound.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(machine_info),
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run) if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name(machine_info: dict[str, Any]) -> str:
+    return str(machine_info["cpu"].get("brand_raw") or machine_info["machine"])
+
+
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if rows:
+        terminalreporter.section("ratios, from medians of interleaved rounds")
+        terminalreporter.write_line(ratio_table(rows))
