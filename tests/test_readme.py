@@ -28,7 +28,12 @@ RUN_BY_CI = {
     "fastbound unlearn": 'step fastbound unlearn --quick --output "$work/demo"',
     'pip install -e ".[test]"': 'step pip install --quiet -e ".[test]"',
     "pytest": "step pytest --durations=10",
-    "pytest benchmarks/ --benchmark-only": "step pytest benchmarks/ --benchmark-only --smoke",
+    "pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json": (
+        'step pytest benchmarks/ --benchmark-only --smoke --benchmark-json "$work/benchmarks.json"'
+    ),
+    "python -m benchmarks.report benchmarks.json": (
+        'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
+    ),
 }
 RUN_BY_TESTS = {"pip install .": ("test_packaging.py", "test_installed_from_the_folder")}
 OWN_TEXT = (
