@@ -106,7 +106,7 @@ def plan_for(
     backend: str = "auto",
 ) -> Plan:
     """:func:`plan` for a torch device, cached; M enters in powers of two."""
-    bucket = 1 << max(M - 1, 0).bit_length()
+    bucket = 1 << (M - 1).bit_length() if M > 0 else 0
     return _cached_plan(describe(device.type, device.index), bucket, N, K, rank, dtype, backend)
 
 
@@ -161,7 +161,7 @@ def _tile_family(architecture: str) -> str:
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
     """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed."""
     if architecture == "interpreter":
-        return Tiles(GemmTile(32, 32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
+        return Tiles(GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(64, 128, 4, 2))
     family = _tile_family(architecture)
     if dtype is torch.float32:
         return Tiles(GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fastbound.reference import wide_dtype
 
@@ -39,8 +40,10 @@ class TorchProducts:
         self, T: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
     ) -> Tensor:
         """``scaling·omega·cos(omega·P) ⊙ (Tᵀ G)``: T [M, N], G [M, R], P [N, r] -> [N, r], as P."""
-        raw = torch.mm(T.t(), G)[:, : P.shape[1]]
-        return _times_cosine(raw, P, omega, scaling)
+        # The same product; which operand comes first decides the CPU's inner loop.
+        halves = T.dtype in (torch.bfloat16, torch.float16)
+        raw = linear(G.t(), T.t()).t() if halves else torch.mm(T.t(), G)
+        return _times_cosine(raw[:, : P.shape[1]], P, omega, scaling)
 
     def thin_and_factor_gradient(
         self, T: Tensor, F: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
@@ -53,10 +56,14 @@ class TorchProducts:
     ) -> Tensor:
         """``X Wᵀ + S Fᵀ + bias``: X [M, K], W [N, K], S [M, R], F [N, R], bias [N] -> [M, N].
 
-        The low-rank product is written first and the large GEMM accumulates onto it (beta = 1), so
-        the read of the output hides behind arithmetic.
+        Two products into one tensor by beta = 1. A GPU writes the low-rank one first, so that the
+        large GEMM reads it under its arithmetic; a CPU runs the large one at its bare speed first
+        and finds its output in cache (benchmarks/NOTES.md).
         """
-        Y = torch.mm(S, F.t()) if bias is None else torch.addmm(bias.to(X.dtype), S, F.t())
+        b = None if bias is None else bias.to(X.dtype)
+        if X.device.type == "cpu":
+            return linear(X, W, b).addmm_(S, F.t())
+        Y = torch.mm(S, F.t()) if b is None else torch.addmm(b, S, F.t())
         return Y.addmm_(X, W.t())
 
 
