@@ -1,0 +1,125 @@
+"""What a run of gradient difference is told, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastbound.unlearning.encoding import TEMPLATE, check_template
+from fastbound.unlearning.errors import InputError
+
+ADAPTERS = ("bounded", "lora")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """Settings of one run; whatever is out of range raises `InputError` at once.
+
+    Attributes:
+        adapter: "bounded" (`fastbound.inject`) or "lora" (PEFT's LoRA on the same layers, with the
+            same rank and slope alpha / rank).
+        rank, alpha, bound, target_modules: as in `fastbound.inject`; `bound` acts on "bounded".
+        lr: highest learning rate of AdamW, reached after warm-up.
+        warmup: share of all steps with the rate rising from 0; it then falls linearly to 0.
+        weight_decay: of A and B. 0 by default: decay pulls ΔW back towards the model that knows.
+        clip: largest norm of the gradient over all A and B; None leaves it as it is.
+        epochs: passes over the forget rows.
+        batch_size: pairs of one forget and one retain row in a forward pass of one process.
+        accumulation: forward passes a step.
+        forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
+        max_length: the most tokens of a row; a longer row is an error.
+        template: see `fastbound.unlearning.encode`.
+        seed: of A's start, the order of rows and dropout.
+        device: "auto" takes the accelerator that `accelerate` finds.
+        dtype: "bfloat16" runs the forward pass under autocast; A, B and the loss stay fp32.
+        gradient_checkpointing: recompute activations in backward (non-reentrant).
+        eval_every: steps between evaluations; None: once an epoch. The first and the last step are
+            always evaluated.
+        eval_rows: evaluate at most so many rows of each side, spread evenly; None: all.
+        log_every: steps between lines of the log, each with the largest |ΔW|.
+        checkpoint_every: steps between checkpoints; None: with every evaluation.
+        forget_target: stop once the evaluated forget loss (nats a token) has reached this.
+        retain_limit: stop once the evaluated retain loss has risen past this.
+    """
+
+    adapter: Literal["bounded", "lora"] = "bounded"
+    rank: int = 8
+    alpha: float | None = None
+    bound: float | Literal["auto"] | None = "auto"
+    target_modules: str | Sequence[str] = "mlp"
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float | None = None
+    epochs: float = 10.0
+    batch_size: int = 8
+    accumulation: int = 1
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+    max_length: int = 256
+    template: str = TEMPLATE
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    eval_rows: int | None = 400
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    forget_target: float | None = None
+    retain_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        _choice("adapter", self.adapter, ADAPTERS)
+        _choice("device", self.device, DEVICES)
+        _choice("dtype", self.dtype, DTYPES)
+        for name in ("rank", "batch_size", "accumulation", "max_length", "log_every"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("eval_every", "eval_rows", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        for name in ("lr", "epochs"):
+            _positive(name, getattr(self, name))
+        for name in ("alpha", "clip", "forget_target", "retain_limit"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if self.bound is not None and self.bound != "auto":
+            _positive("bound", self.bound)
+        for name in ("weight_decay", "forget_weight", "retain_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be >= 0 and finite, got {value}")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup is a share of all steps, 0 to 1, got {self.warmup}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must lie in 0 .. 2**32 - 1, got {self.seed}")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        check_template(self.template)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON gives them back."""
+        values = dataclasses.asdict(self)
+        if not isinstance(self.target_modules, str):
+            values["target_modules"] = list(self.target_modules)
+        return values
+
+
+def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def _positive(name: str, value: float) -> None:
+    if isinstance(value, (bool, str)) or not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} must be positive and finite, got {value!r}")

@@ -1,0 +1,160 @@
+"""Forget and retain rows from JSON lines, CSV or the Hugging Face hub, checked row by row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastbound.unlearning.errors import InputError
+
+_SUFFIXES = (".jsonl", ".json", ".csv")
+_HUB = re.compile(r"(?P<id>[^:]+):(?P<config>[^:]*):(?P<split>[^:]+)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its answer, or one text (`question` is None, `answer` holds the text).
+
+    Attributes:
+        question: what the model is given; None for a row of plain text.
+        answer: what the loss is taken over.
+        where: file and row number, 1-based, for messages.
+    """
+
+    question: str | None
+    answer: str
+    where: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes two rows the same: their words, whatever the white space between them."""
+        return " ".join((self.question or "").split()), " ".join(self.answer.split())
+
+
+def load_rows(source: str | Path) -> list[Row]:
+    """Read and check every row of `source`.
+
+    Args:
+        source: a `.jsonl` or `.json` file (one JSON object a line), a `.csv` file with a header, or
+            `id:config:split` of a data set on the Hugging Face hub or in a local folder
+            (`id::split` where it has a single config). Each row has `question` and `answer`, or
+            `text`; other fields are left alone.
+
+    Raises:
+        InputError: the source is missing, empty or malformed, or a row lacks a field or has an
+            empty one; row and field are named.
+    """
+    path = Path(source)
+    if path.suffix in _SUFFIXES or path.is_file():
+        records = _file_records(path)
+    elif match := _HUB.fullmatch(str(source)):
+        records = _hub_records(**match.groupdict())
+    else:
+        raise InputError(
+            f"{source} is neither a file ({', '.join(_SUFFIXES)}) nor id:config:split of a data set"
+        )
+    rows = [_row(record, f"{source}, row {number}") for number, record in records]
+    if not rows:
+        raise InputError(f"{source} holds no rows: give at least one")
+    return rows
+
+
+def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
+    """Raise `InputError` where a row is to be both forgotten and retained, naming both places."""
+    places = {row.key: row.where for row in retain}
+    shared = [(row.where, places[row.key]) for row in forget if row.key in places]
+    if shared:
+        first = f"{shared[0][0]} is also {shared[0][1]}"
+        raise InputError(
+            f"forget and retain share {len(shared)} row{'s' * (len(shared) > 1)} ({first}): "
+            "remove each from one of the two"
+        )
+
+
+def authors(split: str) -> Path:
+    """The shipped fictitious authors: path of the `"forget"` or the `"retain"` file."""
+    return Path(__file__).with_name(f"authors_{split}.jsonl")
+
+
+def _file_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file")
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"{path}: the name must end in {', '.join(_SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
+    return _csv_records(path, text) if path.suffix == ".csv" else _json_records(path, text)
+
+
+def _json_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, row {number}: not JSON ({error.msg}, column {error.colno}); "
+                "write one object a line"
+            ) from None
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, row {number}: a JSON object was expected, got {type(record).__name__}; "
+                "write one object a line"
+            )
+        yield number, record
+
+
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for number, record in enumerate(reader, start=1):
+            if None in record:
+                raise InputError(
+                    f"{path}, row {number}: more fields than the header; quote commas in text"
+                )
+            yield number, record
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    import datasets
+
+    source = f"{id}:{config}:{split}"
+    try:
+        rows = datasets.load_dataset(id, config or None, split=split)
+    except Exception as error:  # its loaders raise whatever the network and the parsers raise
+        raise InputError(
+            f"cannot load {source}: {type(error).__name__}: {error}; check id, config, split "
+            "and the network, or give a file"
+        ) from error
+    return enumerate(rows, start=1)
+
+
+def _row(record: Mapping[str, Any], where: str) -> Row:
+    if "question" in record or "answer" in record:
+        return Row(_field(record, "question", where), _field(record, "answer", where), where)
+    if "text" in record:
+        return Row(None, _field(record, "text", where), where)
+    found = ", ".join(map(repr, record)) or "no field at all"
+    raise InputError(f"{where}: needs 'question' and 'answer', or 'text'; found {found}")
+
+
+def _field(record: Mapping[str, Any], name: str, where: str) -> str:
+    if name not in record or record[name] is None:
+        raise InputError(f"{where}: field {name!r} is missing")
+    value = record[name]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: field {name!r} must be text, got {type(value).__name__}")
+    if not value.strip():
+        raise InputError(f"{where}: field {name!r} is empty")
+    return value

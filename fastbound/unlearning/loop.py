@@ -1,0 +1,385 @@
+"""The training loop: gradient difference through an adapter, on one device or several."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbound.unlearning.adapters import Adapter, attach
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.data import Row, check_disjoint, load_rows
+from fastbound.unlearning.encoding import Encoded, collate, encode_all, padding
+from fastbound.unlearning.errors import InputError, NonFiniteError
+from fastbound.unlearning.evaluate import Score, autocast, forward, score, totals
+from fastbound.unlearning.folder import ADAPTER, RESULT, RunFolder, fingerprint, write_json
+from fastbound.unlearning.losses import gradient_difference
+from fastbound.unlearning.random_state import random_state, set_random_state
+from fastbound.unlearning.result import Evaluation, UnlearnResult
+from fastbound.unlearning.sampling import Pairing
+
+
+def unlearn(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: str | Path | Sequence[Row],
+    retain: str | Path | Sequence[Row],
+    config: UnlearnConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> UnlearnResult:
+    """Make `model` forget some rows and keep others, by gradient difference through an adapter.
+
+    Minimises `retain_weight · CE(retain) − forget_weight · CE(forget)` over A and B with AdamW,
+    linear warm-up and decay. Runs on the CPU, on one GPU, or on several processes under
+    `accelerate launch`.
+
+    Args:
+        model: a causal language model of transformers, changed in place.
+        tokenizer: its fast tokenizer.
+        forget, retain: rows, or what `load_rows` takes. They must not share a row.
+        config: settings; None for the defaults.
+        output: folder for log, checkpoints, adapter and result; None keeps nothing.
+        resume: go on from the checkpoint in `output`, to the bits of an uninterrupted run; `model`
+            must be the unadapted one, as for the first start.
+        progress: show a bar with both losses and max|ΔW|.
+
+    Raises:
+        InputError: rows, settings, model or output folder cannot be used; nothing was written.
+        NonFiniteError: loss or gradient stopped being finite. The step is not taken, the
+            checkpoint stays as it was.
+    """
+    config = config or UnlearnConfig()
+    forget_rows = _rows(forget)
+    retain_rows = _rows(retain)
+    check_disjoint(forget_rows, retain_rows)
+    sides = [
+        encode_all(rows, tokenizer, max_length=config.max_length, template=config.template)
+        for rows in (forget_rows, retain_rows)
+    ]
+    run = _Run(model, sides[0], sides[1], padding(tokenizer), config, output, resume, progress)
+    return run.go()
+
+
+def _rows(source: str | Path | Sequence[Row]) -> Sequence[Row]:
+    rows = load_rows(source) if isinstance(source, (str, Path)) else source
+    if not rows:
+        raise InputError("forget and retain need at least one row each")
+    return rows
+
+
+class _Run:
+    """State of one run: what `unlearn` sets up, steps through and takes down."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forget: Sequence[Encoded],
+        retain: Sequence[Encoded],
+        pad: int,
+        config: UnlearnConfig,
+        output: str | Path | None,
+        resume: bool,
+        progress: bool,
+    ) -> None:
+        self.config = config
+        self.forget = forget
+        self.retain = retain
+        self.pad = pad
+        self.accelerator = _accelerator(config)
+        self.device: torch.device = self.accelerator.device
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.processes: int = self.accelerator.num_processes
+        self.process: int = self.accelerator.process_index
+        self.pairing = Pairing(
+            len(forget),
+            len(retain),
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            processes=self.processes,
+            seed=config.seed,
+        )
+        self.steps = self.pairing.steps(config.epochs)
+        each_epoch = self.pairing.steps(1)
+        self.eval_every = config.eval_every or each_epoch
+        self.checkpoint_every = config.checkpoint_every or self.eval_every
+        self.folder = self._folder(output, resume)
+        self.adapter: Adapter = attach(model, config)
+        if config.gradient_checkpointing:
+            _checkpoint_activations(model)
+        self.inner = self.adapter.model
+        self.model = self.accelerator.prepare(self.inner)
+        self.parameters = [p for p in self.inner.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.step = 0
+        self.history: list[Evaluation] = []
+        self.durations: list[float] = []
+        self.bar = _bar(self.steps, progress and self.accelerator.is_main_process)
+        state = self._begin(resume)
+        if state is not None:
+            self._restore(state)
+
+    def go(self) -> UnlearnResult:
+        self._reset_peak()
+        self.model.train()
+        self.bar.update(self.step)
+        if not self.history:
+            self._evaluate()
+            self._save_checkpoint()
+        stopped = self._stop_reason()
+        while stopped is None:
+            self._take_step()
+            if self.step % self.eval_every == 0 or self.step == self.steps:
+                self._evaluate()
+            stopped = self._stop_reason()
+            if self.step % self.checkpoint_every == 0 or stopped:
+                self._save_checkpoint()
+        self.bar.close()
+        return self._finish(stopped)
+
+    def _take_step(self) -> None:
+        config = self.config
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = torch.zeros(2, device=self.device)
+        for part in range(config.accumulation):
+            pairs = self.pairing.batch(self.step, part, self.process)
+            rows = [self.forget[i] for i in pairs[0]] + [self.retain[i] for i in pairs[1]]
+            batch = collate(rows, self.pad).to(self.device)
+            last = part == config.accumulation - 1
+            with self._synchronised(last), autocast(self.device, self.dtype):
+                logits = forward(self.model, batch.input_ids, batch.attention_mask)
+                difference = gradient_difference(
+                    logits,
+                    batch.labels,
+                    len(pairs[0]),
+                    forget_weight=config.forget_weight,
+                    retain_weight=config.retain_weight,
+                )
+                self.accelerator.backward(difference.loss / config.accumulation)
+            losses += torch.stack([difference.forget, difference.retain]).to(losses)
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf)
+        # Averaged over processes, so that all of them see the same and stop together.
+        losses = self.accelerator.reduce(losses / config.accumulation, reduction="mean")
+        forget, retain, grad_norm = torch.stack([*losses, norm.to(losses)]).tolist()
+        if not all(map(math.isfinite, (forget, retain, grad_norm))):
+            self.bar.close()
+            raise NonFiniteError(self._blame(forget, retain, grad_norm))
+        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        seconds = time.perf_counter() - start
+        self.durations.append(seconds)
+        self.bar.update()
+        if self.step % config.log_every == 0 or self.step == self.steps:
+            delta = self.adapter.delta()
+            self._log(
+                event="step",
+                step=self.step,
+                forget_loss=forget,
+                retain_loss=retain,
+                lr=rate,
+                grad_norm=grad_norm,
+                largest_delta=delta.largest,
+                seconds=round(seconds, 4),
+            )
+            self.bar.set_postfix_str(
+                f"forget {forget:.3f}, retain {retain:.3f}, max|ΔW| {delta.largest:.3g}"
+            )
+
+    def _evaluate(self) -> None:
+        forget, retain = (
+            self._score(_spread(rows, self.config.eval_rows)) for rows in (self.forget, self.retain)
+        )
+        self.history.append(Evaluation(self.step, forget, retain))
+        self._log(event="evaluation", **asdict(self.history[-1]))
+
+    def _score(self, rows: Sequence[Encoded]) -> Score:
+        sums = totals(
+            self.inner,
+            rows[self.process :: self.processes],
+            pad=self.pad,
+            batch_size=2 * self.config.batch_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        if self.processes > 1:
+            sums = self.accelerator.reduce(torch.tensor(sums, device=self.device)).tolist()
+        return score(sums)
+
+    def _stop_reason(self) -> str | None:
+        last = self.history[-1]
+        config = self.config
+        if last.step == self.step:
+            if config.forget_target is not None and last.forget.loss >= config.forget_target:
+                return "forget_target"
+            if config.retain_limit is not None and last.retain.loss > config.retain_limit:
+                return "retain_limit"
+        return "all steps" if self.step >= self.steps else None
+
+    def _finish(self, stopped: str) -> UnlearnResult:
+        delta = self.adapter.delta()
+        memory, kind = self._peak()
+        result = UnlearnResult(
+            model=self.inner,
+            config=self.config,
+            history=tuple(self.history),
+            stopped=stopped,
+            largest_delta=delta.largest,
+            bound=delta.bound,
+            seconds_per_step=statistics.median(self.durations) if self.durations else None,
+            peak_memory=memory,
+            peak_memory_kind=kind,
+        )
+        if self.folder and self.folder.writes:
+            self.adapter.save(self.folder.path / ADAPTER)
+            write_json(self.folder.path / RESULT, result.as_dict())
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _rate(self, step: int) -> float:
+        """Share of `lr` at a step: up over the warm-up, then down to 0 after the last step."""
+        rising = math.ceil(self.config.warmup * self.steps)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (self.steps - step) / max(1, self.steps - rising)
+
+    def _synchronised(self, last: bool) -> Any:
+        """Gradients travel between processes once a step, with the last batch."""
+        return autocast("cpu", None) if last else self.accelerator.no_sync(self.model)
+
+    def _blame(self, forget: float, retain: float, grad_norm: float) -> str:
+        places = [
+            self.pairing.batch(self.step, part, process)
+            for part in range(self.config.accumulation)
+            for process in range(self.processes)
+        ]
+        rows = [self.forget[i].where for pair in places for i in pair[0]]
+        rows += [self.retain[i].where for pair in places for i in pair[1]]
+        kept = (
+            f"the checkpoint in {self.folder.path} is intact"
+            if self.folder
+            else "nothing was saved (no output folder)"
+        )
+        return (
+            f"step {self.step + 1} of {self.steps} is not finite: forget loss {forget:.4g}, "
+            f"retain loss {retain:.4g}, gradient norm {grad_norm:.4g}; its batch: "
+            f"{'; '.join(rows)}. The step was not taken, {kept}. Try a lower lr than "
+            f"{self.config.lr:g}, clip=1.0, a smaller alpha or bound, or dtype float32"
+        )
+
+    def _folder(self, output: str | Path | None, resume: bool) -> RunFolder | None:
+        if output is None:
+            if resume:
+                raise InputError("resume needs the output folder of the run to go on with")
+            return None
+        identity = {
+            "config": self.config.as_dict(),
+            "rows": {"forget": fingerprint(self.forget), "retain": fingerprint(self.retain)},
+            "steps": self.steps,
+            "processes": self.processes,
+        }
+        return RunFolder(
+            output, identity, resume=resume, writes=bool(self.accelerator.is_main_process)
+        )
+
+    def _begin(self, resume: bool) -> dict[str, Any] | None:
+        """Mark the folder, once every process has found it free; the state to resume, if any."""
+        self.accelerator.wait_for_everyone()
+        if not self.folder:
+            return None
+        self.folder.begin()
+        return self.folder.load_checkpoint() if resume else None
+
+    def _log(self, **line: Any) -> None:
+        if self.folder:
+            self.folder.log(line)
+
+    def _save_checkpoint(self) -> None:
+        if not self.folder:
+            return
+        from accelerate.utils import gather_object
+
+        trained = {n: p.detach() for n, p in self.inner.named_parameters() if p.requires_grad}
+        self.folder.save_checkpoint(
+            {
+                "step": self.step,
+                "adapter": trained,
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "random": gather_object([random_state()]),
+                "history": [asdict(each) for each in self.history],
+                "durations": self.durations,
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        trained = {n: p for n, p in self.inner.named_parameters() if p.requires_grad}
+        if trained.keys() != state["adapter"].keys():
+            raise InputError("the checkpoint is of another model: give the one the run began with")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["adapter"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        set_random_state(state["random"][self.process])
+        self.step = state["step"]
+        self.durations = list(state["durations"])
+        self.history = [
+            Evaluation(each["step"], Score(**each["forget"]), Score(**each["retain"]))
+            for each in state["history"]
+        ]
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _peak(self) -> tuple[int, str]:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device), "device memory"
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set"
+
+
+def _accelerator(config: UnlearnConfig) -> Any:
+    from accelerate import Accelerator
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
+    # Autocast is the loop's own: accelerate's would take all logits to fp32.
+    return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise InputError(f"{type(model).__name__} has no gradient checkpointing: leave it off")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _bar(steps: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=steps, disable=not shown, desc="unlearning", unit="step", dynamic_ncols=True)
+
+
+def _spread(rows: Sequence[Encoded], most: int | None) -> Sequence[Encoded]:
+    """At most so many of `rows`, evenly spaced."""
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]
