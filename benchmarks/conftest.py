@@ -66,16 +66,27 @@ def rows(pytestconfig: pytest.Config) -> list[Row]:
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> Callable[[str, str], tuple[Case, Measurement]]:
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return device_of(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def rounds(pytestconfig: pytest.Config, device: torch.device) -> int:
+    """Rounds per case: `--rounds`, or what the device can do in a few seconds."""
+    default = 3 if pytestconfig.getoption("--smoke") else 50 if device.type == "cuda" else 11
+    return int(pytestconfig.getoption("--rounds") or default)
+
+
+@pytest.fixture(scope="session")
+def measured(
+    request: pytest.FixtureRequest, device: torch.device, rounds: int
+) -> Callable[[str, str], tuple[Case, Measurement]]:
     """A function of case and competitor: the samples of the one interleaved run of that case.
 
     The run happens when the first test of a case asks, with exactly the competitors and directions
     that were selected for this session.
     """
     config = request.config
-    device = device_of(config)
-    default = 3 if config.getoption("--smoke") else 50 if device.type == "cuda" else 11
-    rounds = config.getoption("--rounds") or default
     taken: dict[str, dict[str, Measurement]] = {}
 
     def lookup(case_name: str, competitor_name: str) -> tuple[Case, Measurement]:
@@ -84,8 +95,9 @@ def measured(request: pytest.FixtureRequest) -> Callable[[str, str], tuple[Case,
         if obstacles[competitor_name] is not None:
             pytest.skip(f"{competitor_name}: {obstacles[competitor_name]}")
         if case_name not in taken:
-            selected = [item.callspec.params for item in request.session.items]  # type: ignore[attr-defined]
-            selected = [params for params in selected if params["case_name"] == case_name]
+            every = [getattr(item, "callspec", None) for item in request.session.items]
+            selected = [spec.params for spec in every if spec is not None]
+            selected = [params for params in selected if params.get("case_name") == case_name]
             names = {params["competitor_name"] for params in selected}
             taken[case_name] = measure(
                 case,

@@ -65,13 +65,17 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         saved = json.loads(path.read_text())
         machine = {**saved["machine_info"]["fastbound"], "commit": saved["commit_info"].get("id")}
-        rows = [Row.of(bench["extra_info"], bench["stats"]) for bench in saved["benchmarks"]]
+        rows = [
+            Row.of(bench["extra_info"], bench["stats"])
+            for bench in saved["benchmarks"]
+            if "competitor" in bench["extra_info"]
+        ]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not look like JSON saved by `pytest benchmarks/`: {error!r}"
         ) from error
     if not rows:
-        raise ValueError(f"{path} holds no benchmark: was every one of them skipped?")
+        raise ValueError(f"{path} holds no layer's benchmark: was bench_linear.py left out?")
     return machine, rows
 
 
