@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -63,7 +64,10 @@ class _Lora:
             target_modules=list(target_names(model, config)),
             lora_dropout=0.0,
         )
-        self.model: nn.Module = get_peft_model(cast(Any, model), settings)
+        with warnings.catch_warnings():
+            # PEFT reads an attribute that transformers has deprecated; nothing a user can mend.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            self.model: nn.Module = get_peft_model(cast(Any, model), settings)
 
     @torch.no_grad()
     def delta(self) -> Delta:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastbound.unlearning.encoding import TEMPLATE, check_template
 from fastbound.unlearning.errors import InputError
 
-ADAPTERS = ("bounded", "lora")
+ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 

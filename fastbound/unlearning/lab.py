@@ -51,7 +51,7 @@ class Learned:
         seconds: wall time.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     epochs: int
     loss: float
@@ -73,9 +73,7 @@ def train_tokenizer(rows: Sequence[Row], vocabulary: int, template: str = TEMPLA
         show_progress=False,
     )
     tokenizer.train_from_iterator([_text(row, template) for row in rows], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
 def make_model(tokenizer: Any, config: LabConfig, max_length: int, seed: int) -> nn.Module:
@@ -146,7 +144,7 @@ def learn(
                 forward(model, batch.input_ids, batch.attention_mask), batch.labels
             )
             mean = tokens.loss.mean()
-            mean.backward()  # type: ignore[no-untyped-call]
+            mean.backward()
             optimizer.step()
             losses.append(mean.detach())
         epoch += 1

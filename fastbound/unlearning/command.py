@@ -1,0 +1,174 @@
+"""`fastbound unlearn`: flags to settings, and nothing else; the work is in `demo` and `loop`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbound.unlearning.config import UnlearnConfig
+
+HELP = "make a language model forget some rows and keep others"
+DESCRIPTION = """\
+Gradient difference through low-rank adapters: the loss on the retain rows falls while the loss on
+the forget rows rises. Without --model a small model first learns both files, and each adapter runs
+at --lr and at ten times --lr: with no arguments at all, a complete demonstration on fictitious
+authors that come with the package. With --model only the requested adapter runs.
+"""
+EPILOG = """\
+Rows are JSON lines or CSV with question and answer, or text; or id:config:split of a data set on
+the hub. The output folder gets the adapter, log.jsonl, report.json and curves.png.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags; every default that is None here is the one of `UnlearnConfig`."""
+    what = parser.add_argument_group("what to unlearn")
+    what.add_argument("--model", metavar="DIR_OR_ID", help="model to change (default: a small one)")
+    what.add_argument("--forget", metavar="ROWS", help="rows to forget (default: two authors)")
+    what.add_argument("--retain", metavar="ROWS", help="rows to keep (default: eighteen authors)")
+    what.add_argument(
+        "--output", metavar="DIR", default="unlearned", help="output folder (default: unlearned)"
+    )
+    what.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    what.add_argument("--quick", action="store_true", help="a short demonstration, without --model")
+    what.add_argument("--template", help="text with {question} and {answer}, or chat")
+    what.add_argument("--max-length", type=int, metavar="N", help="most tokens a row (256)")
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--adapter", help="bounded or lora (default: bounded; both in the demo)")
+    adapter.add_argument("--rank", type=int, metavar="N", help="rank of ΔW (8)")
+    adapter.add_argument("--alpha", type=float, metavar="X", help="slope times rank (rank)")
+    adapter.add_argument("--bound", metavar="X", help="most |ΔW|: a number, auto or alpha (auto)")
+    adapter.add_argument(
+        "--target-modules", metavar="NAMES", help="mlp, suffixes with commas between, or a regex"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=float, metavar="X", help="highest rate (1e-3; demo 3e-3)")
+    training.add_argument("--warmup", type=float, metavar="X", help="share of steps rising (0.1)")
+    training.add_argument("--weight-decay", type=float, metavar="X", help="of A and B (0)")
+    training.add_argument("--clip", type=float, metavar="X", help="largest gradient norm (none)")
+    training.add_argument(
+        "--epochs", type=float, metavar="X", help="over forget rows (10; demo 100)"
+    )
+    training.add_argument("--batch-size", type=int, metavar="N", help="forget rows a batch (8)")
+    training.add_argument("--accumulation", type=int, metavar="N", help="batches a step (1)")
+    training.add_argument("--forget-weight", type=float, metavar="X", help="of its loss (1)")
+    training.add_argument("--retain-weight", type=float, metavar="X", help="of its loss (1)")
+    training.add_argument("--seed", type=int, metavar="N", help="of every random choice (0)")
+    training.add_argument("--device", help="auto, cpu or cuda (auto)")
+    training.add_argument("--dtype", help="float32 or bfloat16 (float32)")
+    training.add_argument("--gradient-checkpointing", action="store_true", default=None)
+
+    watching = parser.add_argument_group("watching and stopping")
+    watching.add_argument("--eval-every", type=int, metavar="N", help="steps (once an epoch)")
+    watching.add_argument("--eval-rows", type=int, metavar="N", help="most rows a side (400)")
+    watching.add_argument("--log-every", type=int, metavar="N", help="steps (10)")
+    watching.add_argument("--checkpoint-every", type=int, metavar="N", help="steps (as eval)")
+    watching.add_argument("--forget-target", type=float, metavar="X", help="stop at this loss")
+    watching.add_argument("--retain-limit", type=float, metavar="X", help="stop past this loss")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what was asked; the table goes to standard output.
+
+    Raises:
+        InputError, NonFiniteError: see `unlearn` and `demonstrate`.
+    """
+    from fastbound.unlearning.data import authors, load_rows
+    from fastbound.unlearning.errors import InputError
+
+    config = _config(arguments)
+    if arguments.model is not None and arguments.quick:
+        raise InputError("--quick shortens the demonstration, which takes no --model")
+    for side, other in (("forget", "retain"), ("retain", "forget")):
+        if getattr(arguments, side) is None and (getattr(arguments, other) or arguments.model):
+            raise InputError(f"--{side} is missing: give the rows to {side}")
+    forget = load_rows(arguments.forget or authors("forget"))
+    retain = load_rows(arguments.retain or authors("retain"))
+    output = Path(arguments.output)
+    table: str | None
+    if arguments.model is None:
+        table = _demonstrate(arguments, config, forget, retain, output)
+    else:
+        table = _unlearn(arguments, config, forget, retain, output)
+    if table is not None:
+        print(f"{table}\n\nWritten to {output}: report.json, curves.png and the adapters")
+    return 0
+
+
+def _demonstrate(
+    arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any, output: Path
+) -> str:
+    from fastbound.unlearning.config import ADAPTERS
+    from fastbound.unlearning.demo import Demonstration, demonstrate
+    from fastbound.unlearning.lab import LabConfig
+
+    adapters = ADAPTERS if arguments.adapter is None else (config.adapter,)
+    demonstration = Demonstration(config, LabConfig(), adapters)
+    if arguments.quick:
+        small = LabConfig(hidden_size=64, intermediate_size=176, vocabulary=1024)
+        demonstration = Demonstration(config, small, adapters, cost_steps=5)
+        retain = retain[: 2 * len(forget)]
+    return demonstrate(forget, retain, demonstration, output, resume=arguments.resume)
+
+
+def _unlearn(
+    arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any, output: Path
+) -> str | None:
+    import torch
+
+    from fastbound.unlearning.folder import RUN, check_free
+    from fastbound.unlearning.loop import unlearn
+    from fastbound.unlearning.pretrained import load_pretrained
+    from fastbound.unlearning.report import Run, write_report
+
+    check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    model, tokenizer = load_pretrained(arguments.model, dtype)
+    unlearn(model, tokenizer, forget, retain, config, output=output, resume=arguments.resume)
+    if not _is_first_process():
+        return None
+    about = {
+        "model": arguments.model,
+        "rows": {"forget": len(forget), "retain": len(retain)},
+    }
+    return write_report(output, [Run.read(output)], about=about)
+
+
+def _is_first_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def _config(arguments: argparse.Namespace) -> UnlearnConfig:
+    from fastbound.unlearning.config import UnlearnConfig
+
+    names = {field.name for field in dataclasses.fields(UnlearnConfig)}
+    given = {n: v for n, v in vars(arguments).items() if n in names and v is not None}
+    if "bound" in given:
+        given["bound"] = _bound(given["bound"])
+    if "," in given.get("target_modules", ""):
+        given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
+    if arguments.model is None:  # the small model takes many short steps
+        given = {**_DEMO, **(_QUICK if arguments.quick else {}), **given}
+    return UnlearnConfig(**given)
+
+
+_DEMO = {"lr": 3e-3, "epochs": 100.0, "eval_every": 25, "log_every": 5}
+_QUICK = {"epochs": 20.0, "eval_every": 10}
+
+
+def _bound(text: str) -> float | str | None:
+    from fastbound.unlearning.errors import InputError
+
+    if text in ("auto", "alpha"):
+        return "auto" if text == "auto" else None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--bound must be a number, auto or alpha; got {text!r}") from None

@@ -1,0 +1,50 @@
+"""A causal language model and its tokenizer from a folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbound.unlearning.errors import InputError
+
+
+def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Model (weights in `dtype`) and fast tokenizer.
+
+    Args:
+        name: folder written by `save_pretrained`, or id on the hub.
+
+    Raises:
+        InputError: it cannot be loaded; the reason is transformers' own.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # hub, files and configurations each raise their own
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder "
+            "made by save_pretrained or a model id, and check the network for an id"
+        ) from error
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers: the run has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
