@@ -22,13 +22,21 @@ OTHER = "#999999"
 
 
 def draw(device: str, rows: Sequence[Row], output: Path, stem: str) -> list[Path]:
-    """Write `<stem>-time.png` and `<stem>-saved.png` into `output` and return their paths."""
+    """Write `<stem>-time.png` and `<stem>-saved.png` into `output` and return their paths.
+
+    The first shows the cases that have a frozen layer to compare with, and is left out if none has.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    paths = [output / f"{stem}-time.png", output / f"{stem}-saved.png"]
-    _time_over_floor(device, rows, paths[0])
-    _saved_bytes(device, rows, paths[1])
+    with_floor = {(row.case, row.direction) for row in rows if row.competitor == "frozen"}
+    compared = [row for row in rows if (row.case, row.direction) in with_floor]
+    paths = []
+    if compared:
+        paths.append(output / f"{stem}-time.png")
+        _time_over_floor(device, compared, paths[-1])
+    paths.append(output / f"{stem}-saved.png")
+    _saved_bytes(device, rows, paths[-1])
     return paths
 
 
@@ -66,10 +74,20 @@ def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
         for j, direction in enumerate(directions):
             members = [row for row in rows if (row.shape, row.direction) == (shape, direction)]
             floor = {row.M: row.median for row in members if row.competitor == "frozen"}
-            members = [row for row in members if row.M in floor]
             axes = panels[i][j]
+            if not members:
+                axes.set_axis_off()
+                continue
             axes.set_title(f"{shape}\n{direction}", fontsize=9)
             (_lines_over_tokens if several else _bars)(axes, members, floor)
+    if several:
+        handles: dict[str, Any] = {}
+        for axes in panels.flat:
+            found, names = axes.get_legend_handles_labels()
+            handles.update(zip(names, found, strict=True))
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+        )
     _save(figure, f"Time over the frozen layer, {device}", path)
 
 
@@ -85,14 +103,14 @@ def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) 
             tokens, ratios, (below, above), color=colour, label=name, marker="o", ms=3, lw=1.4
         )
     # From the medians: one disturbed quartile must not flatten every line.
-    axes.set_ylim(0, 1.15 * max(row.median / floor[row.M] for row in rows))
+    ratios = [row.median / floor[row.M] for row in rows]
+    axes.set_ylim(0.95 * min(ratios), 1.05 * max(ratios))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(floor), [str(M) for M in sorted(floor)])
     axes.minorticks_off()
     axes.set_xlabel("tokens M")
     axes.set_ylabel("time / frozen")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
 
 
 def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
@@ -107,7 +125,7 @@ def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
     labels = [f"{row.median / floor[row.M]:.2f}  ({row.median * 1e3:.1f} ms)" for row in rows]
     axes.bar_label(bars, labels, padding=4, fontsize=8)
     axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.set_xlim(0, max(ratios) * 1.35)
+    axes.set_xlim(0, max(r + a for r, a in zip(ratios, above, strict=True)) * 1.4)
     axes.invert_yaxis()
     axes.set_xlabel("time / frozen")
 

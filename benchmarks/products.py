@@ -3,7 +3,8 @@
 The same product differs several-fold between forms on skinny operands, and differently in bf16 and
 fp32; `fastbound.torch_products` takes what this comparison favours.
 
-    S = x SAᵀ     y = x Wᵀ + S SBᵀ     dS = dy SB     dB = dyᵀ S     dx = dy W + dS SA     dA = dSᵀ x
+    S  = x SAᵀ        y  = x Wᵀ + S SBᵀ
+    dS = dy SB        dx = dy W + dS SA        dA = dSᵀ x        dB = dyᵀ S
 """
 
 from __future__ import annotations

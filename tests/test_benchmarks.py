@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import floor, report
+from benchmarks import floor, plots, report
 from benchmarks.cases import Case, Shape
 from benchmarks.competitors import COMPETITORS, Competitor, Layer, Problem, make_problem
 from benchmarks.interleaved import interleaved, play, playback, recorded_time
@@ -76,18 +76,23 @@ def test_report_renders_from_a_saved_run(smoke_json: Path, tmp_path: Path) -> No
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_ratios_are_of_medians() -> None:
-    def row(competitor: str, median: float) -> report.Row:
-        info = {"model": "m", "projection": "p", "M": 1, "K": 2, "N": 3, "rank": 4}
-        info |= {"dtype": "bfloat16", "direction": "forward", "competitor": competitor}
-        info |= {"path": "", "saved_bytes": 0, "peak_bytes": None}
-        stats = {"median": median, "q1": median, "q3": median, "min": median, "rounds": 3}
-        return report.Row.of(info, stats)
+def row(competitor: str, median: float) -> report.Row:
+    info = {"model": "m", "projection": "p", "M": 1, "K": 2, "N": 3, "rank": 4}
+    info |= {"dtype": "bfloat16", "direction": "forward", "competitor": competitor}
+    info |= {"path": "", "saved_bytes": 0, "peak_bytes": None}
+    stats = {"median": median, "q1": median, "q3": median, "min": median, "rounds": 3}
+    return report.Row.of(info, stats)
 
+
+def test_ratios_are_of_medians() -> None:
     table = report.ratio_table([row("frozen", 2.0), row("fused", 2.5), row("peft_fp32", 5.0)])
     fused = next(line for line in table.splitlines() if line.startswith("| fused"))
     cells = [cell.strip() for cell in fused.strip("|").split("|")]
     assert cells[4:7] == ["1.250", "2.000", "-"]  # x frozen, peft_fp32 / it, peft_bf16 / it
+
+
+def test_time_is_not_plotted_without_a_floor(tmp_path: Path) -> None:
+    assert plots.draw("a device", [row("fused", 2.0)], tmp_path, "x") == [tmp_path / "x-saved.png"]
 
 
 def test_report_names_a_file_that_is_not_a_saved_run(tmp_path: Path) -> None:
