@@ -58,7 +58,7 @@ def frozen_layer(tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
 
 
 def run(layer: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x = tensors["x"].to(dtype).requires_grad_()
+    x = tensors["x"].to(dtype, copy=True).requires_grad_()
     y = layer(x)
     y.backward(tensors["dy"].to(dtype))
     assert x.grad is not None
