@@ -96,24 +96,23 @@ class FusedBoundedLinear(nn.Module):
         if not weight.is_floating_point():
             raise TypeError(f"weight is {weight.dtype}: dequantise the layer to a floating dtype")
         self.fan_in_fan_out = is_conv1d(layer)
-        weight.requires_grad_(False)
-        if bias is not None:
-            bias.requires_grad_(False)
-        self.weight, self.bias = weight, bias
-        N, K = self._weight().shape
+        K, N = weight.shape if self.fan_in_fan_out else weight.shape[::-1]
         self.in_features, self.out_features = K, N
-        if bound == "auto":
-            bound = auto_bound(weight)
         self.adapter = BoundedAdapter(
             K,
             N,
             rank,
             alpha=alpha,
-            bound=bound,  # type: ignore[arg-type]
+            bound=auto_bound(weight) if isinstance(bound, str) else bound,
             device=weight.device,
             adapter_dtype=adapter_dtype,
             backend=backend,
         )
+        # Frozen last: a layer that is refused above is left as it was.
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.weight, self.bias = weight, bias
 
     @property
     def rank(self) -> int:

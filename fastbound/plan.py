@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -31,7 +31,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``gemm`` for y and dx; ``thin`` (rows x step) for S; ``reduce`` (step x columns) for the rest."""
+    """``gemm`` for y and dx, ``thin`` (rows x step) for S, ``reduce`` (step x columns)."""
 
     gemm: GemmTile
     thin: Tile
@@ -72,6 +72,7 @@ def plan(
     if M == 0:
         return Plan("torch", "no rows: nothing to launch")
     obstacle = _triton_obstacle(device, rank, dtype)
+    odd = _unaligned(N, K, dtype)
     if backend == "auto":
         if obstacle is not None:
             return Plan("torch", obstacle)
@@ -79,20 +80,17 @@ def plan(
             return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
         if dtype is torch.float32:
             strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
+        elif odd:
+            strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
         else:
             strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
     else:
         if obstacle is not None:
-            raise ValueError(
-                f'backend="{backend}" cannot run here: {obstacle}; use "auto" or "torch"'
-            )
+            raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto"')
         strategy, reason = backend, f'backend="{backend}" was asked for'
     tiles = default_tiles(device.architecture, M, padded_rank(rank), dtype)
-    pitches = {"K": K * dtype.itemsize, "N": N * dtype.itemsize}
-    odd = [name for name, pitch in pitches.items() if pitch % DESCRIPTOR_ALIGNMENT]
-    if tiles.gemm.descriptors and odd:
-        tiles = replace(tiles, gemm=replace(tiles.gemm, descriptors=False))
-        reason += f"; pointers: rows of {' and '.join(odd)} are no multiple of 16 bytes"
+    if odd and dtype is not torch.float32:
+        tiles = _UNALIGNED
     return Plan(strategy, reason, tiles, device.multiprocessors)
 
 
@@ -158,6 +156,21 @@ def _tile_family(architecture: str) -> str:
     return "sm_80"
 
 
+# Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill.
+_UNALIGNED = Tiles(GemmTile(128, 128, 32, 8, 2), Tile(16, 64, 4, 2), Tile(32, 128, 4, 2))
+
+
+def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:
+    """The sizes whose rows vector loads cannot take, named: "K 4093", "K 33 and N 65", or ""."""
+    sizes = {"K": K, "N": N}
+    odd = [
+        f"{name} {size}"
+        for name, size in sizes.items()
+        if size * dtype.itemsize % DESCRIPTOR_ALIGNMENT
+    ]
+    return " and ".join(odd)
+
+
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
     """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed."""
     if architecture == "interpreter":
@@ -165,7 +178,7 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     family = _tile_family(architecture)
     if dtype is torch.float32:
         return Tiles(GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3))
-    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
+    rows = 64 if M >= 8192 and R < 64 else 32 if M >= 2048 else 16
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         return Tiles(gemm, Tile(rows, 128, 4, 4), Tile(64, 512 if R == 16 else 256, 8, 3))

@@ -1,0 +1,70 @@
+"""Every kernel compiles for GPUs that are not here: no spills, memory within the card's limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from benchmarks.compile_report import faults
+from fastbound.compilation import TARGETS, Compiled, compile_launch, layer_launches
+
+KERNELS = {
+    "factors", "thin", "gemm forward", "gemm dx", "reduce dy", "reduce x",
+    "finish dS", "finish dB", "finish dA",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_kernel_compiles_without_faults(dtype: str, repository: Path, tmp_path: Path) -> None:
+    """In a process of its own: here the kernels may be interpreted."""
+    out = tmp_path / "report.json"
+    ranks = ["16", "64"] if dtype == "bf16" else ["16"]
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--dtype", dtype]
+    command += ["--shape", "8192 tokens", "odd", "--rank", *ranks, "--json", str(out)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert {(r["target"], r["kernel"]) for r in rows} == {(t, k) for t in TARGETS for k in KERNELS}
+    gemms = [r for r in rows if r["target"] == "sm_90" and r["shape"] != "odd"]
+    gemms = [r for r in gemms if r["kernel"].startswith("gemm")]
+    for row in gemms:
+        assert row["compiled"]["instructions"]["HGMMA"] > 0
+        assert row["compiled"]["instructions"]["UTMALDG"] > 0
+
+
+def test_faults_are_found() -> None:
+    clean = {"HMMA": 0, "HGMMA": 4, "UTMALDG": 2, "UTMASTG": 1, "LDL": 0, "STL": 0, "v_mfma": 0}
+
+    def found(**changes: int) -> list[str]:
+        figures = {"registers": 100, "spills": 0, "shared": 1000}
+        figures |= {k: v for k, v in changes.items() if k in figures}
+        counts = clean | {k: v for k, v in changes.items() if k in clean}
+        compiled = Compiled(**figures, instructions=counts)
+        return list(faults("sm_90", "bf16", "8192 tokens", "gemm forward", compiled))
+
+    assert found() == []
+    assert found(spills=3) == ["3 spills"]
+    assert found(shared=300_000) == ["300000 bytes of shared memory for 232448"]
+    assert found(HGMMA=0) == ["no HMMA or HGMMA", "no HGMMA"]
+    assert found(UTMALDG=0) == ["no TMA load or store"]
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are not interpreted here"
+)
+def test_an_interpreted_kernel_is_refused_by_name() -> None:
+    import torch
+
+    launch = layer_launches("sm_90", 64, 64, 64, 8, torch.bfloat16)["thin"]
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compile_launch(launch, "sm_90")

@@ -1,0 +1,120 @@
+"""Dispatch: pure, never an error, never an invalid tile, and it says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastbound
+from fastbound.plan import MAX_TRITON_RANK, Device, plan, plan_for
+
+HOPPER = Device("sm_90", 132)
+GPUS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@given(
+    architecture=st.sampled_from([*GPUS, "cpu", "interpreter", "mps", "sm_999", "gfx1201"]),
+    M=st.integers(0, 10**7),
+    N=st.integers(1, 300_000),
+    K=st.integers(1, 300_000),
+    rank=st.integers(1, 512),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_auto_always_has_an_answer_with_valid_tiles(
+    architecture: str, M: int, N: int, K: int, rank: int, dtype: torch.dtype
+) -> None:
+    chosen = plan(Device(architecture, 100), M, N, K, rank, dtype)
+    assert chosen.strategy in ("fused", "split", "torch")
+    assert chosen.reason
+    assert (chosen.tiles is None) == (chosen.strategy == "torch")
+    if chosen.tiles is not None:
+        gemm, thin, reduce = chosen.tiles.gemm, chosen.tiles.thin, chosen.tiles.reduce
+        sizes = [gemm.block_m, gemm.block_n, gemm.block_k, thin.block_m, thin.block_n]
+        sizes += [reduce.block_m, reduce.block_n]
+        assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "rank", "dtype", "strategy", "reason"),
+    [
+        (HOPPER, (8192, 14336, 4096), 16, torch.bfloat16, "fused", "default tiles of sm_90"),
+        (HOPPER, (8192, 14336, 4096), 16, torch.float32, "split", "fp32"),
+        (HOPPER, (8192, 14336, 4096), 16, torch.float64, "torch", "float64"),
+        (HOPPER, (8192, 14336, 4096), 65, torch.bfloat16, "torch", f"up to {MAX_TRITON_RANK}"),
+        (HOPPER, (8192, 14333, 4096), 16, torch.bfloat16, "split", "rows of N 14333"),
+        (HOPPER, (0, 14336, 4096), 16, torch.bfloat16, "torch", "no rows"),
+        (Device("sm_75", 40), (64, 64, 64), 8, torch.float16, "fused", "default tiles of sm_80"),
+        (Device("cpu"), (64, 64, 64), 8, torch.bfloat16, "torch", "device cpu"),
+    ],
+)
+def test_choices_and_their_reasons(
+    device: Device,
+    shape: tuple[int, int, int],
+    rank: int,
+    dtype: torch.dtype,
+    strategy: str,
+    reason: str,
+) -> None:
+    chosen = plan(device, *shape, rank, dtype)
+    assert chosen.strategy == strategy
+    assert reason in chosen.reason
+
+
+def test_descriptors_only_from_hopper_on() -> None:
+    def descriptors(architecture: str) -> bool:
+        chosen = plan(Device(architecture, 100), 8192, 4096, 4096, 16, torch.bfloat16)
+        assert chosen.tiles is not None
+        return chosen.tiles.gemm.descriptors
+
+    assert [a for a in GPUS if descriptors(a)] == ["sm_90", "sm_100", "sm_120"]
+
+
+def test_a_path_asked_for_by_name_runs_or_says_why_not() -> None:
+    assert plan(HOPPER, 64, 64, 64, 8, torch.bfloat16, "split").strategy == "split"
+    with pytest.raises(ValueError, match='backend="fused" cannot run here: device cpu'):
+        plan(Device("cpu"), 64, 64, 64, 8, torch.bfloat16, "fused")
+    with pytest.raises(ValueError, match="unknown backend 'cublas'"):
+        plan(HOPPER, 64, 64, 64, 8, torch.bfloat16, "cublas")
+
+
+def test_rows_enter_in_powers_of_two() -> None:
+    cpu = torch.device("cpu")
+    assert plan_for(cpu, 1000, 64, 64, 8, torch.float32) is plan_for(
+        cpu, 1024, 64, 64, 8, torch.float32
+    )
+
+
+class TestExplain:
+    def test_names_every_layer_and_the_path_that_runs(self) -> None:
+        model = torch.nn.Sequential(
+            fastbound.FusedBoundedLinear(32, 64, 4),
+            torch.nn.ReLU(),
+            fastbound.FusedBoundedLinear(64, 32, 4, backend="reference"),
+        )
+        explanation = fastbound.explain(model, tokens=128)
+        assert [row.layer for row in explanation] == ["0", "2"]
+        assert [row.plan.strategy for row in explanation] == ["torch", "reference"]
+        text = str(explanation)
+        assert "2 bounded layers at 128 tokens" in text
+        assert "N 64, K 32, rank 4, torch.float32" in text
+        assert 'backend="reference" was asked for' in text
+
+    def test_is_data_too(self) -> None:
+        import json
+
+        data = fastbound.explain(fastbound.FusedBoundedLinear(32, 64, 4)).as_dict()
+        assert json.loads(json.dumps(data))["layers"][0]["plan"]["strategy"] == "torch"
+
+    def test_sees_autocast(self) -> None:
+        layer = fastbound.FusedBoundedLinear(32, 64, 4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert next(iter(fastbound.explain(layer))).dtype == "torch.bfloat16"
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="no FusedBoundedLinear in this model"):
+            fastbound.explain(torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
+            fastbound.explain(fastbound.FusedBoundedLinear(2, 2, 1), tokens=0)
