@@ -35,7 +35,13 @@ RUN_BY_CI = {
         'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
     ),
 }
-RUN_BY_TESTS = {"pip install .": ("test_packaging.py", "test_installed_from_the_folder")}
+RUN_BY_TESTS = {
+    "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
+    "python -m benchmarks.compile_report": (
+        "test_compile_report.py",
+        "test_every_kernel_compiles_without_faults",
+    ),
+}
 OWN_TEXT = (
     "fastbound unlearn --model my-model --forget forget.jsonl --retain retain.jsonl --output run"
 )
