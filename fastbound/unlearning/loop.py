@@ -366,10 +366,11 @@ def _accelerator(config: UnlearnConfig) -> Any:
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{kind}_checkpointing_enable", None)  # renamed in transformers 5.23
     if enable is None:
         raise InputError(f"{type(model).__name__} has no gradient checkpointing: leave it off")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
 
 
 def _bar(steps: int, shown: bool) -> Any:

@@ -82,11 +82,11 @@ def gradient_difference(
         )
     tokens = answer_tokens(logits, labels)
     forgotten = tokens.row < forget_rows
-    n_forget = forgotten.sum()
+    each = tokens.loss.detach()
+    n_forget = forgotten.sum().to(each.dtype)
     n_retain = len(forgotten) - n_forget
     weight = torch.where(forgotten, -forget_weight / n_forget, retain_weight / n_retain)
-    loss = (weight.to(tokens.loss.dtype) * tokens.loss).sum()
-    each = tokens.loss.detach()
+    loss = (weight * tokens.loss).sum()
     forget = torch.where(forgotten, each, 0).sum() / n_forget
     retain = torch.where(forgotten, 0, each).sum() / n_retain
     return GradientDifference(loss, forget, retain)
