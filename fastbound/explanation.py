@@ -68,8 +68,8 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
         model_or_layer: a model, or one layer.
         tokens: rows of x in one call (batch times sequence length).
 
-    The compute dtype is autocast's where autocast is on at the call, else the weight's. A contiguous
-    x is assumed; one whose address or strides TMA cannot take goes through pointers.
+    The compute dtype is autocast's where autocast is on at the call, else the weight's. x is taken
+    to be contiguous; one whose address or strides TMA cannot take goes through pointers.
 
     Raises ValueError for tokens below 1 and for a model without bounded layers.
     """

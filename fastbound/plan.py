@@ -178,11 +178,12 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     family = _tile_family(architecture)
     if dtype is torch.float32:
         return Tiles(GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3))
-    rows = 64 if M >= 8192 and R < 64 else 32 if M >= 2048 else 16
+    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
+    warps = 8 if R == 64 else 4
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
-        return Tiles(gemm, Tile(rows, 128, 4, 4), Tile(64, 512 if R == 16 else 256, 8, 3))
+        return Tiles(gemm, Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3))
     if family == "gfx942":
-        return Tiles(GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, 4, 2), Tile(64, 128, 4, 2))
+        return Tiles(GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2), Tile(64, 128, 4, 2))
     reduce = Tile(32, 256 if R == 64 else 512, 8, 3)
-    return Tiles(GemmTile(128, 256, 32, 8, 4), Tile(rows, 128, 4, 4), reduce)
+    return Tiles(GemmTile(128, 256, 32, 8, 4), Tile(rows, 128, warps, 4), reduce)

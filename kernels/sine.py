@@ -1,7 +1,7 @@
 """sin and cos for arguments that training leaves unbounded, exact to the rounding of fp32.
 
 Reduced and evaluated in fp64: the factors are small (r·(K + N) elements), and the library's slow
-path for large arguments would put them in local memory. Correct for |x| < 2^40.
+path for large arguments would put them in local memory. Correct for |x| < 2^27.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# π/2 as a sum of two fp64 numbers: 106 bits.
-_HALF_PI = tl.constexpr(1.5707963267948966)
+# π/2 in parts of 26, 26 and 53 bits: their products with q are exact, fused or not.
+_HALF_PI_HIGH = tl.constexpr(1.5707963109016418)
+_HALF_PI_MIDDLE = tl.constexpr(1.5893254712295857e-08)
 _HALF_PI_LOW = tl.constexpr(6.123233995736766e-17)
 _TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 
@@ -23,7 +24,7 @@ def sine_cosine(x):
     """
     x = x.to(tl.float64)
     q = tl.floor(x * _TWO_OVER_PI + 0.5)
-    t = tl.fma(-q, tl.full([], _HALF_PI, tl.float64), x) - q * _HALF_PI_LOW
+    t = x - q * _HALF_PI_HIGH - q * _HALF_PI_MIDDLE - q * _HALF_PI_LOW
     u = t * t
     sine = -7.647163731819816e-13 * u + 1.6059043836821613e-10
     sine = sine * u - 2.505210838544172e-08
