@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -12,6 +11,7 @@ from torch import nn
 import fastbound
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.pretrained import quiet
 
 
 class Delta(NamedTuple):
@@ -64,9 +64,7 @@ class _Lora:
             target_modules=list(target_names(model, config)),
             lora_dropout=0.0,
         )
-        with warnings.catch_warnings():
-            # PEFT reads an attribute that transformers has deprecated; nothing a user can mend.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        with quiet():
             self.model: nn.Module = get_peft_model(cast(Any, model), settings)
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--weight-decay", type=float, metavar="X", help="of A and B (0)")
     training.add_argument("--clip", type=float, metavar="X", help="largest gradient norm (none)")
     training.add_argument(
-        "--epochs", type=float, metavar="X", help="over forget rows (10; demo 100)"
+        "--epochs", type=float, metavar="X", help="over forget rows (10; demo 250 steps)"
     )
     training.add_argument("--batch-size", type=int, metavar="N", help="forget rows a batch (8)")
     training.add_argument("--accumulation", type=int, metavar="N", help="batches a step (1)")
@@ -81,7 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
     from fastbound.unlearning.data import authors, load_rows
     from fastbound.unlearning.errors import InputError
 
-    config = _config(arguments)
     if arguments.model is not None and arguments.quick:
         raise InputError("--quick shortens the demonstration, which takes no --model")
     for side, other in (("forget", "retain"), ("retain", "forget")):
@@ -89,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{side} is missing: give the rows to {side}")
     forget = load_rows(arguments.forget or authors("forget"))
     retain = load_rows(arguments.retain or authors("retain"))
+    config = _config(arguments, len(forget))
     output = Path(arguments.output)
     table: str | None
     if arguments.model is None:
@@ -145,7 +145,7 @@ def _is_first_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def _config(arguments: argparse.Namespace) -> UnlearnConfig:
+def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
     from fastbound.unlearning.config import UnlearnConfig
 
     names = {field.name for field in dataclasses.fields(UnlearnConfig)}
@@ -154,13 +154,22 @@ def _config(arguments: argparse.Namespace) -> UnlearnConfig:
         given["bound"] = _bound(given["bound"])
     if "," in given.get("target_modules", ""):
         given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
-    if arguments.model is None:  # the small model takes many short steps
-        given = {**_DEMO, **(_QUICK if arguments.quick else {}), **given}
-    return UnlearnConfig(**given)
+    if arguments.model is not None:
+        return UnlearnConfig(**given)
+    given = {**_DEMO, **(_QUICK if arguments.quick else {}), **given}
+    config = UnlearnConfig(**given)
+    if "epochs" in given:
+        return config
+    pairs = config.batch_size * config.accumulation
+    steps = _QUICK_STEPS if arguments.quick else _DEMO_STEPS
+    return dataclasses.replace(config, epochs=steps * pairs / forget_rows)
 
 
-_DEMO = {"lr": 3e-3, "epochs": 100.0, "eval_every": 25, "log_every": 5}
-_QUICK = {"epochs": 20.0, "eval_every": 10}
+# The small model takes the same few short steps however many rows there are to forget.
+_DEMO = {"lr": 3e-3, "eval_every": 25, "log_every": 5}
+_DEMO_STEPS = 250
+_QUICK = {"eval_every": 10}
+_QUICK_STEPS = 50
 
 
 def _bound(text: str) -> float | str | None:

@@ -17,6 +17,7 @@ from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.encoding import Batch, Encoded, collate
 from fastbound.unlearning.evaluate import autocast, forward
 from fastbound.unlearning.losses import gradient_difference
+from fastbound.unlearning.pretrained import quiet
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,14 @@ def compare_cost(
         bound=config.bound,
         target_modules=config.target_modules,
     ).replaced
-    unfused = inject_peft(
-        copy.deepcopy(model),
-        config.rank,
-        alpha=config.alpha,
-        bound=config.bound,
-        target_modules=list(names),
-    )
+    with quiet():
+        unfused = inject_peft(
+            copy.deepcopy(model),
+            config.rank,
+            alpha=config.alpha,
+            bound=config.bound,
+            target_modules=list(names),
+        )
     both = [_Stepper(each, batch, n_forget, config) for each in (fused, unfused)]
     seconds: list[list[float]] = [[], []]
     for turn in range(steps + 2):  # the first two warm up

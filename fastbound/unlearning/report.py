@@ -87,34 +87,36 @@ def environment() -> dict[str, Any]:
 def table(runs: Sequence[Run]) -> list[str]:
     """Loss in nats a token and share of answer tokens right, before and after each run."""
     lines = [
-        f"{'':8} {'':7} {'forget loss':^15}  {'forget accuracy':^15}  "
-        f"{'retain loss':^15}  {'retain accuracy':^15}",
-        f"{'adapter':8} {'lr':>7}"
-        + "".join(f"{'before':>8} {'after':>7} " for _ in range(4))
-        + f"{'max|ΔW|':>9} {'bound':>7} {'steps':>6} {'s/step':>7}",
+        f"{'':16} {'forget rows':>17}  {'retain rows':>17}",
+        f"{'adapter':8} {'lr':>7} "
+        + "  ".join([f"{'loss':>8} {'accuracy':>8}"] * 2)
+        + f"  {'max|ΔW|':>8} {'bound':>6} {'steps':>6} {'s/step':>7}",
     ]
     lines.append("─" * len(lines[-1]))
+    start: Mapping[str, Any] = {}
     for run in runs:
         result = run.result
-        first, last = result["history"][0], result["history"][-1]
-        line = f"{run.adapter:8} {run.lr:7g}"
-        for side in ("forget", "retain"):
-            line += f"{first[side]['loss']:8.3f} {last[side]['loss']:7.3f} "
-            line += f"{first[side]['accuracy']:8.1%} {last[side]['accuracy']:7.1%} "
+        if result["history"][0] != start:  # runs from the same model share one line
+            start = result["history"][0]
+            lines.append(f"{'before':16} {_scores(start)}")
         bound = "none" if result["bound"] is None else f"{result['bound']:.3g}"
         seconds = result["seconds_per_step"]
-        line += f"{result['largest_delta']:9.3g} {bound:>7} {last['step']:6}"
-        line += " " + ("      -" if seconds is None else f"{seconds:7.3f}")
+        line = f"{run.adapter:8} {run.lr:7g} {_scores(result['history'][-1])}"
+        line += f"  {result['largest_delta']:8.3g} {bound:>6} {result['history'][-1]['step']:6}"
+        line += " " + (f"{'-':>7}" if seconds is None else f"{seconds:7.3f}")
         if result["stopped"] != "all steps":
             line += f"  stopped by {result['stopped']}"
         lines.append(line)
-    if runs:
-        first = runs[0].result["history"][0]
-        lines.append(
-            f"Mean over the answer tokens of {first['forget']['rows']} forget and "
-            f"{first['retain']['rows']} retain rows; loss in nats a token."
-        )
+    lines.append(
+        f"Mean over the answer tokens of {start['forget']['rows']} forget and "
+        f"{start['retain']['rows']} retain rows; loss in nats a token."
+    )
     return lines
+
+
+def _scores(evaluation: Mapping[str, Any]) -> str:
+    sides = (evaluation["forget"], evaluation["retain"])
+    return "  ".join(f"{side['loss']:8.3f} {side['accuracy']:8.1%}" for side in sides)
 
 
 def cost_lines(cost: Comparison | None) -> list[str]:

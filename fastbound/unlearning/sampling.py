@@ -47,7 +47,8 @@ class Pairing:
 
     def steps(self, epochs: float) -> int:
         """Steps that take every forget row `epochs` times, rounded up."""
-        return max(1, math.ceil(epochs * self.forget / self.pairs_per_step))
+        steps = epochs * self.forget / self.pairs_per_step
+        return max(1, math.ceil(steps - 1e-9))  # epochs may be a rounded quotient
 
     def batch(self, step: int, part: int, process: int = 0) -> tuple[list[int], list[int]]:
         """Indices of forget and of retain rows of one batch.
