@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,11 @@ def _demonstrate(
 ) -> str:
     from fastbound.unlearning.config import ADAPTERS
     from fastbound.unlearning.demo import Demonstration, demonstrate
+    from fastbound.unlearning.errors import InputError
     from fastbound.unlearning.lab import LabConfig
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("the demonstration runs in one process: give --model, or start only one")
     adapters = ADAPTERS if arguments.adapter is None else (config.adapter,)
     demonstration = Demonstration(config, LabConfig(), adapters)
     if arguments.quick:
