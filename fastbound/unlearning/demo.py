@@ -113,7 +113,13 @@ def demonstrate(
         "model": {**asdict(demonstration.lab), **learned},
         "rows": {"forget": len(forget), "retain": len(retain)},
     }
-    return write_report(output, runs, about=about, cost=cost)
+    table = write_report(output, runs, about=about, cost=cost)
+    if learned["training_loss"] > demonstration.lab.known_loss:
+        table += (
+            f"\n\nThe small model had not learned its rows when it stopped after "
+            f"{learned['epochs']} epochs (loss {learned['training_loss']:.3f})."
+        )
+    return table
 
 
 def _begin(

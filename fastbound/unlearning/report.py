@@ -107,9 +107,10 @@ def table(runs: Sequence[Run]) -> list[str]:
         if result["stopped"] != "all steps":
             line += f"  stopped by {result['stopped']}"
         lines.append(line)
+    seed = runs[0].result["config"]["seed"]
     lines.append(
         f"Mean over the answer tokens of {start['forget']['rows']} forget and "
-        f"{start['retain']['rows']} retain rows; loss in nats a token."
+        f"{start['retain']['rows']} retain rows; loss in nats a token; one seed ({seed})."
     )
     return lines
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,16 @@ def test_reads_real_rows(arguments, data_folder: Path, tmp_path):
     assert main([*arguments, *flags, "--max-length", "512", "--epochs", "0.1"]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["about"]["rows"] == {"forget": 40, "retain": 300}
+
+
+def test_help_imports_nothing_heavy(repository):
+    code = (
+        "import sys, fastbound.cli\n"
+        "import fastbound.unlearning\n"
+        "heavy = {'transformers', 'peft', 'datasets', 'matplotlib', 'accelerate'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

@@ -47,7 +47,7 @@ def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, 
         assert f"{run['history'][-1]['retain']['loss']:.3f}" in table
         assert (run["bound"] is None) == run["name"].startswith("lora")
     assert report["step"]["fused"]["saved_bytes"] > 0 < report["step"]["unfused"]["seconds"]
-    assert report["about"]["model"]["training_loss"] <= 0.3
+    assert report["about"]["model"]["training_loss"] <= 0.3 and "had not learned" not in table
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(InputError, match="holds another run: continue it with --resume"):
@@ -61,3 +61,16 @@ def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, 
     assert again["runs"][2]["history"] == report["runs"][2]["history"]
     found = (output / NAMES[0] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     assert found == kept
+
+
+def test_says_so_when_the_model_never_knew(forget_rows, retain_rows, tmp_path):
+    lab = LabConfig(**{**vars(LAB), "most_epochs": 1})
+    brief = UnlearnConfig(**{**CONFIG.as_dict(), "epochs": 0.1})
+    table = demonstrate(
+        forget_rows,
+        retain_rows,
+        Demonstration(brief, lab, ("bounded",), cost_steps=1),
+        tmp_path / "demo",
+        progress=False,
+    )
+    assert "had not learned its rows when it stopped after 1 epochs" in table
