@@ -7,7 +7,7 @@ and fake tensors see their shapes only.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,7 @@ def _forward(
     omega: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with _device_scope(x):
+    with _scope(x):
         X = x.reshape(-1, x.shape[-1])
         products = _products(X, weight, A, backend)
         SA, SB = products.factors(A, B, scaling, omega, X.dtype)
@@ -66,7 +66,7 @@ def _backward(
     need_dB: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
-    with _device_scope(dy):
+    with _scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
         products = _products(DY, weight, A, backend)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype)
@@ -144,11 +144,18 @@ def _products(X: Tensor, weight: Tensor, A: Tensor, backend: str) -> TorchProduc
     return TritonProducts(plan)
 
 
-def _device_scope(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off (operands are in the compute dtype already) and x's device current."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+def _scope(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off (operands are in the compute dtype already) and x's device the current one."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    if not autocast and not elsewhere:
+        return nullcontext()
+    scope = ExitStack()
+    if autocast:
+        scope.enter_context(torch.autocast(x.device.type, enabled=False))
+    if elsewhere:
+        scope.enter_context(torch.cuda.device(x.device))
+    return scope
 
 
 def _given(saved: Tensor | None) -> Tensor:
