@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.adapter import BoundedAdapter, check_settings
+from fastbound.reference import wide_dtype
 
 AUTO_BOUND_FACTOR = 4.0
 

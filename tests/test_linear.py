@@ -82,11 +82,11 @@ class TestBound:
         assert (layer.scaling, layer.omega) == (scaling, omega)
         assert layer.bound == (layer.alpha if bound is None else bound)
 
-    def test_auto_is_four_times_the_rms_of_the_weight(self) -> None:
-        layer = FusedBoundedLinear(24, 40, 4, bound="auto")
-        assert math.isclose(
-            layer.bound, 4 * layer.weight.double().square().mean().sqrt().item(), rel_tol=1e-6
-        )
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_auto_is_four_times_the_rms_of_the_weight(self, dtype: torch.dtype) -> None:
+        layer = FusedBoundedLinear(24, 40, 4, bound="auto", dtype=dtype)
+        rms = layer.weight.double().square().mean().sqrt().item()
+        assert math.isclose(layer.bound, 4 * rms, rel_tol=1e-6)
 
     @pytest.mark.parametrize("size", [0.1, 10.0, 1e4])
     def test_no_entry_of_delta_weight_exceeds_it(self, size: float) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import assert_as_exact_as_the_formula, operands, run
 
+from benchmarks.memory import saved_bytes
 from fastbound import bounded_linear, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -129,25 +130,25 @@ def test_only_the_gradients_asked_for_are_computed(needs: str) -> None:
         torch.testing.assert_close(gradient, truth["db" if name == "bias" else f"d{name}"])
 
 
-def test_nothing_of_the_output_size_is_saved() -> None:
-    """bf16 x with fp32 factors: x itself, shared, and S; no [M, N], no cast copy of x."""
+def test_saved_bytes_are_x_and_the_thin_product_and_peft_keeps_more() -> None:
+    """bf16 x and fp32 factors of rank 16, beside the same layer under PEFT's default."""
+    from fastbound.baselines import peft_linear
+
     M, K, N, rank = 128, 96, 256, 16
-    o = operands((M, K), N, rank, torch.bfloat16)
-    x = o.x.requires_grad_()
-    A, B = o.A.requires_grad_(), o.B.requires_grad_()
-    parameters = {t.untyped_storage().data_ptr() for t in (o.weight, A, B)}
-    saved: dict[int, int] = {}
+    o = operands((M, K), N, rank, torch.bfloat16, bias=False)
+    x, A, B = (t.requires_grad_() for t in (o.x, o.A, o.B))
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return t
+    fused = saved_bytes(lambda: bounded_linear(x, o.weight, A, B), [o.weight, A, B])
+    assert fused == M * K * 2 + M * 16 * 2
+    thin = saved_bytes(lambda: bounded_linear(x, o.weight, A, B), [o.weight, A, B, x])
+    assert thin == M * 16 * 2, "x was copied: another layer's saved x could not be shared"
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        bounded_linear(x, o.weight, A, B, None)
-    assert saved.pop(x.untyped_storage().data_ptr()) == M * K * 2
-    assert sum(saved.values()) == M * 16 * 2
+    base = torch.nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
+    layer = peft_linear(base, o.A.detach(), o.B.detach(), scaling=0.7, omega=1.3)
+    peft = saved_bytes(lambda: layer(x), layer.parameters())
+    sines = 2 * 4 * rank * (K + N)  # ωA, ωB and their sines, in fp32
+    assert peft == M * K * 4 + M * rank * 4 + sines
+    assert fused < peft / 2
 
 
 def test_backward_twice_over_a_retained_graph() -> None:
@@ -209,6 +210,22 @@ class TestCompile:
             eager = bounded_linear(x, o.weight, A, B, o.bias, scaling=0.7, omega=1.3).relu()
             for a, b in zip(got, torch.autograd.grad(eager, (x, A, B), r.dy), strict=True):
                 torch.testing.assert_close(a, b)
+
+    def test_a_whole_injected_model_is_one_graph(self, tiny_model) -> None:
+        import fastbound
+
+        model = tiny_model("llama")
+        fastbound.inject(model, rank=4, bound="auto")
+        for name, parameter in model.named_parameters():
+            if name.endswith("adapter.B"):
+                torch.nn.init.normal_(parameter)
+        tokens = torch.arange(24).reshape(2, 12)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        eager = torch.autograd.grad(model(input_ids=tokens, labels=tokens).loss, trained)
+        graph = torch.autograd.grad(compiled(input_ids=tokens, labels=tokens).loss, trained)
+        for a, b in zip(graph, eager, strict=True):
+            torch.testing.assert_close(a, b)
 
     def test_registered_operators_pass_opcheck(self) -> None:
         o = operands((2, 7, 12), 10, 4, torch.float32)
