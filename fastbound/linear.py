@@ -200,7 +200,7 @@ def auto_bound(weight: Tensor) -> float:
             'bound="auto" reads the weight, which is on the meta device: load it first'
         )
     rms = (
-        torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item()
+        torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight)).item()
         / weight.numel() ** 0.5
     )
     if not rms > 0 or rms == float("inf"):
