@@ -8,6 +8,7 @@ fixture `bf16_dot` gives it the values instead.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from fastbound.kernels import sine as sine_kernel
 from fastbound.kernels import thin as thin_kernel
 from fastbound.kernels.tiles import GemmTile, Tile
 
+from benchmarks import truth
+from benchmarks.truth import assert_within_rounding
 from fastbound import bounded_linear
 from fastbound.torch_products import padded_rank
 
@@ -37,57 +40,22 @@ ODD = [(1, 1, 1), (33, 65, 17), (70, 31, 100), (129, 64, 96), (64, 130, 257)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty and its relatives give NaN: what is not written is seen."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-
-        def poisoned(*args, original=original, **kwargs):
-            tensor = original(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(torch, name, poisoned)
-    yield
+def poisoned_empty() -> Iterator[None]:
+    """What is not written is seen."""
+    with truth.poisoned_empty():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def bf16_dot() -> Iterator[None]:
-    """The interpreter keeps bf16 as uint16; its dot then needs the upper half of an fp32."""
-    if GPU:
-        yield
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.create_dot
-
-    def widened(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return original(self, widened(a), widened(b), *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    """The interpreter's dot takes bf16 as values."""
+    with nullcontext() if GPU else truth.interpreted_bf16():
         yield
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + sum(size))
     return torch.randn(*size, generator=generator).to(DEVICE, dtype)
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor) -> None:
-    """Within one unit of the output dtype and four of fp32 over the sum of magnitudes."""
-    assert got.shape == expected.shape
-    rounding = torch.finfo(got.dtype).eps * expected.abs()
-    accumulation = 4 * torch.finfo(torch.float32).eps * terms
-    excess = (got.double() - expected).abs() - rounding - accumulation
-    assert not torch.isnan(excess).any(), "an element was not written"
-    assert excess.max() <= 0, f"error {excess.max():.3e} beyond rounding"
 
 
 class TestSine:
@@ -122,16 +90,16 @@ class TestFactors:
         SA, SB = factors_kernel.factors(A, B, R, 0.7, 1.3, dtype)
         angle_A, angle_B = (A * 1.3).double(), (B * 1.3).double()
         one = torch.ones((), dtype=torch.float64, device=DEVICE)
-        assert_close(SA[:rank], angle_A.sin(), one)
-        assert_close(SB[:, :rank], 0.7 * angle_B.sin(), one)
+        assert_within_rounding(SA[:rank], angle_A.sin(), one)
+        assert_within_rounding(SB[:, :rank], 0.7 * angle_B.sin(), one)
         assert not SA[rank:].any() and not SB[:, rank:].any()
 
     def test_reads_bf16_masters_and_strided_ones(self) -> None:
         A, B = normal(64, 8).t().bfloat16(), normal(8, 96).t()
         SA, SB = factors_kernel.factors(A, B, 16, 1.0, 1.0, torch.float32)
         one = torch.ones((), dtype=torch.float64, device=DEVICE)
-        assert_close(SA[:8], A.double().sin(), one)
-        assert_close(SB[:, :8], B.double().sin(), one)
+        assert_within_rounding(SA[:8], A.double().sin(), one)
+        assert_within_rounding(SB[:, :8], B.double().sin(), one)
 
 
 class TestThin:
@@ -142,7 +110,7 @@ class TestThin:
         M, _, K = shape
         T, F = normal(M, K, dtype=dtype), normal(16, K, dtype=dtype).t()
         got = thin_kernel.thin(T, F, tile)
-        assert_close(got, T.double() @ F.double(), T.double().abs() @ F.double().abs())
+        assert_within_rounding(got, T.double() @ F.double(), T.double().abs() @ F.double().abs())
 
 
 class TestReduce:
@@ -160,8 +128,8 @@ class TestReduce:
         thin, gradient = reduce_kernel.thin_and_reduce(T, F, G, *arguments)
         t, f, g = T.double(), F.double(), G[:, :5].double()
         cosine = 0.7 * 1.3 * torch.cos((angle * 1.3).double())
-        assert_close(thin, t @ f, t.abs() @ f.abs())
-        assert_close(gradient, cosine * (t.T @ g), cosine.abs() * (t.abs().T @ g.abs()))
+        assert_within_rounding(thin, t @ f, t.abs() @ f.abs())
+        assert_within_rounding(gradient, cosine * (t.T @ g), cosine.abs() * (t.abs().T @ g.abs()))
         assert torch.equal(gradient, reduce_kernel.reduce(T, G, *arguments))
 
     def test_writes_the_gradient_in_the_strides_and_dtype_of_the_factor(self) -> None:
@@ -196,7 +164,7 @@ class TestLowrankGemm:
         terms = x.abs() @ w.abs().T + s.abs() @ f.abs().T
         if bias is not None:
             expected, terms = expected + bias.double(), terms + bias.double().abs()
-        assert_close(got, expected, terms)
+        assert_within_rounding(got, expected, terms)
 
     @pytest.mark.parametrize("tile", GEMM_TILES, ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
