@@ -159,17 +159,20 @@ def _specialise(
             signature[name] = f"*{_TRITON_NAMES[value.dtype]}"
             divisible = value.data_ptr() % 16 == 0
         elif isinstance(value, TensorDescriptor):
-            block = ",".join(str(size) for size in value.block_shape)
-            signature[name] = f"tensordesc<{_TRITON_NAMES[value.base.dtype]}[{block}]>"
+            block = list(value.block_shape)
+            signature[name] = f"tensordesc<{_TRITON_NAMES[value.base.dtype]}{block}>"
+            continue
         elif isinstance(value, float):
             signature[name] = "fp32"
+            continue
         elif value == 1:
             signature[name], constants[(i,)] = "constexpr", 1
+            continue
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        # The empty list too, as the launcher has it: the run then finds this binary in the cache.
+        attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
     return signature, constants, attributes
 
 

@@ -1,0 +1,264 @@
+"""The steps of gpu_check that take time rather than judge: what is measured, in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.calls import measure_calls
+from benchmarks.cases import (
+    DTYPES,
+    GPU_TOKENS,
+    MODEL_SHAPES,
+    SMOKE_SHAPES,
+    SMOKE_TOKENS,
+    Case,
+    Shape,
+)
+from benchmarks.ceilings import kernel_stopwatch
+from benchmarks.competitors import COMPETITORS, Competitor
+from benchmarks.interleaved import interleaved
+from benchmarks.measure import Measurement, measure
+from benchmarks.passes import (
+    FLOORS,
+    PASSES,
+    Operands,
+    default_candidate,
+    factors,
+    make_operands,
+)
+from benchmarks.report import Row
+from benchmarks.tiles import CompileTask, candidates, compile_check, sweep
+from fastbound.compilation import TARGETS
+from fastbound.plan import Tiles, plan_for
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_check import Session, Step
+
+TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_fp32", "peft_bf16")
+FIRST_TOKENS = (8192, 1024, 32768)
+RANK, DTYPE = 16, "bfloat16"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel with a cold cache; seconds, operations, bytes moved at least.
+
+    ``ceiling``: the least time at the measured ceilings, None where they were not measured.
+    """
+
+    kernel: str
+    shape: str
+    M: int
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+    flops: int
+    nbytes: int
+    ceiling: float | None
+
+
+def benchmark_steps(session: Session) -> list[Step]:
+    """Llama-3-8B at three lengths, its kernels, the cost of a call, then everything else."""
+    device, tiny = session.options.device, session.options.tiny
+    if tiny:
+        first = [Case(SMOKE_SHAPES[0], SMOKE_TOKENS[0], DTYPE, rank=4)]
+        rest: list[Case] = []
+        single = first
+    else:
+        llama = [shape for shape in MODEL_SHAPES if shape.model == "llama-3-8b"]
+        first = [Case(shape, M, DTYPE, RANK) for M in FIRST_TOKENS for shape in llama]
+        every = [Case(shape, M, DTYPE, RANK) for M in GPU_TOKENS for shape in MODEL_SHAPES]
+        rest = [case for case in every if case not in first]
+        single = [Case(llama[0], M, DTYPE, RANK) for M in FIRST_TOKENS]
+    small = Case(MODEL_SHAPES[0], 16, DTYPE, RANK) if not tiny else first[0]
+    calls = [small] if tiny else [small, replace(single[0], M=1024)]
+
+    def layers(case: Case) -> Mapping[str, Sequence[Any]]:
+        return _layer_rows(session, case, device, tiny)
+
+    return [
+        *((f"layer {case}", partial(layers, case)) for case in first),
+        *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in single),
+        *((f"calls {case}", partial(_call_rows, session, case)) for case in calls),
+        *((f"layer {case}", partial(layers, case)) for case in rest),
+    ]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not measured, and why."""
+
+    case: str
+    competitor: str
+    reason: str
+
+
+def _layer_rows(
+    session: Session, case: Case, device: torch.device, tiny: bool
+) -> Mapping[str, Sequence[Any]]:
+    dtype = DTYPES[case.dtype]
+    named = [c for c in COMPETITORS if c.name in TAKING_PART]
+    obstacles = {c.name: c.obstacle(device.type, dtype) for c in named}
+    skipped = [Skipped(str(case), name, why) for name, why in obstacles.items() if why]
+    running: list[Competitor] = [c for c in named if not obstacles[c.name]]
+    rounds = 3 if tiny else 40 if case.M <= 4096 else 20
+    measured = measure(case, running, device, rounds=rounds)
+    rows = []
+    for name, measurement in measured.items():
+        if isinstance(measurement.failure, torch.OutOfMemoryError):
+            skipped.append(Skipped(str(case), name, "out of memory"))
+        elif measurement.failure is not None:
+            error = measurement.failure
+            session.fail(f"{name} on {case}: {type(error).__name__}: {error}")
+        else:
+            rows += list(_rows(case, name, measurement))
+    return {"rows": rows, "skipped": skipped}
+
+
+def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[Row]:
+    for direction, seconds in measurement.samples.items():
+        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        yield Row(
+            model=case.shape.model,
+            projection=case.shape.projection,
+            M=case.M,
+            K=case.shape.K,
+            N=case.shape.N,
+            rank=case.rank,
+            dtype=case.dtype,
+            direction=direction,
+            competitor=name,
+            path=measurement.path,
+            saved_bytes=measurement.saved_bytes,
+            peak_bytes=measurement.peak_bytes,
+            median=median,
+            q1=q1,
+            q3=q3,
+            min=min(seconds),
+            rounds=len(seconds),
+        )
+
+
+def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
+    """Each kernel of a layer alone, with the tiles that dispatch chooses, and the bare GEMMs."""
+    device = session.options.device
+    o, chosen = _layer(device, case.shape, case.M, case.rank)
+    kernels = factors(o)
+    for name, build in PASSES.items():
+        kernels += build(o, default_candidate(name, chosen))
+    work = {kernel.name: (kernel.flops, kernel.nbytes) for kernel in kernels}
+    steps: dict[str, Callable[[int], object]] = {
+        kernel.name: _launcher(kernel.launch.run) for kernel in kernels
+    }
+    for name, floor in FLOORS.items():
+        steps[f"{name}, bare"] = _launcher(partial(floor, o))
+        tall, wide = (o.x, o.y) if name == "gemm forward" else (o.dy, o.dx)
+        moved = sum(t.numel() * t.element_size() for t in (tall, wide, o.weight))
+        work[f"{name}, bare"] = (2 * tall.numel() * wide.shape[1], moved)
+    for step in steps.values():
+        step(0)
+    rounds = 3 if session.options.tiny else 20
+    samples = interleaved(steps, rounds=rounds, stopwatch=kernel_stopwatch(device))
+    rows = []
+    for name, seconds in samples.items():
+        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        flops, nbytes = work[name]
+        least = None if session.ceilings is None else session.ceilings.seconds(flops, nbytes)
+        rows.append(
+            KernelRow(
+                name, str(case.shape), case.M, median, q1, q3, len(seconds), flops, nbytes, least
+            )
+        )
+    return {"kernels": rows}
+
+
+def _launcher(run: Callable[[], object]) -> Callable[[int], object]:
+    return lambda turn: run()
+
+
+def _call_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
+    rounds = 3 if session.options.tiny else 100
+    rows, failures = measure_calls(case, session.options.device, rounds)
+    for failure in failures:
+        if failure.competitor in ("fused", "split"):
+            session.fail(f"{failure.competitor}, {failure.how}: {failure.message}")
+    skipped = [Skipped(f.case, f.competitor, f"{f.how}: {f.message}") for f in failures]
+    return {"calls": rows, "skipped": skipped}
+
+
+def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list[Step]:
+    """Compile every candidate, then one sweep for each pass and length."""
+    options = session.options
+    device, tiny = options.device, options.tiny
+    shape = SMOKE_SHAPES[0] if tiny else next(s for s in MODEL_SHAPES if s.model == "llama-3-8b")
+    tokens = SMOKE_TOKENS[:1] if tiny else FIRST_TOKENS
+    architecture = "sm_90" if tiny else session.facts.architecture
+    tried = {
+        (name, M): candidates(name, _tiles(device, shape, M, RANK), tiny=tiny)
+        for M in tokens
+        for name in PASSES
+    }
+    faults = _faults(session, store, architecture, shape, tried, deadline)
+
+    def step(name: str, M: int) -> Mapping[str, Sequence[Any]]:
+        o, _ = _layer(device, shape, M, RANK)
+        default, *others = tried[name, M]
+        kept = [default, *(c for c in others if faults.get((name, str(c))) is None)]
+        rows, dropped = sweep(name, o, shape, kept, device, 3 if tiny else 15)
+        return {"rows": rows, "dropped": dropped}
+
+    return [(f"{name} at {M} tokens", partial(step, name, M)) for name, M in tried]
+
+
+def _faults(
+    session: Session,
+    store: dict[str, Any],
+    architecture: str,
+    shape: Shape,
+    tried: Mapping[tuple[str, int], Sequence[Any]],
+    deadline: float,
+) -> dict[tuple[str, str], str]:
+    """What the compiler has against each candidate; one that differs in length alone once."""
+    if architecture not in TARGETS:
+        session.say(f"tiles: no compile target {architecture}, so nothing is dropped beforehand")
+        return {}
+    tasks: dict[tuple[str, str], CompileTask] = {}
+    for (name, M), chosen in tried.items():
+        for candidate in chosen:
+            task = (name, candidate, shape, M, RANK, DTYPES[DTYPE], architecture)
+            tasks.setdefault((name, str(candidate)), task)
+    session.say(f"tiles: compiling {len(tasks)} candidates")
+    workers = max(1, session.options.workers)
+    half = (time.monotonic() + deadline) / 2  # what is not compiled by then is left out
+    found = compile_check(list(tasks.values()), workers, half, session.say)
+    faults = {key: why for key, why in zip(tasks, found, strict=True) if why is not None}
+    store["dropped"] += [
+        {"name": name, "candidate": candidate, "reason": why}
+        for (name, candidate), why in faults.items()
+    ]
+    session.say(f"tiles: {len(faults)} of {len(tasks)} dropped by the compiler's report")
+    return faults
+
+
+def _layer(device: torch.device, shape: Any, M: int, rank: int) -> tuple[Operands, Tiles]:
+    """Operands and the tiles of dispatch."""
+    tiles = _tiles(device, shape, M, rank)
+    multiprocessors = plan_for(
+        device, M, shape.N, shape.K, rank, DTYPES[DTYPE], "fused"
+    ).multiprocessors
+    return make_operands(shape, M, rank, DTYPES[DTYPE], device, multiprocessors), tiles
+
+
+def _tiles(device: torch.device, shape: Any, M: int, rank: int) -> Tiles:
+    tiles = plan_for(device, M, shape.N, shape.K, rank, DTYPES[DTYPE], "fused").tiles
+    if tiles is None:
+        raise ValueError(f"dispatch gives no tiles for {shape} at {M} tokens on {device}")
+    return tiles

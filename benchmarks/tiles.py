@@ -1,0 +1,241 @@
+"""A sweep of tiles, pass by pass: what does not compile cleanly is dropped before it costs time.
+
+Every candidate of a pass runs once per round, in an order drawn anew each round, with a cold cache;
+its results are compared with those of the default tile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import quantiles
+
+import torch
+from fastbound.kernels.tiles import GemmTile, Tile
+
+from benchmarks.cases import Shape
+from benchmarks.ceilings import kernel_stopwatch
+from benchmarks.interleaved import interleaved
+from benchmarks.isolation import Broken, isolated
+from benchmarks.passes import (
+    FLOORS,
+    PASSES,
+    Candidate,
+    Kernel,
+    Operands,
+    default_candidate,
+    make_operands,
+    results,
+)
+from fastbound.compilation import TARGETS, compile_launch
+from fastbound.plan import Tiles
+
+# Largest relative difference from the default tile's result: rounding in another order.
+SAME = {torch.bfloat16: 2**-7, torch.float32: 2**-12}
+FLOOR = "cuBLAS"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A candidate that is not timed, and why."""
+
+    name: str
+    candidate: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """One candidate, or the bare GEMM, of one pass at M tokens; seconds."""
+
+    name: str
+    shape: str
+    M: int
+    candidate: str
+    is_default: bool
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+    over_default: float
+    over_floor: float | None
+
+
+def candidates(name: str, tiles: Tiles, *, tiny: bool = False) -> list[Candidate]:
+    """What is tried in a pass, the default first."""
+    default = default_candidate(name, tiles)
+    if tiny:
+        other = replace(default.tile, block_m=2 * default.tile.block_m)
+        return [default, Candidate(other)]
+    if name.startswith("gemm"):
+        found = [Candidate(tile) for tile in _gemm_tiles()]
+    elif name == "thin":
+        found = [
+            Candidate(Tile(rows, step, warps, stages))
+            for rows in (16, 32, 64, 128)
+            for step, stages in ((64, 4), (64, 6), (128, 3), (128, 4), (256, 3), (512, 2))
+            for warps in ((4,) if rows < 128 else (4, 8))
+        ]
+    else:
+        found = [
+            Candidate(Tile(step, columns, warps, stages))
+            for step in (32, 64, 128)
+            for columns in (128, 256, 512)
+            for warps, stages in ((4, 3), (8, 2), (8, 3), (8, 4))
+        ]
+        found += [Candidate(default.tile, programs) for programs in (0.5, 2.0, 4.0)]
+    return list(dict.fromkeys([default, *found]))
+
+
+def _gemm_tiles() -> Iterator[GemmTile]:
+    sizes = (
+        (128, 256, 64, 8, (3, 4)),
+        (256, 128, 64, 8, (3, 4)),
+        (128, 128, 64, 8, (3, 4, 5)),
+        (128, 128, 64, 4, (3, 4)),
+        (128, 128, 128, 8, (2, 3)),
+        (64, 256, 64, 4, (3, 4)),
+        (64, 128, 64, 4, (4, 5)),
+    )
+    for descriptors in (True, False):
+        for block_m, block_n, block_k, warps, stages in sizes:
+            for count in stages:
+                yield GemmTile(block_m, block_n, block_k, warps, count, 8, descriptors)
+        for group in (4, 16):
+            yield GemmTile(128, 256, 64, 8, 3, group, descriptors)
+        yield GemmTile(128, 256, 32, 8, 4, 8, descriptors)
+
+
+CompileTask = tuple[str, Candidate, Shape, int, int, torch.dtype, str]
+
+
+def fault(task: CompileTask) -> str | None:
+    """Why a candidate is not worth device time, found by compiling it; None if nothing is wrong.
+
+    What compiles here is in Triton's cache when the sweep launches it.
+    """
+    name, candidate, shape, M, rank, dtype, target = task
+    meta = torch.device("meta")
+    o = make_operands(shape, M, rank, dtype, meta, TARGETS[target].multiprocessors)
+    try:
+        kernel = PASSES[name](o, candidate)[0]
+        compiled = compile_launch(kernel.launch, target)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    if compiled.spills:
+        return f"{compiled.spills} spills"
+    if compiled.shared > TARGETS[target].shared_limit:
+        return f"{compiled.shared} bytes of shared memory for {TARGETS[target].shared_limit}"
+    return None
+
+
+def compile_check(
+    tasks: Sequence[CompileTask], workers: int, deadline: float, say: Callable[[str], None]
+) -> list[str | None]:
+    """:func:`fault` of each task, in processes of their own; not reached in time is a fault too."""
+    found: list[str | None] = ["not compiled in time"] * len(tasks)
+    with _compiling():
+        compiled = isolated(fault, tasks, workers=workers, deadline=deadline, limit=120)
+        for done, (index, result) in enumerate(compiled, 1):
+            found[index] = result.message if isinstance(result, Broken) else result
+            if done % 25 == 0:
+                say(f"tiles: {done} of {len(tasks)} compiled")
+    return found
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """For processes started here: kernels are compiled, not interpreted."""
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if interpreted is not None:
+            os.environ["TRITON_INTERPRET"] = interpreted
+
+
+def sweep(
+    name: str,
+    o: Operands,
+    shape: Shape,
+    chosen: Sequence[Candidate],
+    device: torch.device,
+    rounds: int,
+) -> tuple[list[TileRow], list[Dropped]]:
+    """Time ``chosen``, the default first, against one another and against the bare GEMM."""
+    passes: dict[str, Sequence[Kernel]] = {}
+    dropped: list[Dropped] = []
+    truth: tuple[torch.Tensor, ...] = ()
+    for candidate in chosen:
+        try:
+            kernels = PASSES[name](o, candidate)
+            produced = _poisoned_run(kernels)
+            if not truth:
+                truth = tuple(tensor.clone() for tensor in produced)
+            _check(produced, truth)
+        except Exception as error:
+            if not truth:
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+            dropped.append(Dropped(name, str(candidate), reason))
+        else:
+            passes[str(candidate)] = kernels
+    steps: dict[str, Callable[[int], object]] = {
+        key: partial(_run, kernels) for key, kernels in passes.items()
+    }
+    if name in FLOORS:
+        steps[FLOOR] = lambda turn: FLOORS[name](o)
+    for step in steps.values():
+        step(0)
+    stopwatch = kernel_stopwatch(device)
+    samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch)
+    return _rows(name, shape, o.x.shape[0], str(chosen[0]), samples), dropped
+
+
+def _run(kernels: Sequence[Kernel], turn: int = 0) -> None:
+    for kernel in kernels:
+        kernel.launch.run()
+
+
+def _poisoned_run(kernels: Sequence[Kernel]) -> tuple[torch.Tensor, ...]:
+    for kernel in kernels:
+        for tensor in kernel.results:
+            tensor.fill_(float("nan"))
+    _run(kernels)
+    return results(kernels)
+
+
+def _check(produced: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
+    for got, expected in zip(produced, truth, strict=True):
+        error = float((got.float() - expected.float()).norm() / expected.float().norm())
+        if not error <= SAME[got.dtype]:
+            raise ArithmeticError(f"off the default tile's result by {error:.2e} (relative)")
+
+
+def _rows(
+    name: str, shape: Shape, M: int, default: str, samples: Mapping[str, Sequence[float]]
+) -> list[TileRow]:
+    """Fastest first."""
+    quartiles = {key: quantiles(taken, n=4, method="inclusive") for key, taken in samples.items()}
+    floor = quartiles[FLOOR][1] if FLOOR in quartiles else None
+    rows = [
+        TileRow(
+            name=name,
+            shape=str(shape),
+            M=M,
+            candidate=key,
+            is_default=key == default,
+            median=median,
+            q1=q1,
+            q3=q3,
+            rounds=len(samples[key]),
+            over_default=median / quartiles[default][1],
+            over_floor=None if floor is None else median / floor,
+        )
+        for key, (q1, median, q3) in quartiles.items()
+    ]
+    return sorted(rows, key=lambda row: row.median)
