@@ -164,9 +164,10 @@ def poisoned_empty() -> Iterator[None]:
 
 @contextmanager
 def interpreted_bf16() -> Iterator[None]:
-    """Lets Triton's interpreter multiply bf16, which it keeps as uint16 and multiplies as such.
+    """Mends bf16 in Triton's interpreter, which keeps it as uint16.
 
-    Its dot is given the values instead: the upper half of an fp32.
+    Its dot multiplies the bits: it is given the values, the upper half of an fp32. Its cast from
+    fp32 drops the lower half: it is made to round to the nearest, ties to even, as a GPU does.
     """
     import numpy as np
     import triton.language as tl
@@ -182,7 +183,20 @@ def interpreted_bf16() -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return original(self, widened(a), widened(b), *rest)
 
-    with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
+    original_cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return original_cast(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32).astype(np.uint64)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        kept = np.where(np.isnan(src.data), (bits >> 16).astype(np.uint16) | 0x40, nearest)
+        return TensorHandle(kept.astype(np.uint16), tl.bfloat16)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
+        mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl),
+    ):
         yield
 
 

@@ -152,7 +152,8 @@ def check_operands(
     """Raise what :func:`bounded_linear` documents, before any work is done."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if not (math.isfinite(scaling) and math.isfinite(omega)):
+    # Not math.isfinite: torch.compile traces this with symbolic floats.
+    if not (-math.inf < scaling < math.inf and -math.inf < omega < math.inf):
         raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
     if weight.dim() != 2 or A.dim() != 2 or B.dim() != 2 or x.dim() < 1:
         raise ValueError(

@@ -44,8 +44,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     with _scope(x):
         X = x.reshape(-1, x.shape[-1])
-        products = _products(X, weight, A, backend)
-        SA, SB = products.factors(A, B, scaling, omega, X.dtype)
+        products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
+        SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
         S = products.thin(X, SA.t())
         Y = products.lowrank_gemm(X, weight.to(X.dtype), S, SB, bias)
         return Y.view(*x.shape[:-1], weight.shape[0]), S
@@ -68,8 +68,8 @@ def _backward(
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     with _scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
-        products = _products(DY, weight, A, backend)
-        SA, SB = products.factors(A, B, scaling, omega, DY.dtype)
+        products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
+        SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
         DS: Tensor | None = None
         if need_dB and (need_dx or need_dA):
             DS, dB = products.thin_and_factor_gradient(DY, SB, _given(S), B, omega, scaling)

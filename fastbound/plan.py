@@ -31,11 +31,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``gemm`` for y and dx, ``thin`` (rows x step) for S, ``reduce`` (step x columns)."""
+    """``gemm`` for y and dx, ``thin`` (rows x step) for S, ``reduce`` (step x columns).
+
+    For an MLP block also ``activate`` (rows x step) and ``gated``, its backward (step x columns).
+    """
 
     gemm: GemmTile
     thin: Tile
     reduce: Tile
+    activate: Tile
+    gated: Tile
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,13 @@ def _tile_family(architecture: str) -> str:
 
 
 # Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill.
-_UNALIGNED = Tiles(GemmTile(128, 128, 32, 8, 2), Tile(16, 64, 4, 2), Tile(32, 128, 4, 2))
+_UNALIGNED = Tiles(
+    GemmTile(128, 128, 32, 8, 2),
+    Tile(16, 64, 4, 2),
+    Tile(32, 128, 4, 2),
+    Tile(16, 64, 4, 2),
+    Tile(16, 32, 4, 2),
+)
 
 
 def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:
@@ -172,18 +183,27 @@ def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:
 
 
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
-    """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed."""
+    """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed.
+
+    A block's tiles (the last two) are for two projections of half R each, side by side.
+    """
+    gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 256, 4, 3)
     if architecture == "interpreter":
-        return Tiles(GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(64, 128, 4, 2))
+        gemm, tall = GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2)
+        return Tiles(gemm, tall, tall, tall, Tile(64, 64, 4, 2))
     family = _tile_family(architecture)
     if dtype is torch.float32:
-        return Tiles(GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3))
+        return Tiles(gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
     warps = 8 if R == 64 else 4
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
-        return Tiles(gemm, Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3))
+        thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
+        return Tiles(gemm, thin, reduce, activate, Tile(32 if R == 64 else 16, 64, warps, 2))
     if family == "gfx942":
-        return Tiles(GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2), Tile(64, 128, 4, 2))
-    reduce = Tile(32, 256 if R == 64 else 512, 8, 3)
-    return Tiles(GemmTile(128, 256, 32, 8, 4), Tile(rows, 128, warps, 4), reduce)
+        gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
+        gated = Tile(16, 64, 8, 2) if R == 64 else Tile(32, 64, 4, 2)
+        return Tiles(gemm, thin, Tile(64, 128, 4, 2), Tile(16, 256, 4, 2), gated)
+    thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
+    gated = Tile(16, 32, 4, 2) if R == 64 else Tile(32, 64, 8, 2)
+    return Tiles(GemmTile(128, 256, 32, 8, 4), thin, reduce, activate, gated)

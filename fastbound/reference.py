@@ -7,9 +7,27 @@ Every other path is measured against this one, evaluated in fp64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, relu, silu
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Projection(NamedTuple):
+    """One projection of an MLP block: weight [N, K], bias [N], A [r, K], B [N, r].
+
+    A and B are None where the projection is not adapted.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scaling: float = 1.0
+    omega: float = 1.0
 
 
 def bounded_linear(
@@ -41,3 +59,33 @@ def delta_weight(A: Tensor, B: Tensor, *, scaling: float = 1.0, omega: float = 1
     """``ΔW = scaling · sin(omega·B) sin(omega·A)``, [N, K]; fp32, or fp64 where A or B is fp64."""
     dtype = torch.promote_types(wide_dtype(A), wide_dtype(B))
     return scaling * torch.sin(omega * B.to(dtype)) @ torch.sin(omega * A.to(dtype))
+
+
+def apply_activation(x: Tensor, activation: str) -> Tensor:
+    """f(x) for one of ``silu``, ``gelu``, ``gelu_tanh`` (GPT-2's gelu_new) and ``relu``."""
+    if activation == "silu":
+        return silu(x)
+    if activation == "relu":
+        return relu(x)
+    return gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def bounded_mlp(
+    x: Tensor,
+    up: Projection,
+    down: Projection,
+    gate: Projection | None = None,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate, by autograd."""
+    first = _project(x, up)
+    if gate is None:
+        return _project(apply_activation(first, activation), down)
+    return _project(apply_activation(_project(x, gate), activation) * first, down)
+
+
+def _project(x: Tensor, p: Projection) -> Tensor:
+    if p.A is None or p.B is None:
+        return linear(x, p.weight, p.bias)
+    return bounded_linear(x, p.weight, p.A, p.B, p.bias, scaling=p.scaling, omega=p.omega)

@@ -22,12 +22,12 @@ class TorchProducts:
     """Every product by ``torch.mm`` and its relatives; each reads its tall operand once."""
 
     def factors(
-        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype
+        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
     ) -> tuple[Tensor, Tensor]:
         """SA = sin(omega·A) [R, K] and SB = scaling·sin(omega·B) [N, R], zero beyond the rank."""
         rank = A.shape[0]
-        SA = A.new_zeros(padded_rank(rank), A.shape[1], dtype=dtype)
-        SB = B.new_zeros(B.shape[0], padded_rank(rank), dtype=dtype)
+        SA = A.new_zeros(R, A.shape[1], dtype=dtype)
+        SB = B.new_zeros(B.shape[0], R, dtype=dtype)
         SA[:rank].copy_(torch.sin(A.to(wide_dtype(A)) * omega))
         SB[:, :rank].copy_(torch.sin(B.to(wide_dtype(B)) * omega).mul_(scaling))
         return SA, SB

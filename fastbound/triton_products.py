@@ -10,7 +10,7 @@ from fastbound.kernels.lowrank_gemm import lowrank_gemm
 from fastbound.kernels.reduce import reduce, thin_and_reduce
 from fastbound.kernels.thin import thin
 from fastbound.plan import Plan
-from fastbound.torch_products import TorchProducts, padded_rank
+from fastbound.torch_products import TorchProducts
 
 
 class TritonProducts:
@@ -25,9 +25,9 @@ class TritonProducts:
         self._torch = TorchProducts()
 
     def factors(
-        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype
+        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
     ) -> tuple[Tensor, Tensor]:
-        return factors(A, B, padded_rank(A.shape[0]), scaling, omega, dtype)
+        return factors(A, B, R, scaling, omega, dtype)
 
     def thin(self, T: Tensor, F: Tensor) -> Tensor:
         return thin(T, F, self._thin)

@@ -57,17 +57,18 @@ def _reduce_kernel(
 @triton.jit
 def _finish_kernel(
     PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
-    stride_an, stride_ar, stride_on, stride_or,
+    stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or,
     HAS_COSINE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):
     offs_n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     offs_r = tl.arange(0, R)
     in_n = offs_n[:, None] < rows
-    part_ptrs = PARTS + offs_n[:, None] * R + offs_r[None, :]
+    part_ptrs = PARTS + offs_n[:, None] * stride_pn + offs_r[None, :]
+    step = tl.full([], 1, tl.int64) * stride_pp
     total = tl.zeros([BLOCK, R], dtype=tl.float32)
     for _ in range(parts):
         total += tl.load(part_ptrs, mask=in_n, other=0.0)
-        part_ptrs += rows.to(tl.int64) * R
+        part_ptrs += step
     inside = in_n & (offs_r[None, :] < rank)
     if HAS_COSINE:
         a_ptrs = ANGLE + offs_n[:, None] * stride_an + offs_r[None, :] * stride_ar
@@ -116,7 +117,7 @@ def launch_finish(
 ) -> Launch:
     """out = Σ parts, or scaling·omega·cos(omega·angle) ⊙ Σ parts.
 
-    parts [P, N, R], angle [N, r], out [N, r] with r <= R.
+    parts [P, N, R] with a unit last stride, angle [N, r], out [N, r] with r <= R.
     """
     count, rows, R = parts.shape
     a = out if angle is None else angle
@@ -126,7 +127,8 @@ def launch_finish(
         (blocks(rows, block),),
         dict(
             PARTS=parts, ANGLE=a, OUT=out, parts=count, rows=rows, rank=out.shape[1],
-            omega=omega, scaling=scaling, **strides("a", a, "nr"), **strides("o", out, "nr"),
+            omega=omega, scaling=scaling, stride_pp=parts.stride(0), stride_pn=parts.stride(1),
+            **strides("a", a, "nr"), **strides("o", out, "nr"),
         ),
         dict(HAS_COSINE=angle is not None, R=R, BLOCK=block),
         warps=4,

@@ -1,0 +1,220 @@
+"""The activation of an MLP block and its thin products, one pass each way.
+
+    forward    H = f(G) ⊙ U                                     P = H F
+    backward   DG = DH ⊙ U ⊙ f'(G)     DU = DH ⊙ f(G)           [DS_G | DS_U] = [DG SB_G | DU SB_U]
+               H again, in registers     DGᵀ S_G,  DUᵀ S_U,  Hᵀ DS_D
+
+Without U (a plain block) the factor U is one and there is no DU. Parts over row chunks and column
+blocks go to workspaces that `reduce.launch_finish` adds in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.tiles import Tile
+from torch import Tensor
+
+SPAN = 8  # column blocks that one program of the backward takes, one after the other
+
+
+@triton.jit
+def _activation(x, ACTIVATION: tl.constexpr):
+    """f(x) and f'(x) in fp32."""
+    if ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-x))
+        value = x * sigmoid
+        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        half = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        value = x * half
+        slope = half + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        square = x * x
+        inner = 0.7978845608028654 * x * (1.0 + 0.044715 * square)
+        half = 1.0 / (1.0 + tl.exp(-2.0 * inner))  # (1 + tanh(inner)) / 2
+        value = x * half
+        slope = half + 2.0 * x * half * (1.0 - half) * 0.7978845608028654 * (
+            1.0 + 0.134145 * square
+        )
+    else:
+        value = tl.maximum(x, 0.0)
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def _forward_kernel(
+    G, U, F, H, P, M, N,
+    stride_gm, stride_um, stride_fn, stride_fr, stride_hm, stride_pm, stride_pr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, WITH_P: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_r = tl.arange(0, R)
+    in_m = offs_m[:, None] < M
+    p = tl.zeros([BLOCK_M, R], dtype=tl.float32)
+    for n in range(0, N, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        inside = in_m & (offs_n[None, :] < N)
+        g = tl.load(G + offs_m[:, None] * stride_gm + offs_n[None, :], mask=inside, other=0.0)
+        h, _ = _activation(g.to(tl.float32), ACTIVATION)  # [BLOCK_M, BLOCK_N]
+        if GATED:
+            u = tl.load(U + offs_m[:, None] * stride_um + offs_n[None, :], mask=inside, other=0.0)
+            h = h * u.to(tl.float32)
+        h = h.to(H.dtype.element_ty)
+        tl.store(H + offs_m[:, None] * stride_hm + offs_n[None, :], h, mask=inside)
+        if WITH_P:
+            f_ptrs = F + offs_n[:, None].to(tl.int64) * stride_fn + offs_r[None, :] * stride_fr
+            f = tl.load(f_ptrs, mask=offs_n[:, None] < N, other=0.0)  # [BLOCK_N, R]
+            p = tl.dot(h, f, p, input_precision="ieee")
+    if WITH_P:
+        p_ptrs = P + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
+        tl.store(p_ptrs, p.to(P.dtype.element_ty), mask=in_m)
+
+
+@triton.jit
+def _backward_kernel(
+    DH, G, U, S, DSD, SBG, SBU, DG, DU, P, QG, QU, QD, M, N, chunk,
+    stride_sm, stride_sr, stride_dsm, stride_dsr, stride_fgn, stride_fgr, stride_fun, stride_fur,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    ADAPT_GATE: tl.constexpr, ADAPT_UP: tl.constexpr, ADAPT_DOWN: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    pid_n = tl.program_id(0).to(tl.int64)
+    pid_m = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, R)
+    dtype = DG.dtype.element_ty
+    # DH, G, U, DG and DU are dense and equally strided: one offset within a tile serves them all,
+    # and the 64-bit part of the address is a scalar.
+    tile = rows[:, None] * N + cols[None, :]
+    for column in range(SPAN):
+        start_n = (pid_n * SPAN + column) * BLOCK_N
+        in_n = cols < N - start_n
+        if ADAPT_GATE:
+            f_ptrs = SBG + (start_n + cols)[:, None] * stride_fgn + offs_r[None, :] * stride_fgr
+            sb_g = tl.load(f_ptrs, mask=in_n[:, None], other=0.0)  # [BLOCK_N, R]
+            q_g = tl.zeros([BLOCK_N, R], dtype=tl.float32)
+        if ADAPT_UP:
+            f_ptrs = SBU + (start_n + cols)[:, None] * stride_fun + offs_r[None, :] * stride_fur
+            sb_u = tl.load(f_ptrs, mask=in_n[:, None], other=0.0)
+            q_u = tl.zeros([BLOCK_N, R], dtype=tl.float32)
+        if ADAPT_DOWN:
+            q_d = tl.zeros([BLOCK_N, R], dtype=tl.float32)
+        for m in range(pid_m * chunk, tl.minimum(pid_m * chunk + chunk, M), BLOCK_M):
+            base = m * N + start_n
+            in_m = rows[:, None] < M - m
+            inside = in_m & in_n[None, :]
+            g = tl.load(G + base + tile, mask=inside, other=0.0).to(tl.float32)
+            dh = tl.load(DH + base + tile, mask=inside, other=0.0).to(tl.float32)
+            value, slope = _activation(g, ACTIVATION)
+            if GATED:
+                u = tl.load(U + base + tile, mask=inside, other=0.0).to(tl.float32)
+                du = (dh * value).to(dtype)
+                tl.store(DU + base + tile, du, mask=inside)
+                h = (value * u).to(dtype)
+                dg = (dh * slope * u).to(dtype)
+            else:
+                h = value.to(dtype)
+                dg = (dh * slope).to(dtype)
+            tl.store(DG + base + tile, dg, mask=inside)
+            s_ptrs = S + m * stride_sm + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+            p_ptrs = P + (pid_n * M + m) * WIDTH + rows[:, None] * WIDTH + offs_r[None, :]
+            # What the columns before this one gave: written by this program, still in cache.
+            before = in_m & (column > 0)
+            if ADAPT_DOWN:
+                ds_ptrs = DSD + m * stride_dsm + rows[:, None] * stride_dsm
+                ds = tl.load(ds_ptrs + offs_r[None, :] * stride_dsr, mask=in_m, other=0.0)
+                q_d = tl.dot(tl.trans(h), ds, q_d, input_precision="ieee")
+            if ADAPT_GATE:
+                s = tl.load(s_ptrs, mask=in_m, other=0.0)  # [BLOCK_M, R]
+                q_g = tl.dot(tl.trans(dg), s, q_g, input_precision="ieee")
+                part = tl.load(p_ptrs, mask=before, other=0.0)
+                tl.store(p_ptrs, tl.dot(dg, sb_g, part, input_precision="ieee"), mask=in_m)
+                s_ptrs += R * stride_sr
+                p_ptrs += R
+            if ADAPT_UP:
+                s = tl.load(s_ptrs, mask=in_m, other=0.0)
+                q_u = tl.dot(tl.trans(du), s, q_u, input_precision="ieee")
+                part = tl.load(p_ptrs, mask=before, other=0.0)
+                tl.store(p_ptrs, tl.dot(du, sb_u, part, input_precision="ieee"), mask=in_m)
+        q_offs = pid_m * N * R + (start_n + cols)[:, None] * R + offs_r[None, :]
+        if ADAPT_GATE:
+            tl.store(QG + q_offs, q_g, mask=in_n[:, None])
+        if ADAPT_UP:
+            tl.store(QU + q_offs, q_u, mask=in_n[:, None])
+        if ADAPT_DOWN:
+            tl.store(QD + q_offs, q_d, mask=in_n[:, None])
+        # The threads that read a part may not be those that wrote it.
+        tl.debug_barrier()
+
+
+def column_blocks(N: int, tile: Tile) -> int:
+    """How many parts of DS the backward kernel leaves: one for each SPAN blocks of columns."""
+    return blocks(blocks(N, tile.block_n), SPAN)
+
+
+def launch_activation(
+    G: Tensor, U: Tensor | None, F: Tensor | None, H: Tensor, P: Tensor | None,
+    activation: str, R: int, tile: Tile,
+) -> Launch:
+    """G, U [M, N], F [N, R] -> H [M, N], P [M, R]; unit column strides in G, U and H."""
+    M, N = G.shape
+    f = H if F is None else F
+    p = H if P is None else P
+    u = G if U is None else U
+    return Launch(
+        _forward_kernel,
+        (blocks(M, tile.block_m),),
+        dict(
+            G=G, U=u, F=f, H=H, P=p, M=M, N=N,
+            stride_gm=G.stride(0), stride_um=u.stride(0), stride_hm=H.stride(0),
+            **strides("f", f, "nr"), **strides("p", p, "mr"),
+        ),
+        dict(
+            ACTIVATION=activation, GATED=U is not None, WITH_P=F is not None, R=R,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        ),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def launch_activation_backward(
+    DH: Tensor, G: Tensor, U: Tensor | None, S: Tensor | None, DSD: Tensor | None,
+    SBG: Tensor | None, SBU: Tensor | None, DG: Tensor, DU: Tensor | None, P: Tensor,
+    QG: Tensor, QU: Tensor, QD: Tensor, activation: str, R: int, chunk: int, chunks: int,
+    tile: Tile,
+) -> Launch:
+    """DH, G, U [M, N], S [M, WIDTH], DSD [M, R], SBG, SBU [N, R] -> DG, DU and the parts.
+
+    DH, G, U, DG and DU are contiguous.
+
+    P [column blocks, M, WIDTH] holds DS of the adapted ones of gate and up, side by side, as S;
+    QG, QU, QD [chunks, N, R]. What is None is not adapted, or not there.
+    """
+    M, N = G.shape
+    u, du = (G, DG) if U is None or DU is None else (U, DU)
+    s, dsd = (DG if t is None else t for t in (S, DSD))
+    fg, fu = (DG if t is None else t for t in (SBG, SBU))
+    return Launch(
+        _backward_kernel,
+        (column_blocks(N, tile), chunks),
+        dict(
+            DH=DH, G=G, U=u, S=s, DSD=dsd, SBG=fg, SBU=fu, DG=DG, DU=du, P=P,
+            QG=QG, QU=QU, QD=QD, M=M, N=N, chunk=chunk,
+            **strides("s", s, "mr"), **strides("ds", dsd, "mr"),
+            **strides("fg", fg, "nr"), **strides("fu", fu, "nr"),
+        ),
+        dict(
+            ACTIVATION=activation, GATED=U is not None, ADAPT_GATE=SBG is not None,
+            ADAPT_UP=SBU is not None, ADAPT_DOWN=DSD is not None, R=R, WIDTH=P.shape[2], SPAN=SPAN,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        ),
+        tile.warps,
+        tile.stages,
+    )
