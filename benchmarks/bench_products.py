@@ -5,6 +5,7 @@ pytest benchmarks/bench_products.py --benchmark-only
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -39,13 +40,13 @@ def test_product(
     benchmark: Any,
     pytestconfig: pytest.Config,
     device: torch.device,
-    rounds: int,
+    rounds: Callable[[int], int],
     dtype: str,
     product: str,
     form: str,
 ) -> None:
     if device.type != "cpu":
         pytest.skip("these forms are a CPU's: on a GPU the kernels take their place")
-    samples = measured(product, dtype, pytestconfig.getoption("--smoke"), rounds)[form]
+    samples = measured(product, dtype, pytestconfig.getoption("--smoke"), rounds(11))[form]
     benchmark.group = f"{product} {dtype}"
     benchmark.pedantic(playback, setup=play(samples), rounds=len(samples))

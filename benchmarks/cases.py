@@ -1,4 +1,4 @@
-"""What is measured: the MLP projections of four models, and the sizes a CPU can do."""
+"""What is measured: MLP projections and whole MLP blocks of four models, and sizes a CPU can do."""
 
 from __future__ import annotations
 
@@ -24,10 +24,29 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One shape at M tokens: x `[M, K]`, weight `[N, K]`, A `[rank, K]`, B `[N, rank]`."""
+class Block:
+    """One MLP block: `down(f(gate(x)) * up(x))` if gated, else `down(f(up(x)))`.
 
-    shape: Shape
+    Weights of gate and up `[N, K]`, of down `[K, N]`; every projection has a bias, or none has.
+    """
+
+    model: str
+    K: int
+    N: int
+    activation: str
+    gated: bool
+    bias: bool
+    projection: str = "mlp"
+
+    def __str__(self) -> str:
+        return f"{self.model}.{self.projection}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape at M tokens: x `[M, K]`, adapters of `rank`."""
+
+    shape: Shape | Block
     M: int
     dtype: str
     rank: int = 16
@@ -54,18 +73,39 @@ CPU_TOKENS = (2048,)
 SMOKE_SHAPES = (Shape("tiny", "up", 64, 192),)
 SMOKE_TOKENS = (32, 64)
 
+MODEL_BLOCKS = (
+    Block("gpt-neo-125m", 768, 3072, "gelu_tanh", gated=False, bias=True),
+    Block("phi-1.5", 2048, 8192, "gelu_tanh", gated=False, bias=True),
+    Block("llama-2-7b", 4096, 11008, "silu", gated=True, bias=False),
+    Block("llama-3-8b", 4096, 14336, "silu", gated=True, bias=False),
+)
+LLAMA_1K = Block("llama-1k", 1024, 2816, "silu", gated=True, bias=False)
+CPU_BLOCKS = (LLAMA_1K, MODEL_BLOCKS[0])
+SMOKE_BLOCKS = (
+    Block("tiny-gated", 64, 160, "silu", gated=True, bias=False),
+    Block("tiny-plain", 64, 160, "gelu_tanh", gated=False, bias=True),
+)
+
 
 def cases(device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None) -> list[Case]:
-    """The cases for a device, in bf16 and on a CPU in fp32 too, at `tokens` or the default ones."""
-    shapes: Sequence[Shape]
-    default: Sequence[int]
-    if smoke:
-        shapes, default = SMOKE_SHAPES, SMOKE_TOKENS
-    elif device_type == "cpu":
-        shapes, default = CPU_SHAPES, CPU_TOKENS
-    else:
-        shapes, default = MODEL_SHAPES, GPU_TOKENS
-    dtypes = ("bfloat16", "float32") if device_type == "cpu" and not smoke else ("bfloat16",)
+    """The linear layers for a device, in bf16 and on a CPU in fp32 too, at `tokens` or defaults."""
+    shapes = SMOKE_SHAPES if smoke else CPU_SHAPES if device_type == "cpu" else MODEL_SHAPES
+    return _at_sizes(shapes, device_type, smoke, tokens)
+
+
+def mlp_cases(device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None) -> list[Case]:
+    """The MLP blocks for a device, as :func:`cases`."""
+    blocks = SMOKE_BLOCKS if smoke else CPU_BLOCKS if device_type == "cpu" else MODEL_BLOCKS
+    # One size of each block will do to see that it runs: torch.compile takes its seconds each time.
+    return _at_sizes(blocks, device_type, smoke, tokens or (SMOKE_TOKENS[:1] if smoke else None))
+
+
+def _at_sizes(
+    shapes: Sequence[Shape | Block], device_type: str, smoke: bool, tokens: Sequence[int] | None
+) -> list[Case]:
+    on_cpu = device_type == "cpu"
+    default = SMOKE_TOKENS if smoke else CPU_TOKENS if on_cpu else GPU_TOKENS
+    dtypes = ("bfloat16", "float32") if on_cpu and not smoke else ("bfloat16",)
     return [
         Case(shape, M, dtype) for shape in shapes for dtype in dtypes for M in tokens or default
     ]

@@ -29,9 +29,34 @@ class Problem:
     scaling: float
     omega: float
 
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        """What nobody trains."""
+        return (self.weight,)
+
+    def truths(self, x: Tensor, dy: Tensor, rows: int) -> dict[bool, dict[str, Tensor]]:
+        """fp64 y, dx (first `rows`) and dA, dB (all rows), with the adapter and without it."""
+        x, dy, weight = x.detach().double(), dy.double(), self.weight.double()
+        A, B = self.omega * self.A.double(), self.omega * self.B.double()
+        sin_A, sin_B = A.sin(), self.scaling * B.sin()
+        S, dS = x @ sin_A.T, dy @ sin_B
+        y, dx = x[:rows] @ weight.T, dy[:rows] @ weight
+        return {
+            False: {"y": y, "dx": dx},
+            True: {
+                "y": y + S[:rows] @ sin_B.T,
+                "dx": dx + dS[:rows] @ sin_A,
+                "dA": self.omega * A.cos() * (dS.T @ x),
+                "dB": self.scaling * self.omega * B.cos() * (dy.T @ S),
+            },
+        }
+
 
 class Layer(NamedTuple):
-    """One competitor on one problem: x to y, the tensors it trains, and the path it took."""
+    """One competitor on one problem: x to y, the tensors it trains, and the path it took.
+
+    `trained` in the order of the problem's truths, or empty: no adapter.
+    """
 
     forward: Callable[[Tensor], Tensor]
     trained: tuple[Tensor, ...]
@@ -43,7 +68,7 @@ class Competitor:
     """`build` makes the layer; `obstacle` says why it cannot take part, or None."""
 
     name: str
-    build: Callable[[Problem], Layer]
+    build: Callable[[Any], Layer]
     obstacle: Callable[[str, torch.dtype], str | None] = lambda device, dtype: None
 
 

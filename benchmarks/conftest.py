@@ -13,13 +13,13 @@ import triton
 from torch.utils import collect_env
 
 import fastbound
-from benchmarks.cases import DTYPES, Case, cases
-from benchmarks.competitors import COMPETITORS
+from benchmarks.cases import DTYPES, Case
 from benchmarks.measure import DIRECTIONS, Measurement, measure
 from benchmarks.report import Row, ratio_table
+from benchmarks.suite import Suite
 
 ROWS = pytest.StashKey[list[Row]]()
-CASES = pytest.StashKey[dict[str, Case]]()
+CASES = pytest.StashKey[dict[str, tuple[Suite, Case]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--tokens", help="token counts in place of the default ones, as 1024,8192", metavar="M,M"
     )
-    group.addoption("--rounds", type=int, help="rounds per case (default: GPU 50, CPU 11, smoke 3)")
+    group.addoption("--rounds", type=int, help="per case (default: GPU 50, CPU 11 or 5, smoke 3)")
     group.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
 
 
@@ -47,16 +47,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     tokens = config.getoption("--tokens")
-    selected = cases(
+    suite: Suite = metafunc.module.SUITE
+    selected = suite.cases(
         device_of(config).type,
         smoke=config.getoption("--smoke"),
         tokens=[int(M) for M in tokens.split(",")] if tokens else None,
     )
-    config.stash[CASES].update({str(case): case for case in selected})
+    config.stash[CASES].update({str(case): (suite, case) for case in selected})
     # Names, not objects: the JSON keeps a test's parameters.
     metafunc.parametrize("case_name", [str(case) for case in selected])
     metafunc.parametrize("direction", DIRECTIONS)
-    metafunc.parametrize("competitor_name", [competitor.name for competitor in COMPETITORS])
+    metafunc.parametrize("competitor_name", [c.name for c in suite.competitors])
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +72,22 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def rounds(pytestconfig: pytest.Config, device: torch.device) -> int:
-    """Rounds per case: `--rounds`, or what the device can do in a few seconds."""
-    default = 3 if pytestconfig.getoption("--smoke") else 50 if device.type == "cuda" else 11
-    return int(pytestconfig.getoption("--rounds") or default)
+def rounds(pytestconfig: pytest.Config, device: torch.device) -> Callable[[int], int]:
+    """A function of the default on a CPU: `--rounds`, or what the device can do in seconds."""
+
+    def number(on_cpu: int) -> int:
+        default = 50 if device.type == "cuda" else on_cpu
+        return int(
+            pytestconfig.getoption("--rounds")
+            or (3 if pytestconfig.getoption("--smoke") else default)
+        )
+
+    return number
 
 
 @pytest.fixture(scope="session")
 def measured(
-    request: pytest.FixtureRequest, device: torch.device, rounds: int
+    request: pytest.FixtureRequest, device: torch.device, rounds: Callable[[int], int]
 ) -> Callable[[str, str], tuple[Case, Measurement]]:
     """A function of case and competitor: the samples of the one interleaved run of that case.
 
@@ -90,8 +98,9 @@ def measured(
     taken: dict[str, dict[str, Measurement]] = {}
 
     def lookup(case_name: str, competitor_name: str) -> tuple[Case, Measurement]:
-        case = config.stash[CASES][case_name]
-        obstacles = {c.name: c.obstacle(device.type, DTYPES[case.dtype]) for c in COMPETITORS}
+        suite, case = config.stash[CASES][case_name]
+        dtype = DTYPES[case.dtype]
+        obstacles = {c.name: c.obstacle(device.type, dtype) for c in suite.competitors}
         if obstacles[competitor_name] is not None:
             pytest.skip(f"{competitor_name}: {obstacles[competitor_name]}")
         if case_name not in taken:
@@ -101,9 +110,9 @@ def measured(
             names = {params["competitor_name"] for params in selected}
             taken[case_name] = measure(
                 case,
-                [c for c in COMPETITORS if c.name in names and obstacles[c.name] is None],
+                [c for c in suite.competitors if c.name in names and obstacles[c.name] is None],
                 device,
-                rounds=rounds,
+                rounds=rounds(suite.cpu_rounds),
                 directions=[d for d in DIRECTIONS if d in {p["direction"] for p in selected}],
             )
         return case, taken[case_name][competitor_name]

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, Case
-from benchmarks.competitors import Competitor, Layer, Problem, make_problem
+from benchmarks.cases import DTYPES, Block, Case
+from benchmarks.competitors import Competitor, Layer, make_problem
 from benchmarks.interleaved import interleaved, stopwatch_for
 from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.mlp_competitors import make_block_problem
 
 DIRECTIONS = ("forward", "forward+backward")
-WARMUP_ROUNDS = 3
+WARMUP_ROUNDS = 3  # on a CPU, where a round takes seconds, one: the check warms up once more
 # Relative Frobenius error above which a competitor is not computing the operator: about ten times
 # what the roundings of its dtype explain, a tenth of what a forgotten sine or factor costs.
 CORRECT = {torch.bfloat16: 2**-5, torch.float32: 2**-12}
@@ -58,10 +60,15 @@ def measure(
     its error in `failure`; the others go on.
     """
     dtype = DTYPES[case.dtype]
-    problem = make_problem(case.M, case.shape.K, case.shape.N, case.rank, dtype, device)
+    shape = case.shape
+    problem: Any
+    if isinstance(shape, Block):
+        problem = make_block_problem(shape, case.M, case.rank, dtype, device)
+    else:
+        problem = make_problem(case.M, shape.K, shape.N, case.rank, dtype, device)
     inputs = _make_inputs(case, dtype, device)
     x, dy = inputs[0]
-    truths = _truths(problem, x, dy)
+    truths = problem.truths(x, dy, CHECKED_ROWS)
     results = {competitor.name: Measurement() for competitor in competitors}
     steps: dict[str, Callable[[int], object]] = {}
     for competitor in competitors:
@@ -70,12 +77,12 @@ def measure(
             layer = competitor.build(problem)
             by_direction = _steps(layer, inputs)
             for step in by_direction.values():  # compiles, fills caches and allocators
-                for turn in range(WARMUP_ROUNDS):
+                for turn in range(1 if device.type == "cpu" else WARMUP_ROUNDS):
                     step(turn)
             _check(layer, truths[bool(layer.trained)], x, dy)
             result.path = layer.path
             result.saved_bytes = saved_bytes(
-                partial(layer.forward, x), parameters=(problem.weight, *layer.trained)
+                partial(layer.forward, x), parameters=(*problem.frozen, *layer.trained)
             )
             result.peak_bytes = peak_bytes(partial(by_direction["forward+backward"], 0), device)
         except Exception as error:  # raised again by the test of this competitor
@@ -103,7 +110,8 @@ def _steps(layer: Layer, inputs: _Inputs) -> dict[str, Callable[[int], object]]:
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> _Inputs:
     generator = torch.Generator(device).manual_seed(1)
-    K, N = case.shape.K, case.shape.N
+    K = case.shape.K
+    N = K if isinstance(case.shape, Block) else case.shape.N  # of dy
     sets = 1
     if device.type == "cuda":
         # x and dy are cold when the sets between two uses of one outweigh the L2 cache twice.
@@ -117,26 +125,8 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> _Input
     return _Inputs(x, [normal(N) for _ in range(sets)])
 
 
-def _truths(problem: Problem, x: Tensor, dy: Tensor) -> dict[bool, dict[str, Tensor]]:
-    """fp64 y, dx (first rows) and dA, dB (all rows), with the adapter and without it."""
-    x, dy, weight = x.detach().double(), dy.double(), problem.weight.double()
-    A, B = problem.omega * problem.A.double(), problem.omega * problem.B.double()
-    sin_A, sin_B = A.sin(), problem.scaling * B.sin()
-    S, dS = x @ sin_A.T, dy @ sin_B
-    y, dx = x[:CHECKED_ROWS] @ weight.T, dy[:CHECKED_ROWS] @ weight
-    return {
-        False: {"y": y, "dx": dx},
-        True: {
-            "y": y + S[:CHECKED_ROWS] @ sin_B.T,
-            "dx": dx + dS[:CHECKED_ROWS] @ sin_A,
-            "dA": problem.omega * A.cos() * (dS.T @ x),
-            "dB": problem.scaling * problem.omega * B.cos() * (dy.T @ S),
-        },
-    }
-
-
 def _check(layer: Layer, truth: dict[str, Tensor], x: Tensor, dy: Tensor) -> None:
-    """Compare y, dx, dA, dB with the truth: a fast wrong result is no result."""
+    """Compare y, dx and the factors' gradients with the truth: a fast wrong result is no result."""
     y = layer.forward(x)
     dx, *factor_gradients = torch.autograd.grad(y, (x, *layer.trained), dy)
     actual = (y.detach()[:CHECKED_ROWS], dx[:CHECKED_ROWS], *factor_gradients)

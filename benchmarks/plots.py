@@ -14,6 +14,7 @@ COLOURS = {
     "fused": "#D55E00",
     "split": "#E69F00",
     "addmm": "#009E73",
+    "per_layer": "#F0E442",
     "peft_fp32": "#0072B2",
     "peft_bf16": "#56B4E9",
     "compiled": "#CC79A7",

@@ -75,7 +75,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
             f"{path} does not look like JSON saved by `pytest benchmarks/`: {error!r}"
         ) from error
     if not rows:
-        raise ValueError(f"{path} holds no layer's benchmark: was bench_linear.py left out?")
+        raise ValueError(
+            f"{path} holds no layer's benchmark: were bench_linear.py and bench_mlp.py left out?"
+        )
     return machine, rows
 
 

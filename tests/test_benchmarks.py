@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,12 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import floor, plots, report
-from benchmarks.cases import Case, Shape
+from benchmarks.cases import Block, Case, Shape, mlp_cases
 from benchmarks.competitors import COMPETITORS, Competitor, Layer, Problem, make_problem
 from benchmarks.interleaved import interleaved, play, playback, recorded_time
 from benchmarks.measure import measure
 from benchmarks.memory import saved_bytes
+from benchmarks.mlp_competitors import (
+    MLP_COMPETITORS,
+    BlockProblem,
+    make_block_problem,
+    plain_block,
+)
+from benchmarks.mlp_competitors import frozen as frozen_block
 from benchmarks.products import PRODUCTS, make_operands
+from fastbound import reference
 
 CPU = torch.device("cpu")
 TINY = Case(Shape("tiny", "up", 24, 40), 32, "bfloat16", rank=4)
@@ -63,6 +72,21 @@ def test_smoke_run_holds_every_competitor_and_the_facts(smoke_json: Path) -> Non
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == 1
     assert {"device", "driver", "triton", "peft", "version"} <= facts.keys()
+
+
+def test_smoke_run_holds_every_competitor_of_both_blocks(smoke_json: Path) -> None:
+    saved = json.loads(smoke_json.read_text())
+    found: dict[str, set[str]] = {}
+    for bench in saved["benchmarks"]:
+        if bench["fullname"].startswith("benchmarks/bench_mlp.py"):
+            found.setdefault(bench["group"], set()).add(bench["extra_info"]["competitor"])
+    assert set(found) == {
+        f"{case} {direction}"
+        for case in mlp_cases("cpu", smoke=True)
+        for direction in ("forward", "forward+backward")
+    }
+    for competitors in found.values():
+        assert competitors - {"compiled"} == ALWAYS - {"addmm"} | {"per_layer"}
 
 
 def test_report_renders_from_a_saved_run(smoke_json: Path, tmp_path: Path) -> None:
@@ -190,6 +214,73 @@ def test_a_wrong_competitor_fails_and_the_others_go_on() -> None:
     assert len(results["frozen"].samples["forward"]) == 2
 
 
+TINY_BLOCKS = [
+    Case(Block("tiny", 24, 40, "silu", gated=True, bias=False), 32, "bfloat16", rank=4),
+    Case(Block("tiny", 24, 40, "gelu_tanh", gated=False, bias=True), 1500, "float32", rank=4),
+]
+
+
+@pytest.mark.parametrize("case", TINY_BLOCKS, ids=["gated", "plain"])
+def test_each_competitor_on_a_block_measures_what_it_claims(case: Case) -> None:
+    runnable = [c for c in MLP_COMPETITORS if c.name not in ("compiled", "peft_bf16")]
+    for name, result in measure(case, runnable, CPU, rounds=2).items():
+        assert result.failure is None, name
+        assert {len(samples) for samples in result.samples.values()} == {2}
+
+
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+def test_a_block_without_one_adapter_fails(projection: str) -> None:
+    def incomplete(problem: BlockProblem) -> Layer:
+        projections, trained = problem.trainable()
+        projections[projection] = projections[projection]._replace(scaling=0.0)
+        forward = functools.partial(
+            reference.bounded_mlp, **projections, activation=problem.activation
+        )
+        return Layer(forward, trained, "incomplete")
+
+    results = measure(TINY_BLOCKS[0], [Competitor("wrong", incomplete)], CPU, rounds=1)
+    assert isinstance(results["wrong"].failure, ArithmeticError)
+
+
+def test_truths_of_a_block_sum_over_all_rows_and_keep_the_first() -> None:
+    """In parts of 1024 rows: the whole is what one call over all rows gives."""
+    block = Block("tiny", 6, 10, "gelu", gated=True, bias=True)
+    problem = make_block_problem(block, 2500, 3, torch.float32, CPU)
+    x, dy = torch.randn(2500, 6, requires_grad=True), torch.randn(2500, 6)
+    truths = problem.truths(x, dy, 300)
+    wide = {
+        name: p._replace(
+            weight=p.weight.double(),
+            bias=p.bias.double(),
+            A=p.A.double().requires_grad_(),
+            B=p.B.double().requires_grad_(),
+        )
+        for name, p in problem.projections.items()
+    }
+    x64 = x.detach().double().requires_grad_()
+    y = reference.bounded_mlp(x64, **wide, activation="gelu")
+    factors = [factor for p in wide.values() for factor in (p.A, p.B)]
+    dx, *gradients = torch.autograd.grad(y, (x64, *factors), dy.double())
+    whole = [y[:300], dx[:300], *gradients]
+    names = ["y", "dx", *(f"d{p} {f}" for p in ("gate", "up", "down") for f in "AB")]
+    assert list(truths[True]) == names
+    for value, expected in zip(truths[True].values(), whole, strict=True):
+        torch.testing.assert_close(value, expected)
+    bare = frozen_block(problem).forward(x)
+    torch.testing.assert_close(truths[False]["y"].float(), bare[:300])
+
+
+def test_a_block_runs_its_projections_in_order() -> None:
+    def projection(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: x * {"gate": 2.0, "up": 3.0, "down": 5.0}[name]
+
+    one = torch.tensor(1.0)
+    layers = {name: projection(name) for name in ("gate", "up", "down")}
+    assert plain_block("relu", layers)(one) == 5 * (2 * 3)
+    del layers["gate"]
+    assert plain_block("relu", layers)(-one) == 0
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_form_of_a_product_is_that_product(product: str) -> None:
     operands = make_operands(24, 40, 56, 16, torch.float64)
@@ -213,4 +304,4 @@ def test_floor_counts_operations_and_bytes() -> None:
 def test_notes_hold_the_floor_that_the_script_prints(repository: Path) -> None:
     notes = (repository / "benchmarks" / "NOTES.md").read_text()
     printed = floor.document(floor.GPU_CEILINGS)
-    assert printed in notes, "run `python -m benchmarks.floor` and put its output into NOTES.md"
+    assert printed in notes, "run `python -m benchmarks.notes`"

@@ -1,0 +1,33 @@
+"""One adapted MLP block, forward and forward+backward, against its floor and its rivals.
+
+pytest benchmarks/ --benchmark-only -k mlp [--smoke] [--tokens 1024,8192]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks.cases import Case, mlp_cases
+from benchmarks.interleaved import recorded_time
+from benchmarks.measure import Measurement
+from benchmarks.mlp_competitors import MLP_COMPETITORS
+from benchmarks.report import Row
+from benchmarks.suite import Suite, replay
+
+SUITE = Suite(mlp_cases, MLP_COMPETITORS, cpu_rounds=5)
+
+
+@pytest.mark.benchmark(timer=recorded_time)
+def test_mlp(
+    benchmark: Any,
+    measured: Callable[[str, str], tuple[Case, Measurement]],
+    rows: list[Row],
+    case_name: str,
+    direction: str,
+    competitor_name: str,
+) -> None:
+    case, measurement = measured(case_name, competitor_name)
+    replay(benchmark, case, measurement, direction, competitor_name, rows)
