@@ -1,0 +1,255 @@
+"""A meter of memory traffic: the bytes each kernel and each PyTorch operation reads and writes.
+
+Triton kernels are counted in Triton's interpreter, lane by lane: a masked-off lane moves nothing, a
+tile read twice counts twice. PyTorch operations are counted by their operands, each moved once,
+which is the least an operation can do; views and allocations are free. Both count what is asked
+of the memory system; how much of it a cache answers is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+# An operation of these kinds that takes a weight is a GEMM; one that casts a weight is not.
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_addmm_activation"}
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like"}
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
+
+
+class Region(NamedTuple):
+    """The memory of a tensor, the same for every view of all of it: W and W.t() are one."""
+
+    address: int
+    elements: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Region:
+        """An expanded dimension holds one element."""
+        distinct = 1
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            distinct *= size if stride else min(size, 1)
+        return cls(tensor.data_ptr(), distinct, tensor.element_size())
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.itemsize
+
+
+@dataclass
+class Moved:
+    """Bytes."""
+
+    read: int = 0
+    written: int = 0
+
+
+@dataclass
+class Step:
+    """One kernel launch or one PyTorch operation: its operands by name, the bytes it moved."""
+
+    name: str
+    gemm: bool
+    operands: dict[str, Region]
+    moved: dict[Region, Moved] = field(default_factory=dict)
+
+    def count(self, region: Region, *, read: int = 0, written: int = 0) -> None:
+        moved = self.moved.setdefault(region, Moved())
+        moved.read += read
+        moved.written += written
+
+
+class Meter:
+    """Counts everything that runs inside ``with Meter(weights) as meter``; see ``meter.steps``.
+
+    ``weights`` are the large frozen matrices: a product that takes one of them is a GEMM, whose
+    tiled reads are its own affair. Every tensor met is kept alive until the meter goes, so that no
+    address is met twice. One meter at a time, tensors on the CPU, kernels interpreted
+    (``TRITON_INTERPRET=1`` set before triton is imported).
+
+    Raises:
+        RuntimeError: a kernel touched memory outside each of its tensors, or a tensor on a GPU.
+    """
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        self.steps: list[Step] = []
+        self._weights = {Region.of(weight) for weight in weights}
+        self._kept: list[Tensor] = []
+        self._launch: tuple[Step, list[Tensor]] | None = None
+        self._scope = ExitStack()
+
+    def __enter__(self) -> Meter:
+        with ExitStack() as scope:
+            scope.enter_context(self._interpreter())
+            scope.enter_context(_Operations(self._operation))
+            self._scope = scope.pop_all()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._scope.__exit__(*raised)
+
+    def _is_gemm(self, read: Iterable[Region]) -> bool:
+        return not self._weights.isdisjoint(read)
+
+    # PyTorch operations
+
+    def _operation(
+        self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        name = function.overloadpacket.__name__
+        if name in _ALLOCATIONS:
+            return
+        given = function._schema.arguments
+        read: list[tuple[str, Tensor]] = []
+        written: list[tuple[str, Tensor]] = []
+        for i, argument in enumerate(given):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            tensors = [(argument.name, t) for t in tree_leaves(value) if isinstance(t, Tensor)]
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes:
+                written += tensors
+            if name not in _FILLS and not (writes and (argument.is_out or name in _OVERWRITES)):
+                read += tensors
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if not written:
+            sources = {t.untyped_storage().data_ptr() for _, t in read}
+            if any(t.untyped_storage().data_ptr() in sources for t in made):
+                return  # a view
+            written = [("out" if i == 0 else f"out{i}", t) for i, t in enumerate(made)]
+        regions = {Region.of(t) for _, t in read}
+        step = Step(name, name in _PRODUCTS and self._is_gemm(regions), {})
+        for (argument_name, tensor), direction in [
+            *((operand, "read") for operand in read),
+            *((operand, "written") for operand in written),
+        ]:
+            region = Region.of(tensor)
+            step.operands[argument_name] = region
+            step.count(region, **{direction: region.nbytes})
+            self._kept.append(tensor)
+        self.steps.append(step)
+
+    # Triton kernels
+
+    @contextmanager
+    def _interpreter(self) -> Iterator[None]:
+        """Counting versions of the interpreter's launch and of its accesses to memory."""
+        from triton.runtime import interpreter
+
+        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+        launch = executor.__call__
+
+        def counted_launch(grid: Any, *args: Any, **kwargs: Any) -> None:
+            named = {**dict(zip(grid.arg_names, args, strict=False)), **kwargs}
+            with _disable_current_modes(), self._launching(grid.fn.__name__, named):
+                launch(grid, *args, **kwargs)
+
+        def counting(method: str, mask_at: int | None, **directions: bool) -> Any:
+            original = getattr(builder, method)
+
+            def counted(self_: Any, *args: Any, **kwargs: Any) -> Any:
+                # The pointers come first, or second after the operation of an atomic.
+                first = 1 if method == "create_atomic_rmw" else 0
+                mask = None if mask_at is None else args[mask_at].data
+                self._accessed(args[first], mask, **directions)
+                return original(self_, *args, **kwargs)
+
+            return mock.patch.object(builder, method, counted)
+
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(executor, "__call__", counted_launch))
+            # Loads and stores of every kind, descriptors' too, end in these four.
+            patches.enter_context(counting("create_masked_load", 1, read=True))
+            patches.enter_context(counting("create_masked_store", 2, written=True))
+            patches.enter_context(counting("create_atomic_rmw", 3, read=True, written=True))
+            patches.enter_context(counting("create_atomic_cas", None, read=True, written=True))
+            yield
+
+    @contextmanager
+    def _launching(self, name: str, arguments: dict[str, Any]) -> Iterator[None]:
+        operands = {
+            argument: value if isinstance(value, Tensor) else value.base
+            for argument, value in arguments.items()
+            if isinstance(value, Tensor) or isinstance(getattr(value, "base", None), Tensor)
+        }
+        for argument, tensor in operands.items():
+            if tensor.device.type != "cpu":
+                raise RuntimeError(
+                    f"{name}: {argument} is on {tensor.device}, but the meter reads the "
+                    "interpreter's addresses: give it tensors on the CPU"
+                )
+        step = Step(name, False, {key: Region.of(tensor) for key, tensor in operands.items()})
+        self._launch = step, list(operands.values())
+        self._kept += operands.values()
+        try:
+            yield
+        finally:
+            self._launch = None
+        step.gemm = self._is_gemm(region for region, moved in step.moved.items() if moved.read)
+        self.steps.append(step)
+
+    def _accessed(
+        self, pointers: Any, mask: Any, *, read: bool = False, written: bool = False
+    ) -> None:
+        if self._launch is None:
+            return  # not inside a launch of ours: nothing to attribute it to
+        step, tensors = self._launch
+        addresses = pointers.data
+        if mask is not None:
+            addresses = addresses[numpy.broadcast_to(mask, addresses.shape)]
+        if addresses.size == 0:
+            return
+        ends = int(addresses.min()), int(addresses.max())
+        for tensor in tensors:
+            if all(_holds(tensor, address) for address in ends):
+                break
+        else:
+            raise RuntimeError(f"{step.name} touches memory outside each of its tensors")
+        nbytes = addresses.size * tensor.element_size()
+        step.count(Region.of(tensor), read=nbytes if read else 0, written=nbytes if written else 0)
+
+
+class _Operations(TorchDispatchMode):
+    """Shows every PyTorch operation, and of fastbound's own operators what they are made of."""
+
+    def __init__(self, record: Callable[..., None]) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fastbound":
+            with self:
+                return func.redispatch(
+                    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs
+                )
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+
+def _holds(tensor: Tensor, address: int) -> bool:
+    """Whether an element of the tensor lies there; slices of one storage are told apart."""
+    element, within = divmod(address - tensor.data_ptr(), tensor.element_size())
+    if element < 0 or within or tensor.numel() == 0:
+        return False
+    layout = zip(tensor.shape, tensor.stride(), strict=True)
+    for size, stride in sorted(layout, key=lambda dimension: -dimension[1]):
+        if stride == 0:
+            continue
+        index, element = divmod(element, stride)
+        if index >= size:
+            return False
+    return element == 0
