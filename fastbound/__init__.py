@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastbound.function import bounded_linear
     from fastbound.injection import InjectionReport, inject, merge
     from fastbound.linear import FusedBoundedLinear
+    from fastbound.mlp import FusedBoundedMLP
     from fastbound.storage import load_adapter, save_adapter
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BoundedAdapter",
     "FusedBoundedLinear",
+    "FusedBoundedMLP",
     "InjectionReport",
     "bounded_linear",
     "explain",
@@ -40,6 +42,7 @@ __all__ = [
 _HOME = {
     "BoundedAdapter": "adapter",
     "FusedBoundedLinear": "linear",
+    "FusedBoundedMLP": "mlp",
     "InjectionReport": "injection",
     "bounded_linear": "function",
     "explain": "explanation",

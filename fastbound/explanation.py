@@ -1,21 +1,28 @@
-"""Which path each adapted layer takes, with which tiles, and why: nothing runs silently."""
+"""Which path each adapted layer and block takes, with which tiles, and why: nothing is silent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastbound.injection import adapted_blocks, unfused_reason
 from fastbound.linear import FusedBoundedLinear
+from fastbound.mlp import FusedBoundedMLP, sizes
+from fastbound.mlp_ops import block_plan
 from fastbound.plan import Plan, describe, plan_for
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer: its name, shape [N, K], rank, compute dtype, device, and its plan."""
+    """One layer: its name, shape [N, K], rank, compute dtype, device, and its plan.
+
+    ``block`` names the fused block that the layer runs in, under that block's plan; None where the
+    layer runs by itself.
+    """
 
     layer: str
     shape: tuple[int, int]
@@ -23,6 +30,21 @@ class LayerExplanation:
     dtype: str
     device: str
     plan: Plan
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockExplanation:
+    """One module that holds adapted layers: whether it runs as one operator, and why not.
+
+    ``form`` is what a fused block computes, and ``reason`` why another runs layer by layer; one of
+    the two is None.
+    """
+
+    block: str
+    fused: bool
+    form: str | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,7 @@ class Explanation:
 
     tokens: int
     layers: tuple[LayerExplanation, ...]
+    blocks: tuple[BlockExplanation, ...] = ()
 
     def __iter__(self) -> Iterator[LayerExplanation]:
         return iter(self.layers)
@@ -43,16 +66,26 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        groups: dict[tuple[Any, ...], list[str]] = {}
-        for row in self.layers:
-            key = (row.shape, row.rank, row.dtype, row.device, row.plan)
-            groups.setdefault(key, []).append(row.layer)
+        fused = sum(row.block is not None for row in self.layers)
         lines = [f"{len(self.layers)} bounded layers at {self.tokens} tokens"]
-        for (shape, rank, dtype, device, plan), names in groups.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"{names[0] or '(this layer)'}{more}")
+        if fused:
+            lines[0] += f", {fused} of them in {sum(b.fused for b in self.blocks)} fused blocks"
+        for (form, reason), names in _grouped(
+            (b.block or "(this module)", (b.form, b.reason)) for b in self.blocks
+        ):
+            lines.append(f"block {names}")
+            lines.append(f"  layer by layer: {reason}" if form is None else f"  fused: {form}")
+        for (shape, rank, dtype, device, plan, in_block), names in _grouped(
+            (
+                row.layer or "(this layer)",
+                (row.shape, row.rank, row.dtype, row.device, row.plan, row.block is not None),
+            )
+            for row in self.layers
+        ):
+            lines.append(names)
             lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}, {dtype} on {device}")
-            lines.append(f"  {plan.strategy}: {plan.reason}")
+            where = "in its block, " if in_block else ""
+            lines.append(f"  {where}{plan.strategy}: {plan.reason}")
             if plan.tiles is not None:
                 if plan.strategy == "fused":
                     lines.append(f"  gemm   {plan.tiles.gemm}")
@@ -62,36 +95,83 @@ class Explanation:
 
 
 def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
-    """For each FusedBoundedLinear: which path runs, with which tiles, and why.
+    """For each FusedBoundedLinear: which path runs, with which tiles, and why; and its block.
 
     Args:
-        model_or_layer: a model, or one layer.
+        model_or_layer: a model, a block or one layer.
         tokens: rows of x in one call (batch times sequence length).
 
     The compute dtype is autocast's where autocast is on at the call, else the weight's. x is taken
-    to be contiguous; one whose address or strides TMA cannot take goes through pointers.
+    to be contiguous; one whose address or strides TMA cannot take goes through pointers. What a
+    block does is looked up now: a hook set on one of its layers since then shows here.
 
     Raises ValueError for tokens below 1 and for a model without bounded layers.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be >= 1, got {tokens}")
+    held = adapted_blocks(model_or_layer)
+    blocks = tuple(_explain_block(name, module) for name, module in held.items())
+    inside = {
+        layer: (row.block, _fused_plan(module, tokens))
+        for row, module in zip(blocks, held.values(), strict=True)
+        if row.fused and isinstance(module, FusedBoundedMLP)
+        for layer in module.adapted_layers().values()
+    }
     layers = tuple(
-        _explain_layer(name, module, tokens)
+        _explain_layer(name, module, tokens, *inside.get(module, (None, None)))
         for name, module in model_or_layer.named_modules()
         if isinstance(module, FusedBoundedLinear)
     )
     if not layers:
         raise ValueError("no FusedBoundedLinear in this model: call fastbound.inject(model) first")
-    return Explanation(tokens, layers)
+    return Explanation(tokens, layers, blocks)
 
 
-def _explain_layer(name: str, layer: FusedBoundedLinear, tokens: int) -> LayerExplanation:
+def _explain_block(name: str, block: nn.Module) -> BlockExplanation:
+    reason = unfused_reason(name, block)
+    form = str(block.fusion.form) if isinstance(block, FusedBoundedMLP) and not reason else None
+    return BlockExplanation(name, reason is None, form, reason)
+
+
+def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
+    layers = list(block.adapted_layers().values())
+    first = block.get_submodule(block.fusion.form.up)
+    weight: Any = first.weight
+    K, N = sizes(first)
+    if block.fusion.form.packed:
+        N //= 2
+    ranks = tuple(layer.rank for layer in layers)
+    dtype, backend = _compute_dtype(weight), layers[0].adapter.backend
+    return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
+
+
+def _explain_layer(
+    name: str,
+    layer: FusedBoundedLinear,
+    tokens: int,
+    block: str | None,
+    plan: Plan | None,
+) -> LayerExplanation:
     weight = layer.weight
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(weight.device.type) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(weight.device.type)
+    dtype = _compute_dtype(weight)
     N, K = layer.out_features, layer.in_features
-    backend = layer.adapter.backend
-    plan = plan_for(weight.device, tokens, N, K, layer.rank, dtype, backend)
+    if plan is None:
+        backend = layer.adapter.backend
+        plan = plan_for(weight.device, tokens, N, K, layer.rank, dtype, backend)
     device = describe(weight.device.type, weight.device.index).architecture
-    return LayerExplanation(name, (N, K), layer.rank, str(dtype), device, plan)
+    return LayerExplanation(name, (N, K), layer.rank, str(dtype), device, plan, block)
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype is not torch.float64:
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Each key once, with the first of its names and how many more there are."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, key in rows:
+        groups.setdefault(key, []).append(name)
+    for key, names in groups.items():
+        yield key, names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

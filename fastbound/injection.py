@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastbound.linear import FusedBoundedLinear, is_conv1d
+from fastbound.conversion import convert, is_linear, refusal, swap
+from fastbound.linear import FusedBoundedLinear
+from fastbound.mlp import FusedBoundedMLP, obstacle
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
 _FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
@@ -47,19 +49,30 @@ class InjectionReport:
         trainable_parameters: elements of all A and B, which are all that still trains.
         total_parameters: elements of all parameters, A and B included.
         skipped: name -> reason, for what `target_modules` matched and could not be replaced.
+        fused: dotted names of the MLP blocks that run as one operator, see `FusedBoundedMLP`.
+        unfused: name -> reason, for every other module that holds replaced layers: these run layer
+            by layer.
     """
 
     replaced: tuple[str, ...]
     trainable_parameters: int
     total_parameters: int
     skipped: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
+    unfused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        kinds = Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in self.replaced)
         share = self.trainable_parameters / self.total_parameters
         lines = [
             f"replaced {len(self.replaced)} layers",
-            *(f"  {count} x {kind}" for kind, count in kinds.items()),
+            *(f"  {count} x {kind}" for kind, count in _kinds(self.replaced).items()),
+            f"fused {len(self.fused)} MLP blocks",
+            *(f"  {count} x {kind}" for kind, count in _kinds(self.fused).items()),
+            *(
+                f"  not {count} x {kind or 'the model'}: {reason}"
+                for reason in dict.fromkeys(self.unfused.values())
+                for kind, count in _kinds(n for n, r in self.unfused.items() if r == reason).items()
+            ),
             f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
             f" ({share:.2%})",
             *(f"skipped {name}: {reason}" for name, reason in self.skipped.items()),
@@ -76,6 +89,7 @@ def inject(
     target_modules: str | Collection[str] = "mlp",
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    fuse_mlp: bool = True,
 ) -> InjectionReport:
     """Replace linear layers of `model` by `FusedBoundedLinear`, in place, and freeze all the rest.
 
@@ -91,6 +105,8 @@ def inject(
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
             a whole dotted end of a name) or a regular expression for the whole name.
+        fuse_mlp: run each MLP block of a known form that holds replaced layers as one operator:
+            it becomes a `FusedBoundedMLP`. Names, parameters and files are the same either way.
 
     Only exact `nn.Linear` and `Conv1D` are replaced. Subclasses, quantised and sharded layers,
     layers with hooks or parametrizations and layers tied to another module are left alone, with
@@ -106,7 +122,7 @@ def inject(
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
             misses are named) or nothing that can be replaced, or a layer refuses its arguments.
     """
-    if isinstance(model, FusedBoundedLinear) or _is_linear(model):
+    if isinstance(model, FusedBoundedLinear) or is_linear(model):
         raise TypeError(
             f"model is a single {type(model).__name__}, which cannot be replaced in place: "
             "use FusedBoundedLinear.from_linear(layer)"
@@ -137,15 +153,17 @@ def inject(
         "backend": backend,
     }
     convert(model, dict.fromkeys(chosen, each))
+    if fuse_mlp:
+        fuse(model)
     return describe(model, skipped)
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Turn every `FusedBoundedLinear` back into its original class, with ΔW in the weight.
 
-    ΔW is added in fp32 and rounded once. The work is done in place, one layer at a time, and the
-    merged layers stay frozen. Returns the model, or the plain layer when `model` is itself a
-    `FusedBoundedLinear`.
+    So does every `FusedBoundedMLP`. ΔW is added in fp32 and rounded once. The work is done in
+    place, one layer at a time, and the merged layers stay frozen. Returns the model, or the plain
+    layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
         ValueError: there is no such layer, or an A or B holds a NaN or an infinity (nothing is
@@ -164,7 +182,10 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, FusedBoundedLinear):
         return model.to_linear(merge=True)
     for layer in layers.values():
-        _swap(model, {layer: layer.to_linear(merge=True)})
+        swap(model, {layer: layer.to_linear(merge=True)})
+    if isinstance(model, FusedBoundedMLP):
+        return model.to_mlp()
+    swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})
     return model
 
 
@@ -173,77 +194,47 @@ def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, FusedBoundedLinear)}
 
 
-def refusal(model: nn.Module, name: str) -> str | None:
-    """Why the module of that name cannot be replaced, or None when it can."""
-    layer = model.get_submodule(name)
-    if not _is_linear(layer):
-        return f"is a {type(layer).__name__}: only exact nn.Linear and Conv1D are replaced"
-    if _hooked(layer):
-        return "has forward or backward hooks, which a replacement would lose"
-    if "forward" in vars(layer) or hasattr(layer, "_hf_hook"):
-        return "has a forward of its own (accelerate's offloading?), which a replacement would lose"
-    weight = layer.weight
-    if type(weight) is not nn.Parameter:
-        kind = type(weight).__name__
-        return f"its weight is a {kind}, not a plain parameter: inject before sharding"
-    if hasattr(weight, "ds_id"):
-        return "its weight is partitioned by DeepSpeed ZeRO-3: inject before deepspeed.initialize"
-    if weight.is_meta:
-        return "its weight is on the meta device: load the model first"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
-    for owner, module in model.named_modules():
-        if module is not layer and any(p is weight for p in module.parameters(recurse=False)):
-            return f"its weight is tied to {owner}, which a merge would untie"
-    return None
+def fuse(model: nn.Module) -> None:
+    """Put a `FusedBoundedMLP` in the place of every block that can be one, inside `model`."""
+    blocks = [m for m in adapted_blocks(model).values() if not isinstance(m, FusedBoundedMLP)]
+    swap(model, {m: FusedBoundedMLP(m) for m in blocks if m is not model and obstacle(m) is None})
 
 
-def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the named layers by `FusedBoundedLinear.from_linear(layer, **settings[name])`.
+def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, for every module that holds a `FusedBoundedLinear` as a direct part."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(isinstance(child, FusedBoundedLinear) for child in module.children())
+    }
 
-    Freezes all other parameters. All layers are made before the first is put in place; when one
-    refuses its settings, the model is left as it was.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    made: dict[nn.Module, nn.Module] = {}
-    try:
-        for name, each in settings.items():
-            layer = model.get_submodule(name)
-            made[layer] = FusedBoundedLinear.from_linear(layer, **each)
-    except BaseException:
-        for parameter in trained:  # the layers made so far have frozen the weights they share
-            parameter.requires_grad_(True)
-        raise
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    _swap(model, made)
+
+def unfused_reason(name: str, block: nn.Module) -> str | None:
+    """Why a module of `adapted_blocks` runs layer by layer, or None where it is one operator."""
+    reason = obstacle(block)
+    if reason is not None or isinstance(block, FusedBoundedMLP):
+        return reason
+    if not name:
+        return "is the model itself, which is not replaced in place: use FusedBoundedMLP.from_mlp"
+    return "was injected with fuse_mlp=False"
 
 
 def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> InjectionReport:
     """The report on an injected model."""
+    reasons = {name: unfused_reason(name, m) for name, m in adapted_blocks(model).items()}
     return InjectionReport(
         replaced=tuple(injected_layers(model)),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         skipped=dict(skipped or {}),
+        fused=tuple(name for name, reason in reasons.items() if reason is None),
+        unfused={name: reason for name, reason in reasons.items() if reason is not None},
     )
 
 
-def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put `new[module]` wherever `module` hangs in `model`, under every name it has."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new[module])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+def _kinds(names: Iterable[str]) -> Counter[str]:
+    """How many names there are of each kind, `layers.0.mlp` and `layers.1.mlp` being one kind."""
+    return Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
 
 
 def _match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
@@ -303,7 +294,7 @@ def _names(model: nn.Module) -> list[str]:
 
 def _suffixes(model: nn.Module) -> list[str]:
     """The last one and two parts of the names of the linear layers, sorted, without numbers."""
-    names = [name.split(".") for name, module in model.named_modules() if _is_linear(module)]
+    names = [name.split(".") for name, module in model.named_modules() if is_linear(module)]
     ends = {".".join(parts[-n:]) for parts in names for n in (1, 2)}
     return sorted(end for end in ends if not re.search(r"(^|\.)\d+(\.|$)", end))
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbound import __version__
-from fastbound.injection import InjectionReport, convert, describe, injected_layers, refusal
+from fastbound.conversion import convert, refusal
+from fastbound.injection import InjectionReport, describe, fuse, injected_layers
 from fastbound.linear import FusedBoundedLinear
 
 TENSORS = "adapter_model.safetensors"
@@ -78,10 +79,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _replace({folder / TENSORS: data, folder / CONFIG: json.dumps(config, indent=2).encode()})
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionReport:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, fuse_mlp: bool = True
+) -> InjectionReport:
     """Load what `save_adapter` wrote into `model`, in place.
 
-    A plain model gets exactly the saved layers, as `inject` would make them, and the rest frozen.
+    A plain model gets exactly the saved layers, as `inject` would make them, and the rest frozen;
+    `fuse_mlp` as there.
     An injected model must hold the same layers at the same rank and dtype; its A, B, alpha and
     bound are overwritten. Everything is checked before anything is changed.
 
@@ -111,6 +115,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionR
                 for name, entry in saved.items()
             },
         )
+        if fuse_mlp:
+            fuse(model)
         layers = injected_layers(model)
     with torch.no_grad():
         for name, entry in saved.items():

@@ -8,51 +8,10 @@ import re
 
 import pytest
 import torch
+from models import MLP, example, logits, stir, trained
 from torch import nn
 
 import fastbound
-
-# What a two-layer model of each architecture has for MLP projections, per layer.
-MLP = {
-    "gemma": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "gemma2": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "gemma3": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "gemma3_text": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "gpt2": ["mlp.c_fc", "mlp.c_proj"],
-    "gpt_neo": ["mlp.c_fc", "mlp.c_proj"],
-    "gpt_neox": ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
-    "llama": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "mistral": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "opt": ["fc1", "fc2"],
-    "phi": ["mlp.fc1", "mlp.fc2"],
-    "phi3": ["mlp.gate_up_proj", "mlp.down_proj"],
-    "qwen2": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "qwen3": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    "vit": ["mlp.fc1", "mlp.fc2"],
-}
-
-
-def example(model: nn.Module) -> dict[str, torch.Tensor]:
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))}
-    return {"input_ids": torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))}
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(**example(model)).logits
-
-
-@torch.no_grad()
-def stir(model: nn.Module, size: float = 0.3) -> None:
-    """Give every A and B values where the sine is not the identity."""
-    for name, parameter in model.named_parameters():
-        if ".adapter." in name:
-            parameter.normal_(0, size, generator=torch.Generator().manual_seed(2))
-
-
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 class MLPBlock(nn.Module):

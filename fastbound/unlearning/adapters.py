@@ -95,7 +95,9 @@ def attach(model: nn.Module, config: UnlearnConfig) -> Adapter:
 def target_names(model: nn.Module, config: UnlearnConfig) -> tuple[str, ...]:
     """Names of the layers that `fastbound.inject` adapts; the model is left as it was."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    names = fastbound.inject(model, 1, target_modules=config.target_modules).replaced
+    names = fastbound.inject(
+        model, 1, target_modules=config.target_modules, fuse_mlp=False
+    ).replaced
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = cast(fastbound.FusedBoundedLinear, model.get_submodule(name))
