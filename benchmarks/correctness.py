@@ -22,6 +22,7 @@ from fastbound.kernels.tiles import GemmTile
 from torch import Tensor
 
 import fastbound
+from benchmarks.block_truth import BlockOperands, assert_block_as_exact
 from benchmarks.truth import (
     assert_as_exact_as_the_formula,
     assert_same_bits,
@@ -90,6 +91,38 @@ class OperatorCase:
         first, second = (run(o, fastbound.bounded_linear, backend=self.backend) for _ in range(2))
         for name in first:
             assert_same_bits(first[name], second[name], name)
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """A whole MLP block, forward and backward; saving g and u, and making them again."""
+
+    M: int
+    K: int
+    N: int
+    rank: int
+    dtype: str
+    gated: bool
+    activation: str = "silu"
+    backend: str = "fused"
+
+    def __str__(self) -> str:
+        form = "gated" if self.gated else "plain"
+        size = f"{self.M}x{self.K}x{self.N}"
+        return f"MLP {form} {self.activation} {self.backend} {self.dtype} r={self.rank} {size}"
+
+    def check(self, device: torch.device) -> None:
+        ranks = (self.rank, self.rank, self.rank)
+        block = BlockOperands(
+            (self.M, self.K), self.N, ranks, DTYPES[self.dtype], gated=self.gated, device=device
+        )
+        activation, backend = self.activation, self.backend
+        assert_block_as_exact(block, activation, backend=backend)
+        first = block.run(activation=activation, backend=backend)
+        for recompute in (None, "gate_up"):
+            again = block.run(activation=activation, backend=backend, recompute=recompute)
+            for name in first:
+                assert_same_bits(first[name], again[name], name)
 
 
 @dataclass(frozen=True)
@@ -249,7 +282,13 @@ def cases(device: torch.device, *, tiny: bool = False) -> list[Check]:
     """Every case for the device, most telling first; ``tiny``: one of each kind."""
     if tiny:
         return list(_tiny_cases())
-    return [*_operator_cases(), *_gemm_cases(device), *_other_kernels(), *_large_cases()]
+    return [
+        *_operator_cases(),
+        *_block_cases(),
+        *_gemm_cases(device),
+        *_other_kernels(),
+        *_large_cases(),
+    ]
 
 
 def _tiny_cases() -> Iterator[Check]:
@@ -259,6 +298,7 @@ def _tiny_cases() -> Iterator[Check]:
     for descriptors in (True, False):
         tile = GemmTile(32, 32, 32, 4, 2, descriptors=descriptors)
         yield GemmCase(40, 48, 64, 16, "bf16", tile, transposed=descriptors)
+    yield BlockCase(20, 32, 48, 4, "bf16", gated=True)
     yield FactorsCase(3, "bf16", 10.0)
     yield TallCase(70, 40, 8, "bf16")
     yield LargeCase(130, 96, 32, "fused")
@@ -279,6 +319,17 @@ def _operator_cases() -> Iterator[Check]:
     yield OperatorCase((2048, 2048), 1024, 64, "fp16")
 
 
+def _block_cases() -> Iterator[Check]:
+    for dtype in ("bf16", "fp16", "fp32"):
+        for gated, activation in ((True, "silu"), (False, "gelu_tanh")):
+            yield BlockCase(200, 256, 384, 16, dtype, gated, activation)
+            yield BlockCase(45, 67, 129, 3, dtype, gated, activation)
+            yield BlockCase(200, 256, 384, 8, dtype, gated, activation, backend="split")
+        yield BlockCase(200, 256, 384, 16, dtype, gated=True, activation="gelu")
+    yield BlockCase(200, 256, 384, 32, "bf16", gated=True)
+    yield BlockCase(2048, 1024, 2816, 16, "bf16", gated=True)
+
+
 def _gemm_cases(device: torch.device) -> Iterator[Check]:
     architecture = describe(device.type).architecture
     small = GemmTile(64, 64, 32, 4, 3)
@@ -288,7 +339,8 @@ def _gemm_cases(device: torch.device) -> Iterator[Check]:
             for tile in dict.fromkeys((default, small)):
                 for descriptors in (True, False):
                     form = replace(tile, descriptors=descriptors)
-                    yield GemmCase(520, 776, 1032, 16, dtype, form, transposed)
+                    K = 1024 if tile is default else 1032  # whole steps of K, and a part of one
+                    yield GemmCase(520, 776, K, 16, dtype, form, transposed)
             yield GemmCase(129, 257, 65, 16, dtype, small, transposed)
     for R in (32, 64):
         tile = default_tiles(architecture, 4096, R, torch.bfloat16).gemm

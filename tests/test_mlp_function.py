@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import truth
+from benchmarks.block_truth import BlockOperands
+from benchmarks.block_truth import assert_block_as_exact as check
 from benchmarks.memory import saved_bytes
-from fastbound import reference
 from fastbound.mlp_function import bounded_mlp
-from fastbound.reference import ACTIVATIONS, Projection
+from fastbound.reference import ACTIVATIONS
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -37,87 +39,7 @@ def bf16_dot() -> Iterator[None]:
         yield
 
 
-class Block:
-    """Operands of one block, made from a seed; `ranks` 0 leaves a projection unadapted."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        N: int,
-        ranks: tuple[int, int, int],
-        dtype: torch.dtype,
-        *,
-        gated: bool = True,
-        bias: bool = True,
-        magnitude: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
-            return (torch.randn(*size, generator=generator) * scale).to(DEVICE, dtype)
-
-        def projection(N: int, K: int, rank: int, scaling: float) -> Projection:
-            factors: list[torch.Tensor | None] = [None, None]
-            if rank:
-                sizes = ((rank, K), (N, rank))
-                factors = [
-                    normal(*size, dtype=torch.float32, scale=magnitude).requires_grad_()
-                    for size in sizes
-                ]
-            b = normal(N) if bias else None
-            return Projection(normal(N, K, scale=K**-0.5), b, *factors, scaling, 1.3)
-
-        K = shape[-1]
-        self.x = normal(*shape).requires_grad_()
-        self.gate = projection(N, K, ranks[0], 0.1) if gated else None
-        self.up = projection(N, K, ranks[1], 0.2)
-        self.down = projection(K, N, ranks[2], 0.05)
-        self.dy = normal(*shape)
-
-    def double(self) -> Block:
-        twin = Block.__new__(Block)
-        twin.x = self.x.detach().double().requires_grad_()
-        twin.dy = self.dy.double()
-        for name in ("gate", "up", "down"):
-            p = getattr(self, name)
-            if p is not None:
-                tensors = [
-                    None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-                    for t in p[:4]
-                ]
-                p = Projection(*tensors, *p[4:])
-            setattr(twin, name, p)
-        return twin
-
-    def run(self, function=bounded_mlp, **kwargs: object) -> dict[str, torch.Tensor]:
-        y = function(self.x, self.up, self.down, self.gate, **kwargs)
-        leaves = {"dx": self.x}
-        for name in ("gate", "up", "down"):
-            p = getattr(self, name)
-            if p is not None and p.A is not None:
-                leaves |= {f"dA {name}": p.A, f"dB {name}": p.B}
-        gradients = torch.autograd.grad(y, list(leaves.values()), self.dy)
-        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def check(block: Block, activation: str, **kwargs: object) -> None:
-    """The error's norm is at most the plain formula's in the same dtype, plus six roundings.
-
-    A norm and not a maximum: h, dg and du are rounded in another place than autograd does it, so
-    the two errors are equal in distribution and not entry by entry. Six, because rank one leaves
-    few numbers, behind each of which stand six roundings (S, y's, dh, dg, dS and dA).
-    """
-    ours = block.run(activation=activation, **kwargs)
-    plain = block.run(reference.bounded_mlp, activation=activation)
-    expected = block.double().run(reference.bounded_mlp, activation=activation)
-    rounding = torch.finfo(block.x.dtype).eps / 2
-    for name, exact in expected.items():
-        assert ours[name].shape == exact.shape
-        assert ours[name].dtype == plain[name].dtype
-        error = (ours[name].double() - exact).norm()
-        allowed = (plain[name].double() - exact).norm() + 6 * rounding * exact.norm()
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+Block = partial(BlockOperands, device=DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
