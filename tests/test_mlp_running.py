@@ -148,6 +148,13 @@ def test_a_hook_on_a_projection_is_called_and_the_block_fuses_again_without_it()
     assert seen == [block.up]
 
 
+def test_a_rank_beyond_the_blocks_kernels_runs_layer_by_layer():
+    settings = {"backend": "fused", "target_modules": ["up", "down"]}
+    report = fastbound.inject(model_of(Gated), 48, **settings)
+    assert report.unfused == {"0": "rank 48: a block's kernels take up to 32, a layer's more"}
+    assert fastbound.inject(model_of(Gated), 32, **settings).fused == ("0",)
+
+
 def test_explain_shows_the_form_and_the_plan_of_each_block(tiny_model):
     model = tiny_model("llama")
     fastbound.inject(model, 4, target_modules=["gate_proj", "down_proj", "q_proj"])
