@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = check(options)
     from benchmarks.summary import summary
 
-    print(summary(json.loads(session.path.read_text())))
+    print(summary(json.loads(session.path.read_text()), brief=True))
     print(f"written: {session.path}")
     return 1 if session.failures else 0
 

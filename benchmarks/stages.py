@@ -15,7 +15,9 @@ from benchmarks.calls import measure_calls
 from benchmarks.cases import (
     DTYPES,
     GPU_TOKENS,
+    MODEL_BLOCKS,
     MODEL_SHAPES,
+    SMOKE_BLOCKS,
     SMOKE_SHAPES,
     SMOKE_TOKENS,
     Case,
@@ -25,6 +27,7 @@ from benchmarks.ceilings import kernel_stopwatch
 from benchmarks.competitors import COMPETITORS, Competitor
 from benchmarks.interleaved import interleaved
 from benchmarks.measure import Measurement, measure
+from benchmarks.mlp_competitors import MLP_COMPETITORS
 from benchmarks.passes import (
     FLOORS,
     PASSES,
@@ -41,7 +44,7 @@ from fastbound.plan import Tiles, plan_for
 if TYPE_CHECKING:
     from benchmarks.gpu_check import Session, Step
 
-TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_fp32", "peft_bf16")
+LEFT_OUT = "compiled"  # minutes of compiling, case by case
 FIRST_TOKENS = (8192, 1024, 32768)
 RANK, DTYPE = 16, "bfloat16"
 
@@ -66,29 +69,30 @@ class KernelRow:
 
 
 def benchmark_steps(session: Session) -> list[Step]:
-    """Llama-3-8B at three lengths, its kernels, the cost of a call, then everything else."""
-    device, tiny = session.options.device, session.options.tiny
+    """Llama-3-8B at three lengths, its kernels, the cost of a call, its MLP, then all else."""
+    tiny = session.options.tiny
     if tiny:
         first = [Case(SMOKE_SHAPES[0], SMOKE_TOKENS[0], DTYPE, rank=4)]
         rest: list[Case] = []
         single = first
+        blocks = [Case(SMOKE_BLOCKS[0], SMOKE_TOKENS[0], DTYPE, rank=4)]
     else:
         llama = [shape for shape in MODEL_SHAPES if shape.model == "llama-3-8b"]
         first = [Case(shape, M, DTYPE, RANK) for M in FIRST_TOKENS for shape in llama]
         every = [Case(shape, M, DTYPE, RANK) for M in GPU_TOKENS for shape in MODEL_SHAPES]
         rest = [case for case in every if case not in first]
         single = [Case(llama[0], M, DTYPE, RANK) for M in FIRST_TOKENS]
+        block = next(block for block in MODEL_BLOCKS if block.model == "llama-3-8b")
+        blocks = [Case(block, M, DTYPE, RANK) for M in FIRST_TOKENS]
     small = Case(MODEL_SHAPES[0], 16, DTYPE, RANK) if not tiny else first[0]
     calls = [small] if tiny else [small, replace(single[0], M=1024)]
 
-    def layers(case: Case) -> Mapping[str, Sequence[Any]]:
-        return _layer_rows(session, case, device, tiny)
-
     return [
-        *((f"layer {case}", partial(layers, case)) for case in first),
+        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in first),
         *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in single),
         *((f"calls {case}", partial(_call_rows, session, case)) for case in calls),
-        *((f"layer {case}", partial(layers, case)) for case in rest),
+        *((f"block {case}", partial(_compared, session, case, MLP_COMPETITORS)) for case in blocks),
+        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in rest),
     ]
 
 
@@ -101,15 +105,15 @@ class Skipped:
     reason: str
 
 
-def _layer_rows(
-    session: Session, case: Case, device: torch.device, tiny: bool
+def _compared(
+    session: Session, case: Case, competitors: Sequence[Competitor]
 ) -> Mapping[str, Sequence[Any]]:
-    dtype = DTYPES[case.dtype]
-    named = [c for c in COMPETITORS if c.name in TAKING_PART]
+    device, dtype = session.options.device, DTYPES[case.dtype]
+    named = [c for c in competitors if c.name != LEFT_OUT]
     obstacles = {c.name: c.obstacle(device.type, dtype) for c in named}
     skipped = [Skipped(str(case), name, why) for name, why in obstacles.items() if why]
     running: list[Competitor] = [c for c in named if not obstacles[c.name]]
-    rounds = 3 if tiny else 40 if case.M <= 4096 else 20
+    rounds = 3 if session.options.tiny else 40 if case.M <= 4096 else 20
     measured = measure(case, running, device, rounds=rounds)
     rows = []
     for name, measurement in measured.items():

@@ -21,13 +21,19 @@ SHOWN_TILES = 2  # of each pass and length, besides the default and the bare GEM
 Results = Mapping[str, Any]
 
 
-def summary(results: Results) -> str:
-    """Tiles, calls, kernels, layers, ceilings, correctness, failures: what is there of them."""
+def summary(results: Results, *, brief: bool = False) -> str:
+    """Tiles, calls, kernels, layers, ceilings, correctness, failures: what is there of them.
+
+    ``brief`` leaves the forward direction alone out.
+    """
+    layers = results.get("benchmark", {}).get("rows", [])
+    if brief:
+        layers = [row for row in layers if row["direction"] != "forward"]
     sections = [
         tile_table(results.get("tiles", {}).get("rows", [])),
         call_table(results.get("benchmark", {}).get("calls", [])),
         kernel_table(results.get("benchmark", {}).get("kernels", [])),
-        layer_table(results.get("benchmark", {}).get("rows", [])),
+        layer_table(layers),
         verdict(results),
     ]
     return "\n\n".join(section for section in sections if section)
