@@ -331,6 +331,40 @@ def test_files_that_cannot_be_compared_are_named(
 
 
 @pytest.mark.parametrize(
+    ("prints", "exit_code", "status"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "passed"),
+        ("========= ERROR SUMMARY: 2 errors", 0, "failed"),
+        ("========= ERROR SUMMARY: 0 errors", 1, "failed"),  # a case did not pass under it
+        ("========= Error: Device not supported", 255, "skipped"),
+    ],
+)
+def test_the_memory_checker_is_judged_by_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prints: str, exit_code: int, status: str
+) -> None:
+    """A stand-in for the tool: what it prints is all that is known of it."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{prints}'\nexit {exit_code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    on_gpu = options(tmp_path, device=torch.device("cuda"))
+    session = gpu_check.Session(on_gpu, facts.facts(CPU))
+    assert gpu_check.sanitizer(session, time.monotonic() + 60)["status"] == status
+    assert bool(session.failures) == (status == "failed")
+
+
+def test_readings_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '1.2, 345 MHz, 3201 MHz, 1980 MHz, 70 W, 700 W, 30'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    read = facts.readings(torch.device("cuda", 0))
+    assert (read["driver_version"], read["clocks.sm"]) == ("1.2", "345 MHz")
+    assert read["temperature.gpu"] == "30"
+    assert facts.readings(CPU) == {}
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--only=speed"], "--only takes correctness, ceilings, benchmark, tiles; got 'speed'"),
