@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 
-from fastbound.compilation import TARGETS, Compiled, compile_launch, layer_launches
+from fastbound.compilation import (
+    TARGETS,
+    Compiled,
+    block_launches,
+    compile_launch,
+    layer_launches,
+)
+from fastbound.plan import MAX_TRITON_RANK
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One row of Llama-3-8B's gate projection at the three row tiles of the thin product, and a shape
@@ -33,7 +40,7 @@ SHAPES = {
     "odd": (8192, 14333, 4093),
 }
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
-WITHOUT_DOT = ("factors", "finish")
+WITHOUT_DOT = ("factors", "finish", "block finish")
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def faults(target: str, dtype: str, shape: str, kernel: str, compiled: Compiled)
         return
     if not any(count[name] for name in MATRIX_UNIT[target]):
         yield f"no {' or '.join(MATRIX_UNIT[target])}"
-    if target == "sm_90" and kernel.startswith("gemm"):
+    if target == "sm_90" and "gemm" in kernel:
         if not count["HGMMA"]:
             yield "no HGMMA"
         if shape != "odd" and not (count["UTMALDG"] and count["UTMASTG"]):
@@ -68,10 +75,13 @@ def faults(target: str, dtype: str, shape: str, kernel: str, compiled: Compiled)
 
 
 def compile_layer(task: tuple[str, str, int, str]) -> list[Row]:
-    """Every kernel of one layer, compiled."""
+    """Every kernel of one layer and of one MLP block, compiled."""
     target, dtype, rank, shape = task
     rows = []
-    for kernel, launch in layer_launches(target, *SHAPES[shape], rank, DTYPES[dtype]).items():
+    launches = layer_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
+    if 2 * rank <= MAX_TRITON_RANK:  # a block's projections stand side by side
+        launches |= block_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
+    for kernel, launch in launches.items():
         compiled = compile_launch(launch, target)
         found = tuple(faults(target, dtype, shape, kernel, compiled))
         rows.append(Row(target, dtype, rank, shape, kernel, compiled, found))
@@ -89,12 +99,12 @@ def report(
 
 def as_table(rows: Sequence[Row]) -> str:
     """One line a kernel."""
-    header = f"{'target':7} {'dtype':5} {'rank':>4} {'shape':12} {'kernel':13} {'regs':>4} "
+    header = f"{'target':7} {'dtype':5} {'rank':>4} {'shape':12} {'kernel':17} {'regs':>4} "
     lines = [header + f"{'spills':>6} {'shared':>7}  instructions"]
     for row in rows:
         c = row.compiled
         used = " ".join(f"{name} {n}" for name, n in c.instructions.items() if n)
-        line = f"{row.target:7} {row.dtype:5} {row.rank:4} {row.shape:12} {row.kernel:13} "
+        line = f"{row.target:7} {row.dtype:5} {row.rank:4} {row.shape:12} {row.kernel:17} "
         line += f"{c.registers:4} {c.spills:6} {c.shared:7}  {used}"
         lines.append(line + (f"  FAULT: {'; '.join(row.faults)}" if row.faults else ""))
     return "\n".join(lines)

@@ -134,6 +134,68 @@ def layer_launches(
     }
 
 
+def block_launches(
+    target_name: str,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    gated: bool = True,
+) -> dict[str, Launch]:
+    """What a whole MLP block launches beyond its layers' kernels, all projections adapted."""
+    from fastbound.kernels.gated import (
+        column_blocks,
+        launch_activation,
+        launch_activation_backward,
+        spanned_chunks,
+    )
+    from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
+    from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
+    from fastbound.kernels.thin import launch_thin
+
+    R = padded_rank(rank)
+    width = 2 * R if gated else R
+    device = Device(target_name, TARGETS[target_name].multiprocessors)
+    chosen = plan(device, M, N, K, 2 * R, dtype, "fused")
+    tiles, size = chosen.tiles, chosen.multiprocessors
+    if tiles is None:
+        raise ValueError(f"nothing to compile: {chosen.reason}")
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    fp32 = torch.float32
+    x, DH, G, U, H, DG, DU = (meta(M, K), *(meta(M, N) for _ in range(6)))
+    S, DS, S_down = meta(M, width), meta(M, width), meta(M, R)
+    SA, SB, SA_down = meta(width, K), meta(N, R), meta(R, N)
+    chunks, chunk = spanned_chunks(M, N, tiles.gated, size)
+    P = meta(column_blocks(N, tiles.gated), M, width, dtype=fp32)
+    Q = meta(chunks, N, R, dtype=fp32)
+    chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
+    QX, none = meta(chunks_x, K, width, dtype=fp32), meta(0, M, width, dtype=fp32)
+    A = meta(rank, K, dtype=fp32).t()
+    u, du, sb_u = (U, DU, SB) if gated else (None, None, None)
+    weight = meta(N, K)
+    return {
+        "block thin": launch_thin(x, SA.t(), S, tiles.thin),
+        "block gemm dx": launch_lowrank_gemm(
+            DG, weight.t(), DS, SA.t(), None, x, tiles.gemm, size
+        ),
+        "activate": launch_activation(
+            G, u, SA_down.t(), H, S_down, activation, R, tiles.activate
+        ),
+        "activate backward": launch_activation_backward(
+            DH, G, u, S, S_down, SB, sb_u, DG, du, P, Q, Q, Q,
+            activation, R, chunk, chunks, tiles.gated,
+        ),
+        "block reduce x": launch_reduce(x, None, DS, none, QX, chunk_x, tiles.reduce),
+        "block finish dS": launch_finish(P[:, :, :R], DS[:, :R]),
+        "block finish dA": launch_finish(QX[:, :, :R], A, A, 1.0, 1.0),
+    }  # fmt: skip
+
+
 _TRITON_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 

@@ -167,7 +167,7 @@ _UNALIGNED = Tiles(
     Tile(16, 64, 4, 2),
     Tile(32, 128, 4, 2),
     Tile(16, 64, 4, 2),
-    Tile(16, 32, 4, 2),
+    Tile(16, 32, 4, 1),
 )
 
 
@@ -187,7 +187,7 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
 
     A block's tiles (the last two) are for two projections of half R each, side by side.
     """
-    gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(16, 256, 4, 3)
+    gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(32, 64, 4, 1)
     if architecture == "interpreter":
         gemm, tall = GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2)
         return Tiles(gemm, tall, tall, tall, Tile(64, 64, 4, 2))
@@ -202,8 +202,8 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
         return Tiles(gemm, thin, reduce, activate, Tile(32 if R == 64 else 16, 64, warps, 2))
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
-        gated = Tile(16, 64, 8, 2) if R == 64 else Tile(32, 64, 4, 2)
-        return Tiles(gemm, thin, Tile(64, 128, 4, 2), Tile(16, 256, 4, 2), gated)
+        gated = Tile(16, 64, 8 if R == 64 else 4, 2)
+        return Tiles(gemm, thin, Tile(64, 128, 4, 2), activate, gated)
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gated = Tile(16, 32, 4, 2) if R == 64 else Tile(32, 64, 8, 2)
     return Tiles(GemmTile(128, 256, 32, 8, 4), thin, reduce, activate, gated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastbound.kernels.gated import (
-    SPAN,
     column_blocks,
     launch_activation,
     launch_activation_backward,
+    spanned_chunks,
 )
 from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
 from fastbound.plan import Plan
@@ -69,8 +68,7 @@ class TritonMLPProducts(TritonProducts):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         M, N = G.shape
         tile = self._gated
-        span = replace(tile, block_n=tile.block_n * SPAN)
-        chunks, chunk = row_chunks(M, N, span, self._multiprocessors)
+        chunks, chunk = spanned_chunks(M, N, tile, self._multiprocessors)
         SB_up = None if up is None else up.SB
         width = R * ((gate.SB is not None) + (SB_up is not None))
 

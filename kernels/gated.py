@@ -10,9 +10,12 @@ blocks go to workspaces that `reduce.launch_finish` adds in a fixed order.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.reduce import row_chunks
 from fastbound.kernels.tiles import Tile
 from torch import Tensor
 
@@ -156,6 +159,11 @@ def _backward_kernel(
 def column_blocks(N: int, tile: Tile) -> int:
     """How many parts of DS the backward kernel leaves: one for each SPAN blocks of columns."""
     return blocks(blocks(N, tile.block_n), SPAN)
+
+
+def spanned_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
+    """(chunks, rows per chunk) of the backward kernel, whose programs take SPAN column blocks."""
+    return row_chunks(M, N, replace(tile, block_n=tile.block_n * SPAN), multiprocessors)
 
 
 def launch_activation(

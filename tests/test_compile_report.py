@@ -17,7 +17,8 @@ from fastbound.compilation import TARGETS, Compiled, compile_launch, layer_launc
 
 KERNELS = {
     "factors", "thin", "gemm forward", "gemm dx", "reduce dy", "reduce x",
-    "finish dS", "finish dB", "finish dA",
+    "finish dS", "finish dB", "finish dA", "activate", "activate backward",
+    "block thin", "block gemm dx", "block reduce x", "block finish dS", "block finish dA",
 }  # fmt: skip
 
 
