@@ -34,6 +34,7 @@ RUN_BY_CI = {
     "python -m benchmarks.report benchmarks.json": (
         'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
     ),
+    "python -m benchmarks.traffic": "step python -m benchmarks.traffic",
 }
 RUN_BY_TESTS = {
     "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
