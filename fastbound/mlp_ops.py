@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fastbound.ops import _scope
 from fastbound.plan import Plan, plan_for
@@ -114,7 +115,7 @@ class _Block:
         for p in self.first():
             part = None if p.SB is None else S[:, column : column + self.R]
             column += 0 if p.SB is None else self.R
-            made.append(self.products.gemm(X, p.weight, part, p.SB, p.bias))
+            made.append(_gemm(self.products, X, p.weight, part, p.SB, p.bias))
         return made
 
 
@@ -129,7 +130,7 @@ def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Ten
         G, *rest = block.preactivations(X, S)
         U = rest[0] if rest else None
         H, S_down = products.activate(G, U, down.SA, activation)
-        Y = products.gemm(H, down.weight, S_down, down.SB, down.bias)
+        Y = _gemm(products, H, down.weight, S_down, down.SB, down.bias)
         y = Y.view(*x.shape[:-1], Y.shape[1])
         empty = X.new_empty(0)
         return y, G, empty if U is None else U, S, empty if S_down is None else S_down
@@ -160,7 +161,7 @@ def _backward(
                 DY, _given(down.SB), S_down, down.B, down.omega, down.scaling
             )
         SA_down = None if down.SA is None else down.SA.t()
-        DH = products.gemm(DY, down.weight.t(), DS_down, SA_down, None)
+        DH = _gemm(products, DY, down.weight.t(), DS_down, SA_down, None)
         DG, DU, DS, dB_gate, dB_up, dA_down = products.activate_backward(
             DH, G, U, S, DS_down, gate, up, down, activation, block.R
         )
@@ -170,7 +171,7 @@ def _backward(
         if need_dx:
             SA = block.stacked_SA()
             SA_t = None if SA is None else SA.t()
-            DX = products.gemm(DG, gate.weight.t(), DS, SA_t, None)
+            DX = _gemm(products, DG, gate.weight.t(), DS, SA_t, None)
             if up is not None:
                 DX.addmm_(_given(DU), up.weight)
             dx = DX.view(*dy.shape[:-1], DX.shape[1])
@@ -229,6 +230,20 @@ def _products(plan: Plan) -> TorchMLPProducts | TritonMLPProducts:
     from fastbound.triton_mlp_products import TritonMLPProducts
 
     return TritonMLPProducts(plan)
+
+
+def _gemm(
+    products: TorchMLPProducts | TritonMLPProducts,
+    X: Tensor,
+    W: Tensor,
+    S: Tensor | None,
+    F: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """``X Wᵀ + S Fᵀ + bias``, without the low-rank term where the projection is not adapted."""
+    if S is None or F is None:
+        return linear(X, W, None if bias is None else bias.to(X.dtype))
+    return products.lowrank_gemm(X, W, S, F, bias)
 
 
 def _unpack(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastbound.reference import apply_activation
 from fastbound.torch_products import TorchProducts
@@ -17,19 +16,6 @@ if TYPE_CHECKING:
 
 class TorchMLPProducts(TorchProducts):
     """What a block needs beyond one layer's products."""
-
-    def gemm(
-        self,
-        X: Tensor,
-        W: Tensor,
-        S: Tensor | None,
-        SB: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """``X Wᵀ + S SBᵀ + bias``, without the low-rank term where the layer is not adapted."""
-        if S is None or SB is None:
-            return linear(X, W, None if bias is None else bias.to(X.dtype))
-        return self.lowrank_gemm(X, W, S, SB, bias)
 
     def activate(
         self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastbound.kernels.gated import (
     column_blocks,
@@ -30,18 +29,6 @@ class TritonMLPProducts(TritonProducts):
         if plan.tiles is None:
             raise ValueError(f'a plan with strategy "{plan.strategy}" holds no tiles')
         self._activate, self._gated = plan.tiles.activate, plan.tiles.gated
-
-    def gemm(
-        self,
-        X: Tensor,
-        W: Tensor,
-        S: Tensor | None,
-        SB: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if S is None or SB is None:
-            return linear(X, W, None if bias is None else bias.to(X.dtype))
-        return self.lowrank_gemm(X, W, S, SB, bias)
 
     def activate(
         self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str
