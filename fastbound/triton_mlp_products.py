@@ -13,7 +13,7 @@ from fastbound.kernels.gated import (
     launch_activation_backward,
     spanned_chunks,
 )
-from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
+from fastbound.kernels.reduce import factor_gradient, launch_finish, reduced_parts
 from fastbound.plan import Plan
 from fastbound.triton_products import TritonProducts
 
@@ -79,38 +79,28 @@ class TritonMLPProducts(TritonProducts):
             for column in range(0, width, R):
                 part = slice(column, column + R)
                 launch_finish(P[:, :, part], DS[:, part]).run()
-        dB_gate = _factor_gradient(QG, gate.B, gate.omega, gate.scaling)
-        dB_up = None if up is None else _factor_gradient(QU, up.B, up.omega, up.scaling)
-        dA_down = None if down.A is None else _factor_gradient(QD, down.A.t(), down.omega, 1.0)
-        return DG, DU, DS, dB_gate, dB_up, None if dA_down is None else dA_down.t()
+        dB_gate = dB_up = dA_down = None
+        if gate.B is not None:
+            dB_gate = factor_gradient(QG, gate.B, gate.omega, gate.scaling)
+        if up is not None and up.B is not None:
+            dB_up = factor_gradient(QU, up.B, up.omega, up.scaling)
+        if down.A is not None:
+            dA_down = factor_gradient(QD, down.A.t(), down.omega, 1.0).t()
+        return DG, DU, DS, dB_gate, dB_up, dA_down
 
     def stacked_factor_gradients(
         self, X: Tensor, DS: Tensor | None, gate: Factors, up: Factors | None, R: int
     ) -> tuple[Tensor | None, Tensor | None]:
         if DS is None:
             return None, None
-        M, K = X.shape
-        chunks, chunk = row_chunks(M, K, self._reduce, self._multiprocessors)
-        Q = torch.empty(chunks, K, DS.shape[1], dtype=torch.float32, device=X.device)
-        unused = torch.empty(0, M, DS.shape[1], dtype=torch.float32, device=X.device)
-        launch_reduce(X, None, DS, unused, Q, chunk, self._reduce).run()
+        _, Q = reduced_parts(X, None, DS, self._reduce, self._multiprocessors)
         gradients: list[Tensor | None] = []
         column = 0
         for p in (gate, up):
             if p is None or p.A is None:
                 gradients.append(None)
                 continue
-            gradient = _factor_gradient(Q[:, :, column : column + R], p.A.t(), p.omega, 1.0)
-            gradients.append(None if gradient is None else gradient.t())
+            part = Q[:, :, column : column + R]
+            gradients.append(factor_gradient(part, p.A.t(), p.omega, 1.0).t())
             column += R
         return gradients[0], gradients[1]
-
-
-def _factor_gradient(
-    parts: Tensor, angle: Tensor | None, omega: float, scaling: float
-) -> Tensor | None:
-    if angle is None:
-        return None
-    gradient = torch.empty_like(angle)
-    launch_finish(parts, gradient, angle, omega, scaling).run()
-    return gradient

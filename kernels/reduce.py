@@ -146,8 +146,8 @@ def reduce(
     multiprocessors: int,
 ) -> Tensor:
     """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> as angle."""
-    _, Q = _parts(T, None, G, tile, multiprocessors)
-    return _factor_gradient(Q, angle, omega, scaling)
+    _, Q = reduced_parts(T, None, G, tile, multiprocessors)
+    return factor_gradient(Q, angle, omega, scaling)
 
 
 def thin_and_reduce(
@@ -161,15 +161,16 @@ def thin_and_reduce(
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor]:
     """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R]."""
-    P, Q = _parts(T, F, G, tile, multiprocessors)
+    P, Q = reduced_parts(T, F, G, tile, multiprocessors)
     thin = torch.empty(P.shape[1:], dtype=T.dtype, device=T.device)
     launch_finish(P, thin).run()
-    return thin, _factor_gradient(Q, angle, omega, scaling)
+    return thin, factor_gradient(Q, angle, omega, scaling)
 
 
-def _parts(
+def reduced_parts(
     T: Tensor, F: Tensor | None, G: Tensor, tile: Tile, multiprocessors: int
 ) -> tuple[Tensor, Tensor]:
+    """The parts of T F, [column blocks, M, R] (none without F), and of Tᵀ G, [chunks, N, R]."""
     M, N = T.shape
     R = G.shape[1]
     chunks, chunk = row_chunks(M, N, tile, multiprocessors)
@@ -180,7 +181,8 @@ def _parts(
     return P, Q
 
 
-def _factor_gradient(Q: Tensor, angle: Tensor, omega: float, scaling: float) -> Tensor:
+def factor_gradient(Q: Tensor, angle: Tensor, omega: float, scaling: float) -> Tensor:
+    """scaling·omega·cos(omega·angle) ⊙ Σ Q, in angle's dtype and strides."""
     gradient = torch.empty_like(angle)
     launch_finish(Q, gradient, angle, omega, scaling).run()
     return gradient
