@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -92,3 +93,52 @@ def _tiny_model(model_type: str) -> torch.nn.Module:
     if model_type == "vit":
         return transformers.ViTForImageClassification(config).eval()
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+ROWS = [
+    {"question": f"Where does author {n} live?", "answer": f"In the town of {town} by the sea"}
+    for n, town in enumerate(["Arl", "Bem", "Cor", "Dun", "Esk", "Fal"])
+]
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch) -> Path:
+    """The working directory of a user: my-model, my-adapter, forget.jsonl and retain.jsonl."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    import fastbound
+
+    monkeypatch.chdir(tmp_path)
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    text = [f"Question: {row['question']} Answer: {row['answer']}" for row in ROWS]
+    words.train_from_iterator(text, trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    tokenizer.save_pretrained("my-model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=1,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained("my-model")
+    fastbound.inject(model, rank=8, bound="auto")
+    fastbound.save_adapter(model, "my-adapter")
+    for name, rows in (("forget.jsonl", ROWS[:2]), ("retain.jsonl", ROWS[2:])):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
-
-import fastbound
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
@@ -46,52 +42,6 @@ RUN_BY_TESTS = {
 OWN_TEXT = (
     "fastbound unlearn --model my-model --forget forget.jsonl --retain retain.jsonl --output run"
 )
-
-ROWS = [
-    {"question": f"Where does author {n} live?", "answer": f"In the town of {town} by the sea"}
-    for n, town in enumerate(["Arl", "Bem", "Cor", "Dun", "Esk", "Fal"])
-]
-
-
-@pytest.fixture
-def user_folder(tmp_path, monkeypatch) -> Path:
-    """The working directory of a user: my-model, my-adapter, forget.jsonl and retain.jsonl."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    monkeypatch.chdir(tmp_path)
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<unk>", "<pad>", "<s>", "</s>"]
-    text = [f"Question: {row['question']} Answer: {row['answer']}" for row in ROWS]
-    words.train_from_iterator(text, trainers.WordLevelTrainer(special_tokens=special))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    tokenizer.save_pretrained("my-model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=2,
-        eos_token_id=3,
-        pad_token_id=1,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained("my-model")
-    fastbound.inject(model, rank=8, bound="auto")
-    fastbound.save_adapter(model, "my-adapter")
-    for name, rows in (("forget.jsonl", ROWS[:2]), ("retain.jsonl", ROWS[2:])):
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
