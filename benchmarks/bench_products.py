@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from benchmarks.cases import DTYPES
-from benchmarks.interleaved import interleaved, play, playback, recorded_time, stopwatch_for
+from benchmarks.interleaved import play, playback, recorded_time
 from benchmarks.products import PRODUCTS, make_operands
+from fastbound.timing import interleaved, stopwatch_for
 
 SIZES = {True: (32, 64, 192, 16), False: (2048, 1024, 4096, 16)}  # by --smoke: M, K, N, R
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cases import DTYPES, Case
 from benchmarks.competitors import COMPETITORS, Layer, make_problem
-from benchmarks.interleaved import interleaved, stopwatch_for
+from fastbound.timing import interleaved, stopwatch_for
 
 TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_bf16")
 

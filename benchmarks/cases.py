@@ -7,39 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fastbound.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One linear layer, weight `[N, K]`, named after its place in a model."""
-
-    model: str
-    projection: str
-    K: int
-    N: int
-
-    def __str__(self) -> str:
-        return f"{self.model}.{self.projection}"
-
-
-@dataclass(frozen=True)
-class Block:
-    """One MLP block: `down(f(gate(x)) * up(x))` if gated, else `down(f(up(x)))`.
-
-    Weights of gate and up `[N, K]`, of down `[K, N]`; every projection has a bias, or none has.
-    """
-
-    model: str
-    K: int
-    N: int
-    activation: str
-    gated: bool
-    bias: bool
-    projection: str = "mlp"
-
-    def __str__(self) -> str:
-        return f"{self.model}.{self.projection}"
 
 
 @dataclass(frozen=True)
@@ -55,16 +25,6 @@ class Case:
         return f"{self.shape}-{self.M}-{self.dtype}-r{self.rank}"
 
 
-MODEL_SHAPES = (
-    Shape("gpt-neo-125m", "c_fc", 768, 3072),
-    Shape("gpt-neo-125m", "c_proj", 3072, 768),
-    Shape("phi-1.5", "fc1", 2048, 8192),
-    Shape("phi-1.5", "fc2", 8192, 2048),
-    Shape("llama-2-7b", "gate_up", 4096, 11008),
-    Shape("llama-2-7b", "down", 11008, 4096),
-    Shape("llama-3-8b", "gate_up", 4096, 14336),
-    Shape("llama-3-8b", "down", 14336, 4096),
-)
 GPU_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 CPU_SHAPES = (Shape("gpt-neo-125m", "c_fc", 768, 3072), Shape("1k", "4x", 1024, 4096))
@@ -73,12 +33,6 @@ CPU_TOKENS = (2048,)
 SMOKE_SHAPES = (Shape("tiny", "up", 64, 192),)
 SMOKE_TOKENS = (32, 64)
 
-MODEL_BLOCKS = (
-    Block("gpt-neo-125m", 768, 3072, "gelu_tanh", gated=False, bias=True),
-    Block("phi-1.5", 2048, 8192, "gelu_tanh", gated=False, bias=True),
-    Block("llama-2-7b", 4096, 11008, "silu", gated=True, bias=False),
-    Block("llama-3-8b", 4096, 14336, "silu", gated=True, bias=False),
-)
 LLAMA_1K = Block("llama-1k", 1024, 2816, "silu", gated=True, bias=False)
 CPU_BLOCKS = (LLAMA_1K, MODEL_BLOCKS[0])
 SMOKE_BLOCKS = (

@@ -1,22 +1,17 @@
-"""What the device reaches, measured: the ceilings that every other figure is held against.
-
-And the stopwatch of single kernels: cold L2, launches hidden.
-"""
+"""What the device reaches, measured: the ceilings that every other figure is held against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
 from benchmarks.facts import readings
-from benchmarks.interleaved import Stopwatch, interleaved, stopwatch_for
+from fastbound.timing import at_most, interleaved, stopwatch_for
 
 COPY_BYTES = 4 * 2**30  # of each of the two buffers
 MATMUL_SIZE = 8192
-FLUSH_BYTES = 2 * 2**30
 ROUNDS = 20
 
 
@@ -37,7 +32,7 @@ class Measured:
 
 def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Measured:
     """Medians of interleaved rounds on random bf16 data; zeros run faster than real data."""
-    copy_bytes = 2**20 if tiny else _at_most(COPY_BYTES, device)
+    copy_bytes = 2**20 if tiny else at_most(COPY_BYTES, device)
     size = 64 if tiny else MATMUL_SIZE
     source = torch.randn(copy_bytes // 2, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -62,33 +57,3 @@ def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Measured:
         matmul_size=size,
         under_load=under_load,
     )
-
-
-def _at_most(nbytes: int, device: torch.device) -> int:
-    """``nbytes``, or an eighth of what is free where that is less; whole elements of any dtype."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 * nbytes
-    return min(nbytes, free // 8) // 64 * 64
-
-
-def kernel_stopwatch(device: torch.device) -> Stopwatch:
-    """Seconds of a step alone: behind a read of a buffer that outweighs L2 many times.
-
-    The read leaves the cache cold and clean, and lasts longer than the step takes to launch.
-    """
-    if device.type != "cuda":
-        return stopwatch_for(device)
-    flush = torch.ones(_at_most(FLUSH_BYTES, device) // 4, device=device)
-
-    def seconds(step: Callable[[], object]) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        flush.sum()
-        start.record()
-        kept = step()
-        end.record()
-        end.synchronize()
-        del kept
-        return start.elapsed_time(end) * 1e-3
-
-    return seconds

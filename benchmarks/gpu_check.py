@@ -131,7 +131,7 @@ def _check(
     record: Callable[[Outcome], None],
 ) -> None:
     from benchmarks.correctness import Outcome, examine, examine_item
-    from benchmarks.isolation import Broken, isolated
+    from fastbound.isolation import Broken, isolated
 
     if options.workers == 0:
         for case in everything:

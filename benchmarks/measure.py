@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, Block, Case
 from benchmarks.competitors import Competitor, Layer, make_problem
-from benchmarks.interleaved import interleaved, stopwatch_for
-from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.mlp_competitors import make_block_problem
+from fastbound.memory import peak_bytes, saved_bytes
+from fastbound.timing import interleaved, stopwatch_for
 
 DIRECTIONS = ("forward", "forward+backward")
 WARMUP_ROUNDS = 3  # on a CPU, where a round takes seconds, one: the check warms up once more

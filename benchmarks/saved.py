@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import LLAMA_1K, MODEL_BLOCKS, Block
-from benchmarks.memory import saved_bytes
 from benchmarks.mlp_competitors import (
     BlockProblem,
     frozen,
@@ -25,6 +24,7 @@ from benchmarks.mlp_competitors import (
     peft_projection,
 )
 from benchmarks.report import MIB, markdown_table
+from fastbound.memory import saved_bytes
 
 BLOCKS = (LLAMA_1K, *(b for b in MODEL_BLOCKS if b.model in ("gpt-neo-125m", "phi-1.5")))
 TOKENS = 16

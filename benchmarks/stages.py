@@ -23,12 +23,12 @@ from benchmarks.cases import (
     Case,
     Shape,
 )
-from benchmarks.ceilings import kernel_stopwatch
 from benchmarks.competitors import COMPETITORS, Competitor
-from benchmarks.interleaved import interleaved
 from benchmarks.measure import Measurement, measure
 from benchmarks.mlp_competitors import MLP_COMPETITORS
-from benchmarks.passes import (
+from benchmarks.report import Row
+from fastbound.compilation import TARGETS
+from fastbound.passes import (
     FLOORS,
     PASSES,
     Operands,
@@ -36,10 +36,9 @@ from benchmarks.passes import (
     factors,
     make_operands,
 )
-from benchmarks.report import Row
-from benchmarks.tiles import CompileTask, candidates, compile_check, sweep
-from fastbound.compilation import TARGETS
 from fastbound.plan import Tiles, plan_for
+from fastbound.tile_sweep import CompileTask, candidates, compile_check, sweep
+from fastbound.timing import interleaved, kernel_stopwatch
 
 if TYPE_CHECKING:
     from benchmarks.gpu_check import Session, Step

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from benchmarks import floor, plots, report
 from benchmarks.cases import Block, Case, Shape, mlp_cases
 from benchmarks.competitors import COMPETITORS, Competitor, Layer, Problem, make_problem
-from benchmarks.interleaved import interleaved, play, playback, recorded_time
+from benchmarks.interleaved import play, playback, recorded_time
 from benchmarks.measure import measure
-from benchmarks.memory import saved_bytes
 from benchmarks.mlp_competitors import (
     MLP_COMPETITORS,
     BlockProblem,
@@ -30,6 +29,8 @@ from benchmarks.mlp_competitors import (
 from benchmarks.mlp_competitors import frozen as frozen_block
 from benchmarks.products import PRODUCTS, make_operands
 from fastbound import reference
+from fastbound.memory import saved_bytes
+from fastbound.timing import interleaved
 
 CPU = torch.device("cpu")
 TINY = Case(Shape("tiny", "up", 24, 40), 32, "bfloat16", rank=4)

@@ -18,11 +18,12 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from fastbound.kernels.tiles import GemmTile
 
-from benchmarks import compare, correctness, facts, gpu_check, stages, tiles
+from benchmarks import compare, correctness, facts, gpu_check, stages
 from benchmarks.calls import measure_calls
 from benchmarks.correctness import GemmCase, OperatorCase, TallCase, examine
-from benchmarks.isolation import Broken, isolated
 from benchmarks.summary import summary
+from fastbound import tile_sweep
+from fastbound.isolation import Broken, isolated
 from fastbound.plan import Device, plan
 
 CPU = torch.device("cpu")
@@ -227,16 +228,16 @@ def test_the_cases_of_a_gpu_cover_what_they_must() -> None:
 def test_the_first_candidate_of_a_sweep_is_the_default_and_none_is_there_twice() -> None:
     chosen = plan(Device("sm_90", 132), 8192, 14336, 4096, 16, torch.bfloat16, "fused").tiles
     assert chosen is not None
-    for name in tiles.PASSES:
-        found = tiles.candidates(name, chosen)
-        assert found[0] == tiles.default_candidate(name, chosen)
+    for name in tile_sweep.PASSES:
+        found = tile_sweep.candidates(name, chosen)
+        assert found[0] == tile_sweep.default_candidate(name, chosen)
         assert len({str(candidate) for candidate in found}) == len(found) > 10
 
 
 def test_a_candidate_with_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastbound.kernels.tiles import Tile
 
-    from benchmarks.passes import Candidate, make_operands, thin
+    from fastbound.passes import Candidate, make_operands, thin
 
     shape = stages.SMOKE_SHAPES[0]
     o = make_operands(shape, 32, 4, torch.float32, CPU, 4)
@@ -247,8 +248,8 @@ def test_a_candidate_with_a_wrong_result_is_not_timed(monkeypatch: pytest.Monkey
             o = replace(o, x=o.x * 2)
         return thin(o, candidate)
 
-    monkeypatch.setitem(tiles.PASSES, "thin", build)
-    rows, dropped = tiles.sweep("thin", o, shape, [right, wrong], CPU, rounds=2)
+    monkeypatch.setitem(tile_sweep.PASSES, "thin", build)
+    rows, dropped = tile_sweep.sweep("thin", o, shape, [right, wrong], CPU, rounds=2)
     assert [row.candidate for row in rows] == [str(right)]
     assert "off the default tile's result" in dropped[0].reason
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks import truth
 from benchmarks.block_truth import BlockOperands
 from benchmarks.block_truth import assert_block_as_exact as check
-from benchmarks.memory import saved_bytes
+from fastbound.memory import saved_bytes
 from fastbound.mlp_function import bounded_mlp
 from fastbound.reference import ACTIVATIONS
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import assert_as_exact_as_the_formula, operands, run
 
-from benchmarks.memory import saved_bytes
 from fastbound import bounded_linear, reference
+from fastbound.memory import saved_bytes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = [1, 3, 4, 8, 16, 24, 64]

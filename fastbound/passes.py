@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastbound.kernels.factors import launch_factors
 from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
 from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
 from fastbound.kernels.thin import launch_thin
 from fastbound.kernels.tiles import GemmTile, Tile
-from torch import Tensor
-
-from benchmarks.cases import Shape
 from fastbound.plan import Tiles
+from fastbound.shapes import Shape
 from fastbound.torch_products import padded_rank
 
 OMEGA = 1.5

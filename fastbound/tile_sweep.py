@@ -14,13 +14,11 @@ from functools import partial
 from statistics import quantiles
 
 import torch
-from fastbound.kernels.tiles import GemmTile, Tile
 
-from benchmarks.cases import Shape
-from benchmarks.ceilings import kernel_stopwatch
-from benchmarks.interleaved import interleaved
-from benchmarks.isolation import Broken, isolated
-from benchmarks.passes import (
+from fastbound.compilation import TARGETS, compile_launch
+from fastbound.isolation import Broken, isolated
+from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.passes import (
     FLOORS,
     PASSES,
     Candidate,
@@ -30,8 +28,9 @@ from benchmarks.passes import (
     make_operands,
     results,
 )
-from fastbound.compilation import TARGETS, compile_launch
 from fastbound.plan import Tiles
+from fastbound.shapes import Shape
+from fastbound.timing import interleaved, kernel_stopwatch
 
 # Largest relative difference from the default tile's result: rounding in another order.
 SAME = {torch.bfloat16: 2**-7, torch.float32: 2**-12}

@@ -1,0 +1,112 @@
+"""The measurement: every competitor once per round, in an order drawn anew each round.
+
+Timing one competitor after another lets clocks, heat and neighbours decide; here whatever drifts
+drifts for all.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+FLUSH_BYTES = 2 * 2**30
+
+Step = Callable[[int], object]
+Stopwatch = Callable[[Callable[[], object]], float]
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    *,
+    rounds: int,
+    stopwatch: Stopwatch,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round: every step once per round, shuffled by `seed`.
+
+    A step is called with a number that grows by one from call to call, whoever is called, so that
+    steps which rotate their inputs by it never meet the inputs of the call before.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    shuffle = random.Random(seed).shuffle
+    order, turn = list(steps), 0
+    with _no_garbage_collection():
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                samples[name].append(stopwatch(partial(steps[name], turn)))
+                turn += 1
+    return samples
+
+
+def stopwatch_for(device: torch.device) -> Stopwatch:
+    """CUDA events on a GPU, else the performance counter; results are freed off the clock."""
+    return _gpu_seconds if device.type == "cuda" else _host_seconds
+
+
+def _host_seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = step()
+    end = time.perf_counter()
+    del kept
+    return end - start
+
+
+def _gpu_seconds(step: Callable[[], object]) -> float:
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    kept = step()
+    end.record()
+    end.synchronize()
+    del kept
+    return start.elapsed_time(end) * 1e-3
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def at_most(nbytes: int, device: torch.device) -> int:
+    """``nbytes``, or an eighth of what is free where that is less; whole elements of any dtype."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 * nbytes
+    return min(nbytes, free // 8) // 64 * 64
+
+
+def kernel_stopwatch(device: torch.device) -> Stopwatch:
+    """Seconds of a step alone: behind a read of a buffer that outweighs L2 many times.
+
+    The read leaves the cache cold and clean, and lasts longer than the step takes to launch.
+    """
+    if device.type != "cuda":
+        return stopwatch_for(device)
+    flush = torch.ones(at_most(FLUSH_BYTES, device) // 4, device=device)
+
+    def seconds(step: Callable[[], object]) -> float:
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        flush.sum()
+        start.record()
+        kept = step()
+        end.record()
+        end.synchronize()
+        del kept
+        return start.elapsed_time(end) * 1e-3
+
+    return seconds
