@@ -1,19 +1,21 @@
 """(device, shape, dtype) -> Plan: which path runs and with which tiles. Pure, and never an error.
 
-An unknown GPU gets the pointer tiles of Ampere, the smallest common ground; what cannot run in
-Triton (fp64, rank above 64, no Triton) runs in PyTorch, and ``Plan.reason`` says so.
+A table of measurements (``plan_tables``) answers where it holds a shape near enough, the defaults
+elsewhere: an unknown GPU gets the pointer tiles of Ampere, the smallest common ground. What cannot
+run in Triton (fp64, rank above 64, no Triton) runs in PyTorch. ``Plan.reason`` says which it was.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile, Tile
+from fastbound.plan_tables import Entry, PlanTable, row_bucket, table_for
 from fastbound.torch_products import padded_rank
 
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
@@ -65,10 +67,12 @@ def plan(
     rank: int,
     dtype: torch.dtype,
     backend: str = "auto",
+    table: PlanTable | None = None,
 ) -> Plan:
     """The plan for x [M, K], weight [N, K] and factors of ``rank`` in compute dtype ``dtype``.
 
-    Raises ValueError for an unknown backend, and for "fused" or "split" where Triton cannot run.
+    ``table`` holds measurements of this device, or None. Raises ValueError for an unknown backend,
+    and for "fused" or "split" where Triton cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -77,25 +81,34 @@ def plan(
     if M == 0:
         return Plan("torch", "no rows: nothing to launch")
     obstacle = _triton_obstacle(device, rank, dtype)
-    odd = _unaligned(N, K, dtype)
-    if backend == "auto":
-        if obstacle is not None:
+    if obstacle is not None:
+        if backend == "auto":
             return Plan("torch", obstacle)
-        if device.architecture == "interpreter":
-            return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
-        if dtype is torch.float32:
-            strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
-        elif odd:
-            strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
-        else:
-            strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
-    else:
-        if obstacle is not None:
-            raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto"')
-        strategy, reason = backend, f'backend="{backend}" was asked for'
-    tiles = default_tiles(device.architecture, M, padded_rank(rank), dtype)
-    if odd and dtype is not torch.float32:
+        raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto"')
+    if backend == "auto" and device.architecture == "interpreter":
+        return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
+    odd = _unaligned(N, K, dtype)
+    R = padded_rank(rank)
+    tiles = default_tiles(device.architecture, M, R, dtype)
+    strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
+    if dtype is torch.float32:
+        strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
+    elif odd:
+        strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
         tiles = _UNALIGNED
+    elif table is not None:
+        entry = table.nearest(M, N, K, R, str(dtype).removeprefix("torch."))
+        if entry is not None:
+            strategy, reason = entry.strategy, f"{entry.origin}: {entry}, in {table.path}"
+            tiles = _with_entry(tiles, entry)
+        elif table.path is not None:
+            reason += f": nothing near in {table.path}"
+        if table.note:
+            reason += f" ({table.note})"
+    if backend != "auto":
+        strategy, reason = backend, f'backend="{backend}" was asked for'
+    if strategy == "torch":
+        return Plan(strategy, reason)
     return Plan(strategy, reason, tiles, device.multiprocessors)
 
 
@@ -108,12 +121,24 @@ def plan_for(
     dtype: torch.dtype,
     backend: str = "auto",
 ) -> Plan:
-    """:func:`plan` for a torch device, cached; M enters in powers of two."""
-    bucket = 1 << (M - 1).bit_length() if M > 0 else 0
+    """:func:`plan` for a torch device and its table, cached; M enters in powers of two."""
+    bucket = row_bucket(M) if M > 0 else 0
     return _cached_plan(describe(device.type, device.index), bucket, N, K, rank, dtype, backend)
 
 
-_cached_plan = lru_cache(maxsize=4096)(plan)
+@lru_cache(maxsize=4096)
+def _cached_plan(
+    device: Device, M: int, N: int, K: int, rank: int, dtype: torch.dtype, backend: str
+) -> Plan:
+    table = None
+    if device.architecture.startswith(("sm_", "gfx")):
+        table = table_for(device.architecture, device.multiprocessors)
+    return plan(device, M, N, K, rank, dtype, backend, table)
+
+
+def _with_entry(tiles: Tiles, entry: Entry) -> Tiles:
+    """A layer's tiles as measured; a block's own two stay the default's."""
+    return replace(tiles, gemm=entry.gemm, thin=entry.thin, reduce=entry.reduce)
 
 
 @lru_cache(maxsize=64)
