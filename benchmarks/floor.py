@@ -1,94 +1,42 @@
 """The floor of each shape by arithmetic, nothing measured: `python -m benchmarks.floor`.
 
 The frozen layer does 2·M·N·K operations forward and as many for dx. A competitor adds passes over
-[M, K] and [M, N] tensors; TRAFFIC counts them, in bytes per element, from what each one executes.
-Predicted time: the larger of operations over the compute ceiling and the GEMM's bytes over the
-bandwidth ceiling, plus the extra bytes over the bandwidth ceiling as if nothing overlapped.
+[M, K] and [M, N] tensors; `fastbound.time_model` holds them and predicts their times.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from benchmarks.cases import CPU_SHAPES, CPU_TOKENS, MODEL_SHAPES, Shape
+from benchmarks.cases import CPU_SHAPES, CPU_TOKENS, MODEL_SHAPES
 from benchmarks.report import markdown_table
+from fastbound.plan import Device
+from fastbound.shapes import Shape
+from fastbound.time_model import (
+    RANK,
+    STRATEGIES,
+    Ceilings,
+    adapter_flops,
+    gemm_bytes,
+    gemm_flops,
+    gemm_seconds,
+    predicted_ratio,
+    saved_bytes,
+)
 
-BF16 = 2
-RANK = 16
 TOKENS = (1024, 8192, 32768)
 TYPICAL_TOKENS = 8192
+GPU = Device("sm_90", 132)  # whose tiles the workspaces are for
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes a competitor moves beyond the floor, per element of [M, K] and of [M, N]."""
-
-    forward_K: int
-    forward_N: int
-    backward_K: int
-    backward_N: int
-    saved_K: int  # bytes kept for backward, per element of [M, K] ...
-    saved_r: int  # ... and per element of [M, r]
-
-
-# For bf16 x and W. PEFT in fp32, forward: x cast (2+4), read (4); B's product written (4), scaled
-# (4+4), added (2+4+4), cast (4+2). Its backward: dy cast twice (6+6), scaled (8), read twice (8);
-# fp32 dx written (4), cast (6), added (6), x read (4).
-TRAFFIC = {
-    "frozen": Traffic(0, 0, 0, 0, 0, 0),
-    "fused": Traffic(2, 0, 2, 2, 2, 2),
-    "split": Traffic(2, 4, 6, 2, 2, 2),
-    "addmm": Traffic(2, 4, 6, 4, 2, 2),
-    "peft_bf16": Traffic(2, 12, 10, 8, 2, 2),
-    "peft_fp32": Traffic(10, 28, 20, 28, 4, 4),
-}
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device reaches: operations per second in a large GEMM, bytes per second."""
-
-    flops: float
-    bandwidth: float
-
-
-def gemm_flops(shape: Shape, M: int) -> int:
-    """Operations of x Wᵀ, and of dy W: 2·M·N·K."""
-    return 2 * M * shape.N * shape.K
-
-
-def gemm_bytes(shape: Shape, M: int, itemsize: int = BF16) -> int:
-    """Bytes of x, W and y, each moved once."""
-    return itemsize * (M * shape.K + shape.N * shape.K + M * shape.N)
-
-
-def adapter_flops(shape: Shape, M: int, rank: int = RANK) -> int:
-    """Operations the adapter adds: two thin products forward, four backward."""
-    return 6 * M * rank * (shape.K + shape.N)
-
-
-def gemm_seconds(shape: Shape, M: int, ceilings: Ceilings) -> float:
-    """The bare GEMM, forward or dx, at the ceilings."""
-    return max(gemm_flops(shape, M) / ceilings.flops, gemm_bytes(shape, M) / ceilings.bandwidth)
-
-
-def predicted_ratio(name: str, shape: Shape, M: int, ceilings: Ceilings) -> float:
-    """Forward plus backward of a competitor over that of the frozen layer."""
-    traffic = TRAFFIC[name]
-    extra = M * shape.K * (traffic.forward_K + traffic.backward_K)
-    extra += M * shape.N * (traffic.forward_N + traffic.backward_N)
-    floor = 2 * gemm_seconds(shape, M, ceilings)
-    return (floor + extra / ceilings.bandwidth) / floor
-
-
-def saved_bytes(name: str, shape: Shape, M: int, rank: int = RANK) -> int:
-    """Bytes kept for backward on bf16 x, x itself included, tensors of a weight's size left out."""
-    return M * (TRAFFIC[name].saved_K * shape.K + TRAFFIC[name].saved_r * rank)
-
-
-def floor_table(shapes: Sequence[Shape], M: int, tokens: Sequence[int], ceilings: Ceilings) -> str:
+def floor_table(
+    shapes: Sequence[Shape],
+    M: int,
+    tokens: Sequence[int],
+    ceilings: Ceilings,
+    device: Device | None = None,
+) -> str:
     """Operations and bytes at M, the floor's time at each of `tokens`, predicted ratios at M."""
 
     def milliseconds(shape: Shape, M: int) -> str:
@@ -96,7 +44,7 @@ def floor_table(shapes: Sequence[Shape], M: int, tokens: Sequence[int], ceilings
         by_memory = seconds > gemm_flops(shape, M) / ceilings.flops
         return f"{seconds * 1e3:.3f}" + (" (memory)" if by_memory else "")
 
-    rivals = [name for name in TRAFFIC if name != "frozen"]
+    rivals = [name for name in STRATEGIES if name != "frozen"]
     times = [f"ms @ {count}" for count in tokens]
     head = ["layer", "K->N", "GFLOP", "MB", "FLOP/B", "adapter", *times, *rivals]
     lines = []
@@ -111,7 +59,10 @@ def floor_table(shapes: Sequence[Shape], M: int, tokens: Sequence[int], ceilings
                 f"{flops / moved:.0f}",
                 f"{adapter_flops(shape, M) / (2 * flops):.2%}",
                 *(milliseconds(shape, count) for count in tokens),
-                *(f"{predicted_ratio(name, shape, M, ceilings):.2f}" for name in rivals),
+                *(
+                    f"{predicted_ratio(name, shape, M, ceilings, RANK, device):.2f}"
+                    for name in rivals
+                ),
             ]
         )
     return markdown_table(head, lines)
@@ -119,7 +70,7 @@ def floor_table(shapes: Sequence[Shape], M: int, tokens: Sequence[int], ceilings
 
 def saved_table(shapes: Sequence[Shape], M: int) -> str:
     """MiB kept for backward by one layer."""
-    names = [name for name in TRAFFIC if name != "split"]
+    names = [name for name in STRATEGIES if name != "split"]
     lines = [
         [str(shape), *(f"{saved_bytes(name, shape, M) / 2**20:.2f}" for name in names)]
         for shape in shapes
@@ -136,9 +87,10 @@ def document(ceilings: Ceilings) -> str:
             f"MB and FLOP/B are of the bare GEMM, forward or dx, at M={TYPICAL_TOKENS}; `adapter` "
             "is the adapter's share of the operations; `ms @ M` the bare GEMM at the ceilings, "
             "all bound by compute unless marked. The last columns predict forward plus backward "
-            f"over the frozen layer's at M={TYPICAL_TOKENS}, every extra pass over memory exposed; "
-            "while the GEMM is bound by compute they are the same for any M.",
-            floor_table(MODEL_SHAPES, TYPICAL_TOKENS, TOKENS, ceilings),
+            f"over the frozen layer's at M={TYPICAL_TOKENS}: a pass takes the longer of its "
+            "operations and its bytes, none overlaps another, and the workspaces are those of "
+            f"{GPU.architecture} tiles on {GPU.multiprocessors} multiprocessors.",
+            floor_table(MODEL_SHAPES, TYPICAL_TOKENS, TOKENS, ceilings, GPU),
             f"The CPU's cases, at {CPU_CEILINGS.flops / 1e9:g} GFLOP/s and "
             f"{CPU_CEILINGS.bandwidth / 1e9:g} GB/s, assumed for two cores:",
             floor_table(CPU_SHAPES, CPU_TOKENS[0], CPU_TOKENS, CPU_CEILINGS),

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from benchmarks.cases import MODEL_BLOCKS, Block
-from benchmarks.floor import BF16, GPU_CEILINGS, RANK, TYPICAL_TOKENS, Ceilings
+from benchmarks.floor import GPU, GPU_CEILINGS, TYPICAL_TOKENS
 from benchmarks.report import markdown_table
-
-ARCHITECTURE, MULTIPROCESSORS = "sm_90", 132  # whose tiles the workspaces are for
+from fastbound.time_model import BF16, RANK, Ceilings, Pass
 
 # Passes outside the GEMMs over [M, K] and [M, N] in bf16, forward and backward together, of a gated
 # block and of a plain one; tests/test_traffic.py counts them.
@@ -26,18 +24,6 @@ TALL_PASSES = {
     "peft_bf16": {True: (25, 40), False: (16, 21)},
     "peft_fp32": {True: (61, 85), False: (43, 48)},
 }
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One kernel, or GEMMs that follow one another: what it computes, operations, bytes."""
-
-    name: str
-    flops: int
-    nbytes: int
-
-    def seconds(self, ceilings: Ceilings) -> float:
-        return max(self.flops / ceilings.flops, self.nbytes / ceilings.bandwidth)
 
 
 def gemm(name: str, block: Block, M: int, count: int, rank: int) -> Pass:
@@ -52,7 +38,7 @@ def fused_passes(block: Block, M: int, rank: int = RANK) -> list[Pass]:
     from benchmarks.traffic import block_workspaces
 
     K, N, first = block.K, block.N, 2 if block.gated else 1
-    parts = block_workspaces(M, block, rank, ARCHITECTURE, MULTIPROCESSORS)
+    parts = block_workspaces(M, block, rank, GPU.architecture, GPU.multiprocessors)
     down = 2 * (parts["down: dS parts"] + parts["down: dB parts"])
     activation = 2 * (parts["activation: dS parts"] + parts["activation: dB and dA parts"])
     x, h = BF16 * M * K, BF16 * M * N
@@ -89,12 +75,15 @@ def passes_table(block: Block, M: int, ceilings: Ceilings) -> str:
     lines = []
     passes = fused_passes(block, M)
     for one in passes:
-        bound = (
-            "compute" if one.flops / ceilings.flops > one.nbytes / ceilings.bandwidth else "memory"
-        )
         milliseconds = f"{one.seconds(ceilings) * 1e3:.3f}"
         lines.append(
-            [one.name, f"{one.flops / 1e9:.1f}", f"{one.nbytes / 1e6:.0f}", milliseconds, bound]
+            [
+                one.name,
+                f"{one.flops / 1e9:.1f}",
+                f"{one.nbytes / 1e6:.0f}",
+                milliseconds,
+                one.bound_by(ceilings),
+            ]
         )
     total = sum(one.seconds(ceilings) for one in passes)
     flops, nbytes = sum(p.flops for p in passes), sum(p.nbytes for p in passes)
@@ -123,8 +112,8 @@ def document(ceilings: Ceilings, M: int = TYPICAL_TOKENS) -> str:
         [
             f"Predicted arithmetic, not measurement: bf16, r={RANK}, M={M}, ceilings assumed at "
             f"{ceilings.flops / 1e12:g} TFLOP/s and {ceilings.bandwidth / 1e12:g} TB/s, every pass "
-            f"exposed, workspaces of {ARCHITECTURE} tiles on {MULTIPROCESSORS} multiprocessors. "
-            "The fused block of Llama-3-8B, every projection adapted:",
+            f"exposed, workspaces of {GPU.architecture} tiles on {GPU.multiprocessors} "
+            "multiprocessors. The fused block of Llama-3-8B, every projection adapted:",
             passes_table(llama, M, ceilings),
             "Predicted forward plus backward, over the frozen block's:",
             ratio_table(M, ceilings),

@@ -24,11 +24,11 @@ from benchmarks.mlp_competitors import MLP_COMPETITORS, fused, make_block_proble
 from benchmarks.report import MIB, markdown_table
 from fastbound import bounded_linear
 from fastbound.plan import default_tiles
+from fastbound.time_model import FP32, linear_workspaces
 from fastbound.torch_products import padded_rank
 
 M, K, N, RANK = 128, 256, 384, 16
 DTYPE = torch.bfloat16
-FP32 = 4  # bytes of an element of a workspace
 GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
 DIRECTIONS = ("forward", "backward")
@@ -218,23 +218,6 @@ def comparison_table(rivals: dict[str, Counted], at: Shape | Block) -> str:
         cells = [*(f"{n:g}" for n in outside), f"{total[0]} + {total[1]}", f"{moved / 1024:.0f}"]
         lines.append([name, *cells])
     return markdown_table(head, lines)
-
-
-def linear_workspaces(
-    rows: int, shape: tuple[int, int], rank: int, architecture: str, sms: int
-) -> dict[str, int]:
-    """Bytes of each workspace of one layer's backward, K -> N."""
-    from fastbound.kernels.launch import blocks
-    from fastbound.kernels.reduce import row_chunks
-
-    K, N = shape
-    R = padded_rank(rank)
-    tile = default_tiles(architecture, rows, R, DTYPE).reduce
-    return {
-        "dS parts": FP32 * blocks(N, tile.block_n) * rows * R,
-        "dB parts": FP32 * row_chunks(rows, N, tile, sms)[0] * N * R,
-        "dA parts": FP32 * row_chunks(rows, K, tile, sms)[0] * K * R,
-    }
 
 
 def block_workspaces(

@@ -28,7 +28,7 @@ from benchmarks.mlp_competitors import (
 )
 from benchmarks.mlp_competitors import frozen as frozen_block
 from benchmarks.products import PRODUCTS, make_operands
-from fastbound import reference
+from fastbound import reference, time_model
 from fastbound.memory import saved_bytes
 from fastbound.timing import interleaved
 
@@ -177,7 +177,7 @@ def test_saved_bytes_of_a_layer_are_those_of_the_floor_table(name: str) -> None:
     problem = make_problem(M, K, N, rank, torch.bfloat16, CPU)
     layer = next(c for c in COMPETITORS if c.name == name).build(problem)
     x = torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)
-    expected = floor.saved_bytes(name, Shape("m", "p", K, N), M, rank)
+    expected = time_model.saved_bytes(name, Shape("m", "p", K, N), M, rank)
     if name.startswith("peft"):
         # Beyond the table, per factor: sin(ωP) in the dtype of P, and ωP for the sine's backward.
         itemsize = 2 if name == "peft_bf16" else 4
@@ -293,13 +293,13 @@ def test_every_form_of_a_product_is_that_product(product: str) -> None:
 
 def test_floor_counts_operations_and_bytes() -> None:
     shape, M = Shape("m", "p", 4096, 14336), 8192
-    assert floor.gemm_flops(shape, M) == 2 * 8192 * 4096 * 14336
-    assert floor.gemm_bytes(shape, M) == 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
-    compute = floor.Ceilings(flops=1.0, bandwidth=float("inf"))
-    memory = floor.Ceilings(flops=float("inf"), bandwidth=1.0)
-    assert floor.gemm_seconds(shape, M, compute) == floor.gemm_flops(shape, M)
-    assert floor.gemm_seconds(shape, M, memory) == floor.gemm_bytes(shape, M)
-    assert floor.predicted_ratio("frozen", shape, M, floor.GPU_CEILINGS) == 1
+    assert time_model.gemm_flops(shape, M) == 2 * 8192 * 4096 * 14336
+    assert time_model.gemm_bytes(shape, M) == 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
+    compute = time_model.Ceilings(flops=1.0, bandwidth=float("inf"))
+    memory = time_model.Ceilings(flops=float("inf"), bandwidth=1.0)
+    assert time_model.gemm_seconds(shape, M, compute) == time_model.gemm_flops(shape, M)
+    assert time_model.gemm_seconds(shape, M, memory) == time_model.gemm_bytes(shape, M)
+    assert time_model.predicted_ratio("frozen", shape, M, floor.GPU_CEILINGS) == 1
 
 
 def test_notes_hold_the_floor_that_the_script_prints(repository: Path) -> None:

@@ -79,7 +79,7 @@ class TestPredictedTimes:
         from benchmarks.traffic import block_workspaces
 
         block, M = Block("m", 4096, 14336, "silu", gated=gated, bias=False), 8192
-        parts = block_workspaces(M, block, 16, mlp_floor.ARCHITECTURE, mlp_floor.MULTIPROCESSORS)
+        parts = block_workspaces(M, block, 16, "sm_90", 132)
         over_K, over_N = mlp_floor.TALL_PASSES["fused"][gated]
         tall = 2 * M * (over_K * block.K + over_N * block.N)
         passes = [p for p in mlp_floor.fused_passes(block, M) if "GEMM" not in p.name]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks import floor, mlp_floor, traffic
+from benchmarks import mlp_floor, traffic
 from benchmarks.cases import Block
 from benchmarks.competitors import COMPETITORS, Competitor
 from benchmarks.meter import Meter, Region
@@ -36,6 +36,9 @@ from benchmarks.traffic import (
     N,
     Passes,
 )
+from fastbound import time_model
+from fastbound.plan import Device
+from fastbound.shapes import Shape
 
 
 @triton.jit
@@ -285,25 +288,44 @@ class TestBlock:
 @pytest.mark.parametrize("name", ["frozen", "addmm", "peft_bf16", "peft_fp32"])
 def test_the_floor_counts_the_passes_that_are_made(name: str) -> None:
     counted = traffic.linear_traffic(next(c for c in COMPETITORS if c.name == name))
-    table = floor.TRAFFIC[name]
-    expected = {
-        ("forward", K): table.forward_K,
-        ("forward", N): table.forward_N,
-        ("backward", K): table.backward_K,
-        ("backward", N): table.backward_N,
+    assert per_element(counted) == time_model.traffic(name)
+
+
+def per_element(counted: Counted) -> dict[tuple[str, str], float]:
+    """Bytes outside the GEMMs."""
+    return {
+        (direction, name): counted.bytes_outside(direction, M * width) / (M * width)
+        for direction in DIRECTIONS
+        for name, width in (("K", K), ("N", N))
     }
-    found = {(d, width): counted.bytes_outside(d, M * width) / (M * width) for d, width in expected}
-    assert found == expected
 
 
 def test_the_floor_counts_the_fused_passes(linear: Counted) -> None:
-    table = floor.TRAFFIC["fused"]
-    per_element = [
-        linear.bytes_outside(d, M * width) / (M * width) for d in DIRECTIONS for width in (K, N)
-    ]
-    expected = [table.forward_K, table.forward_N, table.backward_K, table.backward_N]
-    assert per_element == expected
-    assert DTYPE.itemsize == floor.BF16
+    assert per_element(linear) == time_model.traffic("fused")
+    assert DTYPE.itemsize == time_model.BF16
+
+
+@pytest.mark.parametrize("name", ["frozen", "fused", "addmm", "peft_bf16", "peft_fp32"])
+def test_the_bytes_of_the_time_model_are_those_that_are_moved(name: str, linear: Counted) -> None:
+    """In all: tall tensors, the weight once for each GEMM, and the workspaces of the reductions."""
+    rivals = {c.name: c for c in COMPETITORS}
+    counted = linear if name == "fused" else traffic.linear_traffic(rivals[name])
+    tall_and_weight = sum(
+        count(direction, elements)
+        for direction in DIRECTIONS
+        for elements in (M * K, M * N, N * K)
+        for count in (counted.bytes_outside, counted.bytes_in_gemms)
+    )
+    workspaces = sum(
+        moved.read + moved.written
+        for step in counted.steps["backward"]
+        if step.name in ("_reduce_kernel", "_finish_kernel")
+        for argument in ("P", "Q", "PARTS")
+        if (region := step.operands.get(argument)) in step.moved
+        for moved in [step.moved[region]]
+    )
+    passes = time_model.layer_passes(name, Shape("m", "p", K, N), M, RANK, Device("interpreter", 4))
+    assert sum(one.nbytes for one in passes) == tall_and_weight + workspaces
 
 
 @pytest.mark.parametrize("block", [GATED, PLAIN], ids=["gated", "plain"])
