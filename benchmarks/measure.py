@@ -14,13 +14,11 @@ from benchmarks.cases import DTYPES, Block, Case
 from benchmarks.competitors import Competitor, Layer, make_problem
 from benchmarks.mlp_competitors import make_block_problem
 from fastbound.memory import peak_bytes, saved_bytes
+from fastbound.passes import require_truth
 from fastbound.timing import interleaved, stopwatch_for
 
 DIRECTIONS = ("forward", "forward+backward")
 WARMUP_ROUNDS = 3  # on a CPU, where a round takes seconds, one: the check warms up once more
-# Relative Frobenius error above which a competitor is not computing the operator: about ten times
-# what the roundings of its dtype explain, a tenth of what a forgotten sine or factor costs.
-CORRECT = {torch.bfloat16: 2**-5, torch.float32: 2**-12}
 CHECKED_ROWS = 256
 
 
@@ -131,8 +129,4 @@ def _check(layer: Layer, truth: dict[str, Tensor], x: Tensor, dy: Tensor) -> Non
     dx, *factor_gradients = torch.autograd.grad(y, (x, *layer.trained), dy)
     actual = (y.detach()[:CHECKED_ROWS], dx[:CHECKED_ROWS], *factor_gradients)
     for (name, target), value in zip(truth.items(), actual, strict=True):
-        error = float((value.double() - target).norm() / target.norm())
-        if not error <= CORRECT[x.dtype]:
-            raise ArithmeticError(
-                f"{name} is off by {error:.2e} (relative), more than {CORRECT[x.dtype]:.2e}"
-            )
+        require_truth(name, value, target, x.dtype)

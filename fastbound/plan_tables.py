@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class PlanTable:
     """A table as it was read, or none and why.
 
     ``note`` is what plans say beside their reason: why a file that lies there is not used.
+    ``versions`` are those of the software that it was measured with.
     """
 
     architecture: str
@@ -64,6 +65,7 @@ class PlanTable:
     entries: tuple[Entry, ...] = ()
     path: Path | None = None
     note: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def nearest(self, M: int, N: int, K: int, R: int, dtype: str) -> Entry | None:
         """The entry of this R and dtype whose N, K and M are the fewest doublings away."""
@@ -110,12 +112,12 @@ def find_table(
             if not path.is_file():
                 continue
             table = read_table(path)
-            _require_same_gpu(table, architecture, multiprocessors)
+            require_same_gpu(table, architecture, multiprocessors)
         except (OSError, ValueError) as error:
             notes.append(f"plan table not used: {error}")
             warnings.warn(notes[-1], stacklevel=2)
         else:
-            return PlanTable(**{**vars(table), "note": "; ".join(notes)})
+            return replace(table, note="; ".join(notes))
     return PlanTable(architecture, note="; ".join(notes)) if notes else None
 
 
@@ -140,14 +142,15 @@ def read_table(path: Path) -> PlanTable:
             _typed(content, "multiprocessors", int),
             tuple(_entry(entry, architecture) for entry in _typed(content, "entries", list)),
             path,
+            versions=_typed(content, "versions", dict),
         )
     except (KeyError, TypeError, ValueError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged: {detail}") from error
 
 
-def write_table(path: Path, table: PlanTable, versions: Mapping[str, str]) -> None:
-    """The whole file anew, never half of it; ``versions`` of the software it was measured with."""
+def write_table(path: Path, table: PlanTable) -> None:
+    """The whole file anew, never half of it."""
     entries = []
     for entry in table.entries:
         flat = asdict(entry)
@@ -158,7 +161,7 @@ def write_table(path: Path, table: PlanTable, versions: Mapping[str, str]) -> No
         "architecture": table.architecture,
         "device": table.device,
         "multiprocessors": table.multiprocessors,
-        "versions": dict(versions),
+        "versions": dict(table.versions),
         "entries": entries,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,8 @@ def write_table(path: Path, table: PlanTable, versions: Mapping[str, str]) -> No
     partial.replace(path)
 
 
-def _require_same_gpu(table: PlanTable, architecture: str, multiprocessors: int) -> None:
+def require_same_gpu(table: PlanTable, architecture: str, multiprocessors: int) -> None:
+    """Raise ValueError where a table is of another GPU than the one described."""
     if (table.architecture, table.multiprocessors) != (architecture, multiprocessors):
         raise ValueError(
             f"{table.path} is of {table.device} ({table.architecture}, {table.multiprocessors} "
@@ -207,7 +211,7 @@ def _entry(content: Any, architecture: str) -> Entry:
 
 def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
     content = _typed(tiles, name, dict)
-    expected = {field.name for field in fields(kind)}
+    expected = {each.name for each in fields(kind)}
     if set(content) != expected:
         raise ValueError(f"{name} tile has {sorted(content)}, not {sorted(expected)}")
     for key, value in content.items():

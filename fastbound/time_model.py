@@ -40,6 +40,12 @@ DATASHEET: Mapping[str, Ceilings] = {
 }
 
 
+def datasheet_of(gpu: str) -> Ceilings:
+    """Of the card in a device's name; of an H100 for any other, whose ratio of the two is usual."""
+    found = [c for key, c in DATASHEET.items() if key.split("-")[0] in gpu.lower()]
+    return found[0] if found else DATASHEET["h100"]
+
+
 @dataclass(frozen=True)
 class Pass:
     """One kernel, or GEMMs that follow one another: what it computes, operations, bytes."""
