@@ -14,6 +14,7 @@ import fastbound
 COMMANDS = {
     "unlearn": "fastbound.unlearning.command",
     "tune": "fastbound.tune_command",
+    "profile": "fastbound.profile_command",
 }
 
 
