@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import MIB, Row
+from fastbound import profile_report
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
 COLOURS = {
-    "frozen": "#000000",
-    "fused": "#D55E00",
+    **profile_report.COLOURS,
     "split": "#E69F00",
     "addmm": "#009E73",
     "per_layer": "#F0E442",
-    "peft_fp32": "#0072B2",
-    "peft_bf16": "#56B4E9",
     "compiled": "#CC79A7",
 }
 OTHER = "#999999"

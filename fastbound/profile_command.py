@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 HELP = "show what adapters cost over the frozen module as sequences grow"
 DESCRIPTION = """\
@@ -110,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str):  # type: ignore[no-untyped-def]
+def _device(name: str) -> torch.device:
     import torch
 
     from fastbound.unlearning.errors import InputError

@@ -164,19 +164,23 @@ def draw(profile: Profile, path: Path) -> None:
     )
     for place, (left, right) in zip(places, panels, strict=True):
         lengths = sorted({p.tokens for p in profile.points if p.place == place})
-        left.set_title(f"{profile.model}, {place}: time over the frozen one", fontsize=10)
+        left.set_title(
+            f"{profile.model}, {place}: time over the frozen one", fontsize=10, loc="left"
+        )
         memory = "peak memory of a step" if profile.on_gpu else "kept for backward"
-        right.set_title(f"{profile.model}, {place}: {memory}", fontsize=10)
+        right.set_title(f"{profile.model}, {place}: {memory}", fontsize=10, loc="left")
         for name in profile.variants(place):
             points = profile.of(place, name)
             _draw_time(left, name, points)
             _draw_memory(right, name, points)
         left.set_ylabel("time / frozen")
-        right.set_ylabel("MiB")
+        left.margins(y=0.12)
+        _mark_failures(left, profile, place)
         right.set_yscale("log", base=2)
-        right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        right.yaxis.set_major_formatter(
+            lambda mib, _: f"{mib:g} MiB" if mib < 1024 else f"{mib / 1024:g} GiB"
+        )
         for axes in (left, right):
-            _mark_failures(axes, profile, place)
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [length(M) for M in lengths])
             axes.minorticks_off()
