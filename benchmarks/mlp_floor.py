@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from benchmarks.cases import MODEL_BLOCKS, Block
 from benchmarks.floor import GPU, GPU_CEILINGS, TYPICAL_TOKENS
 from benchmarks.report import markdown_table
+from fastbound.plan import Device
 from fastbound.time_model import BF16, RANK, Ceilings, Pass
 
 # Passes outside the GEMMs over [M, K] and [M, N] in bf16, forward and backward together, of a gated
@@ -33,12 +34,12 @@ def gemm(name: str, block: Block, M: int, count: int, rank: int) -> Pass:
     return Pass(name, count * flops, count * nbytes)
 
 
-def fused_passes(block: Block, M: int, rank: int = RANK) -> list[Pass]:
+def fused_passes(block: Block, M: int, rank: int = RANK, device: Device = GPU) -> list[Pass]:
     """The fused block, forward and backward; its workspaces are written once and read once."""
     from benchmarks.traffic import block_workspaces
 
     K, N, first = block.K, block.N, 2 if block.gated else 1
-    parts = block_workspaces(M, block, rank, GPU.architecture, GPU.multiprocessors)
+    parts = block_workspaces(M, block, rank, device.architecture, device.multiprocessors)
     down = 2 * (parts["down: dS parts"] + parts["down: dB parts"])
     activation = 2 * (parts["activation: dS parts"] + parts["activation: dB and dA parts"])
     x, h = BF16 * M * K, BF16 * M * N
@@ -60,10 +61,10 @@ def fused_passes(block: Block, M: int, rank: int = RANK) -> list[Pass]:
     ]  # fmt: skip
 
 
-def seconds(name: str, block: Block, M: int, ceilings: Ceilings) -> float:
+def seconds(name: str, block: Block, M: int, ceilings: Ceilings, device: Device = GPU) -> float:
     """Forward and backward of one competitor."""
     if name == "fused":
-        return sum(one.seconds(ceilings) for one in fused_passes(block, M))
+        return sum(one.seconds(ceilings) for one in fused_passes(block, M, device=device))
     gemms = gemm("", block, M, 6 if block.gated else 4, 0 if name == "frozen" else RANK)
     over_K, over_N = TALL_PASSES[name][block.gated]
     extra = BF16 * M * (over_K * block.K + over_N * block.N)

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from fastbound.kernels.tiles import GemmTile
 
-from benchmarks import compare, correctness, facts, gpu_check, stages
+from benchmarks import compare, correctness, facts, gpu_check, report, stages
 from benchmarks.calls import measure_calls
 from benchmarks.correctness import GemmCase, OperatorCase, TallCase, examine
 from benchmarks.summary import summary
@@ -95,6 +95,23 @@ def test_compare_reads_its_file(
     assert compare.main([str(path), str(worse)]) == 1
     assert capsys.readouterr().out.count("WORSE") == 1
     assert compare.main([str(worse), str(path)]) == 0
+
+
+def test_its_tables_for_the_readme_are_marked_as_a_cpu_s(
+    run: tuple[str, Path], tmp_path: Path
+) -> None:
+    _, path = run
+    assert report.main([str(path.parent), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert "**Interpreted on a CPU" in text and "commit abc1234" in text
+    saved = json.loads(path.read_text())
+    medians = {
+        (row["projection"], row["competitor"]): row["median"]
+        for row in saved["benchmark"]["rows"]
+        if row["direction"] == "forward+backward"
+    }
+    for (projection, competitor), median in medians.items():
+        assert f"{median / medians[projection, 'frozen']:.3f}" in text, (projection, competitor)
 
 
 def options(tmp_path: Path, **changes: Any) -> gpu_check.Options:
