@@ -210,7 +210,7 @@ def _at_length(
     rounds: int,
     stopwatch: Callable[[Callable[[], object]], float],
 ) -> list[ProfilePoint]:
-    held: dict[str, dict[str, int | None]] = {}
+    held: dict[str, tuple[int, int | None]] = {}
     failures: dict[str, str] = {}
     steps: dict[str, Callable[[int], object]] = {}
     try:
@@ -225,10 +225,8 @@ def _at_length(
         try:
             for turn in range(2):
                 run(turn)
-            held[name] = {
-                "saved_bytes": saved_bytes(partial(subject.call, form, x), form.parameters()),
-                "peak_bytes": peak_bytes(partial(run, 0), device),
-            }
+            saved = saved_bytes(partial(subject.call, form, x), form.parameters())
+            held[name] = saved, peak_bytes(partial(run, 0), device)
         except RuntimeError as error:
             failures[name] = _out_of_memory(error)
             _release(device)
@@ -248,7 +246,7 @@ def _at_length(
             continue
         q1, median, q3 = medians[name]
         over = None if floor is None else median / floor
-        points.append(ProfilePoint(subject.place, M, name, median, q1, q3, over, **held[name]))
+        points.append(ProfilePoint(subject.place, M, name, median, q1, q3, over, *held[name]))
     return points
 
 

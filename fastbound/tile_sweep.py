@@ -15,7 +15,7 @@ from statistics import quantiles
 
 import torch
 
-from fastbound.compilation import TARGETS, compile_launch
+from fastbound.compilation import TARGETS, Compiled, compile_launch
 from fastbound.isolation import Broken, isolated
 from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.passes import (
@@ -116,6 +116,11 @@ def fault(task: CompileTask) -> str | None:
 
     What compiles here is in Triton's cache when the sweep launches it.
     """
+    return judged(task)[1]
+
+
+def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
+    """What the compiler made of a candidate's main kernel, and its fault."""
     name, candidate, shape, M, rank, dtype, target = task
     meta = torch.device("meta")
     o = make_operands(shape, M, rank, dtype, meta, TARGETS[target].multiprocessors)
@@ -124,7 +129,11 @@ def fault(task: CompileTask) -> str | None:
         compiled = compile_launch(kernel.launch, target)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+        return None, f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    return compiled, _fault(compiled, target)
+
+
+def _fault(compiled: Compiled, target: str) -> str | None:
     if compiled.spills:
         return f"{compiled.spills} spills"
     if compiled.shared > TARGETS[target].shared_limit:
