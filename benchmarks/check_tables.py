@@ -78,6 +78,12 @@ def readme_section(results: Results) -> str:
             "Kernels alone, cold cache, and the share of the ceilings they reach:",
             kernels,
         ]
+    for report in results.get("profile", {}).get("reports", []):
+        place = report["points"][0]["place"]
+        sections += [
+            f"Time over the frozen one by length, {report['model']}, {place}:",
+            length_table(report["points"]),
+        ]
     sections.append(_correctness(results))
     return "\n\n".join(sections)
 
@@ -140,6 +146,21 @@ def detail(rows: Sequence[Results]) -> str:
     ]
     head += ["PEFT's default over it", "kept for backward", "peak"]
     return markdown_table(head, lines)
+
+
+def length_table(points: Sequence[Results]) -> str:
+    """A line for each length of a profile, a column for each adapter."""
+    names = [name for name in dict.fromkeys(p["variant"] for p in points) if name != "frozen"]
+    found = {(point["tokens"], point["variant"]): point for point in points}
+    lines = []
+    for tokens in dict.fromkeys(point["tokens"] for point in points):
+        cells = []
+        for name in names:
+            ratio = found[tokens, name]["over_floor"]
+            missing = found[tokens, name]["failure"] or "-"
+            cells.append(missing if ratio is None else f"{ratio:.3f}")
+        lines.append([str(tokens), *cells])
+    return markdown_table(["tokens", *names], lines)
 
 
 def _place(row: Results) -> str:

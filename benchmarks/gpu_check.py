@@ -1,6 +1,6 @@
 """Everything a machine with a GPU should run, in one command with a time budget.
 
-    python -m benchmarks.gpu_check [--minutes 9] [--only correctness,ceilings,benchmark,tiles]
+    python -m benchmarks.gpu_check [--minutes 9] [--only correctness,ceilings,benchmark,...]
 
 Most important first, stopping at the budget with what there is. The results file is written after
 every step, so that a crash loses at most the running one. Exit status 1 if anything failed.
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from benchmarks.correctness import Check, Outcome
 
 FORMAT = "fastbound gpu_check 1"
-WEIGHTS = {"correctness": 4.0, "ceilings": 0.4, "benchmark": 4.0, "tiles": 3.0}  # of the budget
+WEIGHTS = {  # of the budget
+    "correctness": 4.0,
+    "ceilings": 0.4,
+    "benchmark": 4.0,
+    "tune": 2.0,
+    "profile": 1.5,
+    "tiles": 1.5,
+}
 CASE_SECONDS = 180.0  # before a case counts as hung
 SANITIZER_SECONDS = 150.0
 
@@ -203,6 +210,20 @@ def tiles(session: Session, deadline: float) -> None:
     _steps(session, "tiles", tile_steps(session, store, deadline), store, deadline)
 
 
+def tune(session: Session, deadline: float) -> None:
+    """The tuner, into the results."""
+    from benchmarks.tool_stages import tuned
+
+    tuned(session, deadline)
+
+
+def profile(session: Session, deadline: float) -> None:
+    """Overhead against sequence length."""
+    from benchmarks.tool_stages import profiled
+
+    profiled(session, deadline)
+
+
 Step = tuple[str, Callable[[], Mapping[str, Sequence[Any]]]]
 
 
@@ -235,6 +256,8 @@ STAGES: Mapping[str, Callable[[Session, float], None]] = {
     "correctness": correctness,
     "ceilings": ceilings,
     "benchmark": benchmark,
+    "tune": tune,
+    "profile": profile,
     "tiles": tiles,
 }
 

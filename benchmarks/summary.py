@@ -34,6 +34,7 @@ def summary(results: Results, *, brief: bool = False) -> str:
         call_table(results.get("benchmark", {}).get("calls", [])),
         kernel_table(results.get("benchmark", {}).get("kernels", [])),
         layer_table(layers),
+        *(report["flatness"] for report in results.get("profile", {}).get("reports", [])),
         verdict(results),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -130,7 +131,7 @@ def verdict(results: Results) -> str:
         lines.append(f"correctness: {found} of {checked['cases']} cases")
         if "sanitizer" in checked:
             lines.append(f"memory checker: {checked['sanitizer']['status']}")
-    for stage in ("benchmark", "tiles"):
+    for stage in ("benchmark", "tune", "profile", "tiles"):
         late = results.get(stage, {}).get("not_reached", [])
         if late:
             lines.append(f"{stage}: not reached: {late if late is True else len(late)}")

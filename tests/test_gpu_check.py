@@ -69,6 +69,12 @@ def test_runs_every_stage_and_says_that_its_times_mean_nothing(run: tuple[str, P
     assert len({name for name, _ in swept}) == 5
     assert len(swept - {(name, "cuBLAS") for name, _ in swept}) + len(dropped) == 10
     assert saved["facts"]["commit"] == "abc1234"
+    assert {(e["N"], e["K"], e["M"]) for e in saved["tune"]["table"]["entries"]} == {(192, 64, 32)}
+    profiled = {one["points"][0]["place"]: one for one in saved["profile"]["reports"]}
+    assert list(profiled) == ["mlp", "c_fc", "c_proj"]
+    for one in profiled.values():
+        assert {point["tokens"] for point in one["points"]} == {32, 64}
+        assert one["flatness"] in printed
 
 
 def test_the_summary_ends_the_output(run: tuple[str, Path]) -> None:
@@ -112,6 +118,9 @@ def test_its_tables_for_the_readme_are_marked_as_a_cpu_s(
     }
     for (projection, competitor), median in medians.items():
         assert f"{median / medians[projection, 'frozen']:.3f}" in text, (projection, competitor)
+    for profiled in saved["profile"]["reports"]:
+        for point in profiled["points"]:
+            assert f"{point['over_floor']:.3f}" in text or point["variant"] == "frozen"
 
 
 def options(tmp_path: Path, **changes: Any) -> gpu_check.Options:
@@ -385,7 +394,7 @@ def test_readings_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only=speed"], "--only takes correctness, ceilings, benchmark, tiles; got 'speed'"),
+        (["--only=speed"], "ceilings, benchmark, tune, profile, tiles; got 'speed'"),
         (["--minutes=0"], "--minutes must be positive, got 0"),
         (["--device=cuda"], "torch sees no GPU here"),
     ],
