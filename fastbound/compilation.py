@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastbound.plan import Device, plan
+from fastbound.plan_tables import SHARED_LIMIT
 from fastbound.torch_products import padded_rank
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "sm_80": Target("cuda", 80, 32, 166_912, 108),
-    "sm_90": Target("cuda", 90, 32, 232_448, 132),
-    "gfx942": Target("hip", "gfx942", 64, 65_536, 304),
+    "sm_80": Target("cuda", 80, 32, SHARED_LIMIT["sm_80"], 108),
+    "sm_90": Target("cuda", 90, 32, SHARED_LIMIT["sm_90"], 132),
+    "gfx942": Target("hip", "gfx942", 64, SHARED_LIMIT["gfx942"], 304),
 }
 
 # What shows in a listing when the matrix unit, the copy engine or a spill is used.

@@ -24,9 +24,7 @@ STRATEGIES = ("fused", "split", "torch")
 DTYPES = ("bfloat16", "float16")
 FARTHEST = 2.0  # log2: an entry serves shapes up to a factor of four away, in all
 
-# Bytes of shared memory for one block on the largest of each: what no tile may exceed.
-_SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
-_LARGEST_SHARED = max(_SHARED_LIMIT.values())
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes for one block
 
 
 @dataclass(frozen=True)
@@ -202,11 +200,21 @@ def _entry(content: Any, architecture: str) -> Entry:
         architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
     ):
         raise ValueError(f"gemm tile {gemm}: {architecture} has no tensor descriptors")
-    # The operands of every stage but the one being filled, in 2 bytes an element.
-    shared = 2 * max(1, gemm.stages - 1) * (gemm.block_m + gemm.block_n) * gemm.block_k
-    if shared > _SHARED_LIMIT.get(architecture, _LARGEST_SHARED):
-        raise ValueError(f"gemm tile {gemm} needs {shared} bytes of shared memory")
+    if not fits(gemm, architecture):
+        raise ValueError(f"gemm tile {gemm} needs more shared memory than {architecture} has")
     return entry
+
+
+def fits(gemm: GemmTile, architecture: str) -> bool:
+    """Whether the operands that a tile keeps in shared memory, 2 bytes each, can be there at all.
+
+    Necessary, not sufficient: what else a kernel keeps only its compilation tells.
+    """
+    operands = (gemm.block_m + gemm.block_n) * gemm.block_k
+    needed = 2 * max(1, gemm.stages - 1) * operands  # all stages but the one in registers
+    if gemm.descriptors:  # all stages, and a buffer for the store
+        needed = 2 * (gemm.stages * operands + gemm.block_m * gemm.block_n)
+    return needed <= SHARED_LIMIT.get(architecture, max(SHARED_LIMIT.values()))
 
 
 def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:

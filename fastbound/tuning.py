@@ -18,9 +18,17 @@ from typing import Protocol
 
 import torch
 
+from fastbound.kernels.tiles import GemmTile
 from fastbound.passes import Candidate
 from fastbound.plan import Device, Tiles, default_tiles
-from fastbound.plan_tables import Entry, PlanTable, read_table, require_same_gpu, write_table
+from fastbound.plan_tables import (
+    Entry,
+    PlanTable,
+    fits,
+    read_table,
+    require_same_gpu,
+    write_table,
+)
 from fastbound.shapes import Shape
 from fastbound.tile_sweep import candidates
 from fastbound.time_model import Ceilings, tile_seconds
@@ -34,7 +42,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 STEPS = len(KINDS) + 1  # of a shape: its tiles, and the strategies
 MARGIN = 0.01
-TRIED = 10  # candidates of a kind, the default among them
+COMPILED, TIMED = 20, 10  # candidates of a kind, the default among them
 TYPICAL_TOKENS = 8192
 
 
@@ -199,6 +207,7 @@ def _tune_point(
         chosen = shortlist(names, tiles, point, machine)
         found = bench.faults(names, point, chosen, deadline)
         kept = [c for c, fault in zip(chosen, found, strict=True) if c is chosen[0] or not fault]
+        kept = kept[:TIMED]
         sums = dict.fromkeys(kept, 0.0)
         for name in names:
             timed = bench.sweep(name, point, kept)
@@ -231,15 +240,18 @@ def shortlist(
 ) -> list[Candidate]:
     """The default, then the candidates that the time model finds fastest."""
     default, *others = candidates(names[0], tiles)
+    architecture = machine.device.architecture
     takes_descriptors = default_tiles(
-        machine.device.architecture, point.M, padded_rank(point.rank), torch.bfloat16
+        architecture, point.M, padded_rank(point.rank), torch.bfloat16
     ).gemm.descriptors
-    possible = [
-        other
-        for other in others
-        if other.programs == 1.0  # a plan has no word for another number
-        and (takes_descriptors or not getattr(other.tile, "descriptors", False))
-    ]
+
+    def possible(candidate: Candidate) -> bool:
+        tile = candidate.tile
+        if candidate.programs != 1.0:  # a plan has no word for another number
+            return False
+        return not isinstance(tile, GemmTile) or (
+            fits(tile, architecture) and (takes_descriptors or not tile.descriptors)
+        )
 
     def predicted(candidate: Candidate) -> float:
         return sum(
@@ -255,7 +267,7 @@ def shortlist(
             for name in names
         )
 
-    return [default, *sorted(possible, key=predicted)[: TRIED - 1]]
+    return [default, *sorted(filter(possible, others), key=predicted)[: COMPILED - 1]]
 
 
 def best_strategy(samples: Mapping[str, Sequence[float]]) -> str:

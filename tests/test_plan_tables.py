@@ -178,7 +178,7 @@ DAMAGE = {
     "dtype": (set_entry("dtype", "float32"), "dtype 'float32'"),
     "rows": (set_entry("M", 1000), "M 1000 of an entry"),
     "negative": (set_entry("K", -1), "K -1 of an entry"),
-    "shared memory": (set_tile("gemm", "block_k", 512), "bytes of shared memory"),
+    "shared memory": (set_tile("gemm", "block_k", 512), "needs more shared memory than sm_90 has"),
     "descriptors": (lambda c: c.update(architecture="sm_80"), "sm_80 has no tensor descriptors"),
 }
 
