@@ -1,7 +1,7 @@
 """Whether one saved run is slower than another: python -m benchmarks.compare BEFORE.json AFTER.json
 
 Compares ratios, never times: a layer over the frozen layer of its own run, and of a gpu_check file
-also a kernel over the ceilings of its own run. Exit status 1 where a ratio grew by more than 3 %
+also a kernel over the ceilings of its own run, and every length of its profiles. Exit status 1 where a ratio grew by more than 3 %
 beyond the spread, 2 where the files cannot be compared.
 """
 
@@ -99,6 +99,20 @@ def _of_check(saved: Mapping[str, Any]) -> Iterator[tuple[str, Point]]:
             name = f"{kernel['shape']}, M={kernel['M']}, {kernel['kernel']} / ceiling"
             spread = _half_range(kernel["q1"], kernel["median"], kernel["q3"])
             yield name, Point(kernel["median"] / kernel["ceiling"], spread)
+
+    for report in saved.get("profile", {}).get("reports", []):
+        yield from _of_profile(report)
+
+
+def _of_profile(report: Mapping[str, Any]) -> Iterator[tuple[str, Point]]:
+    reached = [point for point in report["points"] if point["over_floor"] is not None]
+    floors = {p["tokens"]: p for p in reached if p["variant"] == "frozen"}
+    for point in reached:
+        if point["variant"] != "frozen":
+            name = f"profile of {report['model']}.{point['place']}, M={point['tokens']}"
+            pair = (point, floors[point["tokens"]])
+            spread = sum(_half_range(p["q1"], p["median"], p["q3"]) for p in pair)
+            yield f"{name}, {point['variant']} / frozen", Point(point["over_floor"], spread)
 
 
 def _half_range(q1: float, median: float, q3: float) -> float:

@@ -101,6 +101,12 @@ def test_compare_reads_its_file(
     assert compare.main([str(path), str(worse)]) == 1
     assert capsys.readouterr().out.count("WORSE") == 1
     assert compare.main([str(worse), str(path)]) == 0
+    point = next(p for p in saved["profile"]["reports"][0]["points"] if p["variant"] == "fused")
+    point["over_floor"] *= 100
+    worse.write_text(json.dumps(saved))
+    capsys.readouterr()
+    assert compare.main([str(path), str(worse)]) == 1
+    assert capsys.readouterr().out.count("WORSE") == 2
 
 
 def test_its_tables_for_the_readme_are_marked_as_a_cpu_s(
