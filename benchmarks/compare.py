@@ -1,8 +1,8 @@
 """Whether one saved run is slower than another: python -m benchmarks.compare BEFORE.json AFTER.json
 
 Compares ratios, never times: a layer over the frozen layer of its own run, and of a gpu_check file
-also a kernel over the ceilings of its own run, and every length of its profiles. Exit status 1 where a ratio grew by more than 3 %
-beyond the spread, 2 where the files cannot be compared.
+also a kernel over the ceilings of its own run, and every length of its profiles. Exit status 1
+where a ratio grew by more than 3 % beyond the spread, 2 where the files cannot be compared.
 """
 
 from __future__ import annotations
