@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.cases import SMOKE_SHAPES, SMOKE_TOKENS
 from fastbound.plan import describe
+from fastbound.plan_tables import software
 from fastbound.profile_report import Profile, flatness
 from fastbound.profiling import Subject, describe_mode, profile, subjects, variants
 from fastbound.shapes import linear_shapes, parse_tokens
@@ -38,7 +39,7 @@ def tuned(session: Session, deadline: float) -> None:
     if measured is not None:
         ceilings = Ceilings(measured.flops, measured.bandwidth)
     described = describe(options.device.type, options.device.index)
-    machine = Machine(described, facts.device, ceilings, facts.versions)
+    machine = Machine(described, facts.device, ceilings, software())
     bench = DeviceBench(
         options.device,
         described,

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,29 @@ def find_table(
             notes.append(f"plan table not used: {error}")
             warnings.warn(notes[-1], stacklevel=2)
         else:
-            return replace(table, note="; ".join(notes))
+            return replace(table, note="; ".join([*notes, *_other_versions(table)]))
     return PlanTable(architecture, note="; ".join(notes)) if notes else None
+
+
+def _other_versions(table: PlanTable) -> list[str]:
+    """What was measured with another Triton or torch still runs, and may be less fast."""
+    here = software()
+    return [
+        f"measured with {name} {version}, here is {here.get(name)}"
+        for name, version in table.versions.items()
+        if here.get(name) != version
+    ]
+
+
+def software() -> dict[str, str]:
+    """The installed versions that a measurement depends on."""
+    found = {}
+    for name in ("torch", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def read_table(path: Path) -> PlanTable:

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fastbound.plan import describe
-    from fastbound.plan_tables import user_folder
+    from fastbound.plan_tables import software, user_folder
     from fastbound.time_model import datasheet_of
     from fastbound.tuning import STEPS, Machine, points, start_table, tune
     from fastbound.tuning_bench import DeviceBench
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     described = describe(device.type, device.index)
     name = torch.cuda.get_device_name(device)
-    machine = Machine(described, name, datasheet_of(name), _versions())
+    machine = Machine(described, name, datasheet_of(name), software())
     path = arguments.output or user_folder() / f"{described.architecture}.json"
     try:
         table = start_table(path, machine, resume=arguments.resume)
@@ -141,9 +141,3 @@ def _require_gpu() -> None:
             f"tuning times kernels, and needs {' and '.join(missing)}: run it on the machine that "
             "will train. Without a table the default plans are used"
         )
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in ("torch", "triton")}

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 import fastbound
 from fastbound import plan_tables
 from fastbound.plan import Device, describe, plan, plan_for
-from fastbound.plan_tables import Entry, PlanTable, find_table, read_table, write_table
+from fastbound.plan_tables import (
+    Entry,
+    PlanTable,
+    find_table,
+    read_table,
+    software,
+    write_table,
+)
 
 HOPPER = Device("sm_90", 132)
 GEMM = GemmTile(128, 128, 64, 8, 4, descriptors=True)
@@ -34,7 +41,7 @@ ENTRY = Entry(
     reduce=Tile(64, 128, 4, 3),
     origin="measured 2026-01-02 on a card",
 )
-TABLE = PlanTable("sm_90", "a card", 132, (ENTRY,), versions={"triton": "3.9.0"})
+TABLE = PlanTable("sm_90", "a card", 132, (ENTRY,), versions=software())
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def test_a_table_is_read_as_it_was_written(folder: Path) -> None:
     table = read_table(path)
     assert table.entries == (ENTRY,)
     assert (table.architecture, table.device, table.multiprocessors) == ("sm_90", "a card", 132)
-    assert table.versions == {"triton": "3.9.0"}
+    assert table.versions == software()
 
 
 def test_an_entry_decides_strategy_and_tiles_and_says_where_from(folder: Path) -> None:
@@ -228,6 +235,14 @@ def test_the_first_folder_goes_before_and_a_damaged_one_gives_way(
     assert chosen.strategy == "split"
     assert str(folder) in chosen.reason and str(mine) in chosen.reason
     assert find_table("sm_80", 108, [mine, folder]) is None
+
+
+def test_a_table_of_other_versions_is_used_and_they_are_said(folder: Path) -> None:
+    write_table(folder / "sm_90.json", replace(TABLE, versions={"triton": "3.0.1"}))
+    table = find_table("sm_90", 132, [folder])
+    chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
+    assert chosen.strategy == "split"
+    assert "(measured with triton 3.0.1, here is " in chosen.reason
 
 
 def test_shipped_tables_are_sound() -> None:
