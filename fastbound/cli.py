@@ -13,6 +13,7 @@ import fastbound
 # Such a module imports nothing heavy at its top: all of them are read to show the help.
 COMMANDS = {
     "unlearn": "fastbound.unlearning.command",
+    "evaluate": "fastbound.unlearning.evaluate_command",
 }
 
 
