@@ -15,6 +15,7 @@ COMMANDS = {
     "unlearn": "fastbound.unlearning.command",
     "tune": "fastbound.tune_command",
     "profile": "fastbound.profile_command",
+    "evaluate": "fastbound.unlearning.evaluate_command",
 }
 
 

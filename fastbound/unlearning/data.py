@@ -13,7 +13,7 @@ from typing import Any
 
 from fastbound.unlearning.errors import InputError
 
-_SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (".jsonl", ".json", ".csv")
 _HUB = re.compile(r"(?P<id>[^:]+):(?P<config>[^:]*):(?P<split>[^:]+)")
 
 
@@ -50,19 +50,28 @@ def load_rows(source: str | Path) -> list[Row]:
         InputError: the source is missing, empty or malformed, or a row lacks a field or has an
             empty one; row and field are named.
     """
+    return [_row(record, where) for where, record in read_records(source)]
+
+
+def read_records(source: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every record of what `load_rows` takes, whatever its fields, with file and row number.
+
+    Raises:
+        InputError: the source is missing, empty or malformed.
+    """
     path = Path(source)
-    if path.suffix in _SUFFIXES or path.is_file():
+    if path.suffix in SUFFIXES or path.is_file():
         records = _file_records(path)
     elif match := _HUB.fullmatch(str(source)):
         records = _hub_records(**match.groupdict())
     else:
         raise InputError(
-            f"{source} is neither a file ({', '.join(_SUFFIXES)}) nor id:config:split of a data set"
+            f"{source} is neither a file ({', '.join(SUFFIXES)}) nor id:config:split of a data set"
         )
-    rows = [_row(record, f"{source}, row {number}") for number, record in records]
-    if not rows:
+    found = [(f"{source}, row {number}", record) for number, record in records]
+    if not found:
         raise InputError(f"{source} holds no rows: give at least one")
-    return rows
+    return found
 
 
 def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
@@ -85,8 +94,8 @@ def authors(split: str) -> Path:
 def _file_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file")
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"{path}: the name must end in {', '.join(_SUFFIXES)}")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,14 +151,17 @@ def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Mappin
 
 def _row(record: Mapping[str, Any], where: str) -> Row:
     if "question" in record or "answer" in record:
-        return Row(_field(record, "question", where), _field(record, "answer", where), where)
+        return Row(
+            text_field(record, "question", where), text_field(record, "answer", where), where
+        )
     if "text" in record:
-        return Row(None, _field(record, "text", where), where)
+        return Row(None, text_field(record, "text", where), where)
     found = ", ".join(map(repr, record)) or "no field at all"
     raise InputError(f"{where}: needs 'question' and 'answer', or 'text'; found {found}")
 
 
-def _field(record: Mapping[str, Any], name: str, where: str) -> str:
+def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
+    """A field that must hold text, or `InputError` with row and field."""
     if name not in record or record[name] is None:
         raise InputError(f"{where}: field {name!r} is missing")
     value = record[name]

@@ -1,0 +1,66 @@
+"""Greedy continuations in batches: padded on the left, so that every row ends where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    *,
+    pad: int,
+    end: int,
+) -> list[list[int]]:
+    """What the model adds to each prompt by itself, without its end of text.
+
+    Padding is masked, so a row continues as it does alone. The keys and values of earlier tokens
+    are cached.
+
+    Args:
+        prompts: token ids, at least one each.
+        most: how many tokens to add at most, for each prompt; at least one.
+        pad: token to pad with.
+        end: end of text, where the model's generation settings name none.
+    """
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    stops = stop_tokens(model, end)
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max(most),
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+        eos_token_id=sorted(stops),
+    )
+    new = output[:, length:].tolist()
+    return [_cut(tokens[:limit], stops) for tokens, limit in zip(new, most, strict=True)]
+
+
+def stop_tokens(model: Any, end: int) -> set[int]:
+    """The tokens that end a text: those of the model's generation settings, else `end`."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        return {end}
+    return {ends} if isinstance(ends, int) else set(ends)
+
+
+def _cut(tokens: list[int], stops: set[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in stops:
+            return tokens[:i]
+    return tokens

@@ -1,0 +1,100 @@
+"""TOFU's aggregated evaluation log: four sections of per-row losses and ROUGE, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbound.unlearning.errors import InputError
+
+FORGET = "eval_log_forget.json"
+RETAIN = "eval_log.json"
+REAL_AUTHORS = "eval_real_author_wo_options.json"
+WORLD_FACTS = "eval_real_world_wo_options.json"
+SECTIONS = (RETAIN, REAL_AUTHORS, WORLD_FACTS, FORGET)
+
+Log = Mapping[str, Any]
+
+
+def read_log(log: Log | str | Path) -> Log:
+    """The log in a JSON file; a mapping is given back as it is.
+
+    Raises:
+        InputError: the file cannot be read or holds no JSON object.
+    """
+    if isinstance(log, Mapping):
+        return log
+    try:
+        value = json.loads(Path(log).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"log {log} cannot be read: {error}; give TOFU's aggregated evaluation as JSON"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"log {log} holds {type(value).__name__}: a JSON object is needed")
+    return value
+
+
+def column(log: Log, section: str, field: str, name: str = "log") -> np.ndarray:
+    """One field of one section, float64: `[rows]`, or `[rows, wrong answers]`.
+
+    A list in the order of the rows, or TOFU's own mapping from row number to value.
+
+    Raises:
+        InputError: section or field is missing, empty, ragged, not numeric, or not finite.
+    """
+    where = f"{name}, {section}, {field}"
+    if section not in log:
+        raise InputError(f"{name}: section {section!r} is missing; {_names(log)}")
+    if not isinstance(log[section], Mapping) or field not in log[section]:
+        raise InputError(f"{name}, {section}: field {field!r} is missing; {_names(log[section])}")
+    value = log[section][field]
+    if isinstance(value, Mapping):
+        try:
+            value = [value[key] for key in sorted(value, key=int)]
+        except ValueError:
+            raise InputError(f"{where}: its keys must be row numbers") from None
+    try:
+        values = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: one number a row, or as many for each row, is needed") from None
+    if values.size == 0:
+        raise InputError(f"{where} holds no rows")
+    if not np.isfinite(values).all():
+        row = int(np.argwhere(~np.isfinite(values))[0][0])
+        raise InputError(
+            f"{where}, row {row}: {values[row]} is not finite; the model that gave it has "
+            "collapsed or was evaluated in too narrow a dtype"
+        )
+    return values
+
+
+def losses(log: Log, section: str, name: str = "log") -> tuple[np.ndarray, np.ndarray]:
+    """Losses of the right (paraphrased) answers `[rows]` and the wrong ones `[rows, wrong]`."""
+    right = column(log, section, "avg_paraphrased_loss", name)
+    wrong = column(log, section, "average_perturb_loss", name)
+    check_lengths(name, section, avg_paraphrased_loss=right, average_perturb_loss=wrong)
+    if right.ndim != 1 or wrong.ndim != 2:
+        raise InputError(
+            f"{name}, {section}: one avg_paraphrased_loss and a list of average_perturb_loss a row "
+            f"are needed, got shapes {right.shape} and {wrong.shape}"
+        )
+    return right, wrong
+
+
+def check_lengths(name: str, section: str, **columns: np.ndarray) -> None:
+    """Raise `InputError` where the fields of a section do not have one value a row each."""
+    lengths = {field: len(values) for field, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{field} {length}" for field, length in lengths.items())
+        raise InputError(f"{name}, {section}: fields of different lengths ({found})")
+
+
+def _names(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return f"found {type(value).__name__}"
+    return "found " + (", ".join(map(str, value)) or "nothing")

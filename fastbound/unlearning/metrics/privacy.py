@@ -1,0 +1,121 @@
+"""Can membership be told from the likelihood? Min-K %, its AUC, and PrivLeak of MUSE."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.metrics.conventions import (
+    EPSILON,
+    MUSE,
+    MUSE_CONVENTIONS,
+    OPEN_UNLEARNING,
+    check_convention,
+)
+
+# MUSE's constants for models retrained without the forget set, in MUSE's own sign: Min-40 %.
+AUC_RETRAIN = {"news": 0.4772, "books": 0.5393}
+
+
+def min_k(log_probabilities: Any, k: float = 0.4, *, convention: str = OPEN_UNLEARNING) -> float:
+    """Minus the mean of the lowest k·n token log-probabilities; low for a text the model knows.
+
+    Args:
+        log_probabilities: `[n]`, of every token of one text.
+        k: share of the tokens, 0 < k <= 1.
+        convention: with int(k·n) = 0 "open-unlearning" takes one token, "muse" gives NaN.
+    """
+    check_convention(convention, MUSE_CONVENTIONS)
+    values = np.sort(_text(log_probabilities))
+    if convention == MUSE and _share(len(values), k) == 0:
+        return math.nan
+    return -float(values[: max(1, _share(len(values), k))].mean())
+
+
+def min_k_plus_plus(log_probabilities: Any, vocabulary: Any, k: float = 0.4) -> float:
+    """Min-K %++: as `min_k`, over log-probabilities standardised within each position.
+
+    z = (log p(x_i) - μ_i) / σ_i, μ and σ² the mean and variance of log p over the vocabulary under
+    p itself; σ² is at least 1e-6. Zhang et al. 2024.
+
+    Args:
+        log_probabilities: `[n]`, of every token of one text.
+        vocabulary: `[n, V]`, of every token there could be.
+    """
+    own, all_ = _text(log_probabilities), np.asarray(vocabulary, dtype=np.float64)
+    if all_.ndim != 2 or len(all_) != len(own):
+        raise InputError(f"vocabulary must be [{len(own)}, V], got shape {all_.shape}")
+    p = np.exp(all_)
+    # 0 · (-inf) is 0: a token that cannot be adds nothing.
+    weighted = np.where(p > 0, p * np.where(p > 0, all_, 0), 0)
+    mean = weighted.sum(-1)
+    variance = (weighted * np.where(p > 0, all_, 0)).sum(-1) - mean**2
+    scores = np.sort((own - mean) / np.sqrt(np.maximum(variance, 1e-6)))
+    return -float(scores[: max(1, _share(len(scores), k))].mean())
+
+
+def membership_auc(forget: Any, holdout: Any, *, convention: str = OPEN_UNLEARNING) -> float:
+    """Area under the curve of telling forget rows from holdout rows by their scores.
+
+    open-unlearning: 1 where every forget row scores below (is likelier than) every holdout row.
+    muse: 0 there; the one is 1 minus the other. 0.5 where they cannot be told apart.
+
+    Args:
+        forget, holdout: attack scores such as `min_k`, low for a known text.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    check_convention(convention, MUSE_CONVENTIONS)
+    forget, holdout = (np.asarray(each, dtype=np.float64) for each in (forget, holdout))
+    if not (forget.size and holdout.size):
+        raise InputError("AUC needs at least one forget and one holdout row")
+    scores = np.concatenate([forget, holdout])
+    if not np.isfinite(scores).all():
+        raise InputError("AUC of scores that are not finite: the model has collapsed")
+    member = np.concatenate([np.zeros(len(forget)), np.ones(len(holdout))])
+    return float(roc_auc_score(member, -scores if convention == MUSE else scores))
+
+
+def privleak(auc: float, reference: float = 0.5, *, convention: str = OPEN_UNLEARNING) -> float:
+    """How far the AUC is from that of a model retrained without the forget set, in percent.
+
+        open-unlearning   ((1 - auc) - (1 - reference)) / ((1 - reference) + 1e-10) · 100
+        muse              (auc - reference) / reference · 100
+
+    About -100 not unlearned, 0 ideal, above 0 over-unlearned. Both AUCs must come from
+    `membership_auc` in the same convention; then the two forms agree up to the epsilon.
+
+    Args:
+        reference: AUC of the retrained model; `AUC_RETRAIN` holds MUSE's, in MUSE's sign.
+
+    Raises:
+        InputError: an AUC outside 0 .. 1, or a reference that makes the ratio meaningless.
+    """
+    check_convention(convention, MUSE_CONVENTIONS)
+    for name, value in (("auc", auc), ("reference", reference)):
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} must lie in 0 .. 1, got {value}")
+    if convention == MUSE:
+        if reference == 0:
+            raise InputError(
+                "reference AUC is 0: it comes from a model that knows the forget set; give that "
+                "of a model retrained without it"
+            )
+        return (auc - reference) / reference * 100
+    return ((1 - auc) - (1 - reference)) / ((1 - reference) + EPSILON) * 100
+
+
+def _text(log_probabilities: Any) -> np.ndarray:
+    values = np.asarray(log_probabilities, dtype=np.float64)
+    if values.ndim != 1 or not values.size:
+        raise InputError(f"log-probabilities of one text are needed, got shape {values.shape}")
+    return values
+
+
+def _share(n: int, k: float) -> int:
+    if not 0 < k <= 1:
+        raise InputError(f"k is a share of the tokens, 0 < k <= 1, got {k}")
+    return int(n * k)

@@ -1,0 +1,60 @@
+"""Per-row token values of labelled batches: what the metrics of an answer are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbound.unlearning.encoding import IGNORED
+from fastbound.unlearning.losses import answer_tokens
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """One row's labelled tokens, in order, end of text included.
+
+    Attributes:
+        log_probabilities: float64 `[tokens]`, given the true tokens before.
+        correct: bool `[tokens]`, whether it is the model's first choice.
+    """
+
+    log_probabilities: Tensor
+    correct: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats a token."""
+        return -float(self.log_probabilities.mean())
+
+    @property
+    def probability(self) -> float:
+        """e^-loss: the answer's probability, normalised by its length."""
+        return float(torch.exp(self.log_probabilities.mean()))
+
+    def without_end(self) -> AnswerScore:
+        """Without the last labelled token, the end of text: for EM, ES and Min-K %."""
+        return AnswerScore(self.log_probabilities[:-1], self.correct[:-1])
+
+
+def answer_scores(logits: Tensor, labels: Tensor) -> list[AnswerScore]:
+    """Score every row of a batch, `[rows, length, vocabulary]` against `[rows, length]`."""
+    tokens = answer_tokens(logits, labels)
+    counts = torch.bincount(tokens.row, minlength=len(labels)).tolist()
+    parts = zip(
+        (-tokens.loss).double().cpu().split(counts), tokens.correct.cpu().split(counts), strict=True
+    )
+    return [AnswerScore(*part) for part in parts]
+
+
+def vocabulary_log_probabilities(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """For each row the log-probabilities of the whole vocabulary where a token is labelled.
+
+    As large as the logits: one row, or a few, at a time.
+    """
+    labelled = labels[:, 1:] != IGNORED
+    return [
+        F.log_softmax(row[at].float(), -1) for row, at in zip(logits[:, :-1], labelled, strict=True)
+    ]

@@ -1,0 +1,163 @@
+"""Truth ratio of TOFU, and forget quality: are its values those of a model that never knew?"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.metrics.conventions import (
+    EPSILON,
+    OPEN_UNLEARNING,
+    TOFU_PAPER,
+    check_convention,
+)
+from fastbound.unlearning.metrics.logs import FORGET, Log, losses, read_log
+
+
+class SameModelWarning(UserWarning):
+    """A retain log that comes from the model under test: what is compared with it says nothing."""
+
+
+@dataclass(frozen=True)
+class ForgetQuality:
+    """Two-sample Kolmogorov-Smirnov test over truth ratios.
+
+    Attributes:
+        pvalue: 1 where the two samples cannot be told apart.
+        statistic: largest distance between the two empirical distributions.
+        log10: of `pvalue`, for display.
+        floor: the lowest p-value that `n` and `n_retain` rows can give (statistic 1).
+        n, n_retain: rows of either log.
+        convention: whose truth ratio.
+    """
+
+    pvalue: float
+    statistic: float
+    log10: float
+    floor: float
+    n: int
+    n_retain: int
+    convention: str
+
+
+def truth_ratio(right: Any, wrong: Any, *, convention: str = OPEN_UNLEARNING) -> np.ndarray:
+    """How much likelier wrong answers are than the right one, R `[rows]`.
+
+    With L the mean loss a token of an answer, in nats:
+
+        open-unlearning   exp(-mean_j L_wrong_j) / (exp(-L_right) + 1e-10)
+        tofu              exp(L_right - mean_j L_wrong_j)          aggregate_eval_stat.py
+        tofu-paper        mean_j exp(-L_wrong_j) / exp(-L_right)   the paper and utils.py
+
+    The epsilon sends R to 0 once losses pass 23 nats; the other two do not change when every loss
+    grows by the same amount.
+
+    Args:
+        right: losses of the right (paraphrased) answers `[rows]`.
+        wrong: losses of the wrong answers `[rows, wrong answers]`.
+
+    Raises:
+        InputError: unknown convention, lengths that differ, or losses that are not finite.
+    """
+    check_convention(convention)
+    right = np.asarray(right, dtype=np.float64)
+    wrong = np.asarray(wrong, dtype=np.float64)
+    if right.ndim != 1 or wrong.ndim != 2 or len(right) != len(wrong):
+        raise InputError(
+            f"losses [rows] and [rows, wrong] needed, got {right.shape}, {wrong.shape}"
+        )
+    if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
+        raise InputError("truth ratio of losses that are not finite: the model has collapsed")
+    if convention == OPEN_UNLEARNING:
+        return np.exp(-wrong.mean(-1)) / (np.exp(-right) + EPSILON)
+    if convention == TOFU_PAPER:
+        return np.exp(right[:, None] - wrong).mean(-1)
+    return np.exp(right - wrong.mean(-1))
+
+
+def closer_to_one(ratio: np.ndarray, *, convention: str = OPEN_UNLEARNING) -> float:
+    """Truth ratio of forget rows: mean of min(R, 1/R); 1 where right and wrong are alike."""
+    check_convention(convention)
+    epsilon = EPSILON if convention == OPEN_UNLEARNING else 0.0
+    with np.errstate(divide="ignore"):  # R = 0: the minimum is R
+        return float(np.minimum(ratio, 1 / (ratio + epsilon)).mean())
+
+
+def true_better(ratio: np.ndarray) -> float:
+    """Truth ratio of rows to be kept: mean of max(0, 1 - R); 1 where nothing wrong is likely."""
+    return float(np.maximum(0.0, 1.0 - ratio).mean())
+
+
+def right_share(right: Any, wrong: Any) -> np.ndarray:
+    """open-unlearning's `prob_mean`, c / (c + w + 1e-10): c right, w geometric mean of wrong."""
+    c = np.exp(-np.asarray(right, dtype=np.float64))
+    w = np.exp(-np.asarray(wrong, dtype=np.float64).mean(-1))
+    return c / (c + w + EPSILON)
+
+
+def forget_quality(
+    unlearned_log: Log | str | Path,
+    retain_log: Log | str | Path,
+    *,
+    convention: str = OPEN_UNLEARNING,
+) -> ForgetQuality:
+    """Do the truth ratios of the forget rows come from the distribution of a model never taught?
+
+    Args:
+        unlearned_log: TOFU's aggregated evaluation of the unlearned model, or its file.
+        retain_log: of a model trained on the retain rows only.
+
+    Raises:
+        InputError: a field is missing or not finite, the logs cover different numbers of rows, or
+            the convention is unknown.
+
+    Warns:
+        SameModelWarning: both logs hold the same losses.
+    """
+    from scipy.stats import ks_2samp
+
+    check_convention(convention)
+    unlearned = losses(read_log(unlearned_log), FORGET, "unlearned log")
+    retain = losses(read_log(retain_log), FORGET, "retain log")
+    if len(unlearned[0]) != len(retain[0]):
+        raise InputError(
+            f"unlearned log and retain log have different lengths in {FORGET}: "
+            f"{len(unlearned[0])} and {len(retain[0])} rows; evaluate both models on the same rows"
+        )
+    if all(np.array_equal(one, other) for one, other in zip(unlearned, retain, strict=True)):
+        warn_same_model("forget quality")
+    samples = [truth_ratio(*each, convention=convention) for each in (unlearned, retain)]
+    test = ks_2samp(*samples)
+    n, m = map(len, samples)
+    pvalue = float(test.pvalue)
+    return ForgetQuality(
+        pvalue=pvalue,
+        statistic=float(test.statistic),
+        log10=math.log10(pvalue) if pvalue > 0 else -math.inf,
+        floor=ks_floor(n, m),
+        n=n,
+        n_retain=m,
+        convention=convention,
+    )
+
+
+def ks_floor(n: int, m: int) -> float:
+    """The exact two-sided p-value at statistic 1: 2 of all C(n + m, n) orders; 1e-239 for 400."""
+    # By logarithms: from n = 512 on the count no longer fits a float.
+    return math.exp(math.log(2) + math.lgamma(n + 1) + math.lgamma(m + 1) - math.lgamma(n + m + 1))
+
+
+def warn_same_model(metric: str) -> None:
+    """Warn that `metric` compares a model with itself."""
+    warnings.warn(
+        f"the retain log holds the same losses as the log under test: {metric} compares a model "
+        "with itself and is meaningless; give the log of a model trained without the forget rows",
+        SameModelWarning,
+        stacklevel=3,
+    )
