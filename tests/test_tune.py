@@ -310,3 +310,38 @@ def test_the_candidate_report_names_a_pass_without_a_choice() -> None:
     rows[0] = rows[0]._replace(fault="7 spills")
     assert report.without_choice(rows) == ["sm_90, M=8192, thin", "sm_90, M=8192, reduce x"]
     assert report.as_table(rows).count("7 spills") == len(rows) - 2
+
+
+def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything of it but the device."""
+    from fastbound import plan as plan_module
+    from fastbound import plan_tables, tuning_bench
+
+    bench = FakeBench()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(plan_module, "describe", lambda *device: HOPPER.device)
+    monkeypatch.setattr(plan_tables, "user_folder", lambda: tmp_path / "plans")
+    monkeypatch.setattr(tuning_bench, "DeviceBench", lambda *arguments, **settings: bench)
+    arguments = ["tune", "--shapes", "llama-3-8b", "--tokens", "8k", "--ranks", "16"]
+    assert main(arguments) == 0
+    path = tmp_path / "plans" / "sm_90.json"
+    printed = capsys.readouterr().out
+    assert f"a card: 2 shapes, at most 8 minutes, into {path}" in printed
+    assert f"2 entries in {path}" in printed
+    table = find_table("sm_90", 132, [tmp_path / "plans"])
+    assert table is not None and not table.note
+    assert {entry.strategy for entry in table.entries} == {"fused"}
+
+    assert main(arguments) == 2
+    assert "exists: --resume goes on with it" in capsys.readouterr().err
+    bench.swept.clear()
+    bench.wrong = {"fused": "y is off by 1.0e-01"}
+    assert main([*arguments[:-1], "16,32", "--resume"]) == 1
+    assert {point.rank for _, point, _ in bench.swept} == {32}
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED llama-3-8b.") == 2
+    assert f"4 entries in {path}" in printed
