@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastbound.injection import InjectionReport, inject, merge
     from fastbound.linear import FusedBoundedLinear
     from fastbound.mlp import FusedBoundedMLP
+    from fastbound.sharding import shard
     from fastbound.storage import load_adapter, save_adapter
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "save_adapter",
+    "shard",
 ]
 
 # No module here has the name of a public function: importing a submodule binds its name on the
@@ -50,6 +52,7 @@ _HOME = {
     "load_adapter": "storage",
     "merge": "injection",
     "save_adapter": "storage",
+    "shard": "sharding",
 }
 
 

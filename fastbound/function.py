@@ -8,7 +8,6 @@ dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)        db 
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbound import ops, reference
+from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS
 
 
@@ -117,8 +117,8 @@ def bounded_linear(
     Raises:
         TypeError: a non-floating tensor, or x and weight of different dtypes outside autocast.
         ValueError: shapes that do not match, tensors on different devices, a weight that requires
-            grad, is a DTensor or has no storage, a scaling or omega that is not finite, an unknown
-            backend.
+            grad, a tensor that is spread over processes or has no storage, a scaling or omega that
+            is not finite, an unknown backend.
     """
     check_operands(x, weight, A, B, bias, scaling, omega, backend)
     device_type = x.device.type
@@ -155,6 +155,10 @@ def check_operands(
     # Not math.isfinite: torch.compile traces this with symbolic floats.
     if not (-math.inf < scaling < math.inf and -math.inf < omega < math.inf):
         raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
+    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
+        spread = None if tensor is None else partition(tensor)
+        if spread is not None:
+            raise ValueError(f"{name} {spread}: {GATHER}")
     if weight.dim() != 2 or A.dim() != 2 or B.dim() != 2 or x.dim() < 1:
         raise ValueError(
             "expected x [..., K], weight [N, K], A [r, K], B [N, r]; got "
@@ -190,14 +194,3 @@ def check_operands(
             raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no storage: load it first")
-        if _is_dtensor(tensor):
-            raise ValueError(
-                f"{name} is a DTensor: a kernel would see one shard of it. Shard the module that "
-                "owns the weight (fully_shard), so that it is gathered before the operator runs"
-            )
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Without importing torch.distributed: where that module is not loaded, no DTensor exists."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)

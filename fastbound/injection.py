@@ -15,6 +15,7 @@ from torch import nn
 from fastbound.conversion import convert, is_linear, refusal, swap
 from fastbound.linear import FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, obstacle
+from fastbound.partition import gathered_modules
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
 _FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
@@ -209,9 +210,9 @@ def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def unfused_reason(name: str, block: nn.Module) -> str | None:
+def unfused_reason(name: str, block: nn.Module, gathered: bool = False) -> str | None:
     """Why a module of `adapted_blocks` runs layer by layer, or None where it is one operator."""
-    reason = obstacle(block)
+    reason = obstacle(block, gathered)
     if reason is not None or isinstance(block, FusedBoundedMLP):
         return reason
     if not name:
@@ -221,7 +222,9 @@ def unfused_reason(name: str, block: nn.Module) -> str | None:
 
 def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> InjectionReport:
     """The report on an injected model."""
-    reasons = {name: unfused_reason(name, m) for name, m in adapted_blocks(model).items()}
+    inside = gathered_modules(model)
+    blocks = adapted_blocks(model)
+    reasons = {name: unfused_reason(name, m, m in inside) for name, m in blocks.items()}
     return InjectionReport(
         replaced=tuple(injected_layers(model)),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

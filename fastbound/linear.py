@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.adapter import BoundedAdapter, check_settings
+from fastbound.partition import partition
 from fastbound.reference import wide_dtype
 
 AUTO_BOUND_FACTOR = 4.0
@@ -94,6 +95,9 @@ class FusedBoundedLinear(nn.Module):
         weight, bias = layer.weight, layer.bias
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             raise TypeError("weight and bias must be parameters of the layer")
+        spread = partition(weight)
+        if spread is not None:
+            raise ValueError(f"weight {spread}: adapt the layer first, then shard it")
         if not weight.is_floating_point():
             raise TypeError(f"weight is {weight.dtype}: dequantise the layer to a floating dtype")
         self.fan_in_fan_out = is_conv1d(layer)

@@ -14,6 +14,7 @@ from fastbound.blocks import Form, UnknownForm, activation_name, form_of
 from fastbound.conversion import convert, hooked, is_linear
 from fastbound.linear import FusedBoundedLinear, is_conv1d
 from fastbound.mlp_function import RECOMPUTE, bounded_mlp
+from fastbound.partition import is_dtensor
 from fastbound.plan import MAX_TRITON_RANK
 from fastbound.reference import ACTIVATIONS, Projection
 
@@ -114,9 +115,12 @@ class FusedBoundedMLP(nn.Module):
                 parameter.requires_grad_(True)
             raise
 
-    def obstacle(self) -> str | None:
-        """Why the layers run one by one, or None where the block runs as one operator."""
-        return _parts_obstacle(self, self.fusion.form)
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """Why the layers run one by one, or None where the block runs as one operator.
+
+        ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
+        """
+        return _parts_obstacle(self, self.fusion.form, gathered=gathered)
 
     def adapted_layers(self) -> dict[str, FusedBoundedLinear]:
         """The adapted projections by name, first to last."""
@@ -174,10 +178,10 @@ class FusedBoundedMLP(nn.Module):
         return Projection(layer.weight.t() if is_conv1d(layer) else layer.weight, layer.bias)
 
 
-def obstacle(block: nn.Module) -> str | None:
+def obstacle(block: nn.Module, gathered: bool = False) -> str | None:
     """Why a block does not run as one operator, or why it cannot; None where nothing stands so."""
     if isinstance(block, FusedBoundedMLP):
-        return block.obstacle()
+        return block.obstacle(gathered)
     try:
         return _parts_obstacle(block, _readable_form(block))
     except UnknownForm as error:
@@ -210,14 +214,16 @@ def _readable_form(block: nn.Module) -> Form:
     return form
 
 
-def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | None:
+def _parts_obstacle(
+    block: nn.Module, form: Form, plain: bool = False, gathered: bool = False
+) -> str | None:
     """Why these parts cannot run as one operator: looked at in every forward, so kept cheap.
 
     ``plain`` leaves out what adapting is going to change: frozen weights, and the adapters.
     """
     layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
     for name, layer in layers.items():
-        reason = _layer_obstacle(layer, plain)
+        reason = _layer_obstacle(layer, plain, gathered)
         if reason is not None:
             return f"its {name} {reason}"
     activation = getattr(block, form.activation, None)
@@ -251,7 +257,7 @@ def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | 
     return None
 
 
-def _layer_obstacle(layer: nn.Module | None, plain: bool) -> str | None:
+def _layer_obstacle(layer: nn.Module | None, plain: bool, gathered: bool) -> str | None:
     if type(layer) is FusedBoundedLinear:
         adapter = layer.adapter
         if type(adapter) is not BoundedAdapter:
@@ -268,7 +274,8 @@ def _layer_obstacle(layer: nn.Module | None, plain: bool) -> str | None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+        ordinary = type(tensor) is nn.Parameter or type(tensor) is Tensor
+        if not ordinary and not (gathered and is_dtensor(tensor)):
             return f"has a {type(tensor).__name__} for {name}, which the layer itself must handle"
         if hasattr(tensor, "ds_id"):
             return f"has its {name} partitioned by DeepSpeed ZeRO-3, which gathers it for the layer"

@@ -42,6 +42,7 @@ def _forward(
     omega: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_storage(x, weight, bias, A, B)
     with _scope(x):
         X = x.reshape(-1, x.shape[-1])
         products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
@@ -66,6 +67,7 @@ def _backward(
     need_dB: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    check_storage(dy, x, S, weight, A, B)
     with _scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
         products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
@@ -156,6 +158,17 @@ def _scope(x: Tensor) -> AbstractContextManager[object]:
     if elsewhere:
         scope.enter_context(torch.cuda.device(x.device))
     return scope
+
+
+def check_storage(*tensors: Tensor | None) -> None:
+    """Raise for a tensor whose memory was given back, before a kernel is handed its address, 0."""
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() and not tensor.data_ptr():
+            raise RuntimeError(
+                f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
+                "it has not gathered it for this module. Make the module that owns it, or one "
+                "around it, the unit that is gathered"
+            )
 
 
 def _given(saved: Tensor | None) -> Tensor:

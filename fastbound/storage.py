@@ -20,6 +20,7 @@ from fastbound import __version__
 from fastbound.conversion import convert, refusal
 from fastbound.injection import InjectionReport, describe, fuse, injected_layers
 from fastbound.linear import FusedBoundedLinear
+from fastbound.partition import is_dtensor, like, whole
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -47,7 +48,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     The folder is made if need be, and files of an earlier save are replaced only by whole ones.
 
-    Raises ValueError when the model holds no such layer, or a factor is not finite or is sharded.
+    Of a model sharded by FSDP2 the factors are gathered: all processes must call this, the first
+    writes, and the files are there when it returns.
+
+    Raises ValueError when the model holds no such layer, or a factor is not finite or is sharded
+    in another way.
     """
     model = _unwrapped(model)
     layers = injected_layers(model)
@@ -75,8 +80,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace({folder / TENSORS: data, folder / CONFIG: json.dumps(config, indent=2).encode()})
+    sharded = any(is_dtensor(layer.adapter.A) for layer in layers.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace({folder / TENSORS: data, folder / CONFIG: json.dumps(config, indent=2).encode()})
+    if sharded:
+        torch.distributed.barrier()
 
 
 def load_adapter(
@@ -121,8 +130,8 @@ def load_adapter(
     with torch.no_grad():
         for name, entry in saved.items():
             adapter = layers[name].adapter
-            adapter.A.copy_(entry.A)
-            adapter.B.copy_(entry.B)
+            adapter.A.copy_(like(entry.A, adapter.A))
+            adapter.B.copy_(like(entry.B, adapter.B))
             adapter.alpha, adapter.bound = entry.alpha, entry.bound
     return describe(model)
 
@@ -263,14 +272,15 @@ def _whole(name: str, factor: str, layer: FusedBoundedLinear) -> Tensor:
     tensor: Tensor = getattr(layer.adapter, factor)
     r, N, K = layer.rank, layer.out_features, layer.in_features
     shape = (r, K) if factor == "A" else (N, r)
-    if type(tensor.data) is not Tensor or tensor.shape != shape:
+    tensor = whole(tensor.detach())
+    if type(tensor) is not Tensor or tensor.shape != shape:
         raise ValueError(
-            f"adapter.{factor} of {name} is a {type(tensor.data).__name__} {list(tensor.shape)}, "
+            f"adapter.{factor} of {name} is a {type(tensor).__name__} {list(tensor.shape)}, "
             f"not a whole tensor {list(shape)}: gather the sharded model's parameters first"
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"adapter.{factor} of {name} holds a NaN or an infinity: nothing is saved")
-    return tensor.detach().cpu().contiguous()
+    return tensor.cpu().contiguous()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
