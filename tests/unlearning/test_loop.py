@@ -13,7 +13,6 @@ from torch import nn
 import fastbound
 from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate, unlearn
 from fastbound.unlearning.encoding import encode_all
-from fastbound.unlearning.sampling import Pairing
 
 FAST = UnlearnConfig(lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu")
 

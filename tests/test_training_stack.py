@@ -36,8 +36,7 @@ def tokens(length: int) -> torch.Tensor:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
-    def test_any_length_takes_two_graphs_and_no_break(self, injected, model_type):
+    def test_any_length_takes_two_graphs_and_no_break(self, injected):
         from torch._dynamo.backends.debugging import aot_eager
 
         torch.compiler.reset()
@@ -47,9 +46,9 @@ class TestCompile:
             graphs.append(graph)
             return aot_eager(graph, inputs, **options)
 
-        model = injected(model_type)
+        model = injected()
         compiled = torch.compile(model, fullgraph=True, backend=counting)
-        for length in (5, 9, 7, 13, 16):
+        for length in (5, 9, 13):
             inputs = {"input_ids": tokens(length), "use_cache": False}
             output, grads = gradients(compiled, **inputs)
             expected, wanted = gradients(model, **inputs)
@@ -100,6 +99,7 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+assert fastbound.FusedBoundedMLP is not None  # registers the operators
 FORWARD = (torch.ops.fastbound.forward.default, torch.ops.fastbound.mlp_forward.default)
 
 
