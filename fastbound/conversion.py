@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastbound.linear import FusedBoundedLinear, is_conv1d
 
@@ -66,6 +66,25 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something depends on this module being called: hooks, or accelerate's offloading."""
+    return hooked(module) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+
+
+def tensor_obstacle(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """Why a layer's tensors cannot be read outside its own forward, or None."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"has a {type(tensor).__name__} for {name}, which the layer itself must handle"
+        if hasattr(tensor, "ds_id"):
+            return f"has its {name} partitioned by DeepSpeed ZeRO-3, which gathers it for the layer"
+        if not tensor.is_floating_point():
+            return f"has its {name} in {tensor.dtype}"
+    return None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,22 @@ from fastbound.reference import wide_dtype
 AUTO_BOUND_FACTOR = 4.0
 
 
-class FusedBoundedLinear(nn.Module):
+class Adapted:
+    """What blocks and reports read of an adapted layer, `FusedBoundedLinear` or PEFT's."""
+
+    weight: Any
+    bias: Any
+    fan_in_fan_out: bool
+    in_features: int
+    out_features: int
+    adapter: Any  # BoundedAdapter; None where PEFT's layer runs none, or more than one
+
+    def obstacle(self) -> str | None:
+        """Why this layer cannot run inside a block's operator, or None."""
+        raise NotImplementedError
+
+
+class FusedBoundedLinear(nn.Module, Adapted):
     """``y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ`` with W and b frozen, A and B trained.
 
     s = bound / rank and ω = sqrt(alpha / bound): near zero the adapter is LoRA with slope
@@ -36,6 +53,7 @@ class FusedBoundedLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    adapter: BoundedAdapter
 
     def __init__(
         self,
@@ -148,6 +166,11 @@ class FusedBoundedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         return self.adapter(x, self._weight(), self.bias)
+
+    def obstacle(self) -> str | None:
+        """None, but for a subclass, which may compute something else."""
+        kind = type(self)
+        return None if kind is FusedBoundedLinear else f"is a {kind.__name__}"
 
     def delta_weight(self) -> Tensor:
         """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
