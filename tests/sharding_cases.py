@@ -14,27 +14,27 @@ import torch
 import torch.distributed as dist
 from conftest import _tiny_model
 from models import stir
+from peft import get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import (
-    _or_policy,
-    lambda_auto_wrap_policy,
-    transformer_auto_wrap_policy,
-)
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fastbound
 
 ROWS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
+MODELS = ("fused", "by layers", "peft")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
 Wrapper = Callable[[nn.Module], nn.Module]
 
 
-def build(
-    fuse_mlp: bool, checkpointing: str = "off", dtype: torch.dtype | None = None
-) -> nn.Module:
+def build(how: str, checkpointing: str = "off", dtype: torch.dtype | None = None) -> nn.Module:
     model = _tiny_model("llama").to(dtype or torch.float32).train()
-    fastbound.inject(model, 4, bound=0.5, fuse_mlp=fuse_mlp)
+    if how == "peft":
+        model = get_peft_model(model, fastbound.BoundedConfig(r=4, bound=0.5))
+    else:
+        fastbound.inject(model, 4, bound=0.5, fuse_mlp=how == "fused")
     stir(model)
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -51,7 +51,7 @@ def names(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in model.named_parameters():
         for part in clean:
             name = name.replace(part, "")
-        if ".adapter." in name:
+        if name.endswith((".A", ".B")):
             named[name] = parameter
     return named
 
@@ -63,12 +63,16 @@ def error(gradients: dict[str, Tensor], reference: nn.Module) -> float:
     return max(float((gradients[n] - g).norm() / g.norm()) for n, g in wanted.items())
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
 def ddp(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
 def fsdp2_blocks(model: nn.Module) -> nn.Module:
-    for layer in model.model.layers:
+    for layer in layers(model):
         fully_shard(layer.mlp)
     return fully_shard(model)
 
@@ -78,16 +82,12 @@ def fsdp2_kept(model: nn.Module) -> nn.Module:
 
 
 def fsdp1(model: nn.Module, adapters_apart: bool, use_orig_params: bool) -> nn.Module:
-    layers = functools.partial(
+    whole_layers = functools.partial(
         transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}
     )
-    adapters = functools.partial(
-        lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, fastbound.BoundedAdapter)
-    )
-    policies = [layers, adapters] if adapters_apart else [layers]
     return FullyShardedDataParallel(
         model,
-        auto_wrap_policy=functools.partial(_or_policy, policies=policies),
+        auto_wrap_policy=fsdp_auto_wrap_policy(model) if adapters_apart else whole_layers,
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
@@ -117,9 +117,9 @@ def gathered(model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients(
-    wrap: Wrapper, checkpointing: str, fuse_mlp: bool, dtype: torch.dtype = torch.float32
+    wrap: Wrapper, checkpointing: str, how: str, dtype: torch.dtype = torch.float32
 ) -> dict[str, object]:
-    reference, model = build(fuse_mlp, dtype=dtype), build(fuse_mlp, checkpointing, dtype)
+    reference, model = build(how, dtype=dtype), build(how, checkpointing, dtype)
     backward(reference, ROWS)
     fused, factor_dtypes, weight_dtypes = [], [], []
 
@@ -128,7 +128,7 @@ def gradients(
         factor_dtypes.append(str(block.up_proj.adapter.A.dtype))
         weight_dtypes.append(str(block.up_proj.weight.dtype))
 
-    blocks = [layer.mlp for layer in model.model.layers]
+    blocks = [layer.mlp for layer in layers(model)]
     wrapped = wrap(model)
     for block in blocks:
         block.register_forward_pre_hook(look)
@@ -144,7 +144,7 @@ def gradients(
 
 def files(folder: Path) -> dict[str, object]:
     """Saved from shards, read into shards: the bits of an unsharded model."""
-    model, other = build(True), build(True)
+    model, other = build("fused"), build("fused")
     fastbound.shard(model)
     fastbound.save_adapter(model, folder / "sharded")
     fastbound.save_adapter(other, folder / f"whole-{dist.get_rank()}")
@@ -163,7 +163,7 @@ def files(folder: Path) -> dict[str, object]:
 
 
 def explained() -> dict[str, object]:
-    whole, apart = build(True), build(True)
+    whole, apart = build("fused"), build("fused")
     fastbound.shard(whole)
     for layer in apart.model.layers:
         fully_shard(layer.mlp.down_proj)
@@ -173,7 +173,7 @@ def explained() -> dict[str, object]:
 
 def steps() -> dict[str, object]:
     """Three steps of AdamW with clipping, on shards and on one process."""
-    reference, model = build(True), build(True)
+    reference, model = build("fused"), build("fused")
     fastbound.shard(model)
     half = len(ROWS) // 2
     norms = []
@@ -192,17 +192,17 @@ def steps() -> dict[str, object]:
 
 CASES: dict[str, Callable[[Path], dict[str, object]]] = {
     **{
-        f"{wrapper}, checkpointing {checkpointing}, {'fused' if fused else 'by layers'}": (
-            lambda _, w=wrap, c=checkpointing, f=fused: gradients(w, c, f)
+        f"{wrapper}, checkpointing {checkpointing}, {how}": (
+            lambda _, w=wrap, c=checkpointing, h=how: gradients(w, c, h)
         )
         for wrapper, wrap in WRAPPERS.items()
         for checkpointing in CHECKPOINTING
-        for fused in (True, False)
+        for how in MODELS
     },
-    "bf16": lambda _: gradients(fastbound.shard, "off", True, torch.bfloat16),
-    "bf16 fsdp1": lambda _: gradients(WRAPPERS["fsdp1 flat"], "off", True, torch.bfloat16),
+    "bf16": lambda _: gradients(fastbound.shard, "off", "fused", torch.bfloat16),
+    "bf16 fsdp1": lambda _: gradients(WRAPPERS["fsdp1 flat"], "off", "fused", torch.bfloat16),
     "fsdp1 together": lambda _: gradients(
-        functools.partial(fsdp1, adapters_apart=False, use_orig_params=True), "off", True
+        functools.partial(fsdp1, adapters_apart=False, use_orig_params=True), "off", "fused"
     ),
     "files": files,
     "explained": lambda _: explained(),

@@ -1,7 +1,8 @@
-"""transformers' Trainer and TRL's SFTTrainer over an injected model, as they come."""
+"""transformers' Trainer and TRL's SFTTrainer over an adapted model, as they come."""
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from models import stir, trained
@@ -15,13 +16,16 @@ DATA = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "by-layers"])
-def injected(request, tiny_model):
-    """Builds the same injected Llama each time."""
+@pytest.fixture(params=["fused", "by layers", "peft"])
+def adapted(request, tiny_model):
+    """Builds the same adapted Llama each time."""
 
     def build() -> torch.nn.Module:
         model = tiny_model("llama")
-        fastbound.inject(model, 4, bound=0.5, fuse_mlp=request.param)
+        if request.param == "peft":
+            model = peft.get_peft_model(model, fastbound.BoundedConfig(r=4, bound=0.5))
+        else:
+            fastbound.inject(model, 4, bound=0.5, fuse_mlp=request.param == "fused")
         stir(model)
         return model
 
@@ -49,7 +53,8 @@ def losses(run: Trainer) -> list[float]:
 
 
 def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ".adapter." in name}
+    named = model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if name.endswith((".A", ".B"))}
 
 
 @pytest.mark.parametrize(
@@ -68,9 +73,9 @@ def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     ],
     ids=["checkpointing", "reentrant", "compile", "bf16"],
 )
-def test_trains_as_in_the_plain_settings(injected, tmp_path, settings, tolerance):
+def test_trains_as_in_the_plain_settings(adapted, tmp_path, settings, tolerance):
     torch.compiler.reset()
-    plain, other = (trainer(injected(), tmp_path, save_strategy="no", **s) for s in ({}, settings))
+    plain, other = (trainer(adapted(), tmp_path, save_strategy="no", **s) for s in ({}, settings))
     before = factors(other.model)
     plain.train()
     other.train()
@@ -82,10 +87,10 @@ def test_trains_as_in_the_plain_settings(injected, tmp_path, settings, tolerance
         assert factor.dtype is torch.float32 and not torch.equal(factor, before[name]), name
 
 
-def test_resumes_to_the_bits_of_an_uninterrupted_run(injected, tmp_path):
-    whole = trainer(injected(), tmp_path)
+def test_resumes_to_the_bits_of_an_uninterrupted_run(adapted, tmp_path):
+    whole = trainer(adapted(), tmp_path)
     whole.train()
-    resumed = trainer(injected(), tmp_path)
+    resumed = trainer(adapted(), tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses(resumed)[-2:] == losses(whole)[-2:]
     wanted = factors(whole.model)
@@ -93,10 +98,10 @@ def test_resumes_to_the_bits_of_an_uninterrupted_run(injected, tmp_path):
         assert torch.equal(factor, wanted[name]), name
 
 
-def test_the_best_model_is_loaded_at_the_end(injected, tmp_path):
+def test_the_best_model_is_loaded_at_the_end(adapted, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     # The highest loss counts as the best, so that it is not the last.
-    run = trainer(injected(), tmp_path, **settings, greater_is_better=True)
+    run = trainer(adapted(), tmp_path, **settings, greater_is_better=True)
     seen = {}
     save = run._save_checkpoint
 
@@ -111,32 +116,38 @@ def test_the_best_model_is_loaded_at_the_end(injected, tmp_path):
         assert torch.equal(factor, seen[2][name]) and not torch.equal(factor, seen[4][name]), name
 
 
-def test_sft_trainer_trains_the_adapters(user_folder):
+@pytest.mark.parametrize("how", ["inject", "peft_config"])
+def test_sft_trainer_trains_the_adapters(user_folder, how):
     trl = pytest.importorskip("trl", reason="TRL is a test extra")
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained("my-model")
-    report = fastbound.inject(model, 4, bound="auto")
-    assert len(report.fused) == 2
-    before = factors(model)
+    if how == "inject":
+        assert len(fastbound.inject(model, 4, bound="auto").fused) == 2
+    data = datasets.load_dataset("json", data_files="forget.jsonl", split="train")
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
     run = trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(
-            "out", max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no"
-        ),
-        train_dataset=datasets.load_dataset("json", data_files="forget.jsonl", split="train").map(
+        args=trl.SFTConfig("out", max_steps=2, **settings),
+        train_dataset=data.map(
             lambda row: {"prompt": row["question"], "completion": " " + row["answer"]},
             remove_columns=["question", "answer"],
         ),
         processing_class=AutoTokenizer.from_pretrained("my-model"),
+        peft_config=fastbound.BoundedConfig(r=4, bound="auto") if how == "peft_config" else None,
     )
+    before = factors(run.model)
     run.train()
-    after = factors(model)
-    assert trained(model) == set(after)
+    after = factors(run.model)
+    assert trained(run.model) == set(after) and len(after) == 12
     assert all(not torch.equal(after[n], before[n]) for n in after if n.endswith(".B"))
-    fastbound.save_adapter(model, "trained")
     fresh = AutoModelForCausalLM.from_pretrained("my-model")
-    fastbound.load_adapter(fresh, "trained")
+    if how == "inject":
+        fastbound.save_adapter(run.model, "trained")
+        fastbound.load_adapter(fresh, "trained")
+    else:
+        run.save_model("trained")
+        fresh = peft.PeftModel.from_pretrained(fresh, "trained")
     for name, factor in factors(fresh).items():
         assert torch.equal(factor, after[name])
