@@ -10,7 +10,6 @@ is made again from its seed: neither it nor mask ⊙ x is saved.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -173,8 +172,8 @@ def check_operands(
     """Raise what :func:`bounded_linear` documents, before any work is done."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    # Not math.isfinite: torch.compile traces this with symbolic floats.
-    if not (-math.inf < scaling < math.inf and -math.inf < omega < math.inf):
+    # Not math.isfinite: torch.compile traces this with symbolic floats. inf - inf is a NaN.
+    if scaling - scaling != 0 or omega - omega != 0:
         raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
     for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
         spread = None if tensor is None else partition(tensor)

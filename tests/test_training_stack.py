@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from models import Gated, example, fused, gradients, pair, stir
+from models import Gated, assert_same, example, fused, gradients, pair, stir
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -56,6 +56,17 @@ class TestCompile:
             for name, gradient in wanted.items():
                 torch.testing.assert_close(grads[f"_orig_mod.{name}"], gradient)
         assert len(graphs) == 2  # the first length, then any
+
+    def test_layers_compiled_one_by_one_share_graphs_whatever_their_bounds(self, tiny_model):
+        torch.compiler.reset()
+        for fuse_mlp in (True, False):
+            models = [tiny_model("llama"), tiny_model("llama")]
+            for model in models:
+                fastbound.inject(model, 4, bound="auto", fuse_mlp=fuse_mlp)
+                stir(model)
+            for layer in models[0].model.layers:  # each with a bound of its own
+                layer.compile(fullgraph=True, backend="aot_eager")
+            assert_same(*models, **example(models[0]), use_cache=False)
 
     def test_inductor_takes_a_block(self):
         torch.compiler.reset()

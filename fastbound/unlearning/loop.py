@@ -384,10 +384,10 @@ class _Run:
             for name, parameter in trained.items():
                 parameter.copy_(like(state["adapter"][name], parameter))
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, kept in self.optimizer.state.items():
+        for owner, kept in self.optimizer.state.items():
             for name, value in kept.items():
-                if value.shape == parameter.shape:
-                    kept[name] = like(value, parameter)
+                if value.shape == owner.shape:
+                    kept[name] = like(value, owner)
         self.scheduler.load_state_dict(state["scheduler"])
         set_random_state(state["random"][self.process])
         self.step = state["step"]
