@@ -13,43 +13,58 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbound.peft_hook import register_with_peft
+
 if TYPE_CHECKING:
     from fastbound.adapter import BoundedAdapter
     from fastbound.explanation import explain
     from fastbound.function import bounded_linear
     from fastbound.injection import InjectionReport, inject, merge
     from fastbound.linear import FusedBoundedLinear
+    from fastbound.lora_export import export_lora
     from fastbound.mlp import FusedBoundedMLP
+    from fastbound.peft_method import BoundedConfig, BoundedLayer, BoundedModel
+    from fastbound.sharding import shard
     from fastbound.storage import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BoundedAdapter",
+    "BoundedConfig",
+    "BoundedLayer",
+    "BoundedModel",
     "FusedBoundedLinear",
     "FusedBoundedMLP",
     "InjectionReport",
     "bounded_linear",
     "explain",
+    "export_lora",
     "inject",
     "load_adapter",
     "merge",
     "save_adapter",
+    "shard",
 ]
 
 # No module here has the name of a public function: importing a submodule binds its name on the
 # package, and `fastbound.inject` would turn from the function into the module.
 _HOME = {
     "BoundedAdapter": "adapter",
+    "BoundedConfig": "peft_method",
+    "BoundedLayer": "peft_method",
+    "BoundedModel": "peft_method",
     "FusedBoundedLinear": "linear",
     "FusedBoundedMLP": "mlp",
     "InjectionReport": "injection",
     "bounded_linear": "function",
     "explain": "explanation",
+    "export_lora": "lora_export",
     "inject": "injection",
     "load_adapter": "storage",
     "merge": "injection",
     "save_adapter": "storage",
+    "shard": "sharding",
 }
 
 
@@ -80,3 +95,4 @@ def _bind_kernels() -> None:
 
 
 _bind_kernels()
+register_with_peft()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastbound.linear import FusedBoundedLinear, is_conv1d
+from fastbound.partition import is_dtensor
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
@@ -66,6 +67,29 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something depends on this module being called: hooks, or accelerate's offloading."""
+    return hooked(module) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+
+
+def tensor_obstacle(tensors: Mapping[str, Tensor | None], gathered: bool = False) -> str | None:
+    """Why a layer's tensors cannot be read outside its own forward, or None.
+
+    ``gathered``: DTensors are plain tensors by the time of a forward, as in a unit of FSDP2.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        ordinary = type(tensor) is nn.Parameter or type(tensor) is Tensor
+        if not ordinary and not (gathered and is_dtensor(tensor)):
+            return f"has a {type(tensor).__name__} for {name}, which the layer itself must handle"
+        if hasattr(tensor, "ds_id"):
+            return f"has its {name} partitioned by DeepSpeed ZeRO-3, which gathers it for the layer"
+        if not tensor.is_floating_point():
+            return f"has its {name} in {tensor.dtype}"
+    return None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from fastbound.injection import adapted_blocks, unfused_reason
 from fastbound.linear import FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, sizes
 from fastbound.mlp_ops import block_plan
+from fastbound.partition import GATHER, gathered_modules, partition
 from fastbound.plan import Plan, describe, plan_for
 
 
@@ -110,7 +111,8 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
     if tokens < 1:
         raise ValueError(f"tokens must be >= 1, got {tokens}")
     held = adapted_blocks(model_or_layer)
-    blocks = tuple(_explain_block(name, module) for name, module in held.items())
+    gathered = gathered_modules(model_or_layer)
+    blocks = tuple(_explain_block(name, m, m in gathered) for name, m in held.items())
     inside = {
         layer: (row.block, _fused_plan(module, tokens))
         for row, module in zip(blocks, held.values(), strict=True)
@@ -118,7 +120,9 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
         for layer in module.adapted_layers().values()
     }
     layers = tuple(
-        _explain_layer(name, module, tokens, *inside.get(module, (None, None)))
+        _explain_layer(
+            name, module, tokens, *inside.get(module, (None, _refused(module, module in gathered)))
+        )
         for name, module in model_or_layer.named_modules()
         if isinstance(module, FusedBoundedLinear)
     )
@@ -127,8 +131,8 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
     return Explanation(tokens, layers, blocks)
 
 
-def _explain_block(name: str, block: nn.Module) -> BlockExplanation:
-    reason = unfused_reason(name, block)
+def _explain_block(name: str, block: nn.Module, gathered: bool) -> BlockExplanation:
+    reason = unfused_reason(name, block, gathered)
     form = str(block.fusion.form) if isinstance(block, FusedBoundedMLP) and not reason else None
     return BlockExplanation(name, reason is None, form, reason)
 
@@ -143,6 +147,12 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     ranks = tuple(layer.rank for layer in layers)
     dtype, backend = _compute_dtype(weight), layers[0].adapter.backend
     return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
+
+
+def _refused(layer: FusedBoundedLinear, gathered: bool) -> Plan | None:
+    """The plan of a layer that raises because its weight is spread over processes, else None."""
+    spread = None if gathered else partition(layer.weight)
+    return None if spread is None else Plan("refused", f"weight {spread}: {GATHER}")
 
 
 def _explain_layer(

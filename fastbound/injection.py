@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from fastbound.conversion import convert, is_linear, refusal, swap
-from fastbound.linear import FusedBoundedLinear
+from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, obstacle
+from fastbound.partition import gathered_modules
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
 _FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
@@ -86,6 +87,7 @@ def inject(
     *,
     alpha: float | None = None,
     bound: float | Literal["auto"] | None = None,
+    dropout: float = 0.0,
     target_modules: str | Collection[str] = "mlp",
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
@@ -99,8 +101,8 @@ def inject(
 
     Args:
         model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
-        rank, alpha, bound, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
-            `bound="auto"` is worked out for each layer from its own weight.
+        rank, alpha, bound, dropout, adapter_dtype, backend: of each new layer, see
+            `FusedBoundedLinear`. `bound="auto"` is worked out for each layer from its own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
@@ -127,7 +129,12 @@ def inject(
             f"model is a single {type(model).__name__}, which cannot be replaced in place: "
             "use FusedBoundedLinear.from_linear(layer)"
         )
-    held = injected_layers(model)
+    held = adapted_layers(model)
+    if len(held) > len(injected_layers(model)):
+        raise ValueError(
+            f"the model holds bounded adapters of PEFT (first: {next(iter(held))!r}): "
+            "call merge_and_unload() or unload() first"
+        )
     if held:
         raise ValueError(
             f"the model already holds {len(held)} injected layers (first: {next(iter(held))!r}): "
@@ -149,6 +156,7 @@ def inject(
         "rank": rank,
         "alpha": alpha,
         "bound": bound,
+        "dropout": dropout,
         "adapter_dtype": adapter_dtype,
         "backend": backend,
     }
@@ -189,6 +197,11 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """Name -> layer, as `injected_layers`, PEFT's bounded layers included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+
+
 def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
     """Name -> layer, for every `FusedBoundedLinear` of `model`; a shared one once, first name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FusedBoundedLinear)}
@@ -201,17 +214,17 @@ def fuse(model: nn.Module) -> None:
 
 
 def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, for every module that holds a `FusedBoundedLinear` as a direct part."""
+    """Name -> module, for every module that holds an adapted layer as a direct part."""
     return {
         name: module
         for name, module in model.named_modules()
-        if any(isinstance(child, FusedBoundedLinear) for child in module.children())
+        if any(isinstance(child, Adapted) for child in module.children())
     }
 
 
-def unfused_reason(name: str, block: nn.Module) -> str | None:
+def unfused_reason(name: str, block: nn.Module, gathered: bool = False) -> str | None:
     """Why a module of `adapted_blocks` runs layer by layer, or None where it is one operator."""
-    reason = obstacle(block)
+    reason = obstacle(block, gathered)
     if reason is not None or isinstance(block, FusedBoundedMLP):
         return reason
     if not name:
@@ -221,9 +234,11 @@ def unfused_reason(name: str, block: nn.Module) -> str | None:
 
 def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> InjectionReport:
     """The report on an injected model."""
-    reasons = {name: unfused_reason(name, m) for name, m in adapted_blocks(model).items()}
+    inside = gathered_modules(model)
+    blocks = adapted_blocks(model)
+    reasons = {name: unfused_reason(name, m, m in inside) for name, m in blocks.items()}
     return InjectionReport(
-        replaced=tuple(injected_layers(model)),
+        replaced=tuple(adapted_layers(model)),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         skipped=dict(skipped or {}),
@@ -286,6 +301,12 @@ def _mlp_pattern(model: nn.Module) -> str:
             f"expression instead; {_linear_kinds(model)}"
         )
     return _MLP[model_type]
+
+
+def mlp_suffixes(model: nn.Module) -> set[str]:
+    """The MLP projections of a known model as suffixes; ValueError where the model is unknown."""
+    found = (name.split(".") for name in _match_pattern(model, "mlp"))
+    return {".".join(p[-1:] if p[-2].isdigit() else p[-2:]) for p in found}
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastbound.adapter import BoundedAdapter, check_settings
+from fastbound.partition import partition
 from fastbound.reference import wide_dtype
 
 AUTO_BOUND_FACTOR = 4.0
 
 
-class FusedBoundedLinear(nn.Module):
+class Adapted:
+    """What blocks and reports read of an adapted layer, `FusedBoundedLinear` or PEFT's."""
+
+    weight: Any
+    bias: Any
+    fan_in_fan_out: bool
+    in_features: int
+    out_features: int
+    adapter: Any  # BoundedAdapter; None where PEFT's layer runs none, or more than one
+
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """Why this layer cannot run inside a block's operator, or None."""
+        raise NotImplementedError
+
+
+class FusedBoundedLinear(nn.Module, Adapted):
     """``y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ`` with W and b frozen, A and B trained.
 
     s = bound / rank and ω = sqrt(alpha / bound): near zero the adapter is LoRA with slope
@@ -23,6 +41,7 @@ class FusedBoundedLinear(nn.Module):
         alpha: None means ``rank``.
         bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "auto" means four
             times the root mean square of this layer's weight.
+        dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
         adapter_dtype: of A and B, independent of ``dtype``.
@@ -35,6 +54,7 @@ class FusedBoundedLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    adapter: BoundedAdapter
 
     def __init__(
         self,
@@ -44,16 +64,17 @@ class FusedBoundedLinear(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
-        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
-        self._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
+        self._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
 
     @classmethod
     def from_linear(
@@ -63,6 +84,7 @@ class FusedBoundedLinear(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> FusedBoundedLinear:
@@ -71,14 +93,14 @@ class FusedBoundedLinear(nn.Module):
         Raises TypeError for any other class (subclasses may compute something else), ValueError for
         settings out of range or a weight that the operator cannot read.
         """
-        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         if type(layer) is not nn.Linear and not is_conv1d(layer):
             raise TypeError(
                 f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
             )
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
-        adopted._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
+        adopted._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
         adopted.train(layer.training)
         return adopted
 
@@ -88,12 +110,16 @@ class FusedBoundedLinear(nn.Module):
         rank: int,
         alpha: float | None,
         bound: float | str | None,
+        dropout: float,
         adapter_dtype: torch.dtype,
         backend: str,
     ) -> None:
         weight, bias = layer.weight, layer.bias
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             raise TypeError("weight and bias must be parameters of the layer")
+        spread = partition(weight)
+        if spread is not None:
+            raise ValueError(f"weight {spread}: adapt the layer first, then shard it")
         if not weight.is_floating_point():
             raise TypeError(f"weight is {weight.dtype}: dequantise the layer to a floating dtype")
         self.fan_in_fan_out = is_conv1d(layer)
@@ -105,6 +131,7 @@ class FusedBoundedLinear(nn.Module):
             rank,
             alpha=alpha,
             bound=auto_bound(weight) if isinstance(bound, str) else bound,
+            dropout=dropout,
             device=weight.device,
             adapter_dtype=adapter_dtype,
             backend=backend,
@@ -143,6 +170,11 @@ class FusedBoundedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         return self.adapter(x, self._weight(), self.bias)
+
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """None, but for a subclass, which may compute something else."""
+        kind = type(self)
+        return None if kind is FusedBoundedLinear else f"is a {kind.__name__}"
 
     def delta_weight(self) -> Tensor:
         """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
@@ -214,9 +246,10 @@ def _check_settings(
     bound: float | str | None,
     adapter_dtype: torch.dtype,
     backend: str,
+    dropout: float,
 ) -> None:
     if isinstance(bound, str):
         if bound != "auto":
             raise ValueError(f'bound must be a positive number, None or "auto", got {bound!r}')
         bound = None
-    check_settings(rank, alpha, bound, adapter_dtype, backend)
+    check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)

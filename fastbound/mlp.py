@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastbound.adapter import BoundedAdapter
+from fastbound.adapter import BoundedAdapter, NamedAdapter
 from fastbound.blocks import Form, UnknownForm, activation_name, form_of
-from fastbound.conversion import convert, hooked, is_linear
-from fastbound.linear import FusedBoundedLinear, is_conv1d
+from fastbound.conversion import convert, hooked, is_linear, is_watched, tensor_obstacle
+from fastbound.linear import Adapted, FusedBoundedLinear, is_conv1d
 from fastbound.mlp_function import RECOMPUTE, bounded_mlp
 from fastbound.plan import MAX_TRITON_RANK
 from fastbound.reference import ACTIVATIONS, Projection
@@ -75,6 +75,7 @@ class FusedBoundedMLP(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         targets: Collection[str] | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
@@ -101,6 +102,7 @@ class FusedBoundedMLP(nn.Module):
             "rank": rank,
             "alpha": alpha,
             "bound": bound,
+            "dropout": dropout,
             "adapter_dtype": adapter_dtype,
             "backend": backend,
         }
@@ -114,11 +116,14 @@ class FusedBoundedMLP(nn.Module):
                 parameter.requires_grad_(True)
             raise
 
-    def obstacle(self) -> str | None:
-        """Why the layers run one by one, or None where the block runs as one operator."""
-        return _parts_obstacle(self, self.fusion.form)
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """Why the layers run one by one, or None where the block runs as one operator.
 
-    def adapted_layers(self) -> dict[str, FusedBoundedLinear]:
+        ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
+        """
+        return _parts_obstacle(self, self.fusion.form, gathered=gathered)
+
+    def adapted_layers(self) -> dict[str, Adapted]:
         """The adapted projections by name, first to last."""
         return _adapted(self, self.fusion.form)
 
@@ -165,19 +170,17 @@ class FusedBoundedMLP(nn.Module):
 
     def _projection(self, name: str) -> Projection:
         layer: Any = self._modules[name]
-        if isinstance(layer, FusedBoundedLinear):
-            adapter = layer.adapter
-            weight = layer.weight.t() if layer.fan_in_fan_out else layer.weight
-            return Projection(
-                weight, layer.bias, adapter.A, adapter.B, adapter.scaling, adapter.omega
-            )
-        return Projection(layer.weight.t() if is_conv1d(layer) else layer.weight, layer.bias)
+        weight = layer.weight.t() if _transposed(layer) else layer.weight
+        adapter = layer.adapter if isinstance(layer, Adapted) else None
+        if adapter is None:
+            return Projection(weight, layer.bias)
+        return Projection(weight, layer.bias, adapter.A, adapter.B, adapter.scaling, adapter.omega)
 
 
-def obstacle(block: nn.Module) -> str | None:
+def obstacle(block: nn.Module, gathered: bool = False) -> str | None:
     """Why a block does not run as one operator, or why it cannot; None where nothing stands so."""
     if isinstance(block, FusedBoundedMLP):
-        return block.obstacle()
+        return block.obstacle(gathered)
     try:
         return _parts_obstacle(block, _readable_form(block))
     except UnknownForm as error:
@@ -210,14 +213,16 @@ def _readable_form(block: nn.Module) -> Form:
     return form
 
 
-def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | None:
+def _parts_obstacle(
+    block: nn.Module, form: Form, plain: bool = False, gathered: bool = False
+) -> str | None:
     """Why these parts cannot run as one operator: looked at in every forward, so kept cheap.
 
     ``plain`` leaves out what adapting is going to change: frozen weights, and the adapters.
     """
     layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
     for name, layer in layers.items():
-        reason = _layer_obstacle(layer, plain)
+        reason = _layer_obstacle(layer, plain, gathered)
         if reason is not None:
             return f"its {name} {reason}"
     activation = getattr(block, form.activation, None)
@@ -226,7 +231,7 @@ def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | 
             f"its {form.activation} is {_described(activation)}: "
             f"the activations known are {', '.join(ACTIVATIONS)}"
         )
-    if isinstance(activation, nn.Module) and _is_watched(activation):
+    if isinstance(activation, nn.Module) and is_watched(activation):
         return f"its {form.activation} has hooks or a forward of its own"
     first = layers[form.up].weight
     for name, layer in layers.items():
@@ -245,42 +250,40 @@ def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | 
     backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
     if any(adapter.backend != backend for adapter in adapters):
         return "its projections ask for different backends"
+    for adapter in adapters:
+        if adapter.dropout and adapter.training:
+            return f"adapter dropout {adapter.dropout:g} in training: layer by layer"
     triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
     if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
         return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"
     return None
 
 
-def _layer_obstacle(layer: nn.Module | None, plain: bool) -> str | None:
-    if type(layer) is FusedBoundedLinear:
-        adapter = layer.adapter
-        if type(adapter) is not BoundedAdapter:
-            return f"has a {type(adapter).__name__} for adapter"
-        if _is_watched(adapter):
-            return "has an adapter with hooks or a forward of its own"
-        tensors = {"A": adapter.A, "B": adapter.B, "weight": layer.weight, "bias": layer.bias}
+def _layer_obstacle(layer: nn.Module | None, plain: bool, gathered: bool) -> str | None:
+    if isinstance(layer, Adapted):
+        reason = layer.obstacle(gathered)
+        if reason is not None:
+            return reason
+        adapter, tensors = layer.adapter, {"weight": layer.weight, "bias": layer.bias}
+        if adapter is not None:
+            if type(adapter) not in (BoundedAdapter, NamedAdapter):
+                return f"has a {type(adapter).__name__} for adapter"
+            if is_watched(adapter):
+                return "has an adapter with hooks or a forward of its own"
+            tensors = {"A": adapter.A, "B": adapter.B, **tensors}
     elif layer is not None and is_linear(layer):
-        tensors = {"weight": layer.weight, "bias": layer.bias}  # type: ignore[dict-item]
+        tensors = {"weight": layer.weight, "bias": layer.bias}
     else:
         return f"is a {type(layer).__name__}"
-    if _is_watched(layer):
+    if is_watched(layer):  # type: ignore[arg-type]
         return "has hooks or a forward of its own, which must see it called"
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-            return f"has a {type(tensor).__name__} for {name}, which the layer itself must handle"
-        if hasattr(tensor, "ds_id"):
-            return f"has its {name} partitioned by DeepSpeed ZeRO-3, which gathers it for the layer"
-        if not tensor.is_floating_point():
-            return f"has its {name} in {tensor.dtype}"
-        if tensor.requires_grad and name in ("weight", "bias") and not plain:
+    reason = tensor_obstacle(tensors, gathered)
+    if reason is not None:
+        return reason
+    for name in ("weight", "bias"):
+        if tensors[name] is not None and tensors[name].requires_grad and not plain:
             return f"trains its {name}, for which the operator has no gradient"
     return None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return hooked(module) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
 def _sizes_obstacle(layers: dict[str, Any], form: Form) -> str | None:
@@ -303,13 +306,20 @@ def _sizes_obstacle(layers: dict[str, Any], form: Form) -> str | None:
 def sizes(layer: Any) -> tuple[int, int]:
     """K and N of a projection, whichever way its weight is stored."""
     N, K = layer.weight.shape
-    transposed = layer.fan_in_fan_out if type(layer) is FusedBoundedLinear else is_conv1d(layer)
-    return (N, K) if transposed else (K, N)
+    return (N, K) if _transposed(layer) else (K, N)
 
 
-def _adapted(block: nn.Module, form: Form) -> dict[str, FusedBoundedLinear]:
+def _transposed(layer: Any) -> bool:
+    return layer.fan_in_fan_out if isinstance(layer, Adapted) else is_conv1d(layer)
+
+
+def _adapted(block: nn.Module, form: Form) -> dict[str, Adapted]:
     layers = {name: block._modules[name] for name in form.projections}
-    return {n: layer for n, layer in layers.items() if isinstance(layer, FusedBoundedLinear)}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, Adapted) and layer.adapter is not None
+    }
 
 
 def _halves(packed: Projection) -> tuple[Projection, Projection]:

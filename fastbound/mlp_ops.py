@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastbound.ops import _scope
+from fastbound.ops import _scope, check_storage
 from fastbound.plan import Plan, plan_for
 from fastbound.torch_mlp_products import TorchMLPProducts
 from fastbound.torch_products import padded_rank
@@ -121,6 +121,7 @@ class _Block:
 
 def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, scalings, omegas, activation, backend = _unpack(arguments)
+    check_storage(x, *tensors)
     with _scope(x):
         X = x.reshape(-1, x.shape[-1])
         block = _Block(X, tensors, scalings, omegas, backend)
@@ -147,6 +148,7 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     *settings, need_dx = arguments
     tensors, scalings, omegas, activation, backend = _unpack(tuple(settings))
+    check_storage(dy, x, G, U, S, S_down, *tensors)
     with _scope(dy):
         X, DY = x.reshape(-1, x.shape[-1]).to(dy.dtype), dy.reshape(-1, dy.shape[-1])
         block = _Block(X, tensors, scalings, omegas, backend)

@@ -1,4 +1,7 @@
-"""Adapters as files: `adapter_model.safetensors` and `adapter_config.json`, in PEFT's layout."""
+"""Adapters as files: `adapter_model.safetensors` and `adapter_config.json`, in PEFT's layout.
+
+The same files that the PEFT method writes and reads (`BoundedConfig`), in both directions.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fastbound import __version__
+from fastbound.adapter import check_settings
 from fastbound.conversion import convert, refusal
-from fastbound.injection import InjectionReport, describe, fuse, injected_layers
+from fastbound.injection import InjectionReport, adapted_layers, describe, fuse, injected_layers
 from fastbound.linear import FusedBoundedLinear
+from fastbound.partition import is_dtensor, like, whole
+from fastbound.patterns import lookup
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -35,6 +42,7 @@ class _SavedLayer:
     bound: float
     A: Tensor  # [r, K]
     B: Tensor  # [N, r]
+    dropout: float
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -43,14 +51,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     `adapter_model.safetensors` holds `base_model.model.<layer>.fastbound_ab.A` [r, K] and `.B`
     [N, r] bit for bit, in their own dtype; a layer that the model holds under several names is
     written once. `adapter_config.json` holds the numbers: each layer's rank, alpha and bound as
-    they are, so that `bound="auto"` comes back as the value it had, whatever the base is then.
+    they are, so that `bound="auto"` comes back as the value it had, whatever the base is then. PEFT
+    loads the folder, too (`PeftModel.from_pretrained`), where fastbound is imported.
 
     The folder is made if need be, and files of an earlier save are replaced only by whole ones.
 
-    Raises ValueError when the model holds no such layer, or a factor is not finite or is sharded.
+    Of a model sharded by FSDP2 the factors are gathered: all processes must call this, the first
+    writes, and the files are there when it returns.
+
+    Raises ValueError when the model holds no such layer, or a factor is not finite or is sharded
+    in another way.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = injected_layers(model)
+    if len(adapted_layers(model)) > len(layers):
+        raise ValueError("the adapters are PEFT's: save them with model.save_pretrained(folder)")
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to save")
     tensors = {
@@ -61,12 +76,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
         "peft_type": PEFT_TYPE,
+        "task_type": _task_type(model),
         "format_version": FORMAT_VERSION,
         "fastbound_version": __version__,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "r": statistics.mode(layer.rank for layer in layers.values()),
         "alpha": statistics.mode(layer.alpha for layer in layers.values()),
         "bound": statistics.mode(layer.bound for layer in layers.values()),
+        "dropout": statistics.mode(layer.adapter.dropout for layer in layers.values()),
         "target_modules": list(layers),
         "rank_pattern": {name: layer.rank for name, layer in layers.items()},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items()},
@@ -75,14 +92,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace({folder / TENSORS: data, folder / CONFIG: json.dumps(config, indent=2).encode()})
+    sharded = any(is_dtensor(layer.adapter.A) for layer in layers.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_files(
+            {folder / TENSORS: data, folder / CONFIG: json.dumps(config, indent=2).encode()}
+        )
+    if sharded:
+        torch.distributed.barrier()
 
 
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, fuse_mlp: bool = True
 ) -> InjectionReport:
-    """Load what `save_adapter` wrote into `model`, in place.
+    """Load what `save_adapter`, or a PEFT model's `save_pretrained`, wrote into `model`, in place.
 
     A plain model gets exactly the saved layers, as `inject` would make them, and the rest frozen;
     `fuse_mlp` as there.
@@ -94,9 +117,12 @@ def load_adapter(
     Raises:
         FileNotFoundError: one of the two files is not there.
         ValueError: the files are damaged or do not belong together, hold a NaN or an infinity, are
-            of another method or format version, or are for another model, shape, rank or dtype.
+            of another method or format version, or are for another model, shape, rank or dtype; or
+            `model` holds adapters of PEFT's, which loads its own.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
+    if len(adapted_layers(model)) > len(injected_layers(model)):
+        raise ValueError("the model's adapters are PEFT's: use model.load_adapter(folder, name)")
     saved = _read(Path(folder))
     layers = injected_layers(model)
     if layers:
@@ -110,6 +136,7 @@ def load_adapter(
                     "rank": entry.A.shape[0],
                     "alpha": entry.alpha,
                     "bound": entry.bound,
+                    "dropout": entry.dropout,
                     "adapter_dtype": entry.A.dtype,
                 }
                 for name, entry in saved.items()
@@ -121,8 +148,8 @@ def load_adapter(
     with torch.no_grad():
         for name, entry in saved.items():
             adapter = layers[name].adapter
-            adapter.A.copy_(entry.A)
-            adapter.B.copy_(entry.B)
+            adapter.A.copy_(like(entry.A, adapter.A))
+            adapter.B.copy_(like(entry.B, adapter.B))
             adapter.alpha, adapter.bound = entry.alpha, entry.bound
     return describe(model)
 
@@ -134,7 +161,8 @@ def _read(folder: Path) -> dict[str, _SavedLayer]:
             raise FileNotFoundError(f"{path} is not there: {folder} does not hold a saved adapter")
     config = _read_config(folder / CONFIG)
     data = (folder / TENSORS).read_bytes()
-    if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != config.get("tensors_sha256", digest):
         raise ValueError(
             f"{folder / TENSORS} is not the file that {CONFIG} was written with: one of them is "
             "damaged or from another save; copy both again"
@@ -143,7 +171,7 @@ def _read(folder: Path) -> dict[str, _SavedLayer]:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} is damaged: {error}") from error
-    names = config["target_modules"]
+    names = list(config["shapes"]) or _names(tensors)
     _same("tensors", tensors, [_key(name, factor) for name in names for factor in "AB"], folder)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -151,14 +179,19 @@ def _read(folder: Path) -> dict[str, _SavedLayer]:
     saved = {}
     for name in names:
         A, B = tensors[_key(name, "A")], tensors[_key(name, "B")]
-        rank, (N, K) = config["rank_pattern"][name], config["shapes"][name]
+        rank = lookup(config["rank_pattern"], name, config["r"])
+        N, K = config["shapes"].get(name, (B.shape[0], A.shape[1]))
         if A.shape != (rank, K) or B.shape != (N, rank) or A.dtype != B.dtype:
             raise ValueError(
                 f"{folder / TENSORS}: A of {name} is {A.dtype} {list(A.shape)} and B {B.dtype} "
                 f"{list(B.shape)}, but {CONFIG} says [{rank}, {K}] and [{N}, {rank}] of one dtype"
             )
-        alpha, bound = config["alpha_pattern"][name], config["bound_pattern"][name]
-        saved[name] = _SavedLayer(float(alpha), float(bound), A, B)
+        alpha = lookup(config["alpha_pattern"], name, config["alpha"])
+        bound = lookup(config["bound_pattern"], name, config["bound"])
+        if bound == "auto":
+            raise ValueError(f'{folder / CONFIG}: bound of {name} is "auto", not the value it had')
+        alpha, bound = check_settings(rank, alpha, bound)
+        saved[name] = _SavedLayer(alpha, bound, A, B, config["dropout"])
     return saved
 
 
@@ -176,30 +209,48 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{config.get('fastbound_version')}; this is fastbound {__version__}, which reads "
             f"format_version {FORMAT_VERSION}"
         )
-    fields: dict[str, type] = {
-        "target_modules": list,
-        "rank_pattern": dict,
-        "alpha_pattern": dict,
-        "bound_pattern": dict,
-        "shapes": dict,
-        "tensors_sha256": str,
-    }
-    for name, kind in fields.items():
-        if not isinstance(config.get(name), kind):
-            raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {config.get(name)!r}")
-    for name in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
-        _same(name, config[name], config["target_modules"], path)
-    for name in ("alpha_pattern", "bound_pattern"):
-        for layer, value in config[name].items():
+    _check_fields(config, path)
+    if config["dropout"] is None:  # an earlier version's file
+        config["dropout"] = 0.0
+    for field in ("bias", "modules_to_save"):
+        if config.get(field) not in (None, "none"):
+            raise ValueError(
+                f"{path}: {field} is {config[field]!r}: what PEFT trained beside the adapter "
+                "cannot be loaded here; use PeftModel.from_pretrained"
+            )
+    for field in ("alpha_pattern", "bound_pattern"):
+        for layer, value in config[field].items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and value > 0):
                 raise ValueError(
-                    f"{path}: {name} of {layer} must be positive and finite, got {value!r}"
+                    f"{path}: {field} of {layer} must be positive and finite, got {value!r}"
                 )
     for layer, shape in config["shapes"].items():
         if not (isinstance(shape, list) and len(shape) == 2):
             raise ValueError(f"{path}: shapes of {layer} must be [N, K], got {shape!r}")
     return config
+
+
+def _check_fields(config: dict[str, Any], path: Path) -> None:
+    fields: dict[str, Any] = {
+        "r": int,
+        "alpha": int | float | None,
+        "bound": int | float | str | None,
+        "dropout": int | float | None,
+        "rank_pattern": dict,
+        "alpha_pattern": dict,
+        "bound_pattern": dict,
+        "shapes": dict,
+    }
+    if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
+        fields |= {"target_modules": list, "tensors_sha256": str}
+    for name, kind in fields.items():
+        if not isinstance(config.setdefault(name, None), kind):
+            word = getattr(kind, "__name__", kind)
+            raise ValueError(f"{path}: {name} must be a {word}, got {config[name]!r}")
+    if "tensors_sha256" in config:
+        for name in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
+            _same(name, config[name], config["target_modules"], path)
 
 
 def _check_injected(layers: dict[str, FusedBoundedLinear], saved: dict[str, _SavedLayer]) -> None:
@@ -259,28 +310,40 @@ def _key(name: str, factor: str) -> str:
     return f"base_model.model.{name}.fastbound_ab.{factor}"
 
 
+def _names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The layers that the keys of A name."""
+    start, end = _key("\0", "A").split("\0")
+    return [k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end)]
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what the model is, which its AutoPeftModelForCausalLM asks for."""
+    return "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+
+
 def _whole(name: str, factor: str, layer: FusedBoundedLinear) -> Tensor:
     tensor: Tensor = getattr(layer.adapter, factor)
     r, N, K = layer.rank, layer.out_features, layer.in_features
     shape = (r, K) if factor == "A" else (N, r)
-    if type(tensor.data) is not Tensor or tensor.shape != shape:
+    tensor = whole(tensor.detach())
+    if type(tensor) is not Tensor or tensor.shape != shape:
         raise ValueError(
-            f"adapter.{factor} of {name} is a {type(tensor.data).__name__} {list(tensor.shape)}, "
+            f"adapter.{factor} of {name} is a {type(tensor).__name__} {list(tensor.shape)}, "
             f"not a whole tensor {list(shape)}: gather the sharded model's parameters first"
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"adapter.{factor} of {name} holds a NaN or an infinity: nothing is saved")
-    return tensor.detach().cpu().contiguous()
+    return tensor.cpu().contiguous()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Without torch.compile's and DistributedDataParallel's shells, which change the names."""
     from accelerate.utils import extract_model_from_parallel
 
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _replace(files: dict[Path, bytes]) -> None:
+def replace_files(files: dict[Path, bytes]) -> None:
     """Write all files beside their places, then move each into its place."""
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     try:

@@ -46,7 +46,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def stir(model: nn.Module, size: float = 0.3) -> None:
     """Give every A and B values where the sine is not the identity."""
     for name, parameter in model.named_parameters():
-        if ".adapter." in name:
+        if name.endswith((".A", ".B")):
             parameter.normal_(0, size, generator=torch.Generator().manual_seed(2))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastbound
+from fastbound.partition import whole
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.pretrained import quiet
@@ -45,7 +46,7 @@ class _Bounded:
     @torch.no_grad()
     def delta(self) -> Delta:
         layers = [m for m in self.model.modules() if isinstance(m, fastbound.FusedBoundedLinear)]
-        largest = torch.stack([layer.delta_weight().abs().amax() for layer in layers])
+        largest = torch.stack([whole(layer.delta_weight().abs().amax()) for layer in layers])
         index = int(largest.argmax())
         return Delta(float(largest[index]), layers[index].bound)
 

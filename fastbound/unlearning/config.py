@@ -30,13 +30,16 @@ class UnlearnConfig:
         clip: largest norm of the gradient over all A and B; None leaves it as it is.
         epochs: passes over the forget rows.
         batch_size: pairs of one forget and one retain row in a forward pass of one process.
-        accumulation: forward passes a step.
+        accumulation: forward passes a step. A step's loss is the mean over all its answer tokens,
+            in however many passes and processes they come.
         forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
         max_length: the most tokens of a row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.
         seed: of A's start, the order of rows and dropout.
         device: "auto" takes the accelerator that `accelerate` finds.
         dtype: "bfloat16" runs the forward pass under autocast; A, B and the loss stay fp32.
+        shard: spread the frozen weights over the processes (`fastbound.shard`) where each would
+            otherwise hold a copy; needs several processes and the bounded adapter.
         gradient_checkpointing: recompute activations in backward (non-reentrant).
         eval_every: steps between evaluations; None: once an epoch. The first and the last step are
             always evaluated.
@@ -66,6 +69,7 @@ class UnlearnConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    shard: bool = False
     gradient_checkpointing: bool = False
     eval_every: int | None = None
     eval_rows: int | None = 400

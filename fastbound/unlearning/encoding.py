@@ -140,3 +140,8 @@ def _prompt(row: Row, tokenizer: Any, template: str) -> tuple[str, bool]:
         raise InputError('template "chat": the tokenizer has no chat template; give a text one')
     turns = [{"role": "user", "content": row.question}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
+
+
+def answer_length(row: Encoded) -> int:
+    """How many tokens of the row are to be predicted: the labelled ones after the first."""
+    return sum(label != IGNORED for label in row.labels[1:])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import resource
 import statistics
 import sys
@@ -14,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+import fastbound
+from fastbound.partition import like, whole
 from fastbound.unlearning.adapters import Adapter, attach
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data import Row, check_disjoint, load_rows
-from fastbound.unlearning.encoding import Encoded, collate, encode_all, padding
+from fastbound.unlearning.encoding import Encoded, answer_length, collate, encode_all, padding
 from fastbound.unlearning.errors import InputError, NonFiniteError
 from fastbound.unlearning.evaluate import Score, autocast, forward, score, totals
 from fastbound.unlearning.folder import ADAPTER, RESULT, RunFolder, fingerprint, write_json
@@ -100,6 +105,7 @@ class _Run:
         self.accelerator = _accelerator(config)
         self.device: torch.device = self.accelerator.device
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.sharded = _sharded(self.accelerator, config)
         self.processes: int = self.accelerator.num_processes
         self.process: int = self.accelerator.process_index
         self.pairing = Pairing(
@@ -119,7 +125,7 @@ class _Run:
         if config.gradient_checkpointing:
             _checkpoint_activations(model)
         self.inner = self.adapter.model
-        self.model = self.accelerator.prepare(self.inner)
+        self.model = self._spread(self.inner)
         self.parameters = [p for p in self.inner.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay
@@ -156,8 +162,14 @@ class _Run:
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(2, device=self.device)
+        answers = self._answers()
         for part in range(config.accumulation):
             pairs = self.pairing.batch(self.step, part, self.process)
+            # So that the step's loss is the mean over all its tokens, whoever holds them.
+            forget_share, retain_share = (
+                self.processes * here / step
+                for here, step in zip(answers[part][self.process], _sum(answers), strict=True)
+            )
             rows = [self.forget[i] for i in pairs[0]] + [self.retain[i] for i in pairs[1]]
             batch = collate(rows, self.pad).to(self.device)
             last = part == config.accumulation - 1
@@ -167,14 +179,17 @@ class _Run:
                     logits,
                     batch.labels,
                     len(pairs[0]),
-                    forget_weight=config.forget_weight,
-                    retain_weight=config.retain_weight,
+                    forget_weight=config.forget_weight * forget_share,
+                    retain_weight=config.retain_weight * retain_share,
                 )
-                self.accelerator.backward(difference.loss / config.accumulation)
-            losses += torch.stack([difference.forget, difference.retain]).to(losses)
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf)
+                self.accelerator.backward(difference.loss)
+            means = torch.stack(
+                [forget_share * difference.forget, retain_share * difference.retain]
+            )
+            losses += means.to(losses)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf))
         # Averaged over processes, so that all of them see the same and stop together.
-        losses = self.accelerator.reduce(losses / config.accumulation, reduction="mean")
+        losses = self.accelerator.reduce(losses, reduction="mean")
         forget, retain, grad_norm = torch.stack([*losses, norm.to(losses)]).tolist()
         if not all(map(math.isfinite, (forget, retain, grad_norm))):
             self.bar.close()
@@ -209,15 +224,36 @@ class _Run:
         self.history.append(Evaluation(self.step, forget, retain))
         self._log(event="evaluation", **asdict(self.history[-1]))
 
+    def _answers(self) -> list[list[tuple[int, int]]]:
+        """[part][process]: answer tokens to forget and to retain in each batch of this step."""
+        return [
+            [
+                (
+                    sum(answer_length(self.forget[i]) for i in forget),
+                    sum(answer_length(self.retain[i]) for i in retain),
+                )
+                for process in range(self.processes)
+                for forget, retain in [self.pairing.batch(self.step, part, process)]
+            ]
+            for part in range(self.config.accumulation)
+        ]
+
     def _score(self, rows: Sequence[Encoded]) -> Score:
-        sums = totals(
+        score_rows = functools.partial(
+            totals,
             self.inner,
-            rows[self.process :: self.processes],
             pad=self.pad,
             batch_size=2 * self.config.batch_size,
             device=self.device,
             dtype=self.dtype,
         )
+        shares = [rows[process :: self.processes] for process in range(self.processes)]
+        sums = score_rows(shares[self.process])
+        if self.sharded:
+            # Each forward gathers weights from everyone: all make as many as the first.
+            batches = [math.ceil(len(share) / (2 * self.config.batch_size)) for share in shares]
+            for _ in range(batches[0] - batches[self.process]):
+                score_rows(rows[:1])
         if self.processes > 1:
             sums = self.accelerator.reduce(torch.tensor(sums, device=self.device)).tolist()
         return score(sums)
@@ -246,8 +282,9 @@ class _Run:
             peak_memory=memory,
             peak_memory_kind=kind,
         )
-        if self.folder and self.folder.writes:
+        if self.folder and (self.folder.writes or self.sharded):
             self.adapter.save(self.folder.path / ADAPTER)
+        if self.folder and self.folder.writes:
             write_json(self.folder.path / RESULT, result.as_dict())
         self.accelerator.wait_for_everyone()
         return result
@@ -259,8 +296,17 @@ class _Run:
             return (step + 1) / (rising + 1)
         return (self.steps - step) / max(1, self.steps - rising)
 
+    def _spread(self, model: nn.Module) -> Any:
+        """The model as the processes hold it: each a copy, or each a part."""
+        if self.sharded:
+            return fastbound.shard(model.to(self.device))
+        return self.accelerator.prepare(model)
+
     def _synchronised(self, last: bool) -> Any:
         """Gradients travel between processes once a step, with the last batch."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            return autocast("cpu", None)
         return autocast("cpu", None) if last else self.accelerator.no_sync(self.model)
 
     def _blame(self, forget: float, retain: float, grad_norm: float) -> str:
@@ -315,12 +361,14 @@ class _Run:
             return
         from accelerate.utils import gather_object
 
-        trained = {n: p.detach() for n, p in self.inner.named_parameters() if p.requires_grad}
+        trained = {
+            n: whole(p.detach()) for n, p in self.inner.named_parameters() if p.requires_grad
+        }
         self.folder.save_checkpoint(
             {
                 "step": self.step,
                 "adapter": trained,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
                 "scheduler": self.scheduler.state_dict(),
                 "random": gather_object([random_state()]),
                 "history": [asdict(each) for each in self.history],
@@ -334,8 +382,12 @@ class _Run:
             raise InputError("the checkpoint is of another model: give the one the run began with")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(state["adapter"][name])
+                parameter.copy_(like(state["adapter"][name], parameter))
         self.optimizer.load_state_dict(state["optimizer"])
+        for owner, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if value.shape == owner.shape:
+                    kept[name] = like(value, owner)
         self.scheduler.load_state_dict(state["scheduler"])
         set_random_state(state["random"][self.process])
         self.step = state["step"]
@@ -363,6 +415,36 @@ def _accelerator(config: UnlearnConfig) -> Any:
         raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
     # Autocast is the loop's own: accelerate's would take all logits to fp32.
     return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+
+
+def _sharded(accelerator: Any, config: UnlearnConfig) -> bool:
+    """Whether the model is spread over the processes; refuses what neither copies nor spreads it.
+
+    Raises InputError.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    kind = str(accelerator.distributed_type.value)
+    # On the CPU accelerate itself would pass over its FSDP settings.
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
+        kind = "FSDP1"
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP1"):
+        raise InputError(
+            f"{kind} of accelerate's configuration is not supported: set fsdp_version: 2, or use "
+            "plain processes, with --shard (shard=True) where a copy of the model does not fit"
+        )
+    if not (config.shard or fsdp):
+        return False
+    if config.adapter != "bounded":
+        raise InputError(f'shard spreads a model with adapter "bounded", got {config.adapter!r}')
+    if accelerator.num_processes < 2:
+        raise InputError("shard needs several processes: start with accelerate launch or torchrun")
+    return True
+
+
+def _sum(answers: list[list[tuple[int, int]]]) -> list[int]:
+    return [sum(side) for side in zip(*(pair for part in answers for pair in part), strict=True)]
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
