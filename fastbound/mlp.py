@@ -39,8 +39,8 @@ class FusedBoundedMLP(nn.Module):
 
     Where something other than plain layers has to run, a projection with hooks, one that was
     replaced, quantised, sharded on its own or is to be trained whole, an activation that was
-    exchanged, the forward of the original class runs instead, layer by layer. :meth:`obstacle`
-    names the reason, and so does ``fastbound.explain``.
+    exchanged, and in training adapter dropout, the forward of the original class runs instead,
+    layer by layer. :meth:`obstacle` names the reason, and so does ``fastbound.explain``.
 
     Parameters are read in this module's forward: a wrapper that gathers them must take this module
     or one around it as its unit (``fully_shard(block)`` or ``fully_shard(decoder_layer)``).
@@ -121,7 +121,13 @@ class FusedBoundedMLP(nn.Module):
 
         ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
         """
-        return _parts_obstacle(self, self.fusion.form, gathered=gathered)
+        reason = _parts_obstacle(self, self.fusion.form, gathered=gathered)
+        if reason is not None:
+            return reason
+        for layer in self.adapted_layers().values():
+            if layer.adapter.training and layer.adapter.dropout:
+                return f"adapter dropout {layer.adapter.dropout:g} in training"
+        return None
 
     def adapted_layers(self) -> dict[str, Adapted]:
         """The adapted projections by name, first to last."""
@@ -130,7 +136,7 @@ class FusedBoundedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., K']."""
         form = self.fusion.form
-        if _parts_obstacle(self, form) is not None:
+        if self.obstacle(gathered=True) is not None:
             return cast(Tensor, self.fusion.block_class.forward(self, x))
         up, down = self._projection(form.up), self._projection(form.down)
         gate = None if form.gate is None else up if form.packed else self._projection(form.gate)
