@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbound import reference
+from fastbound.addition import bounded_addition
 from fastbound.function import bounded_linear
 from fastbound.plan import BACKENDS
 
@@ -75,6 +76,23 @@ class BoundedAdapter(nn.Module):
             scaling=self.scaling,
             omega=self.omega,
             backend=self.backend,
+        )
+
+    def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
+        """result + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ, for a ``result`` [..., N] that a base made of x.
+
+        The caller gives ``result`` up, and the sum may take its memory; ``give_up=False`` leaves it
+        as it is, for a base whose hooks may have kept it.
+        """
+        return bounded_addition(
+            result,
+            x,
+            self.A,
+            self.B,
+            scaling=self.scaling,
+            omega=self.omega,
+            backend=self.backend,
+            give_up=give_up,
         )
 
     def delta_weight(self) -> Tensor:
