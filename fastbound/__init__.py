@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from fastbound.injection import InjectionReport, inject, merge
     from fastbound.linear import FusedBoundedLinear
     from fastbound.mlp import FusedBoundedMLP
+    from fastbound.over_base import BoundedOverBase
     from fastbound.storage import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BoundedAdapter",
+    "BoundedOverBase",
     "FusedBoundedLinear",
     "FusedBoundedMLP",
     "InjectionReport",
@@ -41,6 +43,7 @@ __all__ = [
 # package, and `fastbound.inject` would turn from the function into the module.
 _HOME = {
     "BoundedAdapter": "adapter",
+    "BoundedOverBase": "over_base",
     "FusedBoundedLinear": "linear",
     "FusedBoundedMLP": "mlp",
     "InjectionReport": "injection",

@@ -38,13 +38,14 @@ _library.define(
 )
 
 # Nodes of the autograd graph that keep no reference to what they returned.
-_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
+_VIEWS = frozenset({"AsStridedBackward0", "UnsafeViewBackward0", "ViewBackward0"})
 _KEEP_NO_RESULT = frozenset(
     {
         "AddBackward0",
         "AddmmBackward0",
         "LinearBackward0",
         "MatMul4BitBackward",
+        "MatMul8bitFpBackward",
         "MatMul8bitLtBackward",
         "MmBackward0",
         "ToCopyBackward0",

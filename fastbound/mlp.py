@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fastbound.adapter import BoundedAdapter
 from fastbound.blocks import Form, UnknownForm, activation_name, form_of
-from fastbound.conversion import convert, hooked, is_linear
+from fastbound.conversion import convert, is_linear
 from fastbound.linear import FusedBoundedLinear, is_conv1d
 from fastbound.mlp_function import RECOMPUTE, bounded_mlp
+from fastbound.over_base import BoundedOverBase, hooked
 from fastbound.plan import MAX_TRITON_RANK
 from fastbound.reference import ACTIVATIONS, Projection
 
@@ -261,6 +262,8 @@ def _layer_obstacle(layer: nn.Module | None, plain: bool) -> str | None:
         tensors = {"A": adapter.A, "B": adapter.B, "weight": layer.weight, "bias": layer.bias}
     elif layer is not None and is_linear(layer):
         tensors = {"weight": layer.weight, "bias": layer.bias}  # type: ignore[dict-item]
+    elif isinstance(layer, BoundedOverBase):
+        return f"is adapted over its base: {layer.reason}"
     else:
         return f"is a {type(layer).__name__}"
     if _is_watched(layer):
