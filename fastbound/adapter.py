@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbound import reference
 from fastbound.addition import bounded_addition
+from fastbound.dropout import check_dropout
 from fastbound.function import bounded_linear
 from fastbound.plan import BACKENDS
 
@@ -21,11 +22,14 @@ class BoundedAdapter(nn.Module):
     so that ΔW ≈ (alpha / r)·BA near zero, LoRA's own slope, and |ΔW_ij| <= bound always. A starts
     Kaiming-uniform and B at zero: a new adapter changes nothing.
 
+    With a ``dropout`` p > 0 the low-rank term takes drop(x) in training, as in PEFT's LoRA: each
+    element of x zero with probability p, the others divided by 1 - p. x Wᵀ takes x as it is.
+
     The weight is handed in, not owned: A and B are read only in their owner's forward, which is
     what sharded training needs.
 
-    Raises ValueError for a rank below 1, an alpha or bound that is not positive and finite, an
-    ``adapter_dtype`` that is not floating, and an unknown backend.
+    Raises ValueError for a rank below 1, an alpha or bound that is not positive and finite, a
+    dropout outside 0 <= p < 1, an ``adapter_dtype`` that is not floating, and an unknown backend.
     """
 
     def __init__(
@@ -36,15 +40,17 @@ class BoundedAdapter(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | None = None,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        alpha, bound = check_settings(rank, alpha, bound, adapter_dtype, backend)
+        alpha, bound = check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         self.rank = rank
         self.alpha = alpha
         self.bound = bound
+        self.dropout = float(dropout)
         self.backend = backend
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=adapter_dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=adapter_dtype))
@@ -76,6 +82,7 @@ class BoundedAdapter(nn.Module):
             scaling=self.scaling,
             omega=self.omega,
             backend=self.backend,
+            dropout=self.dropout if self.training else 0.0,
         )
 
     def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
@@ -107,8 +114,9 @@ class BoundedAdapter(nn.Module):
         self.alpha, self.bound = (float(value) for value in state)
 
     def extra_repr(self) -> str:
+        dropout = f"dropout={self.dropout:g}, " if self.dropout else ""
         return (
-            f"rank={self.rank}, alpha={self.alpha:g}, bound={self.bound:g}, "
+            f"rank={self.rank}, alpha={self.alpha:g}, bound={self.bound:g}, {dropout}"
             f"scaling={self.scaling:g}, omega={self.omega:g}, backend={self.backend!r}"
         )
 
@@ -119,6 +127,7 @@ def check_settings(
     bound: float | None,
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    dropout: float = 0.0,
 ) -> tuple[float, float]:
     """alpha and bound as numbers (None: rank, None: alpha), or a ValueError naming the value."""
     if isinstance(rank, bool) or not isinstance(rank, int):
@@ -131,6 +140,7 @@ def check_settings(
         raise ValueError(f"adapter_dtype must be a floating dtype, got {adapter_dtype}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_dropout(dropout)
     return alpha, bound
 
 

@@ -3,6 +3,9 @@
 S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ
 dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)
 dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)        db = Σ dy
+
+With dropout, x in S and in dA is mask ⊙ x, dS sin(ωA) is masked too, and s is s / (1 - p). The mask
+is made again from its seed: neither it nor mask ⊙ x is saved.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbound import ops, reference
+from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
 from fastbound.plan import BACKENDS
 
 
@@ -32,26 +36,28 @@ class _BoundedLinear(torch.autograd.Function):
         scaling: float,
         omega: float,
         backend: str,
+        seed: Tensor | None,
+        dropout: float,
     ) -> tuple[Tensor, Tensor]:
-        y, S = ops.forward(x, weight, bias, A, B, scaling, omega, backend)
+        y, S = ops.forward(x, weight, bias, A, B, scaling, omega, backend, seed, dropout)
         return y, S
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, A, B, bias, ctx.scaling, ctx.omega, ctx.backend = inputs
+        x, weight, A, B, bias, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout = inputs
         _, S = output
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
         _, _, need_dA, need_dB, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B)
+        ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
-        x, S, weight, A, B = ctx.saved_tensors
+            return (None,) * 10
+        x, S, weight, A, B, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, need_db, *_ = ctx.needs_input_grad
         dx = dA = dB = db = None
         if need_dx or need_dA or need_dB:
@@ -65,6 +71,8 @@ class _BoundedLinear(torch.autograd.Function):
                 ctx.scaling,
                 ctx.omega,
                 ctx.backend,
+                seed,
+                ctx.dropout,
                 need_dx,
                 need_dA,
                 need_dB,
@@ -81,6 +89,8 @@ class _BoundedLinear(torch.autograd.Function):
             None,
             None,
             None,
+            None,
+            None,
         )
 
 
@@ -94,6 +104,7 @@ def bounded_linear(
     scaling: float = 1.0,
     omega: float = 1.0,
     backend: str = "auto",
+    dropout: float = 0.0,
 ) -> Tensor:
     """``y = x weightᵀ + bias + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ`` with weight frozen.
 
@@ -107,6 +118,8 @@ def bounded_linear(
         omega: the frequency inside both sines.
         backend: "auto" (``fastbound.explain`` says what it chose), "fused", "split", "torch", or
             "reference" (the formula under autograd).
+        dropout: p; above 0 the low-rank term takes drop(x): elements of x are zero with probability
+            p and the others x / (1 - p). The mask is drawn from the device's default generator.
 
     Returns:
         [..., N] in the compute dtype: autocast's where autocast is on, else x's.
@@ -117,10 +130,11 @@ def bounded_linear(
     Raises:
         TypeError: a non-floating tensor, or x and weight of different dtypes outside autocast.
         ValueError: shapes that do not match, tensors on different devices, a weight that requires
-            grad, is a DTensor or has no storage, a scaling or omega that is not finite, an unknown
-            backend.
+            grad, is a DTensor or has no storage, a scaling or omega that is not finite, a
+            dropout outside 0 <= p < 1, an unknown backend.
     """
     check_operands(x, weight, A, B, bias, scaling, omega, backend)
+    seed = draw_seed(x.device) if check_dropout(dropout) else None
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
@@ -132,10 +146,17 @@ def bounded_linear(
         with torch.autocast(device_type, enabled=False):
             dtype = x.dtype
             b = None if bias is None else bias.to(dtype)
+            keep = None
+            if seed is not None:
+                M, K = x.numel() // x.shape[-1], x.shape[-1]
+                keep = keep_mask(keep_bits(seed, M, K, dropout), K).view(x.shape)
+                scaling = scaling / keep_rate(dropout)
             return reference.bounded_linear(
-                x, weight.to(dtype), A, B, b, scaling=scaling, omega=omega
+                x, weight.to(dtype), A, B, b, scaling=scaling, omega=omega, keep=keep
             )
-    y, _ = _BoundedLinear.apply(x, weight, A, B, bias, float(scaling), float(omega), backend)
+    y, _ = _BoundedLinear.apply(
+        x, weight, A, B, bias, float(scaling), float(omega), backend, seed, float(dropout)
+    )
     return y
 
 

@@ -87,6 +87,7 @@ def inject(
     *,
     alpha: float | None = None,
     bound: float | Literal["auto"] | None = None,
+    dropout: float = 0.0,
     target_modules: str | Collection[str] = "mlp",
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
@@ -100,8 +101,8 @@ def inject(
 
     Args:
         model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
-        rank, alpha, bound, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
-            `bound="auto"` is worked out for each layer from its own weight.
+        rank, alpha, bound, dropout, adapter_dtype, backend: of each new layer, see
+            `FusedBoundedLinear`. `bound="auto"` is worked out for each layer from its own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
@@ -152,6 +153,7 @@ def inject(
         "rank": rank,
         "alpha": alpha,
         "bound": bound,
+        "dropout": dropout,
         "adapter_dtype": adapter_dtype,
         "backend": backend,
     }

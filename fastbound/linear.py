@@ -23,6 +23,7 @@ class FusedBoundedLinear(nn.Module):
         alpha: None means ``rank``.
         bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "auto" means four
             times the root mean square of this layer's weight.
+        dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
         adapter_dtype: of A and B, independent of ``dtype``.
@@ -44,16 +45,17 @@ class FusedBoundedLinear(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
-        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
-        self._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
+        self._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
 
     @classmethod
     def from_linear(
@@ -63,6 +65,7 @@ class FusedBoundedLinear(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> FusedBoundedLinear:
@@ -71,14 +74,14 @@ class FusedBoundedLinear(nn.Module):
         Raises TypeError for any other class (subclasses may compute something else), ValueError for
         settings out of range or a weight that the operator cannot read.
         """
-        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         if type(layer) is not nn.Linear and not is_conv1d(layer):
             raise TypeError(
                 f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
             )
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
-        adopted._adopt(layer, rank, alpha, bound, adapter_dtype, backend)
+        adopted._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
         adopted.train(layer.training)
         return adopted
 
@@ -88,6 +91,7 @@ class FusedBoundedLinear(nn.Module):
         rank: int,
         alpha: float | None,
         bound: float | str | None,
+        dropout: float,
         adapter_dtype: torch.dtype,
         backend: str,
     ) -> None:
@@ -105,6 +109,7 @@ class FusedBoundedLinear(nn.Module):
             rank,
             alpha=alpha,
             bound=auto_bound(weight) if isinstance(bound, str) else bound,
+            dropout=dropout,
             device=weight.device,
             adapter_dtype=adapter_dtype,
             backend=backend,
@@ -214,9 +219,10 @@ def _check_settings(
     bound: float | str | None,
     adapter_dtype: torch.dtype,
     backend: str,
+    dropout: float,
 ) -> None:
     if isinstance(bound, str):
         if bound != "auto":
             raise ValueError(f'bound must be a positive number, None or "auto", got {bound!r}')
         bound = None
-    check_settings(rank, alpha, bound, adapter_dtype, backend)
+    check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)

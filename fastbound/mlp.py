@@ -76,6 +76,7 @@ class FusedBoundedMLP(nn.Module):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         targets: Collection[str] | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
@@ -102,6 +103,7 @@ class FusedBoundedMLP(nn.Module):
             "rank": rank,
             "alpha": alpha,
             "bound": bound,
+            "dropout": dropout,
             "adapter_dtype": adapter_dtype,
             "backend": backend,
         }
@@ -246,6 +248,9 @@ def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | 
     backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
     if any(adapter.backend != backend for adapter in adapters):
         return "its projections ask for different backends"
+    for adapter in adapters:
+        if adapter.dropout and adapter.training:
+            return f"adapter dropout {adapter.dropout:g} in training: layer by layer"
     triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
     if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
         return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastbound.dropout import keep_rate
 from fastbound.plan import plan_for
 from fastbound.torch_products import TorchProducts, padded_rank
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 _library = torch.library.Library("fastbound", "DEF")
 _library.define(
     "forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B,"
-    " float scaling, float omega, str backend) -> (Tensor y, Tensor S)"
+    " float scaling, float omega, str backend,"
+    " Tensor? seed=None, float dropout=0.0) -> (Tensor y, Tensor S)"
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor? S, Tensor weight, Tensor A, Tensor B,"
-    " float scaling, float omega, str backend, bool need_dx, bool need_dA, bool need_dB)"
+    " float scaling, float omega, str backend, Tensor? seed, float dropout,"
+    " bool need_dx, bool need_dA, bool need_dB)"
     " -> (Tensor dx, Tensor dA, Tensor dB)"
 )
 
@@ -41,12 +44,15 @@ def _forward(
     scaling: float,
     omega: float,
     backend: str,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     with _scope(x):
         X = x.reshape(-1, x.shape[-1])
         products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
+        keep, scaling = _kept(products, seed, dropout, X.shape, scaling)
         SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
-        S = products.thin(X, SA.t())
+        S = products.thin(X, SA.t(), keep)
         Y = products.lowrank_gemm(X, weight.to(X.dtype), S, SB, bias)
         return Y.view(*x.shape[:-1], weight.shape[0]), S
 
@@ -61,6 +67,8 @@ def _backward(
     scaling: float,
     omega: float,
     backend: str,
+    seed: Tensor | None,
+    dropout: float,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
@@ -69,6 +77,8 @@ def _backward(
     with _scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
         products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
+        rows = (DY.shape[0], weight.shape[1])
+        keep, scaling = _kept(products, seed, dropout, rows, scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
         DS: Tensor | None = None
         if need_dB and (need_dx or need_dA):
@@ -79,11 +89,11 @@ def _backward(
             DS = products.thin(DY, SB)
         if need_dx:
             W = weight.to(DY.dtype)
-            dx = products.lowrank_gemm(DY, W.t(), _given(DS), SA.t(), None)
+            dx = products.lowrank_gemm(DY, W.t(), _given(DS), SA.t(), None, keep)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
         if need_dA:
             X = _given(x).reshape(-1, weight.shape[1])
-            dA = products.factor_gradient(X, _given(DS), A.t(), omega, 1.0).t()
+            dA = products.factor_gradient(X, _given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
 
@@ -96,6 +106,8 @@ def _fake_forward(
     scaling: float,
     omega: float,
     backend: str,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -112,6 +124,8 @@ def _fake_backward(
     scaling: float,
     omega: float,
     backend: str,
+    seed: Tensor | None,
+    dropout: float,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
@@ -142,6 +156,19 @@ def _products(X: Tensor, weight: Tensor, A: Tensor, backend: str) -> TorchProduc
     from fastbound.triton_products import TritonProducts
 
     return TritonProducts(plan)
+
+
+def _kept(
+    products: TorchProducts | TritonProducts,
+    seed: Tensor | None,
+    dropout: float,
+    shape: tuple[int, ...],
+    scaling: float,
+) -> tuple[Tensor | None, float]:
+    """Dropout's mask as bits, and scaling / (1 - p): S then is that of mask ⊙ x, not divided."""
+    if seed is None:
+        return None, scaling
+    return products.keep_bits(seed, *shape, dropout), scaling / keep_rate(dropout)
 
 
 def _scope(x: Tensor) -> AbstractContextManager[object]:

@@ -39,15 +39,18 @@ def bounded_linear(
     *,
     scaling: float = 1.0,
     omega: float = 1.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, one rounding per operation.
 
     Shapes: x [..., K], weight [N, K], A [r, K], B [N, r], bias [N]; returns [..., N] in x's dtype.
-    The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype.
+    The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype. ``keep``, a
+    mask like x, is dropout's: the low-rank term then takes x zeroed where it is False.
     """
     SA = torch.sin(omega * A.to(wide_dtype(A))).to(x.dtype)  # [r, K]
     SB = torch.sin(omega * B.to(wide_dtype(B))).to(x.dtype)  # [N, r]
-    return linear(x, weight, bias) + scaling * linear(linear(x, SA), SB)
+    kept = x if keep is None else x * keep
+    return linear(x, weight, bias) + scaling * linear(linear(kept, SA), SB)
 
 
 def wide_dtype(P: Tensor) -> torch.dtype:

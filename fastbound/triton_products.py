@@ -24,17 +24,30 @@ class TritonProducts:
         self._multiprocessors = plan.multiprocessors
         self._torch = TorchProducts()
 
+    def keep_bits(self, seed: Tensor, M: int, K: int, p: float) -> Tensor:
+        return self._torch.keep_bits(seed, M, K, p)
+
     def factors(
         self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
     ) -> tuple[Tensor, Tensor]:
         return factors(A, B, R, scaling, omega, dtype)
 
-    def thin(self, T: Tensor, F: Tensor) -> Tensor:
+    def thin(self, T: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
+        if keep is not None:
+            return self._torch.thin(T, F, keep)
         return thin(T, F, self._thin)
 
     def factor_gradient(
-        self, T: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
+        self,
+        T: Tensor,
+        G: Tensor,
+        P: Tensor,
+        omega: float,
+        scaling: float,
+        keep: Tensor | None = None,
     ) -> Tensor:
+        if keep is not None:
+            return self._torch.factor_gradient(T, G, P, omega, scaling, keep)
         return reduce(T, G, P, omega, scaling, self._reduce, self._multiprocessors)
 
     def thin_and_factor_gradient(
@@ -43,8 +56,14 @@ class TritonProducts:
         return thin_and_reduce(T, F, G, P, omega, scaling, self._reduce, self._multiprocessors)
 
     def lowrank_gemm(
-        self, X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None
+        self,
+        X: Tensor,
+        W: Tensor,
+        S: Tensor,
+        F: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        if self._gemm is None:
-            return self._torch.lowrank_gemm(X, W, S, F, bias)
+        if self._gemm is None or keep is not None:
+            return self._torch.lowrank_gemm(X, W, S, F, bias, keep)
         return lowrank_gemm(X, W, S, F, bias, self._gemm, self._multiprocessors)

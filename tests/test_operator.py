@@ -230,10 +230,12 @@ class TestCompile:
     def test_registered_operators_pass_opcheck(self) -> None:
         o = operands((2, 7, 12), 10, 4, torch.float32)
         utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        arguments = (o.x, o.weight, o.bias, o.A, o.B, 0.7, 1.3, "torch")
+        dropout = (torch.tensor([7]), 0.25)
+        arguments = (o.x, o.weight, o.bias, o.A, o.B, 0.7, 1.3, "torch", *dropout)
         torch.library.opcheck(torch.ops.fastbound.forward.default, arguments, test_utils=utilities)
         _, S = torch.ops.fastbound.forward(*arguments)
-        backward = (o.dy, o.x, S, o.weight, o.A, o.B, 0.7, 1.3, "torch", True, True, True)
+        saved = (o.x, S, o.weight, o.A, o.B)
+        backward = (o.dy, *saved, 0.7, 1.3, "torch", *dropout, True, True, True)
         torch.library.opcheck(torch.ops.fastbound.backward.default, backward, test_utils=utilities)
 
     def test_export_with_a_dynamic_dimension(self) -> None:
