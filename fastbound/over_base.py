@@ -46,6 +46,7 @@ class BoundedOverBase(FusedBoundedLinear):
         *,
         alpha: float | None = None,
         bound: float | str | None = None,
+        dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> BoundedOverBase:
@@ -56,7 +57,7 @@ class BoundedOverBase(FusedBoundedLinear):
         Raises TypeError for another class, ValueError for settings out of range, for
         backend="fused", and for bound="auto" over a weight that cannot be read.
         """
-        _check_settings(rank, alpha, bound, adapter_dtype, backend)
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         if not is_adaptable(layer):
             raise TypeError(
                 f"expected an nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
@@ -77,6 +78,7 @@ class BoundedOverBase(FusedBoundedLinear):
             rank,
             alpha=alpha,
             bound=_read_bound(layer) if isinstance(bound, str) else bound,
+            dropout=dropout,
             device=_device(layer),
             adapter_dtype=adapter_dtype,
             backend=backend,
