@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastbound.addition import addition_plan
 from fastbound.injection import adapted_blocks, unfused_reason
@@ -145,7 +145,7 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     if block.fusion.form.packed:
         N //= 2
     ranks = tuple(layer.rank for layer in layers)
-    dtype, backend = _compute_dtype(weight), layers[0].adapter.backend
+    dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
 
 
@@ -158,10 +158,9 @@ def _explain_layer(
 ) -> LayerExplanation:
     # x does not come in a quantised weight's dtype: take the bias's, else the adapter's.
     held = [t for t in (layer.weight, layer.bias) if t is not None and t.is_floating_point()]
-    weight = held[0] if held else layer.adapter.A
-    dtype = _compute_dtype(weight)
     N, K, backend = layer.out_features, layer.in_features, layer.adapter.backend
     where = layer.adapter.A.device
+    dtype = _compute_dtype((held or [layer.adapter.A])[0].dtype, where)
     if isinstance(layer, BoundedOverBase):
         plan = addition_plan(where, tokens, N, K, layer.rank, dtype, backend)
         plan = replace(plan, strategy="split", reason=f"{layer.reason}; {plan.reason}")
@@ -171,10 +170,10 @@ def _explain_layer(
     return LayerExplanation(name, (N, K), layer.rank, str(dtype), device, plan, block)
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(weight.device.type) and weight.dtype is not torch.float64:
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
+def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -144,6 +144,11 @@ class BoundedOverBase(FusedBoundedLinear):
                 f"the weight of its base is made in each call by {type(made[0]).__name__}: take "
                 "that off layer.base_layer with torch.nn.utils first"
             )
+        if base._forward_hooks:
+            return (
+                "forward hooks of its base see the base's output without ΔW, and may change it: "
+                "take them off layer.base_layer"
+            )
         quantised = is_quantised(base)
         if quantised is not None:
             return (
