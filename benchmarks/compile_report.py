@@ -26,6 +26,7 @@ from fastbound.compilation import (
     Compiled,
     block_launches,
     compile_launch,
+    dropout_launches,
     layer_launches,
 )
 from fastbound.plan import MAX_TRITON_RANK
@@ -40,7 +41,9 @@ SHAPES = {
     "odd": (8192, 14333, 4093),
 }
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
-WITHOUT_DOT = ("factors", "finish", "block finish")
+WITHOUT_DOT = ("factors", "finish", "block finish", "keep bits")
+# fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
+WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def compile_layer(task: tuple[str, str, int, str]) -> list[Row]:
     target, dtype, rank, shape = task
     rows = []
     launches = layer_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
+    if (dtype, shape) in WITH_DROPOUT:
+        launches |= dropout_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
     if 2 * rank <= MAX_TRITON_RANK:  # a block's projections stand side by side
         launches |= block_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
     for kernel, launch in launches.items():

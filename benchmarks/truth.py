@@ -89,7 +89,10 @@ def run(o: Operands, function: Callable[..., Tensor], **kwargs: Any) -> dict[str
 
 
 def assert_as_exact_as_the_formula(
-    o: Operands, function: Callable[..., Tensor], **kwargs: Any
+    o: Operands,
+    function: Callable[..., Tensor],
+    formula: Callable[..., Tensor] = reference.bounded_linear,
+    **kwargs: Any,
 ) -> None:
     """Each result's error is at most the plain formula's in the same dtype, plus slack.
 
@@ -103,8 +106,8 @@ def assert_as_exact_as_the_formula(
     sums = _sums_of_magnitudes(o.to(torch.float64))
     underflown = _sums_of_magnitudes(o.to(torch.float64), smallest / 2)
     ours = run(o, function, **kwargs)
-    plain = run(o, reference.bounded_linear)
-    truth = run(o.to(torch.float64), reference.bounded_linear)
+    plain = run(o, formula)
+    truth = run(o.to(torch.float64), formula)
     for name, expected in truth.items():
         got = ours[name]
         if got.shape != expected.shape:

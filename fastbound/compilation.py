@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,27 @@ def layer_launches(
     }
 
 
+def dropout_launches(
+    target_name: str, M: int, N: int, K: int, rank: int, dtype: torch.dtype
+) -> dict[str, Launch]:
+    """What a layer with adapter dropout launches in the place of its kernels without."""
+    from fastbound.dropout import ROUNDS
+    from fastbound.kernels.dropout import launch_keep_bits
+    from fastbound.kernels.launch import blocks
+
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    keep = torch.empty(M, blocks(K, 32), dtype=torch.int32, device="meta")
+    launches = {"keep bits": launch_keep_bits(seed, keep, 1 << 12, ROUNDS)}
+    for name, launch in layer_launches(target_name, M, N, K, rank, dtype).items():
+        if name in ("thin", "gemm dx", "reduce x"):
+            launches[f"{name} dropout"] = replace(
+                launch,
+                arguments=launch.arguments | {"KEEP": keep, "stride_keep": keep.stride(0)},
+                constants=launch.constants | {"HAS_KEEP": True},
+            )
+    return launches
+
+
 def block_launches(
     target_name: str,
     M: int,
@@ -196,7 +217,14 @@ def block_launches(
     }  # fmt: skip
 
 
-_TRITON_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TRITON_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 def _specialise(

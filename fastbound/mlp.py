@@ -40,8 +40,8 @@ class FusedBoundedMLP(nn.Module):
 
     Where something other than plain layers has to run, a projection with hooks, one that was
     replaced, quantised, sharded on its own or is to be trained whole, an activation that was
-    exchanged, the forward of the original class runs instead, layer by layer. :meth:`obstacle`
-    names the reason, and so does ``fastbound.explain``.
+    exchanged, and in training adapter dropout, the forward of the original class runs instead,
+    layer by layer. :meth:`obstacle` names the reason, and so does ``fastbound.explain``.
 
     Parameters are read in this module's forward: a wrapper that gathers them must take this module
     or one around it as its unit (``fully_shard(block)`` or ``fully_shard(decoder_layer)``).
@@ -119,7 +119,13 @@ class FusedBoundedMLP(nn.Module):
 
     def obstacle(self) -> str | None:
         """Why the layers run one by one, or None where the block runs as one operator."""
-        return _parts_obstacle(self, self.fusion.form)
+        reason = _parts_obstacle(self, self.fusion.form)
+        if reason is not None:
+            return reason
+        for layer in self.adapted_layers().values():
+            if layer.adapter.training and layer.adapter.dropout:
+                return f"adapter dropout {layer.adapter.dropout:g} in training"
+        return None
 
     def adapted_layers(self) -> dict[str, FusedBoundedLinear]:
         """The adapted projections by name, first to last."""
@@ -128,7 +134,7 @@ class FusedBoundedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., K']."""
         form = self.fusion.form
-        if _parts_obstacle(self, form) is not None:
+        if self.obstacle() is not None:
             return cast(Tensor, self.fusion.block_class.forward(self, x))
         up, down = self._projection(form.up), self._projection(form.down)
         gate = None if form.gate is None else up if form.packed else self._projection(form.gate)
@@ -248,9 +254,6 @@ def _parts_obstacle(block: nn.Module, form: Form, plain: bool = False) -> str | 
     backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
     if any(adapter.backend != backend for adapter in adapters):
         return "its projections ask for different backends"
-    for adapter in adapters:
-        if adapter.dropout and adapter.training:
-            return f"adapter dropout {adapter.dropout:g} in training: layer by layer"
     triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
     if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
         return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbound.dropout import ROUNDS, threshold
+from fastbound.kernels.dropout import keep_bits
 from fastbound.kernels.factors import factors
 from fastbound.kernels.lowrank_gemm import lowrank_gemm
 from fastbound.kernels.reduce import reduce, thin_and_reduce
@@ -20,12 +22,12 @@ class TritonProducts:
         if plan.tiles is None:
             raise ValueError(f'a plan with strategy "{plan.strategy}" holds no tiles')
         self._thin, self._reduce = plan.tiles.thin, plan.tiles.reduce
-        self._gemm = plan.tiles.gemm if plan.strategy == "fused" else None
+        self._gemm, self._fused = plan.tiles.gemm, plan.strategy == "fused"
         self._multiprocessors = plan.multiprocessors
         self._torch = TorchProducts()
 
     def keep_bits(self, seed: Tensor, M: int, K: int, p: float) -> Tensor:
-        return self._torch.keep_bits(seed, M, K, p)
+        return keep_bits(seed, M, K, threshold(p), ROUNDS)
 
     def factors(
         self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
@@ -33,9 +35,7 @@ class TritonProducts:
         return factors(A, B, R, scaling, omega, dtype)
 
     def thin(self, T: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
-        if keep is not None:
-            return self._torch.thin(T, F, keep)
-        return thin(T, F, self._thin)
+        return thin(T, F, self._thin, keep)
 
     def factor_gradient(
         self,
@@ -46,9 +46,7 @@ class TritonProducts:
         scaling: float,
         keep: Tensor | None = None,
     ) -> Tensor:
-        if keep is not None:
-            return self._torch.factor_gradient(T, G, P, omega, scaling, keep)
-        return reduce(T, G, P, omega, scaling, self._reduce, self._multiprocessors)
+        return reduce(T, G, P, omega, scaling, self._reduce, self._multiprocessors, keep)
 
     def thin_and_factor_gradient(
         self, T: Tensor, F: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
@@ -64,6 +62,9 @@ class TritonProducts:
         bias: Tensor | None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        if self._gemm is None or keep is not None:
-            return self._torch.lowrank_gemm(X, W, S, F, bias, keep)
-        return lowrank_gemm(X, W, S, F, bias, self._gemm, self._multiprocessors)
+        if self._fused:
+            return lowrank_gemm(X, W, S, F, bias, self._gemm, self._multiprocessors, keep)
+        if keep is None:
+            return self._torch.lowrank_gemm(X, W, S, F, bias)
+        start = (X[:, :0], W[:, :0], S, F, bias, self._gemm, self._multiprocessors, keep)
+        return lowrank_gemm(*start).addmm_(X, W.t())

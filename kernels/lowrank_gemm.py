@@ -1,6 +1,8 @@
 """Y = X Wᵀ + S Fᵀ + bias with the accumulator started at S Fᵀ + bias: no [M, N] tensor but Y.
 
-Forward: (x, W, S, SB, b). Gradient of x: (dy, Wᵀ, dS, SAᵀ) W transposed by strides, not copied.
+Forward: (x, W, S, SB, b). Gradient of x: (dy, Wᵀ, dS, SAᵀ) W transposed by strides, not copied;
+under dropout S Fᵀ is masked there. With K = 0 it is that start alone, which "split" puts under
+cuBLAS's GEMM.
 Two forms of one kernel: pointers for any strides, and a persistent loop over tensor descriptors
 (TMA) for operands that meet their alignment.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastbound.kernels.dropout import kept
 from fastbound.kernels.launch import Launch, blocks, strides
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile
 from torch import Tensor
@@ -27,8 +30,10 @@ def _output_block(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _lowrank_start(
-    S, F, BIAS, offs_m, offs_n, M, N, stride_sm, stride_sr, stride_fn, stride_fr,
-    HAS_BIAS: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    S, F, BIAS, KEEP, offs_m, offs_n, start_n, M, N,
+    stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
+    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """The accumulator before the loop over K: S Fᵀ + bias, [BLOCK_M, BLOCK_N] in fp32.
 
@@ -45,15 +50,19 @@ def _lowrank_start(
         s = tl.load(s_ptrs, mask=offs_m[:, None] < M, other=0.0)  # [BLOCK_M, 16]
         f = tl.load(f_ptrs, mask=offs_n[None, :] < N, other=0.0)  # [16, BLOCK_N]
         acc = tl.dot(s, f, acc, input_precision="ieee")
+    if HAS_KEEP:
+        tl.static_assert(not HAS_BIAS, "the mask would drop the bias too")
+        mask = kept(KEEP, offs_m, offs_m < M, start_n, N, stride_keep, BLOCK_M, BLOCK_N)
+        acc = tl.where(mask, acc, 0.0)
     return acc
 
 
 @triton.jit
 def _pointer_kernel(
-    X, W, S, F, BIAS, Y, M, N, K,
+    X, W, S, F, BIAS, KEEP, Y, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk,
-    stride_sm, stride_sr, stride_fn, stride_fr, stride_ym, stride_yn,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
+    stride_sm, stride_sr, stride_fn, stride_fr, stride_keep, stride_ym, stride_yn,
+    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     pid_m, pid_n = _output_block(
@@ -63,8 +72,9 @@ def _pointer_kernel(
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = _lowrank_start(
-        S, F, BIAS, offs_m, offs_n, M, N, stride_sm, stride_sr, stride_fn, stride_fr,
-        HAS_BIAS, R, BLOCK_M, BLOCK_N,
+        S, F, BIAS, KEEP, offs_m, offs_n, pid_n * BLOCK_N, M, N,
+        stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
+        HAS_BIAS, HAS_KEEP, R, BLOCK_M, BLOCK_N,
     )
     # Rows past the end read the first rows again: no mask in the loop, and they are not stored.
     x_ptrs = X + (offs_m % M)[:, None] * stride_xm + offs_k[None, :] * stride_xk
@@ -88,9 +98,9 @@ def _pointer_kernel(
 
 @triton.jit
 def _descriptor_kernel(
-    X, W, S, F, BIAS, Y, M, N, K, programs,
-    stride_sm, stride_sr, stride_fn, stride_fr,
-    HAS_BIAS: tl.constexpr, W_TRANSPOSED: tl.constexpr, R: tl.constexpr,
+    X, W, S, F, BIAS, KEEP, Y, M, N, K, programs,
+    stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
+    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, W_TRANSPOSED: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     num_m = tl.cdiv(M, BLOCK_M)
@@ -101,10 +111,11 @@ def _descriptor_kernel(
         start_n = pid_n * BLOCK_N
         # S and F by pointers: the shared memory they pass through is then reused by the loop.
         acc = _lowrank_start(
-            S, F, BIAS,
+            S, F, BIAS, KEEP,
             (start_m + tl.arange(0, BLOCK_M)).to(tl.int64),
             (start_n + tl.arange(0, BLOCK_N)).to(tl.int64),
-            M, N, stride_sm, stride_sr, stride_fn, stride_fr, HAS_BIAS, R, BLOCK_M, BLOCK_N,
+            start_n, M, N, stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
+            HAS_BIAS, HAS_KEEP, R, BLOCK_M, BLOCK_N,
         )
         for k in range(0, K, BLOCK_K):
             x = X.load([start_m, k])  # [BLOCK_M, BLOCK_K]
@@ -129,23 +140,27 @@ def takes_descriptors(*tensors: Tensor) -> bool:
 
 def launch_lowrank_gemm(
     X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None, Y: Tensor,
-    tile: GemmTile, multiprocessors: int,
+    tile: GemmTile, multiprocessors: int, keep: Tensor | None = None,
 ) -> Launch:
-    """X [M, K], W [N, K] (any strides), S [M, R], F [N, R], bias [N] or None -> Y [M, N]."""
+    """X [M, K], W [N, K] (any strides), S [M, R], F [N, R], bias [N] or None -> Y [M, N].
+
+    keep [M, ceil(N/32)] masks S Fᵀ, and excludes a bias.
+    """
     M, K = X.shape
     N = W.shape[0]
     arguments = dict(
-        S=S, F=F, BIAS=Y if bias is None else bias, M=M, N=N, K=K,
-        **strides("s", S, "mr"), **strides("f", F, "nr"),
+        S=S, F=F, BIAS=Y if bias is None else bias, KEEP=Y if keep is None else keep,
+        M=M, N=N, K=K, **strides("s", S, "mr"), **strides("f", F, "nr"),
+        stride_keep=0 if keep is None else keep.stride(0),
     )
     constants = dict(
-        HAS_BIAS=bias is not None, R=S.shape[1],
+        HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, R=S.shape[1],
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
     )
     tiles = blocks(M, tile.block_m) * blocks(N, tile.block_n)
     transposed = W.stride(1) != 1
     stored = W.t() if transposed else W
-    if tile.descriptors and M > 0 and takes_descriptors(X, stored, Y):
+    if tile.descriptors and M > 0 and K > 0 and takes_descriptors(X, stored, Y):
         block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
         programs = min(tiles, multiprocessors)
         return Launch(
@@ -177,9 +192,12 @@ def launch_lowrank_gemm(
 
 def lowrank_gemm(
     X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None,
-    tile: GemmTile, multiprocessors: int,
+    tile: GemmTile, multiprocessors: int, keep: Tensor | None = None,
 ) -> Tensor:
-    """``X Wᵀ + S Fᵀ + bias`` [M, N] in X's dtype, accumulated in fp32 and rounded once."""
+    """``X Wᵀ + S Fᵀ + bias`` [M, N] in X's dtype, accumulated in fp32 and rounded once.
+
+    ``keep`` as for :func:`launch_lowrank_gemm`.
+    """
     Y = torch.empty(X.shape[0], W.shape[0], dtype=X.dtype, device=X.device)
-    launch_lowrank_gemm(X, W, S, F, bias, Y, tile, multiprocessors).run()
+    launch_lowrank_gemm(X, W, S, F, bias, Y, tile, multiprocessors, keep).run()
     return Y

@@ -5,7 +5,7 @@
 
 Each program takes a column block and a chunk of rows: its part of Q stays in registers, its part of
 P goes to a workspace. `finish` adds the parts in order and applies the cosine: no atomics, so two
-runs give the same bits.
+runs give the same bits. With dropout's bits, T is mask ⊙ T.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastbound.kernels.dropout import kept
 from fastbound.kernels.launch import Launch, blocks, strides
 from fastbound.kernels.sine import sine_cosine
 from fastbound.kernels.tiles import Tile
@@ -23,9 +24,10 @@ FINISH_ELEMENTS = 2048  # per program
 
 @triton.jit
 def _reduce_kernel(
-    T, F, G, P, Q, M, N, chunk,
-    stride_tm, stride_tn, stride_fn, stride_fr, stride_gm, stride_gr,
-    WITH_P: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    T, F, G, P, Q, KEEP, M, N, chunk,
+    stride_tm, stride_tn, stride_fn, stride_fr, stride_gm, stride_gr, stride_keep,
+    WITH_P: tl.constexpr, HAS_KEEP: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
     pid_m = tl.program_id(1).to(tl.int64)
@@ -44,6 +46,9 @@ def _reduce_kernel(
         t = tl.load(
             t_cols + offs_m[:, None] * stride_tm, mask=in_m[:, None] & in_n[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_N]
+        if HAS_KEEP:
+            mask = kept(KEEP, offs_m, in_m, pid_n * BLOCK_N, N, stride_keep, BLOCK_M, BLOCK_N)
+            t = tl.where(mask, t, 0.0)
         g_ptrs = G + offs_m[:, None] * stride_gm + offs_r[None, :] * stride_gr
         g = tl.load(g_ptrs, mask=in_m[:, None], other=0.0)  # [BLOCK_M, R]
         q = tl.dot(tl.trans(t), g, q, input_precision="ieee")
@@ -87,11 +92,12 @@ def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, i
 
 
 def launch_reduce(
-    T: Tensor, F: Tensor | None, G: Tensor, P: Tensor, Q: Tensor, chunk: int, tile: Tile
+    T: Tensor, F: Tensor | None, G: Tensor, P: Tensor, Q: Tensor, chunk: int, tile: Tile,
+    keep: Tensor | None = None,
 ) -> Launch:
     """T [M, N], F [N, R], G [M, R] -> P [column blocks, M, R] and Q [chunks, N, R], fp32 parts.
 
-    Without F, P is not written.
+    Without F, P is not written; keep [M, ceil(N/32)] masks T.
     """
     M, N = T.shape
     f = G if F is None else F
@@ -99,10 +105,14 @@ def launch_reduce(
         _reduce_kernel,
         (blocks(N, tile.block_n), Q.shape[0]),
         dict(
-            T=T, F=f, G=G, P=P, Q=Q, M=M, N=N, chunk=chunk,
+            T=T, F=f, G=G, P=P, Q=Q, KEEP=T if keep is None else keep, M=M, N=N, chunk=chunk,
             **strides("t", T, "mn"), **strides("f", f, "nr"), **strides("g", G, "mr"),
+            stride_keep=0 if keep is None else keep.stride(0),
         ),
-        dict(WITH_P=F is not None, R=G.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n),
+        dict(
+            WITH_P=F is not None, HAS_KEEP=keep is not None, R=G.shape[1],
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        ),
         tile.warps,
         tile.stages,
     )
@@ -144,9 +154,10 @@ def reduce(
     scaling: float,
     tile: Tile,
     multiprocessors: int,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> as angle."""
-    _, Q = reduced_parts(T, None, G, tile, multiprocessors)
+    _, Q = reduced_parts(T, None, G, tile, multiprocessors, keep)
     return factor_gradient(Q, angle, omega, scaling)
 
 
@@ -168,7 +179,12 @@ def thin_and_reduce(
 
 
 def reduced_parts(
-    T: Tensor, F: Tensor | None, G: Tensor, tile: Tile, multiprocessors: int
+    T: Tensor,
+    F: Tensor | None,
+    G: Tensor,
+    tile: Tile,
+    multiprocessors: int,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The parts of T F, [column blocks, M, R] (none without F), and of Tᵀ G, [chunks, N, R]."""
     M, N = T.shape
@@ -177,7 +193,7 @@ def reduced_parts(
     columns = 0 if F is None else blocks(N, tile.block_n)
     P = torch.empty(columns, M, R, dtype=torch.float32, device=T.device)
     Q = torch.empty(chunks, N, R, dtype=torch.float32, device=T.device)
-    launch_reduce(T, F, G, P, Q, chunk, tile).run()
+    launch_reduce(T, F, G, P, Q, chunk, tile, keep).run()
     return P, Q
 
 

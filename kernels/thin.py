@@ -1,6 +1,7 @@
 """The thin product P = T F of a tall matrix T [M, K] with F [K, R]: one read of T.
 
-S = x SAᵀ in the forward, and dS = dy SB where dB is not wanted.
+S = x SAᵀ in the forward, and dS = dy SB where dB is not wanted. With dropout's bits, those of
+mask ⊙ T.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastbound.kernels.dropout import kept
 from fastbound.kernels.launch import Launch, blocks, strides
 from fastbound.kernels.tiles import Tile
 from torch import Tensor
@@ -15,9 +17,10 @@ from torch import Tensor
 
 @triton.jit
 def _thin_kernel(
-    T, F, P, M, K,
-    stride_tm, stride_tk, stride_fk, stride_fr, stride_pm, stride_pr,
-    EVEN_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    T, F, P, KEEP, M, K,
+    stride_tm, stride_tk, stride_fk, stride_fr, stride_pm, stride_pr, stride_keep,
+    HAS_KEEP: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -34,23 +37,29 @@ def _thin_kernel(
         else:
             t = tl.load(t_ptrs, mask=(k + offs_k)[None, :] < K, other=0.0)
             f = tl.load(f_ptrs, mask=(k + offs_k)[:, None] < K, other=0.0)
+        if HAS_KEEP:
+            mask = kept(KEEP, offs_m, offs_m < M, k, K, stride_keep, BLOCK_M, BLOCK_K)
+            t = tl.where(mask, t, 0.0)
         acc = tl.dot(t, f, acc, input_precision="ieee")
     p_ptrs = P + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
     tl.store(p_ptrs, acc.to(P.dtype.element_ty), mask=offs_m[:, None] < M)
 
 
-def launch_thin(T: Tensor, F: Tensor, P: Tensor, tile: Tile) -> Launch:
-    """T [M, K], F [K, R] -> P [M, R]."""
+def launch_thin(
+    T: Tensor, F: Tensor, P: Tensor, tile: Tile, keep: Tensor | None = None
+) -> Launch:
+    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [M, R]."""
     M, K = T.shape
     return Launch(
         _thin_kernel,
         (blocks(M, tile.block_m),),
         dict(
-            T=T, F=F, P=P, M=M, K=K,
+            T=T, F=F, P=P, KEEP=T if keep is None else keep, M=M, K=K,
             **strides("t", T, "mk"), **strides("f", F, "kr"), **strides("p", P, "mr"),
+            stride_keep=0 if keep is None else keep.stride(0),
         ),
         dict(
-            EVEN_K=K % tile.block_n == 0, R=F.shape[1],
+            HAS_KEEP=keep is not None, EVEN_K=K % tile.block_n == 0, R=F.shape[1],
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_n,
         ),
         tile.warps,
@@ -58,8 +67,8 @@ def launch_thin(T: Tensor, F: Tensor, P: Tensor, tile: Tile) -> Launch:
     )
 
 
-def thin(T: Tensor, F: Tensor, tile: Tile) -> Tensor:
-    """``T F`` [M, R] in T's dtype, accumulated in fp32."""
+def thin(T: Tensor, F: Tensor, tile: Tile, keep: Tensor | None = None) -> Tensor:
+    """``T F`` [M, R] in T's dtype, accumulated in fp32; with bits of a mask, of mask ⊙ T."""
     P = torch.empty(T.shape[0], F.shape[1], dtype=T.dtype, device=T.device)
-    launch_thin(T, F, P, tile).run()
+    launch_thin(T, F, P, tile, keep).run()
     return P

@@ -18,6 +18,7 @@ from fastbound.compilation import TARGETS, Compiled, compile_launch, layer_launc
 KERNELS = {
     "factors", "thin", "gemm forward", "gemm dx", "reduce dy", "reduce x",
     "finish dS", "finish dB", "finish dA", "activate", "activate backward",
+    "keep bits", "thin dropout", "gemm dx dropout", "reduce x dropout",
     "block thin", "block gemm dx", "block reduce x", "block finish dS", "block finish dA",
 }  # fmt: skip
 
