@@ -118,7 +118,7 @@ def _add_forward(result: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Ten
         S, SB = _thin(result, x, *settings)
         Y = result.reshape(-1, result.shape[-1])
         y = torch.addmm(Y, S.to(Y.dtype), SB.t()).view(result.shape)
-        return y.detach(), S  # a view of a Function's making takes no in-place activation after it
+        return y.detach(), S  # a Function's output that is a view refuses all work in place
 
 
 def _add_forward_(result: Tensor, x: Tensor, *settings: Any) -> Tensor:

@@ -32,9 +32,9 @@ def refusal(model: nn.Module, name: str) -> str | None:
     if "forward" in vars(layer) and not offloaded(layer):
         return "has a forward of its own, which need not be that of a linear layer"
     for key, parameter in layer.named_parameters():
-        kind = type(parameter)
-        if kind is not nn.Parameter and not kind.__module__.startswith(QUANTISED):
-            return f"its {key} is a {kind.__name__}, not a plain parameter: inject before sharding"
+        held = type(parameter)
+        if held is not nn.Parameter and not held.__module__.startswith(QUANTISED):
+            return f"its {key} is a {held.__name__}, not a plain parameter: inject before sharding"
         if hasattr(parameter, "ds_id"):
             return (
                 f"its {key} is partitioned by DeepSpeed ZeRO-3: inject before deepspeed.initialize"

@@ -116,7 +116,7 @@ class BoundedOverBase(FusedBoundedLinear):
         if obstacle is not None:
             raise ValueError(f"cannot be merged: {obstacle}")
         delta = self.delta_weight()
-        weight = self.base_layer.weight
+        weight: Tensor = self.weight
         stored = delta.t() if self.fan_in_fan_out else delta
         merged = copy.copy(self.base_layer)
         merged._parameters = {
@@ -166,7 +166,7 @@ class BoundedOverBase(FusedBoundedLinear):
         return self.reason
 
 
-def over_reason(layer: nn.Module) -> str | None:
+def over_reason(layer: Any) -> str | None:
     """Why a layer's own call must compute x Wᵀ; None where the operator can read its weight."""
     if parametrize.is_parametrized(layer):
         return "base has a parametrization"
@@ -199,7 +199,7 @@ def is_quantised(layer: nn.Module) -> str | None:
     return None
 
 
-def offloaded(layer: nn.Module) -> bool:
+def offloaded(layer: Any) -> bool:
     """Whether accelerate places the weight for each call, and x with it."""
     hook = getattr(layer, "_hf_hook", None)
     return type(hook).__module__ == "accelerate.hooks" and hasattr(hook, "execution_device")
@@ -210,12 +210,12 @@ def hooked(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in _HOOKS)
 
 
-def foreign_pre_hooks(layer: nn.Module) -> bool:
+def foreign_pre_hooks(layer: Any) -> bool:
     """Whether hooks may change x before the layer sees it: the adapter would take another x."""
     return len(_weight_hooks(layer)) < len(layer._forward_pre_hooks)
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:
     """N and K of a layer, whatever its weight is packed into."""
     if is_conv1d(layer):
         K, N = layer.weight.shape
@@ -223,23 +223,23 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return int(layer.out_features), int(layer.in_features)
 
 
-def _weight_hooks(layer: nn.Module) -> list[Any]:
+def _weight_hooks(layer: Any) -> list[Any]:
     return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
 
 
-def _device(layer: nn.Module) -> torch.device:
+def _device(layer: Any) -> torch.device:
     if offloaded(layer) and layer._hf_hook.execution_device is not None:
         return torch.device(layer._hf_hook.execution_device)
     return next(layer.parameters()).device
 
 
-def _read_bound(layer: nn.Module) -> float:
+def _read_bound(layer: Any) -> float:
     """4 x RMS of the weight, dequantised or brought in for this one reading."""
     from accelerate.utils import align_module_device
     from peft.utils.integrations import dequantize_module_weight
 
     with torch.no_grad(), align_module_device(layer):
-        weight = layer.weight
+        weight: Tensor = layer.weight
         if not (weight.is_floating_point() and type(weight) is nn.Parameter):
             weight = dequantize_module_weight(layer)
         if not weight.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from unittest import mock
 
 import bitsandbytes
 import pytest
@@ -12,9 +13,11 @@ from models import example, logits, stir, trained
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import fastbound
+from fastbound import addition
 from fastbound.reference import bounded_linear
 
 K, N = 64, 128  # bitsandbytes quantises in blocks of 64
@@ -305,6 +308,55 @@ def test_a_whole_language_model_in_four_bits(tiny_model):
         assert (parameter.grad is not None) == (".adapter." in name)
     with pytest.raises(ValueError, match=r"gate_proj' cannot be merged: .*Params4bit"):
         fastbound.merge(model)
+
+
+@pytest.mark.parametrize("build", [linear4bit, linear8bit, int8, with_weight_norm, subclass])
+def test_compiles_without_a_wrong_gradient(build):
+    layer, x = injected(build).mlp.up, rows(5, K)
+    compiled = torch.compile(layer, backend="aot_eager")
+    wanted = (layer.adapter.A, layer.adapter.B)
+    one = torch.autograd.grad(compiled(x).square().sum(), wanted)
+    other = torch.autograd.grad(layer(x).square().sum(), wanted)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("build", [linear4bit, linear8bit, int8, float8, offloaded])
+def test_activation_checkpointing_changes_no_gradient(build, reentrant):
+    layer = injected(build).mlp.up
+    x = rows(5, K).requires_grad_()
+    wanted = (x, layer.adapter.A, layer.adapter.B)
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        for leaf in wanted:
+            leaf.grad = None
+        run(x).square().sum().backward()
+        gradients.append([leaf.grad for leaf in wanted])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("build", [linear4bit, linear8bit, int8, float8, subclass, with_hook])
+def test_where_the_bases_output_is_written_into(build):
+    layer = injected(build).mlp.up
+    seen = []
+    with mock.patch("fastbound.addition.add_forward_", side_effect=addition.add_forward_) as spy:
+        layer(rows(2, 5, K).requires_grad_())
+        seen.append(spy.call_count)
+        with torch.no_grad():
+            layer(rows(2, 5, K))
+        seen.append(spy.call_count)
+    # The last nodes of these two are none of those known to keep nothing; a hook may have kept all.
+    assert seen == {subclass: [0, 1], int8: [0, 1], with_hook: [0, 0]}.get(build, [1, 2])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_acts_in_training_only(dropout):
+    layer, x = injected(linear4bit, dropout=dropout).mlp.up, rows(5, K)
+    assert torch.equal(layer(x), layer(x)) == (dropout == 0)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
 
 
 class TestRefusals:
