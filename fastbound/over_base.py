@@ -100,9 +100,19 @@ class BoundedOverBase(FusedBoundedLinear):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N], in the dtype of the base's output."""
+        """x [..., K] -> [..., N], in the dtype of the base's output.
+
+        Raises RuntimeError where x is to have a gradient and the base cuts it off.
+        """
+        result = self.base_layer(x)
+        if x.requires_grad and torch.is_grad_enabled() and _cuts_off(self.base_layer, result):
+            raise RuntimeError(
+                f"the base, a {type(self.base_layer).__name__}, gives x no gradient. bitsandbytes "
+                "does so on the CPU after a 4-bit layer's first call in eval mode, when it repacks "
+                "the weight for inference: load the model again and call model.train() before use"
+            )
         # A hook may have kept the output, and must not see the term added to it.
-        return self.adapter.add_to(self.base_layer(x), x, give_up=not hooked(self.base_layer))
+        return self.adapter.add_to(result, x, give_up=not hooked(self.base_layer))
 
     @torch.no_grad()
     def to_linear(self, merge: bool = True) -> nn.Module:
@@ -225,6 +235,13 @@ def features(layer: Any) -> tuple[int, int]:
 
 def _weight_hooks(layer: Any) -> list[Any]:
     return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+
+
+def _cuts_off(base: nn.Module, result: Tensor) -> bool:
+    """Whether a result has no way back to x; bitsandbytes' packed weights only warn in backward."""
+    state = getattr(base._parameters.get("weight"), "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", False)
+    return bool(packed) or not result.requires_grad
 
 
 def _device(layer: Any) -> torch.device:

@@ -360,12 +360,37 @@ def test_dropout_acts_in_training_only(dropout):
 
 
 class TestRefusals:
+    def test_a_base_that_cuts_the_gradient_off_is_an_error_not_a_wrong_gradient(self):
+        class Inference(nn.Linear):  # as bitsandbytes' packed weights on a CPU with AVX512-BF16
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return super().forward(x)
+
+        layer = fastbound.BoundedOverBase.from_linear(Inference(K, N), 3)
+        with pytest.raises(RuntimeError, match=r"Inference, gives x no gradient.*model\.train\(\)"):
+            layer(rows(5, K).requires_grad_())
+        layer(rows(5, K)).sum().backward()  # a first layer's x needs none
+
     def test_a_pre_hook_of_the_users_may_change_x(self):
         layer = plain()
         layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
         model = nn.ModuleDict({"up": layer, "down": nn.Linear(N, K)})
         report = fastbound.inject(model, 3, target_modules=["up", "down"])
         assert report.replaced == ("down",) and "forward pre-hooks" in report.skipped["up"]
+
+    def test_training_after_inference_in_four_bits_is_right_or_an_error(self):
+        base = bitsandbytes.nn.Linear4bit(K, N, bias=False, compute_dtype=torch.float32).to("cpu")
+        layer = fastbound.BoundedOverBase.from_linear(base, 3)
+        x = rows(5, K).requires_grad_()
+        (expected,) = torch.autograd.grad(layer(x).sum(), x)
+        with torch.no_grad():
+            layer.eval()(x.detach())
+        layer.train()
+        if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+            with pytest.raises(RuntimeError, match="a Linear4bit, gives x no gradient"):
+                layer(x)
+        else:
+            assert torch.equal(torch.autograd.grad(layer(x).sum(), x)[0], expected)
 
     def test_a_tied_weight_is_named(self):
         model = nn.ModuleDict({"up": linear4bit(), "down": nn.Linear(N, K)})
