@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastbound.linear import FusedBoundedLinear
     from fastbound.lora_export import export_lora
     from fastbound.mlp import FusedBoundedMLP
+    from fastbound.over_base import BoundedOverBase
     from fastbound.peft_method import BoundedConfig, BoundedLayer, BoundedModel
     from fastbound.sharding import shard
     from fastbound.storage import load_adapter, save_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "BoundedConfig",
     "BoundedLayer",
     "BoundedModel",
+    "BoundedOverBase",
     "FusedBoundedLinear",
     "FusedBoundedMLP",
     "InjectionReport",
@@ -54,6 +56,7 @@ _HOME = {
     "BoundedConfig": "peft_method",
     "BoundedLayer": "peft_method",
     "BoundedModel": "peft_method",
+    "BoundedOverBase": "over_base",
     "FusedBoundedLinear": "linear",
     "FusedBoundedMLP": "mlp",
     "InjectionReport": "injection",

@@ -104,6 +104,7 @@ class BoundedAdapter(nn.Module):
             scaling=self.scaling,
             omega=self.omega,
             backend=self.backend,
+            dropout=self.dropout if self.training else 0.0,
             give_up=give_up,
         )
 

@@ -4,6 +4,7 @@ S  = x sin(ωA)ᵀ                y  = result + S (s·sin ωB)ᵀ
 dS = dy (s·sin ωB)             dx = dS sin(ωA)              dresult = dy
 dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)
 
+Dropout is that of ``function.py``: x and dx under the mask of a seed, and s / (1 - p) for s.
 One product with beta = 1 reads ``result`` once and writes y once. It writes into ``result`` itself
 where nobody can notice, and into a new tensor elsewhere: see :func:`can_write_into`.
 """
@@ -18,32 +19,38 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from fastbound import ops, reference
+from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS, Plan, plan_for
-from fastbound.torch_products import TorchProducts, padded_rank
+from fastbound.torch_products import _MASKED_ROWS, TorchProducts, padded_rank
 
 if TYPE_CHECKING:
     from fastbound.triton_products import TritonProducts
 
-_FACTORS = "Tensor x, Tensor A, Tensor B, float scaling, float omega, str backend"
+_FACTORS = (
+    "Tensor x, Tensor A, Tensor B, float scaling, float omega, str backend,"
+    " Tensor? seed, float dropout"
+)
 # Kept for the life of the process: a collected Library leaves dangling operators behind.
 _library = torch.library.Library("fastbound", "FRAGMENT")
 _library.define(f"add_forward(Tensor result, {_FACTORS}) -> (Tensor y, Tensor S)")
 _library.define(f"add_forward_(Tensor(a!) result, {_FACTORS}) -> Tensor S")
 _library.define(
     "add_backward(Tensor dy, Tensor? x, Tensor? S, Tensor A, Tensor B, ScalarType dtype,"
-    " float scaling, float omega, str backend, bool need_dx, bool need_dA, bool need_dB)"
+    " float scaling, float omega, str backend, Tensor? seed, float dropout,"
+    " bool need_dx, bool need_dA, bool need_dB)"
     " -> (Tensor dx, Tensor dA, Tensor dB)"
 )
 
 # Nodes of the autograd graph that keep no reference to what they returned.
-_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
+_VIEWS = frozenset({"AsStridedBackward0", "UnsafeViewBackward0", "ViewBackward0"})
 _KEEP_NO_RESULT = frozenset(
     {
         "AddBackward0",
         "AddmmBackward0",
         "LinearBackward0",
         "MatMul4BitBackward",
+        "MatMul8bitFpBackward",
         "MatMul8bitLtBackward",
         "MmBackward0",
         "ToCopyBackward0",
@@ -85,15 +92,24 @@ def _products(
 
 
 def _thin(
-    result: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float, backend: str
+    result: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    omega: float,
+    backend: str,
+    seed: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """S in x's dtype and SB in result's."""
     X, R = x.reshape(-1, x.shape[-1]), padded_rank(A.shape[0])
     products = _products(X, A, B, x.dtype, backend)
+    keep, scaling = ops._kept(products, seed, dropout, X.shape, scaling)
     SA, SB = products.factors(A, B, scaling, omega, x.dtype, R)
     if result.dtype is not x.dtype:  # SB once more, from the masters: never rounded twice
         _, SB = products.factors(A, B, scaling, omega, result.dtype, R)
-    return products.thin(X, SA.t()), SB
+    return products.thin(X, SA.t(), keep), SB
 
 
 def _add_forward(result: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -101,7 +117,7 @@ def _add_forward(result: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Ten
         S, SB = _thin(result, x, *settings)
         Y = result.reshape(-1, result.shape[-1])
         y = torch.addmm(Y, S.to(Y.dtype), SB.t()).view(result.shape)
-        return y.detach(), S  # a view of a Function's making takes no in-place activation after it
+        return y.detach(), S  # a Function's output that is a view refuses all work in place
 
 
 def _add_forward_(result: Tensor, x: Tensor, *settings: Any) -> Tensor:
@@ -121,6 +137,8 @@ def _add_backward(
     scaling: float,
     omega: float,
     backend: str,
+    seed: Tensor | None,
+    dropout: float,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
@@ -129,6 +147,8 @@ def _add_backward(
     with ops._scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
         products, R = _products(DY, A, B, DY.dtype, backend), padded_rank(A.shape[0])
+        rows = (DY.shape[0], A.shape[1])
+        keep, scaling = ops._kept(products, seed, dropout, rows, scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
         DS: Tensor | None = None
         if need_dB:
@@ -143,10 +163,16 @@ def _add_backward(
         if need_dx:
             if dtype is not DY.dtype:
                 SA, _ = products.factors(A, B, scaling, omega, dtype, R)
-            dx = torch.mm(ops._given(DS), SA).view(*dy.shape[:-1], A.shape[1])
+            DX = torch.mm(ops._given(DS), SA)
+            if keep is not None:
+                for part, bits in zip(
+                    DX.split(_MASKED_ROWS), keep.split(_MASKED_ROWS), strict=True
+                ):
+                    part.mul_(keep_mask(bits, A.shape[1]))
+            dx = DX.view(*dy.shape[:-1], A.shape[1])
         if need_dA:
             X = ops._given(x).reshape(-1, A.shape[1])
-            dA = products.factor_gradient(X, ops._given(DS), A.t(), omega, 1.0).t()
+            dA = products.factor_gradient(X, ops._given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
 
@@ -168,6 +194,8 @@ def _fake_add_backward(
     scaling: float,
     omega: float,
     backend: str,
+    seed: Tensor | None,
+    dropout: float,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
@@ -204,39 +232,41 @@ class _BoundedAddition(torch.autograd.Function):
         scaling: float,
         omega: float,
         backend: str,
+        seed: Tensor | None,
+        dropout: float,
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
         if not in_place:
-            y, S = add_forward(result, x, A, B, scaling, omega, backend)
+            y, S = add_forward(result, x, A, B, scaling, omega, backend, seed, dropout)
             return y, S
-        S = add_forward_(result, x, A, B, scaling, omega, backend)
+        S = add_forward_(result, x, A, B, scaling, omega, backend, seed, dropout)
         # The same memory as a tensor of this node's own. mark_dirty would make the graph copy dy
         # where result is a view, which a linear layer's is for any x of three dimensions.
         return result.detach(), S
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, A, B, ctx.scaling, ctx.omega, ctx.backend, _ = inputs
+        _, x, A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout, _ = inputs
         _, S = output
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
         ctx.dtype = x.dtype
         _, _, need_dA, need_dB, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_dA else None, S if need_dB else None, A, B)
+        ctx.save_for_backward(x if need_dA else None, S if need_dB else None, A, B, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
-        x, S, A, B = ctx.saved_tensors
+            return (None,) * 10
+        x, S, A, B, seed = ctx.saved_tensors
         need_dresult, *needs = ctx.needs_input_grad[:4]
         gradients = [None] * 3
         if any(needs):
-            settings = (ctx.dtype, ctx.scaling, ctx.omega, ctx.backend)
+            settings = (ctx.dtype, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout)
             made = add_backward(dy, x, S, A, B, *settings, *needs)
             gradients = [g if need else None for g, need in zip(made, needs, strict=True)]
-        return (dy if need_dresult else None, *gradients, None, None, None, None)
+        return (dy if need_dresult else None, *gradients, *(None,) * 6)
 
 
 def bounded_addition(
@@ -248,6 +278,7 @@ def bounded_addition(
     scaling: float = 1.0,
     omega: float = 1.0,
     backend: str = "auto",
+    dropout: float = 0.0,
     give_up: bool = False,
 ) -> Tensor:
     """``y = result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, result being a base's output.
@@ -258,6 +289,7 @@ def bounded_addition(
         A, B: [r, K] and [N, r], trained; any floating dtype, fp32 advised.
         scaling, omega: as for :func:`fastbound.bounded_linear`.
         backend: as there, but not "fused".
+        dropout: as there.
         give_up: the caller has no further use for ``result``: y may take its memory, where
             :func:`can_write_into` finds that safe.
 
@@ -269,19 +301,27 @@ def bounded_addition(
     Raises:
         TypeError: a tensor that is not floating.
         ValueError: shapes that do not match, tensors on different devices, a DTensor, a scaling or
-            omega that is not finite, a backend that is unknown or "fused".
+            omega that is not finite, a dropout outside 0 <= p < 1, a backend that is unknown or
+            "fused".
     """
     _check(result, x, A, B, scaling, omega, backend)
+    seed = draw_seed(x.device) if check_dropout(dropout) else None
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     if backend == "reference":
         with torch.autocast(device_type, enabled=False):
+            if seed is not None:
+                M, K = x.numel() // x.shape[-1], x.shape[-1]
+                x = x * keep_mask(keep_bits(seed, M, K, dropout), K).view(x.shape)
+                scaling = scaling / keep_rate(dropout)
             SA = torch.sin(omega * A.to(reference.wide_dtype(A))).to(x.dtype)
             SB = torch.sin(omega * B.to(reference.wide_dtype(B))).to(result.dtype)
             return result + scaling * linear(linear(x, SA).to(result.dtype), SB)
     in_place = give_up and can_write_into(result, x)
-    y, _ = _BoundedAddition.apply(result, x, A, B, float(scaling), float(omega), backend, in_place)
+    y, _ = _BoundedAddition.apply(
+        result, x, A, B, float(scaling), float(omega), backend, seed, float(dropout), in_place
+    )
     return y
 
 

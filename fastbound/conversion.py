@@ -8,36 +8,53 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbound.linear import FusedBoundedLinear, is_conv1d
+from fastbound.over_base import (
+    QUANTISED,
+    BoundedOverBase,
+    foreign_pre_hooks,
+    hooked,
+    is_adaptable,
+    offloaded,
+    over_reason,
+)
 from fastbound.partition import is_dtensor
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
-    """Why the module of that name cannot be replaced, or None when it can."""
+    """Why the module of that name cannot be adapted, or None when it can."""
     layer = model.get_submodule(name)
-    if not is_linear(layer):
-        return f"is a {type(layer).__name__}: only exact nn.Linear and Conv1D are replaced"
-    if hooked(layer):
-        return "has forward or backward hooks, which a replacement would lose"
-    if "forward" in vars(layer) or hasattr(layer, "_hf_hook"):
-        return "has a forward of its own (accelerate's offloading?), which a replacement would lose"
-    weight = layer.weight
-    if type(weight) is not nn.Parameter:
-        kind = type(weight).__name__
-        return f"its weight is a {kind}, not a plain parameter: inject before sharding"
-    if hasattr(weight, "ds_id"):
-        return "its weight is partitioned by DeepSpeed ZeRO-3: inject before deepspeed.initialize"
-    if weight.is_meta:
-        return "its weight is on the meta device: load the model first"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
+    if not is_adaptable(layer):
+        kind = type(layer).__name__
+        return f"is a {kind}: only nn.Linear, its subclasses and Conv1D are adapted"
+    if foreign_pre_hooks(layer):
+        return (
+            "has forward pre-hooks, which may change x for it alone and not for the adapter: "
+            "register them after injection"
+        )
+    if "forward" in vars(layer) and not offloaded(layer):
+        return "has a forward of its own, which need not be that of a linear layer"
+    for key, parameter in layer.named_parameters():
+        held = type(parameter)
+        if held is not nn.Parameter and not held.__module__.startswith(QUANTISED):
+            return f"its {key} is a {held.__name__}, not a plain parameter: inject before sharding"
+        if hasattr(parameter, "ds_id"):
+            return (
+                f"its {key} is partitioned by DeepSpeed ZeRO-3: inject before deepspeed.initialize"
+            )
+        if parameter.is_meta and not offloaded(layer):
+            return f"its {key} is on the meta device: load the model first"
+        if over_reason(layer) is None and not parameter.is_floating_point():
+            return f"its {key} is {parameter.dtype}, not floating point"
+    own = {p for key, p in layer.named_parameters() if key != "bias"}
+    inside = set(layer.modules())
     for owner, module in model.named_modules():
-        if module is not layer and any(p is weight for p in module.parameters(recurse=False)):
+        if module not in inside and any(p in own for p in module.parameters(recurse=False)):
             return f"its weight is tied to {owner}, which a merge would untie"
     return None
 
 
 def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the named layers by `FusedBoundedLinear.from_linear(layer, **settings[name])`.
+    """Replace the named layers by `adapted(layer, **settings[name])`.
 
     Freezes all other parameters. All layers are made before the first is put in place; when one
     refuses its settings, the model is left as it was.
@@ -47,7 +64,7 @@ def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None
     try:
         for name, each in settings.items():
             layer = model.get_submodule(name)
-            made[layer] = FusedBoundedLinear.from_linear(layer, **each)
+            made[layer] = adapted(layer, **each)
     except BaseException:
         for parameter in trained:  # the layers made so far have frozen the weights they share
             parameter.requires_grad_(True)
@@ -55,6 +72,12 @@ def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None
     for parameter in trained:
         parameter.requires_grad_(False)
     swap(model, made)
+
+
+def adapted(layer: nn.Module, **settings: Any) -> FusedBoundedLinear:
+    """The layer with its adapter: fused with its weight, or over the layer where it must be."""
+    kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
+    return kind.from_linear(layer, **settings)
 
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -90,8 +113,3 @@ def tensor_obstacle(tensors: Mapping[str, Tensor | None], gathered: bool = False
         if not tensor.is_floating_point():
             return f"has its {name} in {tensor.dtype}"
     return None
-
-
-def hooked(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)

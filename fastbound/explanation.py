@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastbound.addition import addition_plan
 from fastbound.injection import adapted_blocks, unfused_reason
 from fastbound.linear import FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, sizes
 from fastbound.mlp_ops import block_plan
+from fastbound.over_base import BoundedOverBase
 from fastbound.partition import GATHER, gathered_modules, partition
 from fastbound.plan import Plan, describe, plan_for
 
@@ -104,7 +106,9 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
 
     The compute dtype is autocast's where autocast is on at the call, else the weight's. x is taken
     to be contiguous; one whose address or strides TMA cannot take goes through pointers. What a
-    block does is looked up now: a hook set on one of its layers since then shows here.
+    block does is looked up now: a hook set on one of its layers since then shows here. A layer over
+    its base is "split": the base computes x Wᵀ, and the low-rank term is accumulated into its
+    output, into a new tensor under torch.compile and where the base has hooks.
 
     Raises ValueError for tokens below 1 and for a model without bounded layers.
     """
@@ -145,7 +149,7 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     if block.fusion.form.packed:
         N //= 2
     ranks = tuple(layer.rank for layer in layers)
-    dtype, backend = _compute_dtype(weight), layers[0].adapter.backend
+    dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
 
 
@@ -162,20 +166,24 @@ def _explain_layer(
     block: str | None,
     plan: Plan | None,
 ) -> LayerExplanation:
-    weight = layer.weight
-    dtype = _compute_dtype(weight)
-    N, K = layer.out_features, layer.in_features
-    if plan is None:
-        backend = layer.adapter.backend
-        plan = plan_for(weight.device, tokens, N, K, layer.rank, dtype, backend)
-    device = describe(weight.device.type, weight.device.index).architecture
+    # x does not come in a quantised weight's dtype: take the bias's, else the adapter's.
+    held = [t for t in (layer.weight, layer.bias) if t is not None and t.is_floating_point()]
+    N, K, backend = layer.out_features, layer.in_features, layer.adapter.backend
+    where = layer.adapter.A.device
+    dtype = _compute_dtype((held or [layer.adapter.A])[0].dtype, where)
+    if isinstance(layer, BoundedOverBase):
+        plan = addition_plan(where, tokens, N, K, layer.rank, dtype, backend)
+        plan = replace(plan, strategy="split", reason=f"{layer.reason}; {plan.reason}")
+    elif plan is None:
+        plan = plan_for(where, tokens, N, K, layer.rank, dtype, backend)
+    device = describe(where.type, where.index).architecture
     return LayerExplanation(name, (N, K), layer.rank, str(dtype), device, plan, block)
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(weight.device.type) and weight.dtype is not torch.float64:
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
+def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:

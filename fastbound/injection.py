@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastbound.conversion import convert, is_linear, refusal, swap
+from fastbound.conversion import convert, refusal, swap
 from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, obstacle
+from fastbound.over_base import BoundedOverBase, is_adaptable
 from fastbound.partition import gathered_modules
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
@@ -50,6 +51,8 @@ class InjectionReport:
         trainable_parameters: elements of all A and B, which are all that still trains.
         total_parameters: elements of all parameters, A and B included.
         skipped: name -> reason, for what `target_modules` matched and could not be replaced.
+        over_base: name -> reason, for the replaced layers that call the layer they replace
+            (`BoundedOverBase`): a quantised one, one with hooks.
         fused: dotted names of the MLP blocks that run as one operator, see `FusedBoundedMLP`.
         unfused: name -> reason, for every other module that holds replaced layers: these run layer
             by layer.
@@ -59,6 +62,7 @@ class InjectionReport:
     trainable_parameters: int
     total_parameters: int
     skipped: Mapping[str, str] = field(default_factory=dict)
+    over_base: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     unfused: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,13 +71,10 @@ class InjectionReport:
         lines = [
             f"replaced {len(self.replaced)} layers",
             *(f"  {count} x {kind}" for kind, count in _kinds(self.replaced).items()),
+            *(f"  over it, {r}: {c} x {k}" for r, k, c in _reasons(self.over_base)),
             f"fused {len(self.fused)} MLP blocks",
             *(f"  {count} x {kind}" for kind, count in _kinds(self.fused).items()),
-            *(
-                f"  not {count} x {kind or 'the model'}: {reason}"
-                for reason in dict.fromkeys(self.unfused.values())
-                for kind, count in _kinds(n for n, r in self.unfused.items() if r == reason).items()
-            ),
+            *(f"  not {c} x {k or 'the model'}: {r}" for r, k, c in _reasons(self.unfused)),
             f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
             f" ({share:.2%})",
             *(f"skipped {name}: {reason}" for name, reason in self.skipped.items()),
@@ -110,9 +111,11 @@ def inject(
         fuse_mlp: run each MLP block of a known form that holds replaced layers as one operator:
             it becomes a `FusedBoundedMLP`. Names, parameters and files are the same either way.
 
-    Only exact `nn.Linear` and `Conv1D` are replaced. Subclasses, quantised and sharded layers,
-    layers with hooks or parametrizations and layers tied to another module are left alone, with
-    the reason in the report.
+    Exact `nn.Linear` and `Conv1D` layers become `FusedBoundedLinear`. Quantised layers, other
+    subclasses of `nn.Linear` and layers with forward or backward hooks, parametrizations or
+    accelerate's offloading become `BoundedOverBase`, which calls the layer and adds to its result.
+    Sharded layers, layers with forward pre-hooks of the user's and layers tied to another module
+    are left alone. The report has the reason for each.
 
     With gradient checkpointing: the non-reentrant form works as it is. The reentrant form finds no
     gradient to keep when the input of a block needs none, as behind a frozen embedding;
@@ -124,7 +127,7 @@ def inject(
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
             misses are named) or nothing that can be replaced, or a layer refuses its arguments.
     """
-    if isinstance(model, FusedBoundedLinear) or is_linear(model):
+    if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
         raise TypeError(
             f"model is a single {type(model).__name__}, which cannot be replaced in place: "
             "use FusedBoundedLinear.from_linear(layer)"
@@ -174,13 +177,16 @@ def merge(model: nn.Module) -> nn.Module:
     layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
-        ValueError: there is no such layer, or an A or B holds a NaN or an infinity (nothing is
-            merged then).
+        ValueError: there is no such layer, an A or B holds a NaN or an infinity, or a layer is over
+            a base whose weight cannot take ΔW, such as a quantised one (nothing is merged then).
     """
     layers = injected_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
     for name, layer in layers.items():
+        stands = layer.merge_obstacle() if isinstance(layer, BoundedOverBase) else None
+        if stands is not None:
+            raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
         for factor, tensor in (("A", layer.adapter.A), ("B", layer.adapter.B)):
             if not torch.isfinite(tensor).all():
                 raise ValueError(
@@ -237,11 +243,13 @@ def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> Inje
     inside = gathered_modules(model)
     blocks = adapted_blocks(model)
     reasons = {name: unfused_reason(name, m, m in inside) for name, m in blocks.items()}
+    layers = adapted_layers(model)
     return InjectionReport(
-        replaced=tuple(adapted_layers(model)),
+        replaced=tuple(layers),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         skipped=dict(skipped or {}),
+        over_base={n: m.reason for n, m in layers.items() if isinstance(m, BoundedOverBase)},
         fused=tuple(name for name, reason in reasons.items() if reason is None),
         unfused={name: reason for name, reason in reasons.items() if reason is not None},
     )
@@ -250,6 +258,13 @@ def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> Inje
 def _kinds(names: Iterable[str]) -> Counter[str]:
     """How many names there are of each kind, `layers.0.mlp` and `layers.1.mlp` being one kind."""
     return Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+
+
+def _reasons(named: Mapping[str, str]) -> Iterable[tuple[str, str, int]]:
+    """Each reason with the kinds of names that it stands for, and how many."""
+    for reason in dict.fromkeys(named.values()):
+        for kind, count in _kinds(n for n, r in named.items() if r == reason).items():
+            yield reason, kind, count
 
 
 def _match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
@@ -315,7 +330,7 @@ def _names(model: nn.Module) -> list[str]:
 
 def _suffixes(model: nn.Module) -> list[str]:
     """The last one and two parts of the names of the linear layers, sorted, without numbers."""
-    names = [name.split(".") for name, module in model.named_modules() if is_linear(module)]
+    names = [name.split(".") for name, module in model.named_modules() if is_adaptable(module)]
     ends = {".".join(parts[-n:]) for parts in names for n in (1, 2)}
     return sorted(end for end in ends if not re.search(r"(^|\.)\d+(\.|$)", end))
 

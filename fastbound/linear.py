@@ -96,7 +96,8 @@ class FusedBoundedLinear(nn.Module, Adapted):
         _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         if type(layer) is not nn.Linear and not is_conv1d(layer):
             raise TypeError(
-                f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
+                f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}; "
+                "BoundedOverBase.from_linear adapts subclasses of nn.Linear"
             )
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fastbound.adapter import BoundedAdapter, NamedAdapter
 from fastbound.blocks import Form, UnknownForm, activation_name, form_of
-from fastbound.conversion import convert, hooked, is_linear, is_watched, tensor_obstacle
+from fastbound.conversion import convert, is_linear, is_watched, tensor_obstacle
 from fastbound.linear import Adapted, FusedBoundedLinear, is_conv1d
 from fastbound.mlp_function import RECOMPUTE, bounded_mlp
+from fastbound.over_base import BoundedOverBase, hooked
 from fastbound.plan import MAX_TRITON_RANK
 from fastbound.reference import ACTIVATIONS, Projection
 
@@ -266,6 +267,8 @@ def _parts_obstacle(
 
 
 def _layer_obstacle(layer: nn.Module | None, plain: bool, gathered: bool) -> str | None:
+    if isinstance(layer, BoundedOverBase):
+        return f"is adapted over its base: {layer.reason}"
     if isinstance(layer, Adapted):
         reason = layer.obstacle(gathered)
         if reason is not None:

@@ -132,7 +132,7 @@ def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Ten
         U = rest[0] if rest else None
         H, S_down = products.activate(G, U, down.SA, activation)
         Y = _gemm(products, H, down.weight, S_down, down.SB, down.bias)
-        y = Y.view(*x.shape[:-1], Y.shape[1])
+        y = Y.view(*x.shape[:-1], Y.shape[1]).detach()  # see ops._forward
         empty = X.new_empty(0)
         return y, G, empty if U is None else U, S, empty if S_down is None else S_down
 

@@ -55,7 +55,8 @@ def _forward(
         SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
         S = products.thin(X, SA.t(), keep)
         Y = products.lowrank_gemm(X, weight.to(X.dtype), S, SB, bias)
-        return Y.view(*x.shape[:-1], weight.shape[0]), S
+        y = Y.view(*x.shape[:-1], weight.shape[0])
+        return y.detach(), S  # a Function's output that is a view refuses all work in place
 
 
 def _backward(

@@ -25,6 +25,7 @@ from fastbound.adapter import check_settings
 from fastbound.conversion import convert, refusal
 from fastbound.injection import InjectionReport, adapted_layers, describe, fuse, injected_layers
 from fastbound.linear import FusedBoundedLinear
+from fastbound.over_base import features
 from fastbound.partition import is_dtensor, like, whole
 from fastbound.patterns import lookup
 
@@ -279,9 +280,8 @@ def _check_plain(model: nn.Module, saved: dict[str, _SavedLayer]) -> None:
         reason = refusal(model, name)
         if reason is not None:
             raise ValueError(f"the adapter does not fit on {name}: it {reason}")
-        weight = modules[name].weight
         stored = [entry.B.shape[0], entry.A.shape[1]]
-        here = list(weight.shape if isinstance(modules[name], nn.Linear) else weight.t().shape)
+        here = list(features(modules[name]))
         if here != stored:
             raise ValueError(
                 f"the adapter is for another model: {name} is [N, K] = {here} in the model and "

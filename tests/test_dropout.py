@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastbound
 from benchmarks import truth
-from fastbound.memory import saved_bytes
 from fastbound import bounded_linear, dropout, reference
+from fastbound.memory import saved_bytes
 
 BACKENDS = ["torch", "split", "fused", "reference"]
 P = 0.3

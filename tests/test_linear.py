@@ -212,3 +212,10 @@ class TestBadInput:
         layer = FusedBoundedLinear(4, 4, 1, device="meta")
         with pytest.raises(ValueError, match="weight is on meta"):
             layer(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5)])
+def test_an_activation_in_place_may_follow(shape: tuple[int, ...]) -> None:
+    layer = FusedBoundedLinear(5, 3, rank=2)
+    torch.relu_(layer(torch.randn(shape))).sum().backward()
+    assert layer.adapter.B.grad.abs().max() > 0

@@ -59,7 +59,12 @@ def test_the_report_says_why_a_block_is_not_fused(tiny_model):
     report = fastbound.inject(tiny_model("opt"), 2)
     assert report.fused == () and len(report.unfused) == 2
     (reason,) = set(report.unfused.values())
-    assert reason.startswith("is a OPTDecoderLayer, whose forward is not that of a known MLP")
+    assert reason.startswith(
+        (
+            "is a OPTDecoderLayer, whose forward is not that of a known MLP",
+            "is a OPTDecoderLayer, which has a __call__ of its own",  # in older transformers
+        )
+    )
     assert f"  not 2 x model.decoder.layers.*: {reason}" in str(report)
     off = fastbound.inject(tiny_model("llama"), 2, fuse_mlp=False)
     assert set(off.unfused.values()) == {"was injected with fuse_mlp=False"}

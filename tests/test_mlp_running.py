@@ -312,3 +312,10 @@ def test_fsdp2_runs_fused_where_the_block_or_more_is_the_unit(process_group, uni
     for name, gradient in expected.items():
         torch.testing.assert_close(grads[name].full_tensor(), gradient)
     assert seen and all(("its gate is a FSDP" in (s or "")) == (unit == "layers") for s in seen)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6)])
+def test_work_in_place_may_follow(shape):
+    block = fused(Gated)
+    block(torch.randn(shape)).mul_(2).sum().backward()
+    assert block.up.adapter.B.grad.abs().max() > 0

@@ -253,8 +253,8 @@ def test_another_model_is_refused(tiny_model, saved):
     _refused(wider, folder, ValueError, message, injected=False)
 
     hooked = tiny_model("llama")
-    hooked.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, a, o: None)
-    message = "does not fit on model.layers.1.mlp.down_proj: it has forward or backward hooks"
+    hooked.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: None)
+    message = "does not fit on model.layers.1.mlp.down_proj: it has forward pre-hooks"
     _refused(hooked, folder, ValueError, message, injected=False)
 
 
