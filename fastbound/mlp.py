@@ -257,9 +257,6 @@ def _parts_obstacle(
     backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
     if any(adapter.backend != backend for adapter in adapters):
         return "its projections ask for different backends"
-    for adapter in adapters:
-        if adapter.dropout and adapter.training:
-            return f"adapter dropout {adapter.dropout:g} in training: layer by layer"
     triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
     if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
         return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"
