@@ -378,6 +378,33 @@ def test_a_whole_offloaded_language_model_trains_as_the_loaded_one(tiny_model):
     torch.testing.assert_close(*results)
 
 
+@pytest.fixture(scope="module")
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("unit", ["mlp.up.adapter", "mlp.up", "mlp", ""])
+@pytest.mark.parametrize("build", [subclass, with_hook])
+def test_sharded_factors_are_gathered_for_the_addition(process_group, build, unit):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    one, other, x = injected(build), injected(build), rows(5, K)
+    one = nn.Sequential(one["mlp"])
+    for name in dict.fromkeys([unit.replace("mlp", "0"), ""]):
+        fully_shard(one.get_submodule(name), mesh=init_device_mesh("cpu", (1,)))
+    one(x).square().mean().backward()
+    other["mlp"](x).square().mean().backward()
+    for name in ("up", "down"):
+        here, there = one[0].get_submodule(name).adapter, other.mlp.get_submodule(name).adapter
+        torch.testing.assert_close(here.A.grad.full_tensor(), there.A.grad)
+        torch.testing.assert_close(here.B.grad.full_tensor(), there.B.grad)
+
+
 class TestRefusals:
     def test_a_base_that_cuts_the_gradient_off_is_an_error_not_a_wrong_gradient(self):
         class Inference(nn.Linear):  # as bitsandbytes' packed weights on a CPU with AVX512-BF16
