@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,19 +77,29 @@ class BoundedAdapter(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K], weight [N, K], bias [N] -> [..., N]."""
-        return bounded_linear(
-            x,
-            weight,
-            self.A,
-            self.B,
-            bias,
-            scaling=self.scaling,
-            omega=self.omega,
-            backend=self.backend,
-            dropout=self.dropout if self.training else 0.0,
-        )
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        result: Tensor | None = None,
+        give_up: bool = False,
+    ) -> Tensor:
+        """x [..., K], weight [N, K], bias [N] -> [..., N]; or a ``result`` for weight and bias."""
+        settings: dict[str, Any] = {
+            "scaling": self.scaling,
+            "omega": self.omega,
+            "backend": self.backend,
+            "dropout": self.dropout if self.training else 0.0,
+        }
+        if result is not None:
+            return bounded_addition(result, x, self.A, self.B, give_up=give_up, **settings)
+        if weight is None:
+            raise ValueError(
+                "the adapter needs a weight to fuse with, or a base's result to add to"
+            )
+        return bounded_linear(x, weight, self.A, self.B, bias, **settings)
 
     def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
         """result + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ, for a ``result`` [..., N] that a base made of x.
@@ -96,17 +107,8 @@ class BoundedAdapter(nn.Module):
         The caller gives ``result`` up, and the sum may take its memory; ``give_up=False`` leaves it
         as it is, for a base whose hooks may have kept it.
         """
-        return bounded_addition(
-            result,
-            x,
-            self.A,
-            self.B,
-            scaling=self.scaling,
-            omega=self.omega,
-            backend=self.backend,
-            dropout=self.dropout if self.training else 0.0,
-            give_up=give_up,
-        )
+        # A call, not a method of its own: what gathers sharded A and B hangs on the call.
+        return cast(Tensor, self(x, result=result, give_up=give_up))
 
     def delta_weight(self) -> Tensor:
         """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""

@@ -311,9 +311,9 @@ def test_a_whole_language_model_in_four_bits(tiny_model):
 
 
 @pytest.mark.parametrize("build", [linear4bit, linear8bit, int8, with_weight_norm, subclass])
-def test_compiles_without_a_wrong_gradient(build):
+def test_compiles_whole_with_the_same_gradient(build):
     layer, x = injected(build).mlp.up, rows(5, K)
-    compiled = torch.compile(layer, backend="aot_eager")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     wanted = (layer.adapter.A, layer.adapter.B)
     one = torch.autograd.grad(compiled(x).square().sum(), wanted)
     other = torch.autograd.grad(layer(x).square().sum(), wanted)
@@ -357,6 +357,52 @@ def test_dropout_acts_in_training_only(dropout):
     assert torch.equal(layer(x), layer(x)) == (dropout == 0)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+def test_a_whole_offloaded_language_model_trains_as_the_loaded_one(tiny_model):
+    from accelerate import cpu_offload
+
+    results = []
+    for offload in (True, False):
+        model = tiny_model("llama")
+        if offload:
+            cpu_offload(model, torch.device("cpu"))
+        fastbound.inject(model, 4, bound="auto", fuse_mlp=False)
+        stir(model)
+        output = model(**example(model)).logits
+        output.square().mean().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert set(gradients) == trained(model)
+        results.append((output, gradients))
+        assert model.model.layers[0].mlp.up_proj.weight.is_meta == offload
+    torch.testing.assert_close(*results)
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("unit", ["mlp.up.adapter", "mlp.up", "mlp", ""])
+@pytest.mark.parametrize("build", [subclass, with_hook])
+def test_sharded_factors_are_gathered_for_the_addition(process_group, build, unit):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    one, other, x = injected(build), injected(build), rows(5, K)
+    one = nn.Sequential(one["mlp"])
+    for name in dict.fromkeys([unit.replace("mlp", "0"), ""]):
+        fully_shard(one.get_submodule(name), mesh=init_device_mesh("cpu", (1,)))
+    one(x).square().mean().backward()
+    other["mlp"](x).square().mean().backward()
+    for name in ("up", "down"):
+        here, there = one[0].get_submodule(name).adapter, other.mlp.get_submodule(name).adapter
+        torch.testing.assert_close(here.A.grad.full_tensor(), there.A.grad)
+        torch.testing.assert_close(here.B.grad.full_tensor(), there.B.grad)
 
 
 class TestRefusals:
