@@ -15,7 +15,7 @@ from torch import nn
 from fastbound.conversion import convert, is_linear, refusal, swap
 from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, obstacle
-from fastbound.partition import gathered_modules
+from fastbound.partition import gathered_modules, partition
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
 _FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
@@ -174,13 +174,19 @@ def merge(model: nn.Module) -> nn.Module:
     layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
-        ValueError: there is no such layer, or an A or B holds a NaN or an infinity (nothing is
-            merged then).
+        ValueError: there is no such layer, an A or B holds a NaN or an infinity, or a weight is
+            spread over processes (nothing is merged then).
     """
     layers = injected_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
     for name, layer in layers.items():
+        spread = partition(layer.weight)
+        if spread is not None:
+            raise ValueError(
+                f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into a "
+                "whole model and merge it there"
+            )
         for factor, tensor in (("A", layer.adapter.A), ("B", layer.adapter.B)):
             if not torch.isfinite(tensor).all():
                 raise ValueError(
