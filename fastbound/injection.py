@@ -16,7 +16,7 @@ from fastbound.conversion import convert, refusal, swap
 from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, obstacle
 from fastbound.over_base import BoundedOverBase, is_adaptable
-from fastbound.partition import gathered_modules
+from fastbound.partition import gathered_modules, partition
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
 _FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
@@ -177,8 +177,9 @@ def merge(model: nn.Module) -> nn.Module:
     layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
-        ValueError: there is no such layer, an A or B holds a NaN or an infinity, or a layer is over
-            a base whose weight cannot take ΔW, such as a quantised one (nothing is merged then).
+        ValueError: there is no such layer, an A or B holds a NaN or an infinity, a weight is
+            spread over processes, or a layer is over a base whose weight cannot take ΔW, such as a
+            quantised one (nothing is merged then).
     """
     layers = injected_layers(model)
     if not layers:
@@ -187,6 +188,12 @@ def merge(model: nn.Module) -> nn.Module:
         stands = layer.merge_obstacle() if isinstance(layer, BoundedOverBase) else None
         if stands is not None:
             raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
+        spread = partition(layer.weight)
+        if spread is not None:
+            raise ValueError(
+                f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into a "
+                "whole model and merge it there"
+            )
         for factor, tensor in (("A", layer.adapter.A), ("B", layer.adapter.B)):
             if not torch.isfinite(tensor).all():
                 raise ValueError(

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import _tiny_model
 from models import stir
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fastbound
@@ -29,8 +30,22 @@ CHECKPOINTING = ("off", "non-reentrant", "reentrant")
 Wrapper = Callable[[nn.Module], nn.Module]
 
 
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
 def build(how: str, checkpointing: str = "off", dtype: torch.dtype | None = None) -> nn.Module:
-    model = _tiny_model("llama").to(dtype or torch.float32).train()
+    model = llama().to(dtype or torch.float32).train()
     if how == "peft":
         model = get_peft_model(model, fastbound.BoundedConfig(r=4, bound=0.5))
     else:
@@ -162,6 +177,19 @@ def files(folder: Path) -> dict[str, object]:
     return {"same": same, "loaded": loaded, "fused": list(report.fused)}
 
 
+def peft_files(folder: Path) -> dict[str, object]:
+    """As docs/distributed.md has it."""
+    model, other = build("peft"), build("peft")
+    fastbound.shard(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "peft", state_dict=state)
+    dist.barrier()
+    loaded = names(PeftModel.from_pretrained(llama(), folder / "peft"))
+    return {"same": [torch.equal(loaded[n], p) for n, p in names(other).items()]}
+
+
 def explained() -> dict[str, object]:
     whole, apart = build("fused"), build("fused")
     fastbound.shard(whole)
@@ -205,6 +233,7 @@ CASES: dict[str, Callable[[Path], dict[str, object]]] = {
         functools.partial(fsdp1, adapters_apart=False, use_orig_params=True), "off", "fused"
     ),
     "files": files,
+    "peft files": peft_files,
     "explained": lambda _: explained(),
     "steps": lambda _: steps(),
 }

@@ -72,6 +72,11 @@ def test_an_adapter_is_saved_from_shards_and_loaded_into_them(results):
         assert result["fused"] == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+def test_a_sharded_peft_model_saves_what_a_whole_one_saves(results):
+    for result in found(results, "peft files"):
+        assert result["same"] == [True] * 12
+
+
 def test_steps_on_shards_are_those_of_one_process(results):
     for result in found(results, "steps"):
         one, two = result["norms"][:3], result["norms"][3:]
@@ -173,6 +178,10 @@ class TestShardRefuses:
         assert fastbound.shard(model, mesh) is model
         with pytest.raises(ValueError, match=r"0\.gate\.weight is a DTensor already"):
             fastbound.shard(model, mesh)
+        with pytest.raises(
+            ValueError, match=r"'0\.up' is a DTensor: save the adapter, load it into"
+        ):
+            fastbound.merge(model)
 
     def test_trained_parameters_of_two_dtypes(self):
         model = model_of(Gated).bfloat16()

@@ -36,6 +36,7 @@ def tokens(length: int) -> torch.Tensor:
 
 
 class TestCompile:
+    @pytest.mark.parametrize("injected", [True], ids=["fused"], indirect=True)
     def test_any_length_takes_two_graphs_and_no_break(self, injected):
         from torch._dynamo.backends.debugging import aot_eager
 
