@@ -74,7 +74,9 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return active[0] if len(active) == 1 else None
 
     def running(self) -> list[BoundedAdapter]:
-        """The active adapters that this layer has, in the order they were activated."""
+        """The adapters whose terms a forward adds, in the order they were activated."""
+        if self.disable_adapters or self.merged:
+            return []
         return [self.fastbound_ab[n] for n in self.active_adapters if n in self.fastbound_ab]  # type: ignore[misc]
 
     def obstacle(self) -> str | None:
@@ -94,7 +96,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             raise ValueError("adapter_names: batches that mix adapters are for PEFT's LoRA alone")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged else self.running()
+        active = self.running()
         if len(active) == 1 and not (args or kwargs) and _base_obstacle(self.base_layer) is None:
             weight = self.weight.t() if self.fan_in_fan_out else self.weight
             y: Tensor = active[0](x, weight, self.bias)
@@ -158,7 +160,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
 def _base_obstacle(base: nn.Module) -> str | None:
     """Why the operator cannot take the base's place: asked in every forward, so kept cheap."""
     if not is_linear(base):
-        return f"base is a {type(base).__name__}"
+        return f"wraps a {type(base).__name__}"
     if is_watched(base):
-        return "base has hooks or a forward of its own, which must see it called"
+        return "has hooks or a forward of its own on its base, which must be called"
     return tensor_obstacle({"weight": base.weight, "bias": base.bias})

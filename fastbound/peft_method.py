@@ -93,6 +93,10 @@ class BoundedModel(BaseTuner):
             reason = _refusal(module, adapter_name, module is output)
             if reason is not None:
                 raise ValueError(f"cannot adapt {name}: it {reason}")
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(
+                f"bias={config.bias!r} needs PEFT 0.21: earlier ones do not save biases"
+            )
         for field in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
             left = unmatched(getattr(config, field), targets) if targets else []
             if left:

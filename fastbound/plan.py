@@ -48,7 +48,7 @@ class Plan:
     """The path of one layer's products at one shape.
 
     ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1),
-    "torch" or "reference"; the last two have no tiles.
+    "torch" or "reference", which have no tiles; in `explain` also "base": no adapter is active.
     """
 
     strategy: str
