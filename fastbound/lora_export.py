@@ -30,9 +30,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises ValueError when the model holds no adapted layer, more than one adapter is active, a
     factor is not finite, or biases or whole modules were trained beside the adapter.
     """
-    model = unwrapped(model)
-    if hasattr(model, "get_base_model"):  # a PeftModel, whose files name layers from the base on
-        model = model.get_base_model()
+    base: Any = unwrapped(model)
+    if hasattr(base, "get_base_model"):  # a PeftModel, whose files name layers from the base on
+        base = base.get_base_model()
+    model = base
     layers = adapted_layers(model)
     _check_whole(model, layers.values())
     for name, layer in layers.items():

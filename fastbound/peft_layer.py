@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,20 +28,24 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     """
 
     adapter_layer_names = ("fastbound_ab",)
+    # Inherited from BaseTunerLayer, whose types nn.Module's hide.
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        base: Any = base_layer
         self.fastbound_ab = nn.ModuleDict()
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self.fan_in_fan_out = is_conv1d(base_layer)
         if self.fan_in_fan_out:
-            self.out_features = base_layer.nf
-            self.in_features = base_layer.nx
+            self.out_features = base.nf
+            self.in_features = base.nx
         else:
-            self.in_features = base_layer.in_features
-            self.out_features = base_layer.out_features
+            self.in_features = base.in_features
+            self.out_features = base.out_features
 
     def add_adapter(
         self,
@@ -77,7 +82,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         """The adapters whose terms a forward adds, in the order they were activated."""
         if self.disable_adapters or self.merged:
             return []
-        return [self.fastbound_ab[n] for n in self.active_adapters if n in self.fastbound_ab]  # type: ignore[misc]
+        adapters: Any = self.fastbound_ab
+        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def obstacle(self) -> str | None:
         """Why the base layer runs by itself, or None where base and adapter are one operator."""
@@ -157,7 +163,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return "fastbound." + super().__repr__()
 
 
-def _base_obstacle(base: nn.Module) -> str | None:
+def _base_obstacle(base: Any) -> str | None:
     """Why the operator cannot take the base's place: asked in every forward, so kept cheap."""
     if not is_linear(base):
         return f"wraps a {type(base).__name__}"
