@@ -11,7 +11,7 @@ from torch import nn
 
 from fastbound.addition import addition_plan
 from fastbound.injection import adapted_blocks, unfused_reason
-from fastbound.linear import FusedBoundedLinear
+from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, sizes
 from fastbound.mlp_ops import block_plan
 from fastbound.over_base import BoundedOverBase
@@ -98,7 +98,7 @@ class Explanation:
 
 
 def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
-    """For each FusedBoundedLinear: which path runs, with which tiles, and why; and its block.
+    """For each adapted layer: which path runs, with which tiles, and why; and its block.
 
     Args:
         model_or_layer: a model, a block or one layer.
@@ -128,10 +128,13 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
             name, module, tokens, *inside.get(module, (None, _refused(module, module in gathered)))
         )
         for name, module in model_or_layer.named_modules()
-        if isinstance(module, FusedBoundedLinear)
+        if isinstance(module, Adapted)
     )
     if not layers:
-        raise ValueError("no FusedBoundedLinear in this model: call fastbound.inject(model) first")
+        raise ValueError(
+            "no bounded adapter in this model: call fastbound.inject(model) or PEFT's "
+            "get_peft_model(model, fastbound.BoundedConfig()) first"
+        )
     return Explanation(tokens, layers, blocks)
 
 
@@ -148,12 +151,12 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     K, N = sizes(first)
     if block.fusion.form.packed:
         N //= 2
-    ranks = tuple(layer.rank for layer in layers)
+    ranks = tuple(layer.adapter.rank for layer in layers)
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
 
 
-def _refused(layer: FusedBoundedLinear, gathered: bool) -> Plan | None:
+def _refused(layer: Adapted, gathered: bool) -> Plan | None:
     """The plan of a layer that raises because its weight is spread over processes, else None."""
     spread = None if gathered else partition(layer.weight)
     return None if spread is None else Plan("refused", f"weight {spread}: {GATHER}")
@@ -161,23 +164,40 @@ def _refused(layer: FusedBoundedLinear, gathered: bool) -> Plan | None:
 
 def _explain_layer(
     name: str,
-    layer: FusedBoundedLinear,
+    layer: Adapted,
     tokens: int,
     block: str | None,
     plan: Plan | None,
 ) -> LayerExplanation:
+    active = layer.running()
     # x does not come in a quantised weight's dtype: take the bias's, else the adapter's.
-    held = [t for t in (layer.weight, layer.bias) if t is not None and t.is_floating_point()]
-    N, K, backend = layer.out_features, layer.in_features, layer.adapter.backend
-    where = layer.adapter.A.device
-    dtype = _compute_dtype((held or [layer.adapter.A])[0].dtype, where)
-    if isinstance(layer, BoundedOverBase):
-        plan = addition_plan(where, tokens, N, K, layer.rank, dtype, backend)
-        plan = replace(plan, strategy="split", reason=f"{layer.reason}; {plan.reason}")
-    elif plan is None:
-        plan = plan_for(where, tokens, N, K, layer.rank, dtype, backend)
+    tensors = (layer.weight, layer.bias, *(adapter.A for adapter in active))
+    held = [t for t in tensors if t is not None and t.is_floating_point()]
+    where = active[0].A.device if active else layer.weight.device
+    dtype = _compute_dtype(held[0].dtype if held else torch.get_default_dtype(), where)
+    if plan is None:
+        plan = _layer_plan(layer, where, tokens, dtype)
+    rank = max((adapter.rank for adapter in active), default=0)
     device = describe(where.type, where.index).architecture
-    return LayerExplanation(name, (N, K), layer.rank, str(dtype), device, plan, block)
+    shape = (layer.out_features, layer.in_features)
+    return LayerExplanation(name, shape, rank, str(dtype), device, plan, block)
+
+
+def _layer_plan(layer: Adapted, device: torch.device, tokens: int, dtype: torch.dtype) -> Plan:
+    """The plan of a layer outside a block; "base" where its base layer runs without adapters."""
+    active = layer.running()
+    if not active:
+        return Plan("base", layer.obstacle() or "has no active adapter")
+    N, K, adapter = layer.out_features, layer.in_features, active[0]
+    shape = (tokens, N, K, adapter.rank, dtype, adapter.backend)
+    if isinstance(layer, BoundedOverBase):
+        reason = layer.reason
+    elif isinstance(layer, FusedBoundedLinear) or layer.obstacle() is None:
+        return plan_for(device, *shape)
+    else:
+        reason = f"it {layer.obstacle()}, so the base layer runs and each adapter is added"
+    plan = addition_plan(device, *shape)
+    return replace(plan, strategy="split", reason=f"{reason}; {plan.reason}")
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
