@@ -288,7 +288,7 @@ def _match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]
     for suffix, found in matches.items():
         if not found:
             raise ValueError(
-                f"target_modules: no module's name ends in {suffix!r}; {_near(model, suffix)}"
+                f"target_modules: no module's name ends in {suffix!r}; {near_misses(model, suffix)}"
             )
     wanted = {name for found in matches.values() for name in found}
     return [name for name in names if name in wanted]
@@ -308,7 +308,8 @@ def _match_pattern(model: nn.Module, target_modules: str) -> list[str]:
     if not found:
         raise ValueError(
             f"target_modules={target_modules!r} matches no module's whole name; "
-            f"{_near(model, target_modules)}; to match the end of a name give a list of suffixes"
+            f"{near_misses(model, target_modules)}; "
+            "to match the end of a name give a list of suffixes"
         )
     return found
 
@@ -335,14 +336,19 @@ def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
 
 
+def _is_target(module: nn.Module) -> bool:
+    return is_adaptable(module) or isinstance(module, Adapted)
+
+
 def _suffixes(model: nn.Module) -> list[str]:
     """The last one and two parts of the names of the linear layers, sorted, without numbers."""
-    names = [name.split(".") for name, module in model.named_modules() if is_adaptable(module)]
+    names = [name.split(".") for name, module in model.named_modules() if _is_target(module)]
     ends = {".".join(parts[-n:]) for parts in names for n in (1, 2)}
     return sorted(end for end in ends if not re.search(r"(^|\.)\d+(\.|$)", end))
 
 
-def _near(model: nn.Module, target: str) -> str:
+def near_misses(model: nn.Module, target: str) -> str:
+    """The names that a misspelt target may have meant, or what there is."""
     near = difflib.get_close_matches(target, _suffixes(model), n=3, cutoff=0.5)
     return f"near misses: {', '.join(near)}" if near else _linear_kinds(model)
 

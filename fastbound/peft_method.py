@@ -16,10 +16,11 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import register_peft_method
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from fastbound.conversion import swap
-from fastbound.injection import fuse, mlp_suffixes
+from fastbound.injection import fuse, mlp_suffixes, near_misses
 from fastbound.linear import Adapted, is_conv1d
 from fastbound.mlp import FusedBoundedMLP
 from fastbound.patterns import unmatched
@@ -88,6 +89,13 @@ class BoundedModel(BaseTuner):
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         config = _maybe_include_all_linear_layers(config, model)
         targets = self._targets(model, config, state_dict)
+        if not targets and config.target_modules != DUMMY_TARGET_MODULES:
+            wanted = config.target_modules
+            one = wanted if isinstance(wanted, str) else min(wanted, default="")
+            near = near_misses(model, one)
+            limits = {n: getattr(config, n) for n in ("exclude_modules", "layers_to_transform")}
+            given = "".join(f", {name}={value!r}" for name, value in limits.items() if value)
+            raise ValueError(f"target_modules={wanted!r}{given} matches no module; {near}")
         output = getattr(model, "get_output_embeddings", lambda: None)()
         for name, module in targets.items():
             reason = _refusal(module, adapter_name, module is output)

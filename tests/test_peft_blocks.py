@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo
 from models import example, gradients, logits
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from test_peft_method import adapted, stirred
 from torch import nn
 
@@ -131,3 +132,49 @@ def test_dropout_reaches_layers_with_two_adapters(tiny_model):
     assert not torch.equal(logits(model), first)
     torch.manual_seed(1)
     assert torch.equal(logits(model), first)
+
+
+def test_the_whole_model_compiles_without_a_break(tiny_model):
+    model = adapted(tiny_model("llama"))
+    y, grads = gradients(model, **example(model))
+    torch._dynamo.reset()
+    compiled, again = gradients(
+        torch.compile(model, backend="eager", fullgraph=True), **example(model)
+    )
+    torch.testing.assert_close(compiled, y)
+    assert len(again) == len(grads) > 0
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_under_autocast_it_agrees_with_itself_in_fp32(tiny_model, active):
+    model = adapted(tiny_model("llama"))
+    if active == 2:
+        second(model)
+    y = logits(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = logits(model)
+    assert (rounded.float() - y).norm() / y.norm() < 2e-2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_4_bit_base_is_called_and_added_to(tiny_model, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(3, 64)
+    settings = {"r": 2, "target_modules": ["0"]}
+    quantised = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32))
+    quantised.load_state_dict(plain.state_dict())
+    quantised.to("cpu")  # which is when it is quantised
+    base = quantised.eval()(x)
+    with pytest.raises(ValueError, match='bound="auto" cannot read the quantised weight of 0'):
+        get_peft_model(quantised, fastbound.BoundedConfig(bound="auto", **settings))
+    # A bound that was worked out on the plain weight serves the quantised one.
+    model = stirred(get_peft_model(plain, fastbound.BoundedConfig(bound="auto", **settings)))
+    delta = model.base_model.model[0].get_delta_weight("default")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantised, tmp_path)
+    torch.testing.assert_close(loaded(x), base + x @ delta.t())
+    (row,) = fastbound.explain(loaded)
+    assert "it wraps a Linear4bit" in row.plan.reason
+    with pytest.raises(TypeError, match="without quantisation"):
+        loaded.merge_adapter()

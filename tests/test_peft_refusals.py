@@ -54,7 +54,7 @@ def test_unknown_fields_are_named(field):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["nothing"]}, "nothing"),
+        ({"target_modules": ["up_prjo"]}, "matches no module; near misses: up_proj"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens: it is a Embedding"),
         ({"target_modules": ["up_proj", "lm_head"]}, "lm_head: it is the model's output layer"),
         ({"target_modules": ["mlp.act_fn"]}, "only linear layers"),
@@ -62,7 +62,7 @@ def test_unknown_fields_are_named(field):
         ({"alpha_pattern": {"nowhere": 4}}, "alpha_pattern: 'nowhere' fits none"),
         ({"bound_pattern": {"p_proj": 4}}, "bound_pattern: 'p_proj' fits none"),
         ({"shapes": {"model.layers.0.mlp.up_proj": [99, 16]}}, "another model: .*up_proj"),
-        ({"layers_to_transform": [5]}, "layers_to_transform"),
+        ({"layers_to_transform": [5]}, r"layers_to_transform=\[5\] matches no module"),
     ],
 )
 @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter", "second"])
