@@ -129,7 +129,7 @@ class BoundedAdapter(nn.Module):
 class NamedAdapter(BoundedAdapter):
     """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT."""
 
-    get_extra_state = nn.Module.get_extra_state  # type: ignore[assignment]
+    get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastbound.addition import addition_plan
 from fastbound.injection import adapted_blocks, unfused_reason
-from fastbound.linear import FusedBoundedLinear
+from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, sizes
 from fastbound.mlp_ops import block_plan
 from fastbound.partition import GATHER, gathered_modules, partition
@@ -96,7 +97,7 @@ class Explanation:
 
 
 def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
-    """For each FusedBoundedLinear: which path runs, with which tiles, and why; and its block.
+    """For each adapted layer: which path runs, with which tiles, and why; and its block.
 
     Args:
         model_or_layer: a model, a block or one layer.
@@ -120,14 +121,15 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
         for layer in module.adapted_layers().values()
     }
     layers = tuple(
-        _explain_layer(
-            name, module, tokens, *inside.get(module, (None, _refused(module, module in gathered)))
-        )
+        _explain_layer(name, module, tokens, module in gathered, *inside.get(module, (None, None)))
         for name, module in model_or_layer.named_modules()
-        if isinstance(module, FusedBoundedLinear)
+        if isinstance(module, Adapted)
     )
     if not layers:
-        raise ValueError("no FusedBoundedLinear in this model: call fastbound.inject(model) first")
+        raise ValueError(
+            "no bounded adapter in this model: call fastbound.inject(model) or PEFT's "
+            "get_peft_model(model, fastbound.BoundedConfig()) first"
+        )
     return Explanation(tokens, layers, blocks)
 
 
@@ -144,38 +146,52 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     K, N = sizes(first)
     if block.fusion.form.packed:
         N //= 2
-    ranks = tuple(layer.rank for layer in layers)
+    ranks = tuple(layer.adapter.rank for layer in layers)
     dtype, backend = _compute_dtype(weight), layers[0].adapter.backend
     return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
 
 
-def _refused(layer: FusedBoundedLinear, gathered: bool) -> Plan | None:
-    """The plan of a layer that raises because its weight is spread over processes, else None."""
-    spread = None if gathered else partition(layer.weight)
-    return None if spread is None else Plan("refused", f"weight {spread}: {GATHER}")
-
-
 def _explain_layer(
     name: str,
-    layer: FusedBoundedLinear,
+    layer: Any,  # an Adapted
     tokens: int,
+    gathered: bool,
     block: str | None,
     plan: Plan | None,
 ) -> LayerExplanation:
     weight = layer.weight
     dtype = _compute_dtype(weight)
     N, K = layer.out_features, layer.in_features
+    rank = max((adapter.rank for adapter in layer.running()), default=0)
     if plan is None:
-        backend = layer.adapter.backend
-        plan = plan_for(weight.device, tokens, N, K, layer.rank, dtype, backend)
+        plan = _layer_plan(layer, tokens, dtype, gathered)
     device = describe(weight.device.type, weight.device.index).architecture
-    return LayerExplanation(name, (N, K), layer.rank, str(dtype), device, plan, block)
+    return LayerExplanation(name, (N, K), rank, str(dtype), device, plan, block)
+
+
+def _layer_plan(layer: Adapted, tokens: int, dtype: torch.dtype, gathered: bool) -> Plan:
+    """The plan of a layer outside a block; "base" where its base layer runs without adapters."""
+    device, N, K = layer.weight.device, layer.out_features, layer.in_features
+    active, obstacle = layer.running(), layer.obstacle(gathered)
+    spread = None if gathered else partition(layer.weight)
+    if spread is not None and isinstance(layer, FusedBoundedLinear):
+        return Plan("refused", f"weight {spread}: {GATHER}")
+    if not active:
+        return Plan("base", obstacle or "has no active adapter")
+    adapter = active[0]
+    shape = (tokens, N, K, adapter.rank, dtype, adapter.backend)
+    if obstacle is None or isinstance(layer, FusedBoundedLinear):
+        return plan_for(device, *shape)
+    plan = addition_plan(device, *shape)
+    reason = f"it {obstacle}, so the base layer runs and each adapter is added: {plan.reason}"
+    return replace(plan, reason=reason)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(weight.device.type) and weight.dtype is not torch.float64:
         return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
+    # A quantised weight's dtype is that of its storage.
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
 
 def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -24,6 +24,10 @@ class Adapted:
     out_features: int
     adapter: Any  # BoundedAdapter; None where PEFT's layer runs none, or more than one
 
+    def running(self) -> list[BoundedAdapter]:
+        """The adapters whose terms a forward adds."""
+        return [self.adapter]
+
     def obstacle(self, gathered: bool = False) -> str | None:
         """Why this layer cannot run inside a block's operator, or None."""
         raise NotImplementedError

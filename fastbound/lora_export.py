@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fastbound.injection import adapted_layers
 from fastbound.linear import Adapted
 from fastbound.reference import wide_dtype
-from fastbound.storage import CONFIG, TENSORS, replace_files, unwrapped
+from fastbound.storage import CONFIG, TENSORS, base_name, replace_files, task_type, unwrapped
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -29,10 +30,18 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises ValueError when the model holds no adapted layer, more than one adapter is active, a
     factor is not finite, or biases or whole modules were trained beside the adapter.
     """
-    model = unwrapped(model)
-    prefix = "base_model.model." if hasattr(model, "base_model") and _is_peft(model) else ""
-    layers = {n.removeprefix(prefix): m for n, m in adapted_layers(model).items()}
-    _check_peft(model, layers)
+    base: Any = unwrapped(model)
+    if hasattr(base, "get_base_model"):  # a PeftModel, whose files name layers from the base on
+        base = base.get_base_model()
+    model = base
+    layers = adapted_layers(model)
+    _check_whole(model, layers.values())
+    for name, layer in layers.items():
+        if layer.adapter is None and layer.obstacle() is not None:
+            raise ValueError(
+                f"{name} {layer.obstacle()}: export one adapter, active (set_adapter), enabled and "
+                "not merged"
+            )
     layers = {name: layer for name, layer in layers.items() if layer.adapter is not None}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no bounded adapter: nothing to export")
@@ -46,8 +55,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     first = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
+        "task_type": task_type(model),
+        "base_model_name_or_path": base_name(model),
         "r": first.adapter.rank,
         "lora_alpha": first.adapter.bound,
         "lora_dropout": 0.0,
@@ -68,24 +77,12 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     )
 
 
-def _is_peft(model: Any) -> bool:
-    return hasattr(model, "peft_config")
-
-
-def _check_peft(model: Any, layers: dict[str, Adapted]) -> None:
-    if not _is_peft(model):
-        return
-    for name, layer in layers.items():
-        active = layer.running() if hasattr(layer, "running") else []
-        if len(active) > 1:
-            raise ValueError(
-                f"{name} has {len(active)} active adapters: choose one with set_adapter(name)"
-            )
-    names = model.active_adapters
-    for name in names() if callable(names) else names:
-        config = model.peft_config[name]
+def _check_whole(model: Any, layers: Iterable[Any]) -> None:
+    """Raise where what PEFT trained is more than ΔW."""
+    active = {name for layer in layers for name in getattr(layer, "active_adapters", ())}
+    for name in active:
         for field in ("bias", "modules_to_save"):
-            value = getattr(config, field, None)
+            value = getattr(model.peft_config[name], field, None)
             if value not in (None, "none"):
                 raise ValueError(
                     f"{field}={value!r}: what was trained beside the adapter is not part of ΔW; "

@@ -259,7 +259,7 @@ def _parts_obstacle(
     return None
 
 
-def _layer_obstacle(layer: nn.Module | None, plain: bool, gathered: bool) -> str | None:
+def _layer_obstacle(layer: Any, plain: bool, gathered: bool) -> str | None:
     if isinstance(layer, Adapted):
         reason = layer.obstacle(gathered)
         if reason is not None:
@@ -275,7 +275,7 @@ def _layer_obstacle(layer: nn.Module | None, plain: bool, gathered: bool) -> str
         tensors = {"weight": layer.weight, "bias": layer.bias}
     else:
         return f"is a {type(layer).__name__}"
-    if is_watched(layer):  # type: ignore[arg-type]
+    if is_watched(layer):
         return "has hooks or a forward of its own, which must see it called"
     reason = tensor_obstacle(tensors, gathered)
     if reason is not None:
@@ -314,7 +314,7 @@ def _transposed(layer: Any) -> bool:
 
 
 def _adapted(block: nn.Module, form: Form) -> dict[str, Adapted]:
-    layers = {name: block._modules[name] for name in form.projections}
+    layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
     return {
         name: layer
         for name, layer in layers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,20 +28,24 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     """
 
     adapter_layer_names = ("fastbound_ab",)
+    # Inherited from BaseTunerLayer, whose types nn.Module's hide.
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        base: Any = base_layer
         self.fastbound_ab = nn.ModuleDict()
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self.fan_in_fan_out = is_conv1d(base_layer)
         if self.fan_in_fan_out:
-            self.out_features = base_layer.nf
-            self.in_features = base_layer.nx
+            self.out_features = base.nf
+            self.in_features = base.nx
         else:
-            self.in_features = base_layer.in_features
-            self.out_features = base_layer.out_features
+            self.in_features = base.in_features
+            self.out_features = base.out_features
 
     def add_adapter(
         self,
@@ -74,8 +79,11 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return active[0] if len(active) == 1 else None
 
     def running(self) -> list[BoundedAdapter]:
-        """The active adapters that this layer has, in the order they were activated."""
-        return [self.fastbound_ab[n] for n in self.active_adapters if n in self.fastbound_ab]  # type: ignore[misc]
+        """The adapters whose terms a forward adds, in the order they were activated."""
+        if self.disable_adapters or self.merged:
+            return []
+        adapters: Any = self.fastbound_ab
+        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def obstacle(self, gathered: bool = False) -> str | None:
         """Why the base layer runs by itself, or None where base and adapter are one operator."""
@@ -94,7 +102,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             raise ValueError("adapter_names: batches that mix adapters are for PEFT's LoRA alone")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged else self.running()
+        active = self.running()
         if len(active) == 1 and not (args or kwargs) and _base_obstacle(self.base_layer) is None:
             weight = self.weight.t() if self.fan_in_fan_out else self.weight
             y: Tensor = active[0](x, weight, self.bias)
@@ -155,10 +163,10 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return "fastbound." + super().__repr__()
 
 
-def _base_obstacle(base: nn.Module, gathered: bool = False) -> str | None:
+def _base_obstacle(base: Any, gathered: bool = False) -> str | None:
     """Why the operator cannot take the base's place: asked in every forward, so kept cheap."""
     if not is_linear(base):
-        return f"base is a {type(base).__name__}"
+        return f"wraps a {type(base).__name__}"
     if is_watched(base):
-        return "base has hooks or a forward of its own, which must see it called"
+        return "has hooks or a forward of its own on its base, which must be called"
     return tensor_obstacle({"weight": base.weight, "bias": base.bias}, gathered)

@@ -30,8 +30,8 @@ def _add_peft_type(name: str) -> None:
     """Add a member to PEFT's enumeration: its tables and `register_peft_method` take no other."""
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
@@ -93,6 +93,10 @@ class BoundedModel(BaseTuner):
             reason = _refusal(module, adapter_name, module is output)
             if reason is not None:
                 raise ValueError(f"cannot adapt {name}: it {reason}")
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(
+                f"bias={config.bias!r} needs PEFT 0.21: earlier ones do not save biases"
+            )
         for field in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
             left = unmatched(getattr(config, field), targets) if targets else []
             if left:
@@ -111,7 +115,7 @@ class BoundedModel(BaseTuner):
                     f"model and {config.shapes[name]} in the adapter"
                 )
         config.bound_pattern, config.shapes = bounds, shapes
-        return config  # type: ignore[no-any-return]
+        return config
 
     def _targets(self, model: nn.Module, config: Any, state_dict: Any) -> dict[str, nn.Module]:
         """The modules that BaseTuner is going to hand over, by name."""

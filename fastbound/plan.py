@@ -48,8 +48,8 @@ class Plan:
     """The path of one layer's products at one shape.
 
     ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1),
-    "torch" or "reference"; the last two have no tiles. `explain` also has "refused": calling the
-    layer raises, and ``reason`` says why.
+    "torch" or "reference", which have no tiles; in `explain` also "base": no adapter is active, and
+    "refused": calling the layer raises, and ``reason`` says why.
     """
 
     strategy: str

@@ -76,10 +76,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
         "peft_type": PEFT_TYPE,
-        "task_type": _task_type(model),
+        "task_type": task_type(model),
         "format_version": FORMAT_VERSION,
         "fastbound_version": __version__,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
+        "base_model_name_or_path": base_name(model),
         "r": statistics.mode(layer.rank for layer in layers.values()),
         "alpha": statistics.mode(layer.alpha for layer in layers.values()),
         "bound": statistics.mode(layer.bound for layer in layers.values()),
@@ -316,9 +316,14 @@ def _names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end)]
 
 
-def _task_type(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
     """PEFT's word for what the model is, which its AutoPeftModelForCausalLM asks for."""
     return "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The path or name that the model was loaded from."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
 def _whole(name: str, factor: str, layer: FusedBoundedLinear) -> Tensor:

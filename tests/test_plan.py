@@ -114,7 +114,7 @@ class TestExplain:
             assert next(iter(fastbound.explain(layer))).dtype == "torch.bfloat16"
 
     def test_bad_input(self) -> None:
-        with pytest.raises(ValueError, match="no FusedBoundedLinear in this model"):
+        with pytest.raises(ValueError, match="no bounded adapter in this model"):
             fastbound.explain(torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
             fastbound.explain(fastbound.FusedBoundedLinear(2, 2, 1), tokens=0)
