@@ -153,7 +153,7 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
 
 def _explain_layer(
     name: str,
-    layer: Any,  # an Adapted
+    layer: Adapted,
     tokens: int,
     gathered: bool,
     block: str | None,
