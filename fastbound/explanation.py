@@ -124,9 +124,7 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
         for layer in module.adapted_layers().values()
     }
     layers = tuple(
-        _explain_layer(
-            name, module, tokens, *inside.get(module, (None, _refused(module, module in gathered)))
-        )
+        _explain_layer(name, module, tokens, module in gathered, *inside.get(module, (None, None)))
         for name, module in model_or_layer.named_modules()
         if isinstance(module, Adapted)
     )
@@ -156,16 +154,11 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
 
 
-def _refused(layer: Adapted, gathered: bool) -> Plan | None:
-    """The plan of a layer that raises because its weight is spread over processes, else None."""
-    spread = None if gathered else partition(layer.weight)
-    return None if spread is None else Plan("refused", f"weight {spread}: {GATHER}")
-
-
 def _explain_layer(
     name: str,
     layer: Adapted,
     tokens: int,
+    gathered: bool,
     block: str | None,
     plan: Plan | None,
 ) -> LayerExplanation:
@@ -176,26 +169,32 @@ def _explain_layer(
     where = active[0].A.device if active else layer.weight.device
     dtype = _compute_dtype(held[0].dtype if held else torch.get_default_dtype(), where)
     if plan is None:
-        plan = _layer_plan(layer, where, tokens, dtype)
+        plan = _layer_plan(layer, where, tokens, dtype, gathered)
     rank = max((adapter.rank for adapter in active), default=0)
     device = describe(where.type, where.index).architecture
     shape = (layer.out_features, layer.in_features)
     return LayerExplanation(name, shape, rank, str(dtype), device, plan, block)
 
 
-def _layer_plan(layer: Adapted, device: torch.device, tokens: int, dtype: torch.dtype) -> Plan:
+def _layer_plan(
+    layer: Adapted, device: torch.device, tokens: int, dtype: torch.dtype, gathered: bool
+) -> Plan:
     """The plan of a layer outside a block; "base" where its base layer runs without adapters."""
-    active = layer.running()
+    active, obstacle = layer.running(), layer.obstacle(gathered)
+    over_base = isinstance(layer, BoundedOverBase)
+    injected = isinstance(layer, FusedBoundedLinear) and not over_base
+    spread = None if gathered else partition(layer.weight)
+    if spread is not None and injected:
+        return Plan("refused", f"weight {spread}: {GATHER}")
     if not active:
-        return Plan("base", layer.obstacle() or "has no active adapter")
-    N, K, adapter = layer.out_features, layer.in_features, active[0]
-    shape = (tokens, N, K, adapter.rank, dtype, adapter.backend)
+        return Plan("base", obstacle or "has no active adapter")
+    adapter = active[0]
+    shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
+    if injected or (obstacle is None and not over_base):
+        return plan_for(device, *shape)
+    reason = f"it {obstacle}, so the base layer runs and each adapter is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
-    elif isinstance(layer, FusedBoundedLinear) or layer.obstacle() is None:
-        return plan_for(device, *shape)
-    else:
-        reason = f"it {layer.obstacle()}, so the base layer runs and each adapter is added"
     plan = addition_plan(device, *shape)
     return replace(plan, strategy="split", reason=f"{reason}; {plan.reason}")
 

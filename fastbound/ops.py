@@ -171,7 +171,8 @@ def _kept(
     """Dropout's mask as bits, and scaling / (1 - p): S then is that of mask ⊙ x, not divided."""
     if seed is None:
         return None, scaling
-    return products.keep_bits(seed, *shape, dropout), scaling / keep_rate(dropout)
+    M, K = shape
+    return products.keep_bits(seed, M, K, dropout), scaling / keep_rate(dropout)
 
 
 def _scope(x: Tensor) -> AbstractContextManager[object]:

@@ -29,7 +29,7 @@ def is_dtensor(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def gathered_modules(model: nn.Module) -> set[nn.Module]:
+def gathered_modules(model: nn.Module) -> set[Any]:
     """The modules whose DTensors a unit of FSDP2 gathers before they run."""
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import resource
 import statistics
 import sys
@@ -28,9 +27,11 @@ from fastbound.unlearning.errors import InputError, NonFiniteError
 from fastbound.unlearning.evaluate import Score, autocast, forward, score, totals
 from fastbound.unlearning.folder import ADAPTER, RESULT, RunFolder, fingerprint, write_json
 from fastbound.unlearning.losses import gradient_difference
+from fastbound.unlearning.pretrained import checkpoint_activations
+from fastbound.unlearning.processes import is_sharded, shares, start_processes
 from fastbound.unlearning.random_state import random_state, set_random_state
 from fastbound.unlearning.result import Evaluation, UnlearnResult
-from fastbound.unlearning.sampling import Pairing
+from fastbound.unlearning.sampling import Pairing, evenly
 
 
 def unlearn(
@@ -102,10 +103,11 @@ class _Run:
         self.forget = forget
         self.retain = retain
         self.pad = pad
-        self.accelerator = _accelerator(config)
+        self.lengths = [[answer_length(row) for row in side] for side in (forget, retain)]
+        self.accelerator = start_processes(config)
         self.device: torch.device = self.accelerator.device
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
-        self.sharded = _sharded(self.accelerator, config)
+        self.sharded = is_sharded(self.accelerator, config)
         self.processes: int = self.accelerator.num_processes
         self.process: int = self.accelerator.process_index
         self.pairing = Pairing(
@@ -123,7 +125,7 @@ class _Run:
         self.folder = self._folder(output, resume)
         self.adapter: Adapter = attach(model, config)
         if config.gradient_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         self.inner = self.adapter.model
         self.model = self._spread(self.inner)
         self.parameters = [p for p in self.inner.parameters() if p.requires_grad]
@@ -162,14 +164,9 @@ class _Run:
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(2, device=self.device)
-        answers = self._answers()
-        for part in range(config.accumulation):
+        weights = shares(self.pairing, self.step, self.process, *self.lengths)
+        for part, (forget_share, retain_share) in enumerate(weights):
             pairs = self.pairing.batch(self.step, part, self.process)
-            # So that the step's loss is the mean over all its tokens, whoever holds them.
-            forget_share, retain_share = (
-                self.processes * here / step
-                for here, step in zip(answers[part][self.process], _sum(answers), strict=True)
-            )
             rows = [self.forget[i] for i in pairs[0]] + [self.retain[i] for i in pairs[1]]
             batch = collate(rows, self.pad).to(self.device)
             last = part == config.accumulation - 1
@@ -219,24 +216,10 @@ class _Run:
 
     def _evaluate(self) -> None:
         forget, retain = (
-            self._score(_spread(rows, self.config.eval_rows)) for rows in (self.forget, self.retain)
+            self._score(evenly(rows, self.config.eval_rows)) for rows in (self.forget, self.retain)
         )
         self.history.append(Evaluation(self.step, forget, retain))
         self._log(event="evaluation", **asdict(self.history[-1]))
-
-    def _answers(self) -> list[list[tuple[int, int]]]:
-        """[part][process]: answer tokens to forget and to retain in each batch of this step."""
-        return [
-            [
-                (
-                    sum(answer_length(self.forget[i]) for i in forget),
-                    sum(answer_length(self.retain[i]) for i in retain),
-                )
-                for process in range(self.processes)
-                for forget, retain in [self.pairing.batch(self.step, part, process)]
-            ]
-            for part in range(self.config.accumulation)
-        ]
 
     def _score(self, rows: Sequence[Encoded]) -> Score:
         score_rows = functools.partial(
@@ -408,61 +391,7 @@ class _Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set"
 
 
-def _accelerator(config: UnlearnConfig) -> Any:
-    from accelerate import Accelerator
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
-    # Autocast is the loop's own: accelerate's would take all logits to fp32.
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
-
-
-def _sharded(accelerator: Any, config: UnlearnConfig) -> bool:
-    """Whether the model is spread over the processes; refuses what neither copies nor spreads it.
-
-    Raises InputError.
-    """
-    from accelerate.utils import parse_flag_from_env
-
-    kind = str(accelerator.distributed_type.value)
-    # On the CPU accelerate itself would pass over its FSDP settings.
-    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if fsdp and os.environ.get("FSDP_VERSION") != "2":
-        kind = "FSDP1"
-    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP1"):
-        raise InputError(
-            f"{kind} of accelerate's configuration is not supported: set fsdp_version: 2, or use "
-            "plain processes, with --shard (shard=True) where a copy of the model does not fit"
-        )
-    if not (config.shard or fsdp):
-        return False
-    if config.adapter != "bounded":
-        raise InputError(f'shard spreads a model with adapter "bounded", got {config.adapter!r}')
-    if accelerator.num_processes < 2:
-        raise InputError("shard needs several processes: start with accelerate launch or torchrun")
-    return True
-
-
-def _sum(answers: list[list[tuple[int, int]]]) -> list[int]:
-    return [sum(side) for side in zip(*(pair for part in answers for pair in part), strict=True)]
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(model, f"{kind}_checkpointing_enable", None)  # renamed in transformers 5.23
-    if enable is None:
-        raise InputError(f"{type(model).__name__} has no gradient checkpointing: leave it off")
-    enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-
-
 def _bar(steps: int, shown: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=steps, disable=not shown, desc="unlearning", unit="step", dynamic_ncols=True)
-
-
-def _spread(rows: Sequence[Encoded], most: int | None) -> Sequence[Encoded]:
-    """At most so many of `rows`, evenly spaced."""
-    if most is None or len(rows) <= most:
-        return rows
-    return [rows[i * len(rows) // most] for i in range(most)]

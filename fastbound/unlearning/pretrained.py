@@ -52,3 +52,12 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in backward, in the non-reentrant form. Raises InputError."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{kind}_checkpointing_enable", None)  # renamed in transformers 5.23
+    if enable is None:
+        raise InputError(f"{type(model).__name__} has no gradient checkpointing: leave it off")
+    enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+
+from fastbound.unlearning.encoding import Encoded
 
 
 class Pairing:
@@ -73,3 +76,10 @@ class Pairing:
         # Its own seed for each pass and side, whatever was drawn before it.
         generator = torch.Generator().manual_seed((2 * self.seed + side) * 1_000_003 + round_)
         return torch.randperm(rows, generator=generator).tolist()
+
+
+def evenly(rows: Sequence[Encoded], most: int | None) -> Sequence[Encoded]:
+    """At most so many of `rows`, evenly spaced."""
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]

@@ -1,0 +1,76 @@
+"""The processes of a run: how they start, what each holds of the model, what each batch weighs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.sampling import Pairing
+
+
+def start_processes(config: UnlearnConfig) -> Any:
+    from accelerate import Accelerator
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
+    # Autocast is the loop's own: accelerate's would take all logits to fp32.
+    return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+
+
+def is_sharded(accelerator: Any, config: UnlearnConfig) -> bool:
+    """Whether the model is spread over the processes; refuses what neither copies nor spreads it.
+
+    Raises InputError.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    kind = str(accelerator.distributed_type.value)
+    # On the CPU accelerate itself would pass over its FSDP settings.
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
+        kind = "FSDP1"
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP1"):
+        raise InputError(
+            f"{kind} of accelerate's configuration is not supported: set fsdp_version: 2, or use "
+            "plain processes, with --shard (shard=True) where a copy of the model does not fit"
+        )
+    if not (config.shard or fsdp):
+        return False
+    if config.adapter != "bounded":
+        raise InputError(f'shard spreads a model with adapter "bounded", got {config.adapter!r}')
+    if accelerator.num_processes < 2:
+        raise InputError("shard needs several processes: start with accelerate launch or torchrun")
+    return True
+
+
+def shares(
+    pairing: Pairing, step: int, process: int, forget: Sequence[int], retain: Sequence[int]
+) -> list[tuple[float, float]]:
+    """For each batch of a process in a step: the weights of its forget and of its retain mean.
+
+    Summed over its batches and averaged over processes, as gradients are, they make the mean over
+    all answer tokens of the step, whoever holds them. Without accumulation, in one process: 1.0.
+
+    Args:
+        forget, retain: answer tokens of each row.
+    """
+    parts, processes = range(pairing.accumulation), range(pairing.processes)
+    tokens = {}
+    for part in parts:
+        for each in processes:
+            to_forget, to_retain = pairing.batch(step, part, each)
+            tokens[part, each] = (
+                sum(forget[i] for i in to_forget),
+                sum(retain[i] for i in to_retain),
+            )
+    all_forget, all_retain = map(sum, zip(*tokens.values(), strict=True))
+    here = [tokens[part, process] for part in parts]
+    return [
+        (len(processes) * to_forget / all_forget, len(processes) * to_retain / all_retain)
+        for to_forget, to_retain in here
+    ]
