@@ -105,7 +105,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             return model
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(folder))  # type: ignore[no-any-return, arg-type]
+        return PeftModel.from_pretrained(model, str(folder))
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"adapter {folder} cannot be loaded: {error}") from error
 
