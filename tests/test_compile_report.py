@@ -17,7 +17,7 @@ from fastbound.compilation import TARGETS, Compiled, compile_launch, layer_launc
 
 KERNELS = {
     "factors", "thin", "gemm forward", "gemm dx", "reduce dy", "reduce x",
-    "finish dS", "finish dB", "finish dA",
+    "finish dS, dB", "finish dA",
     "block thin", "block gemm dx", "block reduce x", "block finish dS", "block finish dA",
 }  # fmt: skip
 ACTIVATE = {f"{k} {a}" for k in ("activate", "activate backward") for a in ("silu", "gelu", "relu",
