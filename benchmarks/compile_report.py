@@ -30,6 +30,7 @@ from fastbound.compilation import (
     layer_launches,
 )
 from fastbound.plan import MAX_TRITON_RANK
+from fastbound.reference import ACTIVATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One row of Llama-3-8B's gate projection at the three row tiles of the thin product, and a shape
@@ -41,6 +42,8 @@ SHAPES = {
     "odd": (8192, 14333, 4093),
 }
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
+# The activations of gated and of plain blocks that models have.
+FORMS = [("silu", True), *((name, gated) for name in ACTIVATIONS[1:] for gated in (True, False))]
 WITHOUT_DOT = ("factors", "finish", "block finish", "keep bits")
 # fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
 WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}
@@ -77,15 +80,20 @@ def faults(target: str, dtype: str, shape: str, kernel: str, compiled: Compiled)
             yield "no TMA load or store"
 
 
-def compile_layer(task: tuple[str, str, int, str]) -> list[Row]:
+def compile_layer(task: tuple[str, str, int, str, Sequence[str]]) -> list[Row]:
     """Every kernel of one layer and of one MLP block, compiled."""
-    target, dtype, rank, shape = task
+    target, dtype, rank, shape, activations = task
     rows = []
     launches = layer_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
     if (dtype, shape) in WITH_DROPOUT:
         launches |= dropout_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
     if 2 * rank <= MAX_TRITON_RANK:  # a block's projections stand side by side
-        launches |= block_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
+        for activation, gated in FORMS:
+            if activation not in activations:
+                continue
+            block = block_launches(target, *SHAPES[shape], rank, DTYPES[dtype], activation, gated)
+            form = f"{activation}{'' if gated else ' plain'}"
+            launches |= {f"{k} {form}" if k.startswith("act") else k: v for k, v in block.items()}
     for kernel, launch in launches.items():
         compiled = compile_launch(launch, target)
         found = tuple(faults(target, dtype, shape, kernel, compiled))
@@ -94,22 +102,28 @@ def compile_layer(task: tuple[str, str, int, str]) -> list[Row]:
 
 
 def report(
-    targets: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int], shapes: Sequence[str]
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    ranks: Sequence[int],
+    shapes: Sequence[str],
+    activations: Sequence[str],
 ) -> list[Row]:
     """All combinations, on every core; equal launches are compiled once (Triton's own cache)."""
-    tasks = [(t, d, r, s) for t in targets for d in dtypes for r in ranks for s in shapes]
+    tasks = [
+        (t, d, r, s, activations) for t in targets for d in dtypes for r in ranks for s in shapes
+    ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         return [row for rows in pool.map(compile_layer, tasks) for row in rows]
 
 
 def as_table(rows: Sequence[Row]) -> str:
     """One line a kernel."""
-    header = f"{'target':7} {'dtype':5} {'rank':>4} {'shape':12} {'kernel':17} {'regs':>4} "
+    header = f"{'target':7} {'dtype':5} {'rank':>4} {'shape':12} {'kernel':33} {'regs':>4} "
     lines = [header + f"{'spills':>6} {'shared':>7}  instructions"]
     for row in rows:
         c = row.compiled
         used = " ".join(f"{name} {n}" for name, n in c.instructions.items() if n)
-        line = f"{row.target:7} {row.dtype:5} {row.rank:4} {row.shape:12} {row.kernel:17} "
+        line = f"{row.target:7} {row.dtype:5} {row.rank:4} {row.shape:12} {row.kernel:33} "
         line += f"{c.registers:4} {c.spills:6} {c.shared:7}  {used}"
         lines.append(line + (f"  FAULT: {'; '.join(row.faults)}" if row.faults else ""))
     return "\n".join(lines)
@@ -127,9 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp16"])
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
-    rows = report(options.target, options.dtype, options.rank, options.shape)
+    rows = report(options.target, options.dtype, options.rank, options.shape, options.activation)
     print(as_table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps(as_data(rows), indent=1))

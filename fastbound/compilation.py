@@ -100,7 +100,12 @@ def layer_launches(
     from fastbound.kernels.factors import launch_factors
     from fastbound.kernels.launch import blocks
     from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
-    from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
+    from fastbound.kernels.reduce import (
+        launch_finish,
+        launch_finish_both,
+        launch_reduce,
+        row_chunks,
+    )
     from fastbound.kernels.thin import launch_thin
 
     device = Device(target_name, TARGETS[target_name].multiprocessors)
@@ -129,8 +134,7 @@ def layer_launches(
         "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm, size),
         "reduce dy": launch_reduce(y, SB, S, P, QB, chunk_y, tiles.reduce),
         "reduce x": launch_reduce(x, None, S, none, QA, chunk_x, tiles.reduce),
-        "finish dS": launch_finish(P, S),
-        "finish dB": launch_finish(QB, B, B, 1.0, 1.0),
+        "finish dS, dB": launch_finish_both(P, S, QB, B, B, 1.0, 1.0),
         "finish dA": launch_finish(QA, A.t(), A.t(), 1.0, 1.0),
     }
 

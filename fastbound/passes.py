@@ -13,7 +13,12 @@ from torch import Tensor
 from fastbound.kernels.factors import launch_factors
 from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
-from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
+from fastbound.kernels.reduce import (
+    launch_finish,
+    launch_finish_both,
+    launch_reduce,
+    row_chunks,
+)
 from fastbound.kernels.thin import launch_thin
 from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.plan import Tiles
@@ -202,8 +207,12 @@ def reduce_dy(o: Operands, candidate: Candidate) -> list[Kernel]:
             (P, Q),
             4 * o.dy.numel() * R,
         ),
-        Kernel("finish dS", launch_finish(P, dS), (dS,), 0),
-        Kernel("finish dB", launch_finish(Q, o.dB, o.B, OMEGA, o.scaling), (o.dB,), 0),
+        Kernel(
+            "finish dS, dB",
+            launch_finish_both(P, dS, Q, o.dB, o.B, OMEGA, o.scaling),
+            (dS, o.dB),
+            0,
+        ),
     ]
 
 

@@ -193,7 +193,7 @@ _UNALIGNED = Tiles(
     Tile(16, 64, 4, 2),
     Tile(32, 128, 4, 2),
     Tile(16, 64, 4, 2),
-    Tile(16, 32, 4, 1),
+    Tile(16, 32, 8, 1),
 )
 
 
@@ -225,11 +225,9 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
-        return Tiles(gemm, thin, reduce, activate, Tile(32 if R == 64 else 16, 64, warps, 2))
+        return Tiles(gemm, thin, reduce, activate, Tile(16, 32, 4, 2))
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
-        gated = Tile(16, 64, 8 if R == 64 else 4, 2)
-        return Tiles(gemm, thin, Tile(64, 128, 4, 2), activate, gated)
+        return Tiles(gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
-    gated = Tile(16, 32, 4, 2) if R == 64 else Tile(32, 64, 8, 2)
-    return Tiles(GemmTile(128, 256, 32, 8, 4), thin, reduce, activate, gated)
+    return Tiles(GemmTile(128, 256, 32, 8, 4), thin, reduce, activate, Tile(16, 32, 4, 2))

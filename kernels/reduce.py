@@ -60,12 +60,12 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def _finish_tile(
     PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
-    stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or,
+    stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or, block,
     HAS_COSINE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    offs_n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    offs_n = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     offs_r = tl.arange(0, R)
     in_n = offs_n[:, None] < rows
     part_ptrs = PARTS + offs_n[:, None] * stride_pn + offs_r[None, :]
@@ -82,6 +82,34 @@ def _finish_kernel(
         total *= cosine.to(tl.float32) * (omega * scaling)
     o_ptrs = OUT + offs_n[:, None] * stride_on + offs_r[None, :] * stride_or
     tl.store(o_ptrs, total.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish_kernel(
+    PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
+    stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or,
+    HAS_COSINE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):
+    _finish_tile(PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
+                 stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or,
+                 tl.program_id(0), HAS_COSINE, R, BLOCK)
+
+
+@triton.jit
+def _finish_both_kernel(
+    P, THIN, Q, ANGLE, OUT, columns, M, chunks, N, rank, omega, scaling,
+    stride_tm, stride_tr, stride_an, stride_ar, stride_on, stride_or,
+    R: tl.constexpr, BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK)
+    if block < blocks_m:
+        _finish_tile(P, THIN, THIN, columns, M, R, 1.0, 1.0,
+                     M * R, R, 0, 0, stride_tm, stride_tr, block, False, R, BLOCK)
+    else:
+        _finish_tile(Q, ANGLE, OUT, chunks, N, rank, omega, scaling,
+                     N * R, R, stride_an, stride_ar, stride_on, stride_or,
+                     block - blocks_m, True, R, BLOCK)
 
 
 def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
@@ -146,6 +174,30 @@ def launch_finish(
     )
 
 
+def launch_finish_both(
+    P: Tensor, thin: Tensor, Q: Tensor, out: Tensor, angle: Tensor, omega: float, scaling: float
+) -> Launch:
+    """thin = Σ P and out = scaling·omega·cos(omega·angle) ⊙ Σ Q in one launch.
+
+    P [columns, M, R], thin [M, R], Q [chunks, N, R], angle and out [N, r]; P and Q contiguous.
+    """
+    columns, M, R = P.shape
+    chunks, N, _ = Q.shape
+    block = FINISH_ELEMENTS // R
+    return Launch(
+        _finish_both_kernel,
+        (blocks(M, block) + blocks(N, block),),
+        dict(
+            P=P, THIN=thin, Q=Q, ANGLE=angle, OUT=out, columns=columns, M=M, chunks=chunks, N=N,
+            rank=out.shape[1], omega=omega, scaling=scaling,
+            **strides("t", thin, "mr"), **strides("a", angle, "nr"), **strides("o", out, "nr"),
+        ),
+        dict(R=R, BLOCK=block),
+        warps=4,
+        stages=1,
+    )
+
+
 def reduce(
     T: Tensor,
     G: Tensor,
@@ -174,8 +226,9 @@ def thin_and_reduce(
     """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R]."""
     P, Q = reduced_parts(T, F, G, tile, multiprocessors)
     thin = torch.empty(P.shape[1:], dtype=T.dtype, device=T.device)
-    launch_finish(P, thin).run()
-    return thin, factor_gradient(Q, angle, omega, scaling)
+    gradient = torch.empty_like(angle)
+    launch_finish_both(P, thin, Q, gradient, angle, omega, scaling).run()
+    return thin, gradient
 
 
 def reduced_parts(

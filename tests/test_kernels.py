@@ -246,6 +246,26 @@ class TestThroughAutograd:
         for name in first:
             assert torch.equal(first[name], second[name]), name
 
+    @pytest.mark.parametrize(("backend", "count"), [("fused", 9), ("split", 7)])
+    def test_launches_of_forward_and_backward(
+        self, backend: str, count: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Seven beside the two GEMMs, which the split path leaves to cuBLAS."""
+        from fastbound.kernels.launch import Launch
+
+        launched: list[str] = []
+        launch = Launch.run
+
+        def counted(self: Launch) -> None:
+            launched.append(self.kernel.__name__)
+            launch(self)
+
+        monkeypatch.setattr(Launch, "run", counted)
+        run(
+            operands((40, 48), 64, 8, torch.float32, device=DEVICE), bounded_linear, backend=backend
+        )
+        assert len(launched) == count, launched
+
     def test_empty_x(self) -> None:
         o = operands((0, 12), 20, 4, torch.float32, device=DEVICE)
         results = run(o, bounded_linear, backend="fused")
