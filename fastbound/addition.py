@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from fastbound import ops, reference
@@ -23,6 +22,7 @@ from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, ke
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS, Plan, plan_for
 from fastbound.torch_products import _MASKED_ROWS, TorchProducts, padded_rank
+from fastbound.transforms import differentiable_once
 
 if TYPE_CHECKING:
     from fastbound.triton_products import TritonProducts
@@ -105,7 +105,7 @@ def _thin(
     """S in x's dtype and SB in result's."""
     X, R = x.reshape(-1, x.shape[-1]), padded_rank(A.shape[0])
     products = _products(X, A, B, x.dtype, backend)
-    keep, scaling = ops._kept(products, seed, dropout, X.shape, scaling)
+    keep, scaling = ops._kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
     SA, SB = products.factors(A, B, scaling, omega, x.dtype, R)
     if result.dtype is not x.dtype:  # SB once more, from the masters: never rounded twice
         _, SB = products.factors(A, B, scaling, omega, result.dtype, R)
@@ -147,8 +147,7 @@ def _add_backward(
     with ops._scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
         products, R = _products(DY, A, B, DY.dtype, backend), padded_rank(A.shape[0])
-        rows = (DY.shape[0], A.shape[1])
-        keep, scaling = ops._kept(products, seed, dropout, rows, scaling)
+        keep, scaling = ops._kept(products, seed, dropout, DY.shape[0], A.shape[1], scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
         DS: Tensor | None = None
         if need_dB:
@@ -255,7 +254,7 @@ class _BoundedAddition(torch.autograd.Function):
         ctx.save_for_backward(x if need_dA else None, S if need_dB else None, A, B, seed)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 10

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbound import ops, reference
 from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS
+from fastbound.transforms import differentiable_once, rows_alone
 
 
 class _BoundedLinear(torch.autograd.Function):
@@ -42,6 +42,14 @@ class _BoundedLinear(torch.autograd.Function):
         return y, S
 
     @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        x = rows_alone(info, in_dims, arguments)
+        y, S = _BoundedLinear.apply(x, *arguments[1:])
+        return (y, S.view(info.batch_size, -1, S.shape[-1])), (0, 0)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, A, B, bias, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout = inputs
         _, S = output
@@ -52,7 +60,7 @@ class _BoundedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B, seed)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 10

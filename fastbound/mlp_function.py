@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbound import mlp_ops, reference
 from fastbound.function import check_operands
 from fastbound.reference import ACTIVATIONS, Projection
+from fastbound.transforms import differentiable_once, rows_alone
 
 RECOMPUTE = (None, "gate_up")
 _TENSORS = 12  # of one block: weight, bias, A and B of gate, up and down
@@ -31,6 +31,15 @@ class _BoundedMLP(torch.autograd.Function):
         return y, G, U, S, S_down
 
     @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        y, *saved = _BoundedMLP.apply(rows_alone(info, in_dims, arguments), *arguments[1:])
+        size = info.batch_size
+        parts = [t.unflatten(0, (size, len(t) // size)) for t in saved]
+        return (y, *parts), (0,) * (1 + len(parts))
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *arguments = inputs
         ctx.scalings, ctx.omegas, ctx.activation, recompute, ctx.backend = arguments[_TENSORS:]
@@ -41,7 +50,7 @@ class _BoundedMLP(torch.autograd.Function):
         ctx.save_for_backward(x, *kept, S, S_down, *arguments[:_TENSORS])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * (1 + _TENSORS + _SETTINGS)
         if dy is None:

@@ -51,7 +51,7 @@ def _forward(
     with _scope(x):
         X = x.reshape(-1, x.shape[-1])
         products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
-        keep, scaling = _kept(products, seed, dropout, X.shape, scaling)
+        keep, scaling = _kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
         SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
         S = products.thin(X, SA.t(), keep)
         Y = products.lowrank_gemm(X, weight.to(X.dtype), S, SB, bias)
@@ -80,8 +80,8 @@ def _backward(
     with _scope(dy):
         DY = dy.reshape(-1, dy.shape[-1])
         products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
-        rows = (DY.shape[0], weight.shape[1])
-        keep, scaling = _kept(products, seed, dropout, rows, scaling)
+        rows, K = DY.shape[0], weight.shape[1]
+        keep, scaling = _kept(products, seed, dropout, rows, K, scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
         DS: Tensor | None = None
         if need_dB and (need_dx or need_dA):
@@ -165,13 +165,13 @@ def _kept(
     products: TorchProducts | TritonProducts,
     seed: Tensor | None,
     dropout: float,
-    shape: tuple[int, ...],
+    M: int,
+    K: int,
     scaling: float,
 ) -> tuple[Tensor | None, float]:
     """Dropout's mask as bits, and scaling / (1 - p): S then is that of mask ⊙ x, not divided."""
     if seed is None:
         return None, scaling
-    M, K = shape
     return products.keep_bits(seed, M, K, dropout), scaling / keep_rate(dropout)
 
 
