@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("real data is not here: set FASTBOUND_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def bf16_in_the_interpreter() -> Iterator[None]:
+    """Where Triton's interpreter runs, its dot takes bf16 as values; see benchmarks.truth."""
+    from benchmarks.truth import interpreted_bf16
+
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    with nullcontext() if torch.cuda.is_available() else interpreted_bf16():
+        yield
 
 
 @pytest.fixture

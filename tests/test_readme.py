@@ -31,6 +31,11 @@ RUN_BY_CI = {
         'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
     ),
     "python -m benchmarks.traffic": "step python -m benchmarks.traffic",
+    "python -m benchmarks.model": "step python -m benchmarks.model",
+    "fastbound profile --mode mlp": (
+        "step fastbound profile --mode mlp --device cpu --tokens 32,64 --rounds 2"
+        ' --output "$work/profile"'
+    ),
 }
 RUN_BY_TESTS = {
     "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
