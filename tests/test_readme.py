@@ -39,6 +39,10 @@ RUN_BY_CI = {
 }
 RUN_BY_TESTS = {
     "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
+    "fastbound tune": (
+        "test_tune.py",
+        "test_the_command_tunes_resumes_and_leaves_what_dispatch_reads",
+    ),
     "python -m benchmarks.compile_report": (
         "test_compile_report.py",
         "test_every_kernel_compiles_without_faults",

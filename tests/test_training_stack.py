@@ -175,23 +175,6 @@ def test_generation_with_a_cache_is_that_of_the_merged_model(injected, model_typ
     assert made.shape == (2, 12)
 
 
-def test_functional_gradients_work_and_vmap_says_that_it_does_not():
-    layer = fastbound.FusedBoundedLinear(6, 10, 2)
-    stir(layer)
-    x = torch.randn(3, 6)
-    names = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
-
-    def loss(parameters, x):
-        return torch.func.functional_call(layer, parameters, (x,)).square().mean()
-
-    grads = torch.func.grad(loss)(names, x)
-    _, wanted = gradients(layer, x)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(grads[name], gradient)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(torch.func.grad(loss), (None, 0))(names, x)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capture needs a CUDA device")
 def test_a_training_step_replays_from_a_cuda_graph(tiny_model):
     model, other = (m.cuda().train() for m in pair(lambda: tiny_model("llama")))
