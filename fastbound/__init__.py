@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastbound.adapter import BoundedAdapter
     from fastbound.explanation import explain
     from fastbound.function import bounded_linear
-    from fastbound.injection import InjectionReport, inject, merge
+    from fastbound.injection import InjectionReport, disable_adapter, inject, merge
     from fastbound.linear import FusedBoundedLinear
     from fastbound.lora_export import export_lora
     from fastbound.mlp import FusedBoundedMLP
@@ -40,6 +40,7 @@ __all__ = [
     "FusedBoundedMLP",
     "InjectionReport",
     "bounded_linear",
+    "disable_adapter",
     "explain",
     "export_lora",
     "inject",
@@ -61,6 +62,7 @@ _HOME = {
     "FusedBoundedMLP": "mlp",
     "InjectionReport": "injection",
     "bounded_linear": "function",
+    "disable_adapter": "injection",
     "explain": "explanation",
     "export_lora": "lora_export",
     "inject": "injection",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -208,6 +209,28 @@ def merge(model: nn.Module) -> nn.Module:
         return model.to_mlp()
     swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})
     return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside it an injected model computes what its base does, from the same weights.
+
+    The reference of NPO, DPO or a KL term without a second model. PEFT's models have a method of
+    this name.
+
+    Raises ValueError when `model` holds no `FusedBoundedLinear`.
+    """
+    layers = injected_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to disable")
+    before = {layer: layer.enabled for layer in layers.values()}
+    try:
+        for layer in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.enabled = enabled
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

@@ -59,6 +59,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
     weight: nn.Parameter
     bias: nn.Parameter | None
     adapter: BoundedAdapter
+    enabled: bool = True  # see fastbound.disable_adapter
 
     def __init__(
         self,
@@ -174,11 +175,19 @@ class FusedBoundedLinear(nn.Module, Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
+        if not self.enabled:
+            return nn.functional.linear(x, self._weight(), self.bias)
         return self.adapter(x, self._weight(), self.bias)
 
+    def running(self) -> list[BoundedAdapter]:
+        """The adapter, or nothing where it is disabled."""
+        return [self.adapter] if self.enabled else []
+
     def obstacle(self, gathered: bool = False) -> str | None:
-        """None, but for a subclass, which may compute something else."""
+        """A disabled adapter, or a subclass, which may compute something else."""
         kind = type(self)
+        if not self.enabled:
+            return "has its adapter disabled"
         return None if kind is FusedBoundedLinear else f"is a {kind.__name__}"
 
     def delta_weight(self) -> Tensor:

@@ -105,6 +105,8 @@ class BoundedOverBase(FusedBoundedLinear):
         Raises RuntimeError where x is to have a gradient and the base cuts it off.
         """
         result = self.base_layer(x)
+        if not self.enabled:
+            return result
         if x.requires_grad and torch.is_grad_enabled() and _cuts_off(self.base_layer, result):
             raise RuntimeError(
                 f"the base, a {type(self.base_layer).__name__}, gives x no gradient. bitsandbytes "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -31,6 +32,8 @@ class Adapter(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
+    def disabled(self) -> AbstractContextManager[object]: ...
+
 
 class _Bounded:
     def __init__(self, model: nn.Module, config: UnlearnConfig) -> None:
@@ -52,6 +55,9 @@ class _Bounded:
 
     def save(self, folder: Path) -> None:
         fastbound.save_adapter(self.model, folder)
+
+    def disabled(self) -> AbstractContextManager[object]:
+        return fastbound.disable_adapter(self.model)
 
 
 class _Lora:
@@ -78,6 +84,9 @@ class _Lora:
 
     def save(self, folder: Path) -> None:
         cast(Any, self.model).save_pretrained(folder)
+
+    def disabled(self) -> AbstractContextManager[object]:
+        return cast("AbstractContextManager[object]", cast(Any, self.model).disable_adapter())
 
 
 def attach(model: nn.Module, config: UnlearnConfig) -> Adapter:

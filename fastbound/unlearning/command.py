@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--accumulation", type=int, metavar="N", help="batches a step (1)")
     training.add_argument("--forget-weight", type=float, metavar="X", help="of its loss (1)")
     training.add_argument("--retain-weight", type=float, metavar="X", help="of its loss (1)")
+    training.add_argument(
+        "--loss",
+        action="append",
+        dest="losses",
+        metavar="NAME[=WEIGHT]",
+        help="instead of both, repeated: gradient_ascent, retain, npo, simnpo, ihl, kl, idk, dpo",
+    )
     training.add_argument("--seed", type=int, metavar="N", help="of every random choice (0)")
     training.add_argument("--device", help="auto, cpu or cuda (auto)")
     training.add_argument("--dtype", help="float32 or bfloat16 (float32)")
@@ -159,6 +166,8 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
     given = {n: v for n, v in vars(arguments).items() if n in names and v is not None}
     if "bound" in given:
         given["bound"] = _bound(given["bound"])
+    if "losses" in given:
+        given["losses"] = dict(_loss(text) for text in given["losses"])
     if "," in given.get("target_modules", ""):
         given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
     if arguments.model is not None:
@@ -177,6 +186,16 @@ _DEMO = {"lr": 3e-3, "eval_every": 25, "log_every": 5}
 _DEMO_STEPS = 250
 _QUICK = {"eval_every": 10}
 _QUICK_STEPS = 50
+
+
+def _loss(text: str) -> tuple[str, float]:
+    from fastbound.unlearning.errors import InputError
+
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight or 1)
+    except ValueError:
+        raise InputError(f"--loss must be NAME or NAME=WEIGHT; got {text!r}") from None
 
 
 def _bound(text: str) -> float | str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,10 @@ class UnlearnConfig:
         accumulation: forward passes a step. A step's loss is the mean over all its answer tokens,
             in however many passes and processes they come.
         forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
+        losses: name -> weight, to minimise another sum than gradient difference; the names are
+            gradient_ascent, retain, npo, simnpo, ihl, kl, idk and dpo, see
+            `fastbound.unlearning.losses`. None is
+            `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
         max_length: the most tokens of a row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.
         seed: of A's start, the order of rows and dropout.
@@ -64,6 +68,7 @@ class UnlearnConfig:
     accumulation: int = 1
     forget_weight: float = 1.0
     retain_weight: float = 1.0
+    losses: Mapping[str, float] | None = None
     max_length: int = 256
     template: str = TEMPLATE
     seed: int = 0
@@ -98,6 +103,14 @@ class UnlearnConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be >= 0 and finite, got {value}")
+        if self.losses is not None:
+            from fastbound.unlearning.objective import check_losses
+
+            object.__setattr__(self, "losses", check_losses(self.losses))
+            if (self.forget_weight, self.retain_weight) != (1.0, 1.0):
+                raise InputError(
+                    "give weights in losses, or as forget_weight and retain_weight, not both"
+                )
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup is a share of all steps, 0 to 1, got {self.warmup}")
         if not 0 <= self.seed < 2**32:
@@ -105,6 +118,13 @@ class UnlearnConfig:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         check_template(self.template)
+
+    @property
+    def weighted_losses(self) -> dict[str, float]:
+        """What is minimised: name -> weight."""
+        if self.losses is not None:
+            return dict(self.losses)
+        return {"gradient_ascent": self.forget_weight, "retain": self.retain_weight}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,11 +22,18 @@ from fastbound.partition import like, whole
 from fastbound.unlearning.adapters import Adapter, attach
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data import Row, check_disjoint, load_rows
-from fastbound.unlearning.encoding import Encoded, answer_length, collate, encode_all, padding
+from fastbound.unlearning.encoding import (
+    Batch,
+    Encoded,
+    answer_length,
+    collate,
+    encode_all,
+    padding,
+)
 from fastbound.unlearning.errors import InputError, NonFiniteError
 from fastbound.unlearning.evaluate import Score, autocast, forward, score, totals
 from fastbound.unlearning.folder import ADAPTER, RESULT, RunFolder, fingerprint, write_json
-from fastbound.unlearning.losses import gradient_difference
+from fastbound.unlearning.objective import Objective, refusals
 from fastbound.unlearning.pretrained import checkpoint_activations
 from fastbound.unlearning.processes import is_sharded, shares, start_processes
 from fastbound.unlearning.random_state import random_state, set_random_state
@@ -47,9 +54,9 @@ def unlearn(
 ) -> UnlearnResult:
     """Make `model` forget some rows and keep others, by gradient difference through an adapter.
 
-    Minimises `retain_weight · CE(retain) − forget_weight · CE(forget)` over A and B with AdamW,
-    linear warm-up and decay. Runs on the CPU, on one GPU, or on several processes under
-    `accelerate launch`.
+    Minimises `retain_weight · CE(retain) − forget_weight · CE(forget)`, or the sum of
+    `config.losses`, over A and B with AdamW, linear warm-up and decay. Runs on the CPU, on one
+    GPU, or on several processes under `accelerate launch`.
 
     Args:
         model: a causal language model of transformers, changed in place.
@@ -74,7 +81,27 @@ def unlearn(
         encode_all(rows, tokenizer, max_length=config.max_length, template=config.template)
         for rows in (forget_rows, retain_rows)
     ]
-    run = _Run(model, sides[0], sides[1], padding(tokenizer), config, output, resume, progress)
+    objective = Objective(config.weighted_losses)
+    refused: Sequence[Encoded] = ()
+    if objective.needs_refusals:
+        refused = encode_all(
+            refusals(forget_rows),
+            tokenizer,
+            max_length=config.max_length,
+            template=config.template,
+        )
+    run = _Run(
+        model,
+        sides[0],
+        sides[1],
+        refused,
+        objective,
+        padding(tokenizer),
+        config,
+        output,
+        resume,
+        progress,
+    )
     return run.go()
 
 
@@ -93,6 +120,8 @@ class _Run:
         model: nn.Module,
         forget: Sequence[Encoded],
         retain: Sequence[Encoded],
+        refused: Sequence[Encoded],
+        objective: Objective,
         pad: int,
         config: UnlearnConfig,
         output: str | Path | None,
@@ -102,6 +131,8 @@ class _Run:
         self.config = config
         self.forget = forget
         self.retain = retain
+        self.refused = refused
+        self.objective = objective
         self.pad = pad
         self.lengths = [[answer_length(row) for row in side] for side in (forget, retain)]
         self.accelerator = start_processes(config)
@@ -168,16 +199,20 @@ class _Run:
         for part, (forget_share, retain_share) in enumerate(weights):
             pairs = self.pairing.batch(self.step, part, self.process)
             rows = [self.forget[i] for i in pairs[0]] + [self.retain[i] for i in pairs[1]]
+            if self.refused:
+                rows += [self.refused[i] for i in pairs[0]]
             batch = collate(rows, self.pad).to(self.device)
+            reference = self._reference(batch)
             last = part == config.accumulation - 1
             with self._synchronised(last), autocast(self.device, self.dtype):
                 logits = forward(self.model, batch.input_ids, batch.attention_mask)
-                difference = gradient_difference(
+                difference = self.objective(
                     logits,
-                    batch.labels,
-                    len(pairs[0]),
-                    forget_weight=config.forget_weight * forget_share,
-                    retain_weight=config.retain_weight * retain_share,
+                    batch,
+                    (len(pairs[0]), len(pairs[1]), len(pairs[0]))[: 3 if self.refused else 2],
+                    reference=reference,
+                    shares=(forget_share, retain_share),
+                    part=1 / config.accumulation,
                 )
                 self.accelerator.backward(difference.loss)
             means = torch.stack(
@@ -213,6 +248,17 @@ class _Run:
             self.bar.set_postfix_str(
                 f"forget {forget:.3f}, retain {retain:.3f}, max|ΔW| {delta.largest:.3g}"
             )
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> torch.Tensor | None:
+        """Logits of the model as it was, from the same weights: no second copy of them."""
+        if not self.objective.needs_reference:
+            return None
+        self.model.eval()
+        with self.adapter.disabled(), autocast(self.device, self.dtype):
+            logits = forward(self.model, batch.input_ids, batch.attention_mask)
+        self.model.train()
+        return cast(torch.Tensor, logits)
 
     def _evaluate(self) -> None:
         forget, retain = (

@@ -112,6 +112,9 @@ def table(runs: Sequence[Run]) -> list[str]:
         f"Mean over the answer tokens of {start['forget']['rows']} forget and "
         f"{start['retain']['rows']} retain rows; loss in nats a token; one seed ({seed})."
     )
+    minimised = runs[0].result["config"].get("losses")
+    if minimised:
+        lines.append("Minimised: " + " + ".join(f"{w:g} {name}" for name, w in minimised.items()))
     return lines
 
 
