@@ -42,7 +42,12 @@ ALWAYS = {"frozen", "fused", "addmm", "peft_fp32", "peft_bf16"}
 def smoke_json(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of one smoke run of the whole suite, as a user would start it."""
     path = tmp_path_factory.mktemp("benchmarks") / "smoke.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # pytest-benchmark measures nothing under xdist, whose variables a run of these tests may have.
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")
+    }
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--smoke"]
     run = subprocess.run(
         [*command, "--device=cpu", f"--benchmark-json={path}", "-p", "no:cacheprovider"],
