@@ -14,6 +14,7 @@ import fastbound
 COMMANDS = {
     "unlearn": "fastbound.unlearning.command",
     "evaluate": "fastbound.unlearning.evaluate_command",
+    "lab": "fastbound.unlearning.stability.command",
 }
 
 
