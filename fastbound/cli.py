@@ -16,6 +16,7 @@ COMMANDS = {
     "tune": "fastbound.tune_command",
     "profile": "fastbound.profile_command",
     "evaluate": "fastbound.unlearning.evaluate_command",
+    "lab": "fastbound.unlearning.stability.command",
 }
 
 

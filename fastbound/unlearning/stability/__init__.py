@@ -1,0 +1,1 @@
+"""The stability map: which adapter keeps a model whole at which learning rate."""

@@ -1,0 +1,133 @@
+"""The finished cells in numbers: one line an adapter and rate, and the range where each holds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+USEFUL = 0.45  # utility from which an adapter counts as holding
+COLLAPSED = 0.15  # utility below which it counts as collapsed
+_MEASURED = (
+    "utility",
+    "probability",
+    "accuracy",
+    "truth_ratio",
+    "retain_loss",
+    "forget_loss",
+    "largest_delta",
+    "delta_norm",
+    "largest_gradient_norm",
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """All seeds of one adapter at one rank and rate.
+
+    Attributes:
+        mean, spread: of each measured quantity over seeds; the spread is the standard deviation,
+            0 for one seed.
+        lowest_utility: of any seed.
+        forgotten: seeds whose forget loss is that of a uniform guess, log of the vocabulary, or
+            more.
+        stopped: seeds whose loss or gradient stopped being finite.
+    """
+
+    adapter: str
+    rank: int
+    lr: float
+    seeds: int
+    mean: Mapping[str, float]
+    spread: Mapping[str, float]
+    lowest_utility: float
+    forgotten: int
+    stopped: int
+
+    @property
+    def holds(self) -> bool:
+        """Forgotten in every seed, and the mean utility is `USEFUL` or more."""
+        return self.forgotten == self.seeds and self.mean["utility"] >= USEFUL
+
+
+def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
+    """One line an (adapter, rank, rate), in the order of the cells."""
+    groups: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["adapter"], cell["rank"], cell["lr"]), []).append(cell)
+    lines = []
+    for (adapter, rank, lr), group in groups.items():
+        values = {name: [cell[name] for cell in group] for name in _MEASURED}
+        lines.append(
+            Line(
+                adapter,
+                rank,
+                lr,
+                seeds=len(group),
+                mean={name: statistics.fmean(each) for name, each in values.items()},
+                spread={
+                    name: statistics.stdev(each) if len(each) > 1 else 0.0
+                    for name, each in values.items()
+                },
+                lowest_utility=min(values["utility"]),
+                forgotten=sum(loss >= math.log(vocabulary) for loss in values["forget_loss"]),
+                stopped=sum(cell["stopped"] is not None for cell in group),
+            )
+        )
+    return lines
+
+
+def ranges_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """For every adapter and rank, the longest run of neighbouring rates at which it holds.
+
+    `fold` is the last rate of the run over the first, 1 for a single rate, 0 for none;
+    `collapsed` are the rates at which the mean utility is below `COLLAPSED`.
+    """
+    by_adapter: dict[tuple[str, int], list[Line]] = {}
+    for line in lines:
+        by_adapter.setdefault((line.adapter, line.rank), []).append(line)
+    found = []
+    for (adapter, rank), group in by_adapter.items():
+        best: list[float] = []
+        run: list[float] = []
+        for line in sorted(group, key=lambda each: each.lr):
+            run = [*run, line.lr] if line.holds else []
+            best = max(best, run, key=len)
+        found.append(
+            {
+                "adapter": adapter,
+                "rank": rank,
+                "holds_from": best[0] if best else None,
+                "holds_to": best[-1] if best else None,
+                "fold": round(best[-1] / best[0], 6) if best else 0,
+                "collapsed": [li.lr for li in group if li.mean["utility"] < COLLAPSED],
+            }
+        )
+    return found
+
+
+def table_of(lines: Sequence[Line]) -> str:
+    """Markdown: mean utility ± spread over seeds for each adapter and rate.
+
+    `*` marks rates at which a seed did not forget.
+    """
+    rates = sorted({line.lr for line in lines})
+    ranks = {line.rank for line in lines}
+    head = ["adapter", *(f"lr {lr:g}" for lr in rates), "holds over"]
+    rows = []
+    for found in ranges_of(lines):
+        name = found["adapter"] + (f", rank {found['rank']}" if len(ranks) > 1 else "")
+        row = [name]
+        for lr in rates:
+            row += [
+                f"{line.mean['utility']:.3f} ± {line.spread['utility']:.3f}"
+                + ("*" if line.forgotten < line.seeds else "")
+                for line in lines
+                if (line.adapter, line.rank, line.lr) == (found["adapter"], found["rank"], lr)
+            ] or ["-"]
+        low, high = found["holds_from"], found["holds_to"]
+        row.append("-" if low is None else f"{low:g} to {high:g}" if high > low else f"{low:g}")
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
