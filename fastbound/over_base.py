@@ -107,12 +107,7 @@ class BoundedOverBase(FusedBoundedLinear):
         result = self.base_layer(x)
         if not self.enabled:
             return result
-        if x.requires_grad and torch.is_grad_enabled() and _cuts_off(self.base_layer, result):
-            raise RuntimeError(
-                f"the base, a {type(self.base_layer).__name__}, gives x no gradient. bitsandbytes "
-                "does so on the CPU after a 4-bit layer's first call in eval mode, when it repacks "
-                "the weight for inference: load the model again and call model.train() before use"
-            )
+        check_gradient(self.base_layer, x, result)
         # A hook may have kept the output, and must not see the term added to it.
         return self.adapter.add_to(result, x, give_up=not hooked(self.base_layer))
 
@@ -239,11 +234,20 @@ def _weight_hooks(layer: Any) -> list[Any]:
     return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
 
 
-def _cuts_off(base: nn.Module, result: Tensor) -> bool:
-    """Whether a result has no way back to x; bitsandbytes' packed weights only warn in backward."""
+def check_gradient(base: nn.Module, x: Tensor, result: Tensor) -> None:
+    """Raise RuntimeError where x is to have a gradient and the base's result has no way back to it.
+
+    bitsandbytes' packed weights only warn in backward.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return
     state = getattr(base._parameters.get("weight"), "quant_state", None)
-    packed = getattr(state, "packing_format_for_cpu", False)
-    return bool(packed) or not result.requires_grad
+    if getattr(state, "packing_format_for_cpu", False) or not result.requires_grad:
+        raise RuntimeError(
+            f"the base, a {type(base).__name__}, gives x no gradient. bitsandbytes does so on the "
+            "CPU after a 4-bit layer's first call in eval mode, when it repacks the weight for "
+            "inference: load the model again and call model.train() before use"
+        )
 
 
 def _device(layer: Any) -> torch.device:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastbound.adapter import BoundedAdapter, NamedAdapter
 from fastbound.conversion import is_linear, is_watched, tensor_obstacle
 from fastbound.linear import Adapted, is_conv1d
+from fastbound.over_base import check_gradient
 
 
 class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
@@ -111,6 +112,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             y: Tensor = active[0](x, weight, self.bias)
             return y
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        if active:
+            check_gradient(self.base_layer, x, result)
         watched = is_watched(self.base_layer)
         for adapter in active:
             result = adapter.add_to(result, x, give_up=not watched)

@@ -178,3 +178,17 @@ def test_a_4_bit_base_is_called_and_added_to(tiny_model, tmp_path):
     assert "it wraps a Linear4bit" in row.plan.reason
     with pytest.raises(TypeError, match="without quantisation"):
         loaded.merge_adapter()
+
+
+def test_a_base_that_gives_x_no_gradient_is_an_error_not_a_wrong_gradient():
+    class Inference(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    model = get_peft_model(
+        nn.Sequential(Inference(6, 5)), fastbound.BoundedConfig(r=2, target_modules=["0"])
+    )
+    model(torch.randn(3, 6)).sum().backward()  # x asks for nothing
+    with pytest.raises(RuntimeError, match="Inference, gives x no gradient"):
+        model(torch.randn(3, 6, requires_grad=True))
