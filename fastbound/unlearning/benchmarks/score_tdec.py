@@ -104,9 +104,7 @@ def prefix_continuations(
     found: list[list[int]] = []
     after: list[int] = []
     for i in reversed(range(1, T)):
-        if i in generated:
-            after = generated[i]
-        else:
-            after = [] if ids[i] in stops else [ids[i], *after]
+        own = [] if ids[i] in stops else [ids[i], *after]
+        after = generated.get(i, own)
         found.append(after)
     return found[::-1]
