@@ -27,9 +27,9 @@ TINY = LabConfig(
     heads=2,
     vocabulary=500,
     lr=1e-2,
-    batch_size=6,
+    batch_size=2,
     known_loss=0.3,
-    most_epochs=40,
+    most_epochs=60,
 )
 PNG = b"\x89PNG"
 
@@ -68,7 +68,9 @@ def tofu_folder(data_folder, tmp_path_factory):
 def model_folder(data_folder, tmp_path_factory):
     """A model that has learnt the first rows of forget01."""
     rows = load_rows(data_folder / "tofu" / "forget01.jsonl")[:6]
-    learned = learn(rows, TINY, max_length=512, progress=False)
+    learned = learn(
+        rows, TINY, max_length=512, template="[INST] {question} [/INST]{answer}", progress=False
+    )
     folder = tmp_path_factory.mktemp("model")
     learned.model.save_pretrained(folder)
     learned.tokenizer.save_pretrained(folder)
@@ -87,7 +89,7 @@ def short_texts(monkeypatch):
 
 
 def tofu(folder, **changes):
-    settings = {"split": "forget01", "rows": 6, "batch_size": 4, **changes}
+    settings = {"split": "forget01", "rows": 4, "batch_size": 4, "template": "llama2", **changes}
     return EvaluationConfig("tofu", data=str(folder), **settings)
 
 
@@ -103,7 +105,17 @@ def adapted(model_folder, path):
 
 
 def test_tofu_from_the_command_line(model_folder, tofu_folder, tmp_path, capsys):
-    common = ["evaluate", "--benchmark", "tofu", "--split", "forget01", "--rows", "6"]
+    common = [
+        "evaluate",
+        "--benchmark",
+        "tofu",
+        "--split",
+        "forget01",
+        "--rows",
+        "6",
+        "--template",
+        "llama2",
+    ]
     common += ["--model", str(model_folder), "--data", str(tofu_folder), "--device", "cpu"]
     retain, output = tmp_path / "retain", tmp_path / "run"
     adapter = adapted(model_folder, tmp_path / "adapter")
@@ -129,8 +141,8 @@ def test_tofu_from_the_command_line(model_folder, tofu_folder, tmp_path, capsys)
     assert np.array(forget["average_perturb_loss"]).shape == (6, 3)
     # It has learnt these rows, and the stirred adapter has undone that.
     undone = json.loads(log_file.read_text())["eval_log_forget.json"]
-    assert np.mean(forget["avg_gt_loss"]) < np.mean(undone["avg_gt_loss"])
-    assert np.mean(forget["rougeL_recall"]) > np.mean(undone["rougeL_recall"])
+    assert np.mean(forget["avg_gt_loss"]) < 0.5 < np.mean(undone["avg_gt_loss"])
+    assert np.mean(forget["rougeL_recall"]) > 0.6 > np.mean(undone["rougeL_recall"])
     assert (output / "evaluation.png").read_bytes()[:4] == PNG
 
 
@@ -244,6 +256,17 @@ def test_refusals_come_before_the_model_runs(learned, tofu_folder, tmp_path, mon
         with pytest.raises(InputError, match=message):
             config = EvaluationConfig(data=str(tofu_folder), **settings)
             evaluate_benchmark(model, tokenizer, config, tmp_path / "run", progress=False)
+    for log, message in (
+        ({}, "retain log: section 'eval_log_forget.json' is missing"),
+        (
+            {"eval_log_forget.json": {"avg_paraphrased_loss": [1], "average_perturb_loss": [[2]]}},
+            "retain log has 1 rows .* forget01 here has 4",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate_benchmark(
+                model, tokenizer, tofu(tofu_folder), tmp_path / "run", retain_log=log
+            )
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end-of-text token"):
         evaluate_benchmark(model, tokenizer, tofu(tofu_folder), tmp_path / "run", progress=False)

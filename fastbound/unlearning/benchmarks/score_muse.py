@@ -85,7 +85,7 @@ def prepare(
             ANSWER_TOKENS,
             _STOPS,
         )
-    texts = {
+    texts: dict[str, Sequence[Encoded]] = {
         side: [_text(row, tokenizer) for row in load(f"privleak/{side}")]
         for side in ("forget", "holdout")
     }
