@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
 from pathlib import Path
 
 HELP = "measure a model on TOFU, MUSE or TDEC"
@@ -49,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what was asked; the table goes to standard output, warnings to standard error.
+    """Do what was asked; the table goes to standard output.
 
     Raises:
         InputError, NonFiniteError: see `evaluate_benchmark`.
@@ -64,7 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
         load_adapter,
     )
     from fastbound.unlearning.folder import RUN, check_free
-    from fastbound.unlearning.metrics import SameModelWarning
     from fastbound.unlearning.metrics.logs import read_log
     from fastbound.unlearning.pretrained import load_pretrained
 
@@ -95,19 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("device cuda: PyTorch sees no GPU here; give auto or cpu")
     model.to("cuda" if cuda else "cpu")
     about = {"model": arguments.model, "adapter": arguments.adapter, "dtype": arguments.dtype}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        table = evaluate_benchmark(
-            model,
-            tokenizer,
-            config,
-            output,
-            retain_log=retain,
-            about=about,
-            resume=arguments.resume,
-        )
-    for warning in caught:
-        if issubclass(warning.category, SameModelWarning):
-            print(f"warning: {warning.message}", file=sys.stderr)
+    table = evaluate_benchmark(
+        model,
+        tokenizer,
+        config,
+        output,
+        retain_log=retain,
+        about=about,
+        resume=arguments.resume,
+    )
     print(f"{table}\n\nWritten to {output}: log, summary.json and evaluation.png")
     return 0

@@ -32,7 +32,7 @@ from fastbound.unlearning.metrics.conventions import (
     TOFU_CONVENTIONS,
     check_convention,
 )
-from fastbound.unlearning.metrics.logs import read_log
+from fastbound.unlearning.metrics.logs import FORGET, losses, read_log
 from fastbound.unlearning.report import environment
 
 LOGS = {"tofu": "eval_log_aggregated.json", "muse": "muse_log.json", "tdec": "tdec_log.json"}
@@ -140,6 +140,8 @@ def evaluate_benchmark(
     if retain is not None and config.benchmark == "tdec":
         raise InputError("tdec compares with no other model: leave --retain-log out")
     prepared, encoded = _prepare(config, tokenizer)
+    if retain is not None:
+        _check_retain(config, retain, prepared)
     identity = {**_settings(config), **(about or {}), "tokens": fingerprint(encoded)}
     run = RunFolder(folder, identity, resume=resume)
     run.begin()
@@ -171,6 +173,18 @@ def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encode
         return parts, parts.encoded
     rows = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
     return rows, rows
+
+
+def _check_retain(config: EvaluationConfig, retain: Mapping[str, Any], prepared: Any) -> None:
+    if config.benchmark == "muse":
+        summaries.membership_scores(retain, "retain log")
+        return
+    right, _ = losses(retain, FORGET, "retain log")
+    if len(right) != len(prepared[FORGET].rows):
+        raise InputError(
+            f"retain log has {len(right)} rows in {FORGET}, {config.split} here has "
+            f"{len(prepared[FORGET].rows)}: evaluate both models on the same rows"
+        )
 
 
 def _score(session: Session, prepared: Any, config: EvaluationConfig) -> dict[str, Any]:

@@ -101,11 +101,13 @@ def summarise_muse(
     log: Mapping[str, Any], retain: Mapping[str, Any] | None, convention: str, corpus: str
 ) -> Summary:
     """Means of the memorisation scores, AUC and PrivLeak."""
-    auc = metrics.membership_auc(**_sides(log, "log"), convention=convention)
+    auc = metrics.membership_auc(**membership_scores(log, "log"), convention=convention)
     if retain is not None:
-        reference = metrics.membership_auc(**_sides(retain, "retain log"), convention=convention)
+        reference = metrics.membership_auc(
+            **membership_scores(retain, "retain log"), convention=convention
+        )
         source = "retain log"
-        if _sides(retain, "retain log") == _sides(log, "log"):
+        if membership_scores(retain, "retain log") == membership_scores(log, "log"):
             warn_same_model("PrivLeak")
     elif convention == MUSE:
         reference, source = metrics.AUC_RETRAIN[corpus], "MUSE's constant"
@@ -203,7 +205,8 @@ def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
     _save(figure, path)
 
 
-def _sides(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
+def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
+    """Min-40 % of the forget and the holdout texts of MUSE's log, or `InputError`."""
     scores = log.get("privleak")
     sides = {}
     for side in ("forget", "holdout"):

@@ -76,7 +76,10 @@ def prepare(
             [encode(row, row.answer) for row in rows],
             reworded or None,
             [encode(row, wrong) for row in rows for wrong in row.perturbed],
-            [encode_prompt(row.question or "", tokenizer, family=family) for row in rows],
+            [
+                encode_prompt(row.question or "", tokenizer, family=family, convention=convention)
+                for row in rows
+            ],
         )
     return sections
 

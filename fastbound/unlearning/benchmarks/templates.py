@@ -68,8 +68,7 @@ def encode_answer(
     else:
         before, tag = _around(question, family)
         ids = _tokens(tokenizer, before + tag + answer, max_length)
-        shown = before + tag if convention == OPEN_UNLEARNING else before
-        prompt = len(_tokens(tokenizer, shown, max_length))
+        prompt = len(_tokens(tokenizer, _shown(before, tag, convention), max_length))
     if convention == OPEN_UNLEARNING:
         ids = ids if ids and ids[-1] == end else [*ids, end]
     elif len(ids) < max_length:
@@ -84,12 +83,17 @@ def encode_answer(
 
 
 def encode_prompt(
-    question: str, tokenizer: Any, *, family: str = "phi", max_length: int = MAX_LENGTH
+    question: str,
+    tokenizer: Any,
+    *,
+    family: str = "phi",
+    convention: str = OPEN_UNLEARNING,
+    max_length: int = MAX_LENGTH,
 ) -> list[int]:
-    """Tokens after which the model is to answer: question and tag, special tokens included."""
+    """Tokens after which the model is to answer: all that `encode_answer` leaves unlabelled."""
     if family == CHAT:
         return _chat(tokenizer, question, None)
-    return _tokens(tokenizer, "".join(_around(question, family)), max_length)
+    return _tokens(tokenizer, _shown(*_around(question, family), convention), max_length)
 
 
 def end_of_text(tokenizer: Any) -> int:
@@ -103,6 +107,10 @@ def _around(question: str, family: str) -> tuple[str, str]:
     check_family(family)
     template = FAMILIES[family]
     return template.question_start + question + template.question_end, template.answer
+
+
+def _shown(before: str, tag: str, convention: str) -> str:
+    return before + tag if convention == OPEN_UNLEARNING else before
 
 
 def _tokens(tokenizer: Any, text: str, max_length: int) -> list[int]:
