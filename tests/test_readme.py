@@ -39,6 +39,10 @@ RUN_BY_CI = {
 }
 RUN_BY_TESTS = {
     "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
+    (
+        "fastbound evaluate --benchmark tofu --split forget10 --model my-model"
+        " --adapter run/adapter --output scores"
+    ): ("test_evaluate.py", "test_tofu_from_the_command_line"),
     "fastbound tune": (
         "test_tune.py",
         "test_the_command_tunes_resumes_and_leaves_what_dispatch_reads",
