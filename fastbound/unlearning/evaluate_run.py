@@ -32,7 +32,7 @@ from fastbound.unlearning.metrics.conventions import (
     TOFU_CONVENTIONS,
     check_convention,
 )
-from fastbound.unlearning.metrics.logs import read_log
+from fastbound.unlearning.metrics.logs import FORGET, losses, read_log
 from fastbound.unlearning.report import environment
 
 LOGS = {"tofu": "eval_log_aggregated.json", "muse": "muse_log.json", "tdec": "tdec_log.json"}
@@ -140,6 +140,8 @@ def evaluate_benchmark(
     if retain is not None and config.benchmark == "tdec":
         raise InputError("tdec compares with no other model: leave --retain-log out")
     prepared, encoded = _prepare(config, tokenizer)
+    if retain is not None:
+        _check_retain(retain, prepared, config)
     identity = {**_settings(config), **(about or {}), "tokens": fingerprint(encoded)}
     run = RunFolder(folder, identity, resume=resume)
     run.begin()
@@ -171,6 +173,19 @@ def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encode
         return parts, parts.encoded
     rows = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
     return rows, rows
+
+
+def _check_retain(retain: Mapping[str, Any], prepared: Any, config: EvaluationConfig) -> None:
+    """Refuse a retain log that the summary could not use, before minutes of evaluation."""
+    if config.benchmark == "muse":
+        summaries.sides(retain, "retain log")
+        return
+    given, asked = len(losses(retain, FORGET, "retain log")[0]), len(prepared[FORGET].rows)
+    if given != asked:
+        raise InputError(
+            f"retain log has {given} rows in {FORGET}, this evaluation {asked}: evaluate both "
+            "models on the same rows (--split, --rows)"
+        )
 
 
 def _score(session: Session, prepared: Any, config: EvaluationConfig) -> dict[str, Any]:
