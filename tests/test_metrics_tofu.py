@@ -89,6 +89,9 @@ def test_truth_ratio_aggregates_agree_with_each_other_on_the_reference(data_fold
     assert metrics.true_better(ratio) == pytest.approx(
         output["true_better"]["agg_value"], rel=EXACT
     )
+    retain = reference["retain_output"]
+    other = np.array([each["score"] for each in retain["value_by_index"].values()])
+    assert metrics.closer_to_one(other) == pytest.approx(retain["agg_value"], rel=EXACT)
     # One wrong answer of loss -log R against a right answer of loss 0 has the truth ratio R; then
     # prob_mean is 1/(1 + R), the epsilon aside.
     share = metrics.right_share(np.zeros(len(ratio)), -np.log(ratio)[:, None])

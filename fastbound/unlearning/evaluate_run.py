@@ -176,6 +176,7 @@ def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encode
 
 
 def _check_retain(config: EvaluationConfig, retain: Mapping[str, Any], prepared: Any) -> None:
+    """Refuse a retain log that the summary could not use, before minutes of evaluation."""
     if config.benchmark == "muse":
         summaries.membership_scores(retain, "retain log")
         return

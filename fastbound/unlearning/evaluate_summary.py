@@ -13,23 +13,17 @@ from fastbound.unlearning import metrics
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.folder import replace
 from fastbound.unlearning.metrics.conventions import MUSE
-from fastbound.unlearning.metrics.logs import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS, losses
+from fastbound.unlearning.metrics.logs import FORGET, SECTIONS, losses
 from fastbound.unlearning.metrics.truth import warn_same_model
 
 Summary = dict[str, Any]
-_SECTIONS = {
-    FORGET: "forget",
-    RETAIN: "retain",
-    REAL_AUTHORS: "real authors",
-    WORLD_FACTS: "world facts",
-}
 _BLUE, _RED, _GREY = "#0b6e99", "#c4511d", "0.45"
 
 
 def summarise_tofu(log: Mapping[str, Any], retain: Any, convention: str) -> Summary:
     """Section scores, model utility, and forget quality where a retain log is given."""
     sections = {}
-    for section, name in _SECTIONS.items():
+    for section, name in SECTIONS.items():
         scores: dict[str, float] = asdict(
             metrics.section_score(log, section, convention=convention)
         )
@@ -56,7 +50,10 @@ def table_tofu(summary: Summary) -> list[str]:
             f"{name:14}{each['probability']:12.4f}{each['rouge']:9.4f}{each['truth_ratio']:13.4f}"
             f"{each['exact_memorisation']:7.3f}{each['extraction_strength']:7.3f}"
         )
-    lines.append(f"model utility   {summary['model_utility']['value']:.5f}")
+    utility = summary["model_utility"]
+    zero = [name for name, value in utility["components"].items() if value == 0]
+    because = f" (0: {', '.join(zero)})" if zero else ""
+    lines.append(f"model utility   {utility['value']:.5f}{because}")
     quality = summary["forget_quality"]
     if quality is None:
         lines.append("forget quality  not known: it needs --retain-log")
@@ -65,7 +62,8 @@ def table_tofu(summary: Summary) -> list[str]:
             f"forget quality  {quality['pvalue']:.4g} (log10 {quality['log10']:.2f}, "
             f"floor for {quality['n']} rows {quality['floor']:.2g}; KS {quality['statistic']:.4f})"
         )
-    return [*lines, f"convention: {summary['convention']}"]
+    lines.append("EM, ES          exact memorisation, extraction strength")
+    return [*lines, f"convention      {summary['convention']}"]
 
 
 def draw_tofu(path: Path, log: Mapping[str, Any], retain: Any, summary: Summary) -> None:
@@ -131,9 +129,9 @@ def table_muse(summary: Summary) -> list[str]:
         f"VerbMem on forget   {summary['forget_verbmem']:.4f}   ROUGE-L F1",
         f"KnowMem on forget   {summary['forget_knowmem']:.4f}   ROUGE-L F1",
         f"KnowMem on retain   {summary['retain_knowmem']:.4f}   ROUGE-L F1",
-        f"PrivLeak            {summary['privleak']:.2f}   AUC {summary['auc']:.4f}, reference "
+        f"PrivLeak           {summary['privleak']:7.2f}   AUC {summary['auc']:.4f}, reference "
         f"{summary['reference_auc']:.4f} ({summary['reference']})",
-        f"convention: {summary['convention']} (AUC is "
+        f"convention          {summary['convention']} (AUC is "
         + (
             "low where the forget set is known)"
             if summary["convention"] == MUSE
@@ -146,7 +144,8 @@ def draw_muse(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
     """The memorisation scores, and Min-40 % of forget and holdout texts."""
     figure, (bars, curve) = _figure()
     names = ("forget_verbmem", "forget_knowmem", "retain_knowmem")
-    bars.bar(names, [summary[name] for name in names], 0.5, color=(_RED, _RED, _BLUE))
+    labels = ("VerbMem, forget", "KnowMem, forget", "KnowMem, retain")
+    bars.bar(labels, [summary[name] for name in names], 0.5, color=(_RED, _RED, _BLUE))
     bars.set_ylim(0, 1)
     bars.set_title("ROUGE-L F1")
     for side, colour in (("forget", _RED), ("holdout", _GREY)):
@@ -184,7 +183,7 @@ def table_tdec(summary: Summary) -> list[str]:
     if summary["forgotten"] is not None:
         verdict = "both below" if summary["forgotten"] else "not both below"
         lines.append(f"{verdict} the thresholds published for GPT-Neo 125M")
-    return [*lines, f"convention: {summary['convention']}"]
+    return [*lines, f"convention {summary['convention']}"]
 
 
 def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
@@ -197,8 +196,11 @@ def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
     for axis, (name, short, title) in zip(axes, parts, strict=True):
         axis.ecdf(log[name], color=_BLUE)
         if short == "ma" or log["n"] == 10:
-            axis.axvline(summary["thresholds"][short], color=_GREY, linestyle="--")
-        axis.set_xlim(0, 1)
+            axis.axvline(
+                summary["thresholds"][short], color=_GREY, linestyle="--", label="threshold"
+            )
+            axis.legend(loc="lower right", fontsize="small")
+        axis.set_xlim(-0.02, 1.02)  # a curve at 0 is beside the axis, not under it
         axis.set_title(title)
         axis.set_xlabel("value (low: forgotten)")
         axis.set_ylabel("share of sequences up to it")
@@ -208,12 +210,12 @@ def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
 def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
     """Min-40 % of the forget and the holdout texts of MUSE's log, or `InputError`."""
     scores = log.get("privleak")
-    sides = {}
+    found = {}
     for side in ("forget", "holdout"):
         if not isinstance(scores, Mapping) or side not in scores:
             raise InputError(f"{name}: field 'privleak', {side!r} is missing; give muse_log.json")
-        sides[side] = list(scores[side])
-    return sides
+        found[side] = list(scores[side])
+    return found
 
 
 def _figure() -> tuple[Any, Any]:

@@ -11,8 +11,9 @@ import torch
 from fastbound.unlearning.benchmarks import tdec
 from fastbound.unlearning.benchmarks.generation import continuations, stop_tokens
 from fastbound.unlearning.benchmarks.session import Session
+from fastbound.unlearning.benchmarks.templates import end_of_text
 from fastbound.unlearning.encoding import Encoded, collate
-from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.errors import InputError, NonFiniteError
 from fastbound.unlearning.evaluate import forward
 from fastbound.unlearning.metrics.memorisation import extraction_likelihood, memorisation_accuracy
 
@@ -26,6 +27,7 @@ def prepare(
     most_rows: int | None = None,
 ) -> list[Encoded]:
     """Load the sequences as at most 200 tokens each, every one longer than `n`."""
+    end_of_text(tokenizer)
     rows = []
     for row in tdec.load(split, data)[:most_rows]:
         ids = row.tokens or tuple(tokenizer(row.answer, verbose=False)["input_ids"])
@@ -71,6 +73,11 @@ def first_choices(session: Session, ids: Sequence[int]) -> list[int]:
     """argmax p(. | x_<i) for i = 1 .. T-1, from one forward."""
     batch = collate([Encoded(tuple(ids), tuple(ids), "")], session.pad).to(session.model.device)
     logits = forward(session.model, batch.input_ids, batch.attention_mask)
+    if not torch.isfinite(logits).all():  # argmax would choose a token all the same
+        raise NonFiniteError(
+            "logits of a sequence are not finite; the model is broken or overflows in "
+            f"{session.model.dtype}: try --dtype float32"
+        )
     return list(logits[0, :-1].argmax(-1).tolist())
 
 

@@ -13,7 +13,7 @@ from fastbound.unlearning.benchmarks.session import Session
 from fastbound.unlearning.benchmarks.templates import encode_answer, encode_prompt
 from fastbound.unlearning.encoding import Encoded
 from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING
-from fastbound.unlearning.metrics.logs import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
+from fastbound.unlearning.metrics.logs import FORGET, REAL_AUTHORS, RETAIN, SECTIONS, WORLD_FACTS
 from fastbound.unlearning.metrics.texts import rouge
 
 GENERATED = 200  # open-unlearning: new tokens; TOFU: tokens with the prompt
@@ -88,7 +88,7 @@ def score(session: Session, sections: dict[str, Section], *, convention: str) ->
     """TOFU's aggregated log: per row losses, tokens, ROUGE and text, with EM and ES added."""
     log = {}
     for section, part in sections.items():
-        name = section.removesuffix(".json").removeprefix("eval_")
+        name = SECTIONS[section]
         answers = session.answers(f"{name} answers", part.answers)
         reworded = answers
         if part.paraphrased is not None:

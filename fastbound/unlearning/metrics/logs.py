@@ -15,7 +15,13 @@ FORGET = "eval_log_forget.json"
 RETAIN = "eval_log.json"
 REAL_AUTHORS = "eval_real_author_wo_options.json"
 WORLD_FACTS = "eval_real_world_wo_options.json"
-SECTIONS = (RETAIN, REAL_AUTHORS, WORLD_FACTS, FORGET)
+# Every section of a log, with the name that people read.
+SECTIONS = {
+    FORGET: "forget",
+    RETAIN: "retain",
+    REAL_AUTHORS: "real authors",
+    WORLD_FACTS: "world facts",
+}
 
 Log = Mapping[str, Any]
 
