@@ -59,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fastbound.unlearning.config import DEVICES, DTYPES
     from fastbound.unlearning.errors import InputError
     from fastbound.unlearning.evaluate_run import (
+        LOGS,
+        PICTURE,
+        SUMMARY,
         EvaluationConfig,
         evaluate_benchmark,
         load_adapter,
@@ -109,5 +112,5 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in caught:
         if issubclass(warning.category, SameModelWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
-    print(f"{table}\n\nWritten to {output}: log, summary.json and evaluation.png")
+    print(f"{table}\n\nWritten to {output}: {LOGS[config.benchmark]}, {SUMMARY} and {PICTURE}")
     return 0
