@@ -125,7 +125,7 @@ def test_tofu_from_the_command_line(model_folder, tofu_folder, tmp_path, capsys)
     arguments = [*common, "--retain-log", str(log_file), "--output", str(output)]
     assert main([*arguments, "--convention", "tofu"]) == 0
     out = capsys.readouterr().out
-    assert "convention: tofu\n" in out
+    assert "convention      tofu\n" in out
     log = json.loads((output / "eval_log_aggregated.json").read_text())
     summary = json.loads((output / "summary.json").read_text())
     quality = metrics.forget_quality(log, log_file, convention="tofu")
@@ -320,7 +320,7 @@ def test_muse(learned, muse_folder, tmp_path, convention):
     auc = metrics.membership_auc(**log["privleak"], convention=convention)
     reference = 0.4772 if convention == "muse" else 0.5
     assert summary["privleak"] == metrics.privleak(auc, reference, convention=convention)
-    assert f"convention: {convention} (AUC is" in table
+    assert f"convention          {convention} (AUC is" in table
     for name in ("forget_verbmem", "forget_knowmem", "retain_knowmem"):
         assert summary[name] == pytest.approx(np.mean(log[name]["rougeL_f1"]))
         assert all("\nQuestion" not in text for text, _ in log[name]["generated_text"][4:])
@@ -342,7 +342,7 @@ def test_tdec_by_generations_of_every_prefix(learned, data_folder, tmp_path):
     (folder / "few.csv").write_text(f"doc_id,corpus,text\n{lines}")
     config = EvaluationConfig("tdec", split="few", data=str(folder), n=3, batch_size=7)
     table = evaluate_benchmark(model, tokenizer, config, tmp_path / "run", progress=False)
-    assert "EL_3" in table and "convention: knowledge-unlearning" in table
+    assert "EL_3" in table and "convention knowledge-unlearning" in table
     log = json.loads((tmp_path / "run" / "tdec_log.json").read_text())
     for i, row in enumerate(rows):
         ids = tokenizer(row.answer)["input_ids"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
 
 HELP = "measure a model on TOFU, MUSE or TDEC"
@@ -57,11 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
     from fastbound.unlearning.config import DEVICES, DTYPES
     from fastbound.unlearning.errors import InputError
     from fastbound.unlearning.evaluate_run import (
+        LOGS,
+        PICTURE,
+        SUMMARY,
         EvaluationConfig,
         evaluate_benchmark,
         load_adapter,
     )
     from fastbound.unlearning.folder import RUN, check_free
+    from fastbound.unlearning.metrics import SameModelWarning
     from fastbound.unlearning.metrics.logs import read_log
     from fastbound.unlearning.pretrained import load_pretrained
 
@@ -92,14 +98,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("device cuda: PyTorch sees no GPU here; give auto or cpu")
     model.to("cuda" if cuda else "cpu")
     about = {"model": arguments.model, "adapter": arguments.adapter, "dtype": arguments.dtype}
-    table = evaluate_benchmark(
-        model,
-        tokenizer,
-        config,
-        output,
-        retain_log=retain,
-        about=about,
-        resume=arguments.resume,
-    )
-    print(f"{table}\n\nWritten to {output}: log, summary.json and evaluation.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        table = evaluate_benchmark(
+            model,
+            tokenizer,
+            config,
+            output,
+            retain_log=retain,
+            about=about,
+            resume=arguments.resume,
+        )
+    for warning in caught:
+        if issubclass(warning.category, SameModelWarning):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    print(f"{table}\n\nWritten to {output}: {LOGS[config.benchmark]}, {SUMMARY} and {PICTURE}")
     return 0

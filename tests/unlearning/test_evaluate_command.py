@@ -210,6 +210,16 @@ def test_a_killed_evaluation_resumes_to_the_same_log(arguments, tmp_path, monkey
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+def test_a_text_too_short_for_min_k_is_named(arguments, data, tmp_path, capsys):
+    for path in (data / "muse").rglob("*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        write(tmp_path / "short" / path.relative_to(data / "muse"), records)
+    short = tmp_path / "short/privleak/holdout.jsonl"
+    write(short, [{"text": "Question"}])
+    said = refused(arguments("muse", "--data", str(tmp_path / "short")), capsys)
+    assert str(short) in said and "too few to score" in said
+
+
 def test_what_was_begun_otherwise_is_not_resumed(arguments, capsys):
     assert main(arguments("tdec")) == 0
     assert "--resume" in refused(arguments("tdec"), capsys)
@@ -247,7 +257,7 @@ def test_wrong_flags_are_one_line_and_write_nothing(arguments, tmp_path, capsys,
         (
             "tofu",
             {FORGET: {"avg_paraphrased_loss": [1], "average_perturb_loss": [[2]]}},
-            "retain log has 1 rows in eval_log_forget.json, this evaluation 4",
+            "retain log has 1 rows in eval_log_forget.json, forget10 here has 4",
         ),
         ("muse", {"privleak": {"forget": [1.0]}}, "field 'privleak', 'holdout' is missing"),
         ("tdec", {}, "tdec compares with no other model"),

@@ -123,7 +123,7 @@ def _first(tokenizer: Any, text: str, tokens: int) -> str:
 
 def _text(row: Row, tokenizer: Any) -> Encoded:
     ids = _ids(tokenizer, row.answer)
-    if len(ids) < 3:
+    if len(ids) < 4:  # of three labelled tokens, 40 % is one
         raise InputError(f"{row.where}: a text of {len(ids)} tokens has too few to score")
     return Encoded(tuple(ids), (IGNORED, *ids[1:]), row.where)
 
