@@ -122,7 +122,8 @@ def table_of(lines: Sequence[Line]) -> str:
         row = [name]
         for lr in rates:
             row += [
-                f"{line.mean['utility']:.3f} ± {line.spread['utility']:.3f}"
+                f"{line.mean['utility']:.3f}"
+                + (f" ± {line.spread['utility']:.3f}" if line.seeds > 1 else "")
                 + ("*" if line.forgotten < line.seeds else "")
                 for line in lines
                 if (line.adapter, line.rank, line.lr) == (found["adapter"], found["rank"], lr)
