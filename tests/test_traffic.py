@@ -319,7 +319,7 @@ def test_the_bytes_of_the_time_model_are_those_that_are_moved(name: str, linear:
     workspaces = sum(
         moved.read + moved.written
         for step in counted.steps["backward"]
-        if step.name in ("_reduce_kernel", "_finish_kernel")
+        if step.name in ("_reduce_kernel", "_finish_kernel", "_finish_both_kernel")
         for argument in ("P", "Q", "PARTS")
         if (region := step.operands.get(argument)) in step.moved
         for moved in [step.moved[region]]
