@@ -63,7 +63,7 @@ def rows_alone(info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) 
 
     Raises ValueError where anything but x is mapped over, the mask of dropout included.
     """
-    dims = [d for d in in_dims if d is not None]
+    dims = [d for d in in_dims if isinstance(d, int)]  # of a list of numbers a list of None
     seeded = any(isinstance(a, Tensor) and not a.is_floating_point() for a in arguments)
     if in_dims[0] is None or len(dims) > 1 or seeded:
         what = "with dropout" if seeded else "over weights or adapters"
