@@ -58,7 +58,7 @@ class _BoundedMLP(torch.autograd.Function):
             return tuple(gradients)
         need = ctx.needs_input_grad
         settings = (ctx.scalings, ctx.omegas, ctx.activation, ctx.backend)
-        dx, factors = mlp_ops.mlp_backward(dy, *ctx.saved_tensors, *settings, need[0])
+        dx, *factors = mlp_ops.mlp_backward(dy, *ctx.saved_tensors, *settings, need[0])
         gradients[0] = dx if need[0] else None
         for position, gradient in zip((3, 4, 7, 8, 11, 12), factors, strict=True):
             gradients[position] = gradient if need[position] else None
