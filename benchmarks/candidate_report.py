@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.report import markdown_table
 from fastbound.compilation import TARGETS, Compiled
-from fastbound.plan import Device, default_tiles
+from fastbound.plan import Device, filled_tiles
 from fastbound.shapes import linear_shapes
 from fastbound.tile_sweep import CompileTask, judged
 from fastbound.time_model import DATASHEET, RANK
@@ -47,7 +47,7 @@ def tasks(target: str, M: int, rank: int = RANK) -> list[CompileTask]:
     shape = linear_shapes("llama-3-8b")[0]
     device = Device(target, TARGETS[target].multiprocessors)
     machine = Machine(device, CARDS[target], DATASHEET[CARDS[target]], {})
-    tiles = default_tiles(target, M, padded_rank(rank), torch.bfloat16)
+    tiles = filled_tiles(device, M, (shape.N, shape.K), padded_rank(rank), torch.bfloat16)
     return [
         (name, candidate, shape, M, rank, torch.bfloat16, target)
         for names in KINDS.values()

@@ -217,7 +217,7 @@ class TallCase:
         arguments = (angle, 1.3, 0.7, chosen.tiles.reduce, chosen.multiprocessors)
         first, second = (
             (
-                thin(T, F, chosen.tiles.thin),
+                thin(T, F, chosen.tiles.thin, chosen.multiprocessors),
                 *thin_and_reduce(T, F, G, *arguments),
                 reduce(T, G, *arguments),
             )

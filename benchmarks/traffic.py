@@ -23,7 +23,7 @@ from benchmarks.meter import Meter, Moved, Region, Step
 from benchmarks.mlp_competitors import MLP_COMPETITORS, fused, make_block_problem, per_layer
 from benchmarks.report import MIB, markdown_table
 from fastbound import bounded_linear
-from fastbound.plan import default_tiles
+from fastbound.plan import Device, filled_tiles
 from fastbound.time_model import FP32, linear_workspaces
 from fastbound.torch_products import padded_rank
 
@@ -230,7 +230,7 @@ def block_workspaces(
 
     K, N, R = block.K, block.N, padded_rank(rank)
     first = 2 if block.gated else 1  # projections that read x
-    tiles = default_tiles(architecture, rows, 2 * R, DTYPE)
+    tiles = filled_tiles(Device(architecture, sms), rows, (N, K), 2 * R, DTYPE)
     chunks_K = row_chunks(rows, K, tiles.reduce, sms)[0]
     chunks_N = spanned_chunks(rows, N, tiles.gated, sms)[0]
     return {

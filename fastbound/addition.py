@@ -22,7 +22,7 @@ from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, ke
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS, Plan, plan_for
 from fastbound.torch_products import _MASKED_ROWS, TorchProducts, padded_rank
-from fastbound.transforms import differentiable_once
+from fastbound.transforms import differentiable_once, quickly_bound
 
 if TYPE_CHECKING:
     from fastbound.triton_products import TritonProducts
@@ -219,6 +219,7 @@ add_forward_ = torch.ops.fastbound.add_forward_.default
 add_backward = torch.ops.fastbound.add_backward.default
 
 
+@quickly_bound
 class _BoundedAddition(torch.autograd.Function):
     """Saves x as it came, S [M, R] and references to A and B; nothing of size [M, N]."""
 

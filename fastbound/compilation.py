@@ -106,7 +106,7 @@ def layer_launches(
         launch_reduce,
         row_chunks,
     )
-    from fastbound.kernels.thin import launch_thin
+    from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
 
     device = Device(target_name, TARGETS[target_name].multiprocessors)
     chosen = plan(device, M, N, K, rank, dtype, "fused")
@@ -124,12 +124,13 @@ def layer_launches(
     SA, SB, S = meta(R, K), meta(N, R), meta(M, R)
     chunks_y, chunk_y = row_chunks(M, N, tiles.reduce, size)
     chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
+    chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
     P = meta(blocks(N, tiles.reduce.block_n), M, R, dtype=fp32)
     QB, QA = meta(chunks_y, N, R, dtype=fp32), meta(chunks_x, K, R, dtype=fp32)
     none = meta(0, M, R, dtype=fp32)
     return {
         "factors": launch_factors(A, B, SA, SB, 1.0, 1.0),
-        "thin": launch_thin(x, SA.t(), S, tiles.thin),
+        "thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin),
         "gemm forward": launch_lowrank_gemm(x, weight, S, SB, bias, y, tiles.gemm, size),
         "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm, size),
         "reduce dy": launch_reduce(y, SB, S, P, QB, chunk_y, tiles.reduce),
@@ -179,7 +180,7 @@ def block_launches(
     )
     from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
     from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
-    from fastbound.kernels.thin import launch_thin
+    from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
 
     R = padded_rank(rank)
     width = 2 * R if gated else R
@@ -200,12 +201,13 @@ def block_launches(
     P = meta(column_blocks(N, tiles.gated), M, width, dtype=fp32)
     Q = meta(chunks, N, R, dtype=fp32)
     chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
+    chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
     QX, none = meta(chunks_x, K, width, dtype=fp32), meta(0, M, width, dtype=fp32)
     A = meta(rank, K, dtype=fp32).t()
     u, du, sb_u = (U, DU, SB) if gated else (None, None, None)
     weight = meta(N, K)
     return {
-        "block thin": launch_thin(x, SA.t(), S, tiles.thin),
+        "block thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin),
         "block gemm dx": launch_lowrank_gemm(
             DG, weight.t(), DS, SA.t(), None, x, tiles.gemm, size
         ),

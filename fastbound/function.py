@@ -19,9 +19,10 @@ from fastbound import ops, reference
 from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS
-from fastbound.transforms import differentiable_once, rows_alone
+from fastbound.transforms import differentiable_once, quickly_bound, rows_alone
 
 
+@quickly_bound
 class _BoundedLinear(torch.autograd.Function):
     """Saves x as it came, S [M, R] and references to the parameters; nothing of size [M, N]."""
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from fastbound import mlp_ops, reference
 from fastbound.function import check_operands
 from fastbound.reference import ACTIVATIONS, Projection
-from fastbound.transforms import differentiable_once, rows_alone
+from fastbound.transforms import differentiable_once, quickly_bound, rows_alone
 
 RECOMPUTE = (None, "gate_up")
 _TENSORS = 12  # of one block: weight, bias, A and B of gate, up and down
 _SETTINGS = 5  # scalings, omegas, activation, recompute, backend
 
 
+@quickly_bound
 class _BoundedMLP(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -57,7 +58,7 @@ class _BoundedMLP(torch.autograd.Function):
             return tuple(gradients)
         need = ctx.needs_input_grad
         settings = (ctx.scalings, ctx.omegas, ctx.activation, ctx.backend)
-        dx, factors = mlp_ops.mlp_backward(dy, *ctx.saved_tensors, *settings, need[0])
+        dx, *factors = mlp_ops.mlp_backward(dy, *ctx.saved_tensors, *settings, need[0])
         gradients[0] = dx if need[0] else None
         for position, gradient in zip((3, 4, 7, 8, 11, 12), factors, strict=True):
             gradients[position] = gradient if need[position] else None

@@ -35,7 +35,9 @@ _library.define(
 )
 _library.define(
     f"mlp_backward(Tensor dy, Tensor x, Tensor? G, Tensor? U, Tensor S, Tensor S_down, {_BLOCK},"
-    f" {_SETTINGS}, bool need_dx) -> (Tensor dx, Tensor[] factor_gradients)"
+    # No list of tensors: torch.func.vmap takes none from an operator.
+    f" {_SETTINGS}, bool need_dx) -> (Tensor dx, Tensor dA_gate, Tensor dB_gate,"
+    " Tensor dA_up, Tensor dB_up, Tensor dA_down, Tensor dB_down)"
 )
 
 
@@ -145,7 +147,7 @@ def _backward(
     S: Tensor,
     S_down: Tensor,
     *arguments: object,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, ...]:
     *settings, need_dx = arguments
     tensors, scalings, omegas, activation, backend = _unpack(tuple(settings))
     check_storage(dy, x, G, U, S, S_down, *tensors)
@@ -178,7 +180,7 @@ def _backward(
                 DX.addmm_(_given(DU), up.weight)
             dx = DX.view(*dy.shape[:-1], DX.shape[1])
     gradients = (dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down)
-    return dx, [dy.new_empty(0) if g is None else g for g in gradients]
+    return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
 
 
 def _fake_forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -206,12 +208,12 @@ def _fake_backward(
     S: Tensor,
     S_down: Tensor,
     *arguments: object,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, ...]:
     *settings, need_dx = arguments
     tensors, *_ = _unpack(tuple(settings))
     factors = [tensors[i] for i in (2, 3, 6, 7, 10, 11)]
     dx = dy.new_empty(*dy.shape[:-1], x.shape[-1]) if need_dx else dy.new_empty(0)
-    return dx, [dy.new_empty(0) if f is None else torch.empty_like(f) for f in factors]
+    return dx, *(dy.new_empty(0) if f is None else torch.empty_like(f) for f in factors)
 
 
 for _device in ("CPU", "CUDA"):

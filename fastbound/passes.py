@@ -19,7 +19,7 @@ from fastbound.kernels.reduce import (
     launch_reduce,
     row_chunks,
 )
-from fastbound.kernels.thin import launch_thin
+from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
 from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.plan import Tiles
 from fastbound.shapes import Shape
@@ -171,10 +171,16 @@ def factors(o: Operands) -> list[Kernel]:
 
 
 def thin(o: Operands, candidate: Candidate) -> list[Kernel]:
-    """S = x SAᵀ, into dS's place: S is an operand of others."""
+    """S = x SAᵀ, into dS's place: S is an operand of others; and the sum of its parts, if any."""
+    tile, (M, K) = _tile(candidate), o.x.shape
     S = torch.empty_like(o.S)
-    launch = launch_thin(o.x, o.SA.t(), S, _tile(candidate))
-    return [Kernel("thin", launch, (S,), 2 * o.x.numel() * S.shape[1])]
+    chunks, chunk = step_chunks(M, K, tile, o.multiprocessors)
+    parts = thin_parts(S, chunks)
+    launch = launch_thin(o.x, o.SA.t(), parts, chunk, tile)
+    made = [Kernel("thin", launch, (parts,), 2 * o.x.numel() * S.shape[1])]
+    if chunks > 1:
+        made.append(Kernel("finish S", launch_finish(parts, S), (S,), 0))
+    return made
 
 
 def gemm_forward(o: Operands, candidate: Candidate) -> list[Kernel]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile, Tile
+from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, FEW_ROWS, GemmTile, Tile
 from fastbound.plan_tables import Entry, PlanTable, row_bucket, table_for
 from fastbound.torch_products import padded_rank
 
@@ -90,22 +90,26 @@ def plan(
         return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
     odd = _unaligned(N, K, dtype)
     R = padded_rank(rank)
-    tiles = default_tiles(device.architecture, M, R, dtype)
+    tiles = filled_tiles(device, M, (N, K), R, dtype)
     strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
     if dtype is torch.float32:
         strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
     elif odd:
         strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
         tiles = _UNALIGNED
-    elif table is not None:
-        entry = table.nearest(M, N, K, R, str(dtype).removeprefix("torch."))
-        if entry is not None:
-            strategy, reason = entry.strategy, f"{entry.origin}: {entry}, in {table.path}"
-            tiles = _with_entry(tiles, entry)
-        elif table.path is not None:
-            reason += f": nothing near in {table.path}"
-        if table.note:
-            reason += f" ({table.note})"
+    else:
+        if M <= FEW_ROWS:
+            block = f"{tiles.gemm.block_m}x{tiles.gemm.block_n}"
+            strategy, reason = "split", f"few rows: too few blocks of {block}; {reason}"
+        if table is not None:
+            entry = table.nearest(M, N, K, R, str(dtype).removeprefix("torch."))
+            if entry is not None:
+                strategy, reason = entry.strategy, f"{entry.origin}: {entry}, in {table.path}"
+                tiles = _with_entry(tiles, entry)
+            elif table.path is not None:
+                reason += f": nothing near in {table.path}"
+            if table.note:
+                reason += f" ({table.note})"
     if backend != "auto":
         strategy, reason = backend, f'backend="{backend}" was asked for'
     if strategy == "torch":
@@ -206,6 +210,34 @@ def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:
         if size * dtype.itemsize % DESCRIPTOR_ALIGNMENT
     ]
     return " and ".join(odd)
+
+
+def filled_tiles(
+    device: Device, M: int, widths: tuple[int, int], R: int, dtype: torch.dtype
+) -> Tiles:
+    """The defaults, with a reduction's tile that fills the device at M rows of either width."""
+    tiles = default_tiles(device.architecture, M, R, dtype)
+    return replace(tiles, reduce=filling(tiles.reduce, M, min(widths), device.multiprocessors))
+
+
+def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
+    """A reduction's tile for M x ``width``, cut until every multiprocessor has a program.
+
+    Columns first, down to 64 (in bf16 128 bytes of a row), then rows, down to 16.
+    """
+
+    def programs(tile: Tile) -> int:
+        return -(-M // tile.block_m) * -(-width // tile.block_n)
+
+    while programs(reduce) < multiprocessors:
+        columns, rows = reduce.block_n // 2, reduce.block_m // 2
+        if columns >= 64:
+            reduce = replace(reduce, block_n=columns, warps=max(4, reduce.warps // 2))
+        elif rows >= 16:
+            reduce = replace(reduce, block_m=rows)
+        else:
+            break
+    return reduce
 
 
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:

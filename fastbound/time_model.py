@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.plan import Device, default_tiles
+from fastbound.plan import Device, filled_tiles
 from fastbound.shapes import Shape
 from fastbound.torch_products import padded_rank
 
@@ -196,6 +196,7 @@ def layer_passes(
     if device is not None and name in ("fused", "split"):
         parts = linear_workspaces(M, (K, N), rank, device.architecture, device.multiprocessors)
     extra = {
+        "S": parts.get("S parts", 0),
         "dS, dB": parts.get("dS parts", 0) + parts.get("dB parts", 0),
         "dA": parts.get("dA parts", 0),
     }
@@ -246,15 +247,28 @@ def saved_bytes(name: str, shape: Shape, M: int, rank: int = RANK) -> int:
 def linear_workspaces(
     rows: int, shape: tuple[int, int], rank: int, architecture: str, sms: int
 ) -> dict[str, int]:
-    """Bytes of each workspace of one layer's backward, K -> N, with the default tiles."""
+    """Bytes of each workspace of one layer, K -> N, with the default tiles.
+
+    S has parts only where its rows alone do not fill the device.
+    """
     K, N = shape
     R = padded_rank(rank)
-    tile = default_tiles(architecture, rows, R, torch.bfloat16).reduce
-    return {
+    tiles = filled_tiles(Device(architecture, sms), rows, (N, K), R, torch.bfloat16)
+    tile = tiles.reduce
+    S = _parts_of_S(rows, K, R, tiles.thin, sms)[0]
+    return ({"S parts": S} if S else {}) | {
         "dS parts": _parts_of_P(rows, N, R, tile),
         "dB parts": _parts_of_Q(rows, N, R, tile, sms)[0],
         "dA parts": _parts_of_Q(rows, K, R, tile, sms)[0],
     }
+
+
+def _parts_of_S(rows: int, K: int, R: int, tile: Tile, sms: int) -> tuple[int, int]:
+    """Bytes, none where one launch writes S itself, and how many programs write."""
+    from fastbound.kernels.thin import step_chunks
+
+    chunks, _ = step_chunks(rows, K, tile, sms)
+    return FP32 * chunks * rows * R * (chunks > 1), chunks * -(-rows // tile.block_m)
 
 
 def _parts_of_P(rows: int, columns: int, R: int, tile: Tile) -> int:
@@ -289,8 +303,9 @@ def tile_seconds(
         one = max(work / ceilings.flops, loads / (L2_OVER_MEMORY * ceilings.bandwidth))
         return max(waves * sms * one, least)
     if name == "thin":
-        programs = -(-M // tile.block_m)
-        nbytes = BF16 * M * shape.K + BF16 * programs * shape.K * R / L2_OVER_MEMORY
+        parts, programs = _parts_of_S(M, shape.K, R, tile, sms)
+        factor = BF16 * -(-M // tile.block_m) * shape.K * R  # once for each block of rows, from L2
+        nbytes = BF16 * M * shape.K + factor / L2_OVER_MEMORY + 2 * parts
     else:
         width = shape.N if name == "reduce dy" else shape.K
         parts, programs = _parts_of_Q(M, width, R, tile, sms)

@@ -6,12 +6,15 @@ derivative comes out as zero.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_F = TypeVar("_F", bound=torch.autograd.Function)
 
 
 class _Once(torch.autograd.Function):
@@ -70,3 +73,13 @@ def rows_alone(info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) 
         )
     x: Tensor = arguments[0]
     return x.movedim(in_dims[0], 0)
+
+
+def quickly_bound(function: type[_F]) -> type[_F]:
+    """A Function whose arguments are all given by position, with a signature that says no more.
+
+    ``Function.apply`` reads the signature of ``forward`` and binds to it at every call.
+    """
+    arguments = inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)
+    function.forward.__signature__ = inspect.Signature([arguments])  # type: ignore[attr-defined]
+    return function

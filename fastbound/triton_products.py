@@ -35,7 +35,7 @@ class TritonProducts:
         return factors(A, B, R, scaling, omega, dtype)
 
     def thin(self, T: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
-        return thin(T, F, self._thin, keep)
+        return thin(T, F, self._thin, self._multiprocessors, keep)
 
     def factor_gradient(
         self,

@@ -20,7 +20,7 @@ import torch
 
 from fastbound.kernels.tiles import GemmTile
 from fastbound.passes import Candidate
-from fastbound.plan import Device, Tiles, default_tiles
+from fastbound.plan import Device, Tiles, default_tiles, filled_tiles
 from fastbound.plan_tables import (
     Entry,
     PlanTable,
@@ -201,7 +201,7 @@ def _tune_point(
 ) -> Entry | None:
     """None where the budget ended on the way."""
     shape, R = point.shape, padded_rank(point.rank)
-    tiles = default_tiles(machine.device.architecture, point.M, R, dtype)
+    tiles = filled_tiles(machine.device, point.M, (shape.N, shape.K), R, dtype)
     for kind, names in KINDS.items():
         step(f"{point}: {kind}")
         chosen = shortlist(names, tiles, point, machine)

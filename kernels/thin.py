@@ -1,7 +1,8 @@
 """The thin product P = T F of a tall matrix T [M, K] with F [K, R]: one read of T.
 
 S = x SAᵀ in the forward, and dS = dy SB where dB is not wanted. With dropout's bits, those of
-mask ⊙ T.
+mask ⊙ T. Between few rows and as many as fill the GPU, K is cut too, and the parts are added in
+order by a second launch.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
 from fastbound.kernels.launch import Launch, blocks, strides
-from fastbound.kernels.tiles import Tile
+from fastbound.kernels.reduce import launch_finish
+from fastbound.kernels.tiles import FEW_ROWS, Tile
 from torch import Tensor
+
+LEAST_STEPS = 4  # of a program along K: fewer do not fill its pipeline
 
 
 @triton.jit
 def _thin_kernel(
-    T, F, P, KEEP, M, K,
-    stride_tm, stride_tk, stride_fk, stride_fr, stride_pm, stride_pr, stride_keep,
+    T, F, P, KEEP, M, K, chunk,
+    stride_tm, stride_tk, stride_fk, stride_fr, stride_ps, stride_pm, stride_pr, stride_keep,
     HAS_KEEP: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -28,7 +32,8 @@ def _thin_kernel(
     # Rows past the end read the first rows again: no mask in the loop, and they are not stored.
     t_rows = T + (offs_m % M)[:, None] * stride_tm
     acc = tl.zeros([BLOCK_M, R], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    pid_k = tl.program_id(1).to(tl.int64)
+    for k in range(pid_k * chunk, tl.minimum(pid_k * chunk + chunk, K), BLOCK_K):
         t_ptrs = t_rows + (k + offs_k)[None, :] * stride_tk
         f_ptrs = F + (k + offs_k)[:, None] * stride_fk + offs_r[None, :] * stride_fr
         if EVEN_K:
@@ -41,21 +46,34 @@ def _thin_kernel(
             mask = kept(KEEP, offs_m, offs_m < M, k, K, stride_keep, BLOCK_M, BLOCK_K)
             t = tl.where(mask, t, 0.0)
         acc = tl.dot(t, f, acc, input_precision="ieee")
-    p_ptrs = P + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
+    p_ptrs = P + pid_k * stride_ps + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
     tl.store(p_ptrs, acc.to(P.dtype.element_ty), mask=offs_m[:, None] < M)
 
 
+def step_chunks(M: int, K: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
+    """(chunks, columns per chunk): more than one where rows alone leave a quarter of the GPU idle.
+
+    Few rows stay whole: what they would gain is less than the launch that adds the parts.
+    """
+    wanted = 1
+    if M > FEW_ROWS:
+        wanted = max(1, blocks(3 * multiprocessors, 4 * blocks(M, tile.block_m)))
+    steps = max(LEAST_STEPS, blocks(K, tile.block_n) // wanted)
+    chunks = blocks(K, steps * tile.block_n)
+    return chunks, steps * tile.block_n
+
+
 def launch_thin(
-    T: Tensor, F: Tensor, P: Tensor, tile: Tile, keep: Tensor | None = None
+    T: Tensor, F: Tensor, P: Tensor, chunk: int, tile: Tile, keep: Tensor | None = None
 ) -> Launch:
-    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [M, R]."""
+    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [chunks, M, R], whose sum is T F."""
     M, K = T.shape
     return Launch(
         _thin_kernel,
-        (blocks(M, tile.block_m),),
+        (blocks(M, tile.block_m), P.shape[0]),
         dict(
-            T=T, F=F, P=P, KEEP=T if keep is None else keep, M=M, K=K,
-            **strides("t", T, "mk"), **strides("f", F, "kr"), **strides("p", P, "mr"),
+            T=T, F=F, P=P, KEEP=T if keep is None else keep, M=M, K=K, chunk=chunk,
+            **strides("t", T, "mk"), **strides("f", F, "kr"), **strides("p", P, "smr"),
             stride_keep=0 if keep is None else keep.stride(0),
         ),
         dict(
@@ -67,8 +85,22 @@ def launch_thin(
     )
 
 
-def thin(T: Tensor, F: Tensor, tile: Tile, keep: Tensor | None = None) -> Tensor:
+def thin(
+    T: Tensor, F: Tensor, tile: Tile, multiprocessors: int, keep: Tensor | None = None
+) -> Tensor:
     """``T F`` [M, R] in T's dtype, accumulated in fp32; with bits of a mask, of mask ⊙ T."""
-    P = torch.empty(T.shape[0], F.shape[1], dtype=T.dtype, device=T.device)
-    launch_thin(T, F, P, tile, keep).run()
+    (M, K), R = T.shape, F.shape[1]
+    P = torch.empty(M, R, dtype=T.dtype, device=T.device)
+    chunks, chunk = step_chunks(M, K, tile, multiprocessors)
+    parts = thin_parts(P, chunks)
+    launch_thin(T, F, parts, chunk, tile, keep).run()
+    if chunks > 1:
+        launch_finish(parts, P).run()
     return P
+
+
+def thin_parts(P: Tensor, chunks: int) -> Tensor:
+    """Where a launch writes for P [M, R]: fp32 parts [chunks, M, R]; for one chunk, P itself."""
+    if chunks == 1:
+        return P[None]
+    return torch.empty(chunks, *P.shape, dtype=torch.float32, device=P.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DESCRIPTOR_ALIGNMENT = 16  # bytes: of the base address and of every stride but the last
+FEW_ROWS = 256  # up to here a kernel cannot fill a GPU, and another launch costs more than it gains
 
 
 @dataclass(frozen=True)

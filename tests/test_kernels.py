@@ -109,8 +109,22 @@ class TestThin:
     def test_product(self, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile) -> None:
         M, _, K = shape
         T, F = normal(M, K, dtype=dtype), normal(16, K, dtype=dtype).t()
-        got = thin_kernel.thin(T, F, tile)
+        got = thin_kernel.thin(T, F, tile, 4)
         assert_within_rounding(got, T.double() @ F.double(), T.double().abs() @ F.double().abs())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("K", [256, 331])
+    def test_product_in_parts(self, K: int, dtype: torch.dtype) -> None:
+        T, F, tile = normal(300, K, dtype=dtype), normal(K, 16, dtype=dtype), Tile(64, 16, 4, 2)
+        assert thin_kernel.step_chunks(300, K, tile, 16)[0] > 1
+        got = thin_kernel.thin(T, F, tile, 16)
+        assert_within_rounding(got, T.double() @ F.double(), T.double().abs() @ F.double().abs())
+
+    @given(M=st.integers(1, 10_000), K=st.integers(1, 100_000), sms=st.integers(1, 304))
+    def test_step_chunks_cover_every_column_once(self, M: int, K: int, sms: int) -> None:
+        chunks, chunk = thin_kernel.step_chunks(M, K, Tile(16, 128, 4, 4), sms)
+        assert chunk % 128 == 0
+        assert (chunks - 1) * chunk < K <= chunks * chunk
 
 
 class TestReduce:

@@ -22,6 +22,8 @@ from models import (
 from torch import nn
 
 import fastbound
+from fastbound.mlp_function import bounded_mlp
+from fastbound.reference import Projection
 
 UNFUSED = {"opt"}  # its projections are parts of the decoder layer
 FUSED = [model_type for model_type in MLP if model_type not in UNFUSED]
@@ -68,6 +70,31 @@ def test_the_report_says_why_a_block_is_not_fused(tiny_model):
     assert f"  not 2 x model.decoder.layers.*: {reason}" in str(report)
     off = fastbound.inject(tiny_model("llama"), 2, fuse_mlp=False)
     assert set(off.unfused.values()) == {"was injected with fuse_mlp=False"}
+
+
+def test_opts_projections_run_as_one_operator_where_they_are_called_so(tiny_model):
+    """OPT's layer holds them itself, which `inject` leaves alone and `explain` says."""
+    model = tiny_model("opt")
+    fastbound.inject(model, 4, bound=0.5, target_modules=["fc1", "fc2"])
+    stir(model)
+    layer = model.model.decoder.layers[0]
+    with torch.no_grad():
+        for projection in (layer.fc1, layer.fc2):
+            projection.bias.normal_()
+    x = torch.randn(2, 7, layer.fc1.in_features, requires_grad=True)
+    up, down = (
+        Projection(p.weight, p.bias, p.adapter.A, p.adapter.B, p.scaling, p.omega)
+        for p in (layer.fc1, layer.fc2)
+    )
+    inputs = (x, up.A, up.B, down.A, down.B)
+    results = []
+    for y in (
+        bounded_mlp(x, up, down, activation="relu"),
+        layer.fc2(torch.relu(layer.fc1(x))),
+    ):
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+    assert "OPTDecoderLayer" in str(fastbound.explain(model))
 
 
 @pytest.mark.parametrize("written_fused", [True, False])

@@ -228,3 +228,25 @@ class TestBadInput:
     def test_dtypes(self) -> None:
         with pytest.raises(TypeError, match=r"x is torch.float32 and down's weight is"):
             self.call(down={"weight": torch.randn(12, 20, dtype=torch.float64)})
+
+
+def test_launches_of_a_gated_block_with_every_projection_adapted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """19 beside the six GEMMs, of which the second of dx is PyTorch's, onto the first."""
+    pytest.importorskip("triton", reason="the launches are Triton's")
+    from collections import Counter
+
+    from fastbound.kernels.launch import Launch
+
+    launched: Counter[str] = Counter()
+    launch = Launch.run
+
+    def counted(self: Launch) -> None:
+        launched[self.kernel.__name__] += 1
+        launch(self)
+
+    monkeypatch.setattr(Launch, "run", counted)
+    Block((40, 48), 64, (8, 8, 8), torch.float32).run(backend="fused")
+    gemms = launched.pop("_pointer_kernel") + launched.pop("_descriptor_kernel", 0)
+    assert (gemms, launched.total()) == (5, 19), launched

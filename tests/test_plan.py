@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastbound.kernels.tiles import FEW_ROWS
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbound
-from fastbound.plan import MAX_TRITON_RANK, Device, plan, plan_for
+from fastbound.plan import MAX_TRITON_RANK, Device, filled_tiles, plan, plan_for
+from fastbound.torch_products import padded_rank
 
 HOPPER = Device("sm_90", 132)
 GPUS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
@@ -46,7 +48,9 @@ def test_auto_always_has_an_answer_with_valid_tiles(
         (HOPPER, (8192, 14336, 4096), 65, torch.bfloat16, "torch", f"up to {MAX_TRITON_RANK}"),
         (HOPPER, (8192, 14333, 4096), 16, torch.bfloat16, "split", "rows of N 14333"),
         (HOPPER, (0, 14336, 4096), 16, torch.bfloat16, "torch", "no rows"),
-        (Device("sm_75", 40), (64, 64, 64), 8, torch.float16, "fused", "default tiles of sm_80"),
+        (HOPPER, (257, 4096, 4096), 16, torch.bfloat16, "fused", "default tiles of sm_90"),
+        (HOPPER, (256, 4096, 4096), 16, torch.bfloat16, "split", "few rows: too few blocks"),
+        (Device("sm_75", 40), (512, 64, 64), 8, torch.float16, "fused", "default tiles of sm_80"),
         (Device("cpu"), (64, 64, 64), 8, torch.bfloat16, "torch", "device cpu"),
     ],
 )
@@ -61,6 +65,43 @@ def test_choices_and_their_reasons(
     chosen = plan(device, *shape, rank, dtype)
     assert chosen.strategy == strategy
     assert reason in chosen.reason
+
+
+@pytest.mark.parametrize("device", [HOPPER, Device("sm_80", 108), Device("gfx942", 304)], ids=str)
+@given(
+    M=st.integers(512, 100_000),
+    N=st.integers(1024, 50_000),
+    K=st.integers(1024, 50_000),
+    rank=st.integers(1, MAX_TRITON_RANK),
+)
+def test_every_multiprocessor_has_work_from_512_rows_on(
+    device: Device, M: int, N: int, K: int, rank: int
+) -> None:
+    """Of a reduction all of them, of the thin product three quarters: its parts cost a launch."""
+    pytest.importorskip("triton", reason="the launchers cut the rows")
+    from fastbound.kernels.reduce import row_chunks
+    from fastbound.kernels.thin import step_chunks
+
+    tiles = filled_tiles(device, M, (N, K), padded_rank(rank), torch.bfloat16)
+    for width in (N, K):
+        chunks, _ = row_chunks(M, width, tiles.reduce, device.multiprocessors)
+        programs = chunks * -(-width // tiles.reduce.block_n)
+        assert programs >= device.multiprocessors
+    chunks, _ = step_chunks(M, K, tiles.thin, device.multiprocessors)
+    programs = chunks * -(-M // tiles.thin.block_m)
+    most = -(-K // (4 * tiles.thin.block_n)) * -(-M // tiles.thin.block_m)
+    assert programs >= min(0.75 * device.multiprocessors, most)
+
+
+@given(M=st.integers(1, FEW_ROWS), K=st.integers(1, 50_000), sms=st.integers(1, 304))
+def test_few_rows_are_one_launch_and_one_chunk(M: int, K: int, sms: int) -> None:
+    pytest.importorskip("triton", reason="the launchers cut the rows")
+    from fastbound.kernels.reduce import row_chunks
+    from fastbound.kernels.thin import step_chunks
+
+    tiles = filled_tiles(Device("sm_90", sms), M, (K, K), 16, torch.bfloat16)
+    assert step_chunks(M, K, tiles.thin, sms)[0] == 1
+    assert row_chunks(1, K, tiles.reduce, sms)[0] == 1
 
 
 def test_descriptors_only_from_hopper_on() -> None:

@@ -271,7 +271,8 @@ def test_explain_prints_where_a_plan_comes_from(
         assert "split: measured 2026-01-02 on a card" in text
         assert str(folder / "sm_90.json") in text
         far = str(fastbound.explain(layer, tokens=8))
-        assert f"fused: default tiles of sm_90: nothing near in {folder / 'sm_90.json'}" in far
+        assert "split: few rows: too few blocks of 128x256; default tiles of sm_90" in far
+        assert f"nothing near in {folder / 'sm_90.json'}" in far
     finally:
         for cache in caches:
             cache.cache_clear()

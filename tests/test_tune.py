@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fastbound import tuning
 from fastbound.cli import main
 from fastbound.passes import PASSES, Candidate
-from fastbound.plan import Device, Tiles, default_tiles, plan
+from fastbound.plan import Device, Tiles, default_tiles, filled_tiles, plan
 from fastbound.plan_tables import find_table, read_table
 from fastbound.shapes import Shape, linear_shapes, parse_tokens
 from fastbound.time_model import DATASHEET, datasheet_of, tile_seconds
@@ -104,7 +104,8 @@ def test_every_pass_is_timed_with_the_default_first(tmp_path: Path) -> None:
     run(bench, tmp_path / "t.json")
     assert [name for name, point, _ in bench.swept if point == TODO[0]] == list(PASSES)
     for name, point, chosen in bench.swept:
-        default = default_tiles("sm_90", point.M, 16, torch.bfloat16)
+        widths = (point.shape.N, point.shape.K)
+        default = filled_tiles(HOPPER.device, point.M, widths, 16, torch.bfloat16)
         kind = next(kind for kind, names in KINDS.items() if name in names)
         assert chosen[0].tile == getattr(default, kind)
         assert len(chosen) == TIMED
