@@ -83,6 +83,37 @@ class TestReferencePairs:
 
 
 class TestClosedForms:
+    def test_reference_inputs_in_fp64(self, given):
+        """Token by token from softmax, where the original values stop at fp32."""
+        (logits, labels), (kept, _), before, _ = given
+
+        def likelihoods(scores):
+            return [
+                [-math.log(F.softmax(scores[i, t - 1], -1)[labels[i, t]]) for t in places]
+                for i, places in enumerate(rows)
+            ]
+
+        rows = [[t for t in range(1, labels.shape[1]) if row[t] != -100] for row in labels]
+        now, then = likelihoods(logits), likelihoods(before)
+        drop = [sum(a) - sum(b) for a, b in zip(now, then, strict=True)]
+        count = len(rows)
+        npo = sum(20 * math.log1p(math.exp(-0.1 * d)) for d in drop) / count
+        simnpo = sum(2 / 4.5 * math.log1p(math.exp(-4.5 * sum(r) / len(r))) for r in now) / count
+        hinge = []
+        for i, places in enumerate(rows):
+            for t in places:
+                p = F.softmax(logits[i, t - 1], -1).tolist()
+                label = p.pop(labels[i, t])
+                hinge.append(max(0.0, 1 + label - max(p)))
+        p, q = F.softmax(before, -1), F.softmax(kept, -1)
+        kl = (p * (p / q).log()).sum() / p[..., 0].numel()
+        nll, lengths = _rows(logits, labels)
+        exact = {"rel": 1e-9, "abs": 0}
+        assert losses.npo(nll, _rows(before, labels)[0]).item() == pytest.approx(npo, **exact)
+        assert losses.simnpo(nll, lengths).item() == pytest.approx(simnpo, **exact)
+        assert losses.ihl(logits, labels).item() == pytest.approx(sum(hinge) / len(hinge), **exact)
+        assert losses.retain_kl(kept, before).item() == pytest.approx(kl.item(), **exact)
+
     def test_dpo_is_the_logistic_loss_of_the_margin(self):
         wanted, wanted_before, unwanted, before = torch.tensor(
             [[3.0, 1.0], [4.0, 2.5], [7.0, 2.0], [5.0, 3.0]], dtype=torch.float64
