@@ -66,18 +66,10 @@ def test_vmap_over_x_is_more_rows(pair, dim: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_gradients_of_each_sample() -> None:
-    pair = OPERATORS["linear"]
+def test_gradients_of_each_sample(pair) -> None:
     each = (vmap(grad(_loss(f), argnums=(0, 1, 2)), in_dims=(0, None, None)) for f in pair)
     ours, truth = (f(X, A, B) for f in each)
     _same(ours, truth)
-
-
-@pytest.mark.parametrize("block", ["plain block", "gated block"])
-def test_gradients_of_each_sample_of_a_block_are_refused_by_torch(block: str) -> None:
-    loss = _loss(OPERATORS[block][0])
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for fastbound"):
-        vmap(grad(loss), in_dims=(0, None, None))(X, A, B)
 
 
 def test_a_second_derivative_is_refused_and_not_zero(pair) -> None:

@@ -138,19 +138,22 @@ def _unlearn(
     from fastbound.unlearning.folder import RUN, check_free
     from fastbound.unlearning.loop import unlearn
     from fastbound.unlearning.pretrained import load_pretrained
+    from fastbound.unlearning.processes import end_processes
     from fastbound.unlearning.report import Run, write_report
 
     check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model, tokenizer = load_pretrained(arguments.model, dtype)
     unlearn(model, tokenizer, forget, retain, config, output=output, resume=arguments.resume)
-    if not _is_first_process():
-        return None
-    about = {
-        "model": arguments.model,
-        "rows": {"forget": len(forget), "retain": len(retain)},
-    }
-    return write_report(output, [Run.read(output)], about=about)
+    table = None
+    if _is_first_process():
+        about = {
+            "model": arguments.model,
+            "rows": {"forget": len(forget), "retain": len(retain)},
+        }
+        table = write_report(output, [Run.read(output)], about=about)
+    end_processes()
+    return table
 
 
 def _is_first_process() -> bool:

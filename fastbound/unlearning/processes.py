@@ -22,6 +22,13 @@ def start_processes(config: UnlearnConfig) -> Any:
     return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
 
 
+def end_processes() -> None:
+    """Take the process group down, if there is one: gloo's threads abort a process that ends."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def is_sharded(accelerator: Any, config: UnlearnConfig) -> bool:
     """Whether the model is spread over the processes; refuses what neither copies nor spreads it.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastbound.cli import main
+from fastbound.unlearning.objective import Objective
 
 
 @pytest.fixture
@@ -129,14 +130,13 @@ def test_unknown_flags_and_commands_are_one_line(capsys):
 
 
 def test_non_finite_loss_is_one_line(arguments, tmp_path, capsys, monkeypatch):
-    import fastbound.unlearning.loop as loop
+    honest = Objective.__call__
 
-    honest = loop.gradient_difference
-    monkeypatch.setattr(
-        loop,
-        "gradient_difference",
-        lambda *args, **kwargs: honest(*args, **kwargs)._replace(forget=honest(*args).loss / 0),
-    )
+    def spoiled(*args, **kwargs):
+        result = honest(*args, **kwargs)
+        return result._replace(forget=result.loss / 0)
+
+    monkeypatch.setattr(Objective, "__call__", spoiled)
     assert main(arguments) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: step 1 of 6 is not finite") and "Try a lower lr" in said

@@ -13,6 +13,7 @@ from torch import nn
 import fastbound
 from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate, unlearn
 from fastbound.unlearning.encoding import encode_all
+from fastbound.unlearning.objective import Objective
 
 FAST = UnlearnConfig(lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu")
 
@@ -180,16 +181,14 @@ def test_stops_early_and_says_why(new_model, tokenizer, forget_rows, retain_rows
 def test_non_finite_loss_keeps_the_checkpoint_and_names_the_batch(
     new_model, tokenizer, forget_rows, retain_rows, tmp_path, monkeypatch
 ):
-    import fastbound.unlearning.loop as loop
-
-    honest, seen = loop.gradient_difference, []
+    honest, seen = Objective.__call__, []
 
     def spoiled(*args, **kwargs):
         result = honest(*args, **kwargs)
         seen.append(1)
         return result._replace(loss=result.loss * math.nan) if len(seen) == 4 else result
 
-    monkeypatch.setattr(loop, "gradient_difference", spoiled)
+    monkeypatch.setattr(Objective, "__call__", spoiled)
     with pytest.raises(NonFiniteError) as caught:
         unlearn(
             new_model(),
