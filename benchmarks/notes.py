@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Read when the kernels are first imported, which is inside main.
-    os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ.get("TRITON_INTERPRET") != "1":  # read when the kernels are imported, above
+        command = [sys.executable, "-m", "benchmarks.notes", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     main()

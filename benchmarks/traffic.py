@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -315,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Read when the kernels are first imported, which is inside main.
-    os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ.get("TRITON_INTERPRET") != "1":  # read when the kernels are imported, above
+        command = [sys.executable, "-m", "benchmarks.traffic", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     main()
