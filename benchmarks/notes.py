@@ -5,9 +5,7 @@ A section stands between `<!-- NAME: written by ... -->` and `<!-- end of NAME -
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +45,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") != "1":  # read when the kernels are imported, above
-        command = [sys.executable, "-m", "benchmarks.notes", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    from benchmarks.traffic import in_the_interpreter
+
+    in_the_interpreter("benchmarks.notes")
     main()

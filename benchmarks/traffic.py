@@ -315,8 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(document(options.rows, options.multiprocessors, options.architecture))
 
 
-if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") != "1":  # read when the kernels are imported, above
-        command = [sys.executable, "-m", "benchmarks.traffic", *sys.argv[1:]]
+def in_the_interpreter(module: str) -> None:
+    """Start `python -m module` anew in Triton's interpreter: chosen before kernels are imported."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+
+
+if __name__ == "__main__":
+    in_the_interpreter("benchmarks.traffic")
     main()
