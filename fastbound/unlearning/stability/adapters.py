@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from fastbound.unlearning.errors import InputError
 
 KINDS = ("lora", "lora-clamp", "lora-clip", "sine", "tanh", "product")
 _BOUNDED = ("sine", "tanh", "product")
+ADAPTIVE = "+ranks"
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
 CLIP = 1.0  # of "lora-clip": the norm of the whole gradient
 
@@ -29,11 +30,13 @@ class Adapter:
         kind: `lora`, `lora-clamp`, `lora-clip`, `sine`, `tanh` or `product`.
         factor: the bound over the root mean square of the layer's weight; None means bound = alpha
             for a bounded kind, and no bound for the others.
+        adaptive: the same parameters, with ranks as `fastbound.ranks` spreads them.
     """
 
     name: str
     kind: str
     factor: float | None = None
+    adaptive: bool = False
 
     @property
     def bounded(self) -> bool:
@@ -52,6 +55,9 @@ def parse_adapter(text: str) -> Adapter:
     Raises:
         InputError: an unknown kind, a bound where there is none, or none where there must be one.
     """
+    name, adaptive, rest = text.partition(ADAPTIVE)
+    if adaptive and not rest:
+        return replace(parse_adapter(name), name=text, adaptive=True)
     kind, at, bound = text.partition("@")
     if kind not in KINDS:
         raise InputError(f"unknown adapter {text!r}: choose of {', '.join(KINDS)}")
@@ -121,8 +127,15 @@ def delta_of(kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float) -> 
 Adapted = dict[str, ComparedLinear | FusedBoundedLinear]
 
 
-def adapt(model: nn.Module, adapter: Adapter, rank: int, *, alpha: float, seed: int) -> Adapted:
-    """Put `adapter` on every MLP projection of a Llama, in place, and freeze all the rest.
+def targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """The MLP projections of a Llama."""
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and ".mlp." in n}
+
+
+def adapt(
+    model: nn.Module, adapter: Adapter, ranks: Mapping[str, int], *, slope: float, seed: int
+) -> Adapted:
+    """Put `adapter` on the layers that `ranks` names, in place, and freeze all the rest.
 
     The sine factors are `FusedBoundedLinear` itself. The factors start alike whatever the kind.
     """
@@ -130,9 +143,9 @@ def adapt(model: nn.Module, adapter: Adapter, rank: int, *, alpha: float, seed: 
     made: Adapted = {}
     new: dict[nn.Module, nn.Module] = {}
     torch.manual_seed(seed)
-    for name, layer in model.named_modules():
-        if type(layer) is not nn.Linear or ".mlp." not in name:
-            continue
+    for name, layer in targets(model).items():
+        rank = ranks[name]
+        alpha = slope * rank
         bound = adapter.bound(layer.weight, alpha)
         if adapter.kind == "sine":
             made[name] = FusedBoundedLinear.from_linear(layer, rank, alpha=alpha, bound=bound)

@@ -1,0 +1,118 @@
+"""Ranks spread over layers by the gradients of forgetting and retaining."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastbound.ranks import LowRank, _gradients, allocate_ranks, components, spend
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 9)).to(dtype)
+
+
+LAYERS = {"0": (20, 12), "2": (9, 20)}
+
+
+def losses(model: nn.Module, rows: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, rows, 12, generator=generator, dtype=torch.float64)
+    return model(x[0]).square().mean(), model(x[1]).abs().mean()
+
+
+def test_the_sketch_is_the_gradient_where_its_rank_fits() -> None:
+    model = network()
+    loss, _ = losses(model)
+    dense = torch.autograd.grad(loss, [model[0].weight, model[2].weight])
+    sketched = _gradients(model, LAYERS, lambda: losses(model)[0], width=8, seed=3)
+    for name, G in zip(LAYERS, dense, strict=True):
+        Q, X = sketched[name]
+        assert Q.shape[1] == 8 > torch.linalg.matrix_rank(G)
+        torch.testing.assert_close(Q @ X, G, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sketch_too_small_keeps_the_leading_values() -> None:
+    """Singular values that fall by halves: the largest is found to a percent from a width of 8."""
+    torch.manual_seed(0)
+    U, _ = torch.linalg.qr(torch.randn(64, 20, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(40, 20, dtype=torch.float64))
+    sigma = 0.5 ** torch.arange(20.0, dtype=torch.float64)
+    layer = nn.Linear(40, 64, bias=False).double()
+    model = nn.Sequential(layer)
+    loss = lambda: (model((V * sigma).t().contiguous()) * U.t()).sum()  # noqa: E731
+    found = _gradients(model, {"0": (64, 40)}, loss, width=8, seed=0)["0"]
+    values = torch.linalg.svdvals(found.X)
+    torch.testing.assert_close(values[:3], sigma[:3], rtol=0.02, atol=0)
+
+
+def test_several_backward_passes_add_up() -> None:
+    model = network()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    whole = _gradients(model, LAYERS, lambda: model(x).square().sum(), width=9, seed=0)
+    parts = _gradients(
+        model, LAYERS, lambda: sum(model(row).square().sum() for row in x), width=9, seed=0
+    )
+    for name in LAYERS:
+        torch.testing.assert_close(whole[name].Q @ whole[name].X, parts[name].Q @ parts[name].X)
+
+
+def test_a_component_that_retaining_shares_is_worth_nothing() -> None:
+    eye = torch.eye(4, dtype=torch.float64)
+    forgotten = {"a": LowRank(eye, torch.diag(torch.tensor([3.0, 2, 1, 0]).double()))}
+    kept = {"a": LowRank(eye, torch.diag(torch.tensor([5.0, 0, 0, 0]).double()))}
+    worth = components(forgotten, kept, most=3)["a"]
+    torch.testing.assert_close(worth, torch.tensor([0.0, 4 / 14, 1 / 14]).double())
+
+
+def test_the_budget_goes_to_the_worthiest_per_parameter() -> None:
+    worth = {
+        "cheap": torch.tensor([9.0, 4.0, 0.1]),
+        "dear": torch.tensor([9.0, 6.0, 5.0]),
+    }
+    costs = {"cheap": 10, "dear": 20}
+    assert spend(worth, costs, 30) == {"cheap": 1, "dear": 1}
+    assert spend(worth, costs, 40) == {"cheap": 2, "dear": 1}
+    assert spend(worth, costs, 60) == {"cheap": 2, "dear": 2}
+    assert spend(worth, costs, 59) == {"cheap": 3, "dear": 1}
+    assert spend(worth, costs, 10_000) == {"cheap": 3, "dear": 3}
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    found = allocate_ranks(
+        model,
+        LAYERS,
+        lambda: losses(model)[0],
+        lambda: losses(model)[1],
+        budget=6 * (32 + 29),
+        most=9,
+    )
+    assert found.parameters <= found.budget
+    assert set(found.ranks) == set(LAYERS)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert "of a budget of" in str(found)
+
+
+def test_a_budget_too_small_and_a_broken_loss_are_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="that takes 61"):
+        allocate_ranks(model, LAYERS, torch.tensor, torch.tensor, budget=60)
+    with pytest.raises(ValueError, match="not finite"):
+        allocate_ranks(
+            model,
+            LAYERS,
+            lambda: losses(model)[0] * float("nan"),
+            lambda: losses(model)[1],
+            budget=100,
+        )
