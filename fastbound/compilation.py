@@ -70,6 +70,12 @@ def compile_launch(launch: Launch, target_name: str) -> Compiled:
 
     Raises KeyError for an unknown target and RuntimeError where kernels are interpreted.
     """
+    binary = build(launch, target_name)
+    return (_read_cubin if TARGETS[target_name].backend == "cuda" else _read_amdgcn)(binary)
+
+
+def build(launch: Launch, target_name: str) -> Any:
+    """Triton's own object, with every stage of the compilation in `asm`; see `compile_launch`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -83,11 +89,9 @@ def compile_launch(launch: Launch, target_name: str) -> Compiled:
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    binary = triton.compile(
+    return triton.compile(
         source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
     )
-    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
-    return read(binary)
 
 
 def layer_launches(

@@ -159,8 +159,8 @@ def _backward_kernel(
             tl.store(QU + q_offs, q_u, mask=in_n[:, None])
         if ADAPT_DOWN:
             tl.store(QD + q_offs, q_d, mask=in_n[:, None])
-        # The threads that read a part may not be those that wrote it; a barrier of the block orders
-        # their accesses to global memory (PTX: bar.sync; __syncthreads says the same).
+        # On NVIDIA each thread reads back what it wrote itself (tests/test_block_order.py). Where
+        # others do, a barrier of the block orders accesses to global memory (PTX: bar.sync).
         tl.debug_barrier()
 
 
