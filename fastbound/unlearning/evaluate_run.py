@@ -171,8 +171,8 @@ def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encode
             split, config.data, tokenizer, convention=convention, most_rows=config.rows
         )
         return parts, parts.encoded
-    rows = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
-    return rows, rows
+    found = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
+    return found, found.encoded
 
 
 def _check_retain(config: EvaluationConfig, retain: Mapping[str, Any], prepared: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastbound.unlearning import metrics
+from fastbound.unlearning.benchmarks import score_validation, tdec_validation
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.folder import replace
 from fastbound.unlearning.metrics.conventions import MUSE
@@ -170,6 +172,8 @@ def summarise_tdec(log: Mapping[str, Any]) -> Summary:
         "memorisation_accuracy": ma,
         "thresholds": thresholds,
         "forgotten": forgotten,
+        "validation": score_validation.summarise(log["validation"]),
+        "absent": [name for name in tdec_validation.SETS if name not in log["validation"]],
     }
 
 
@@ -183,7 +187,22 @@ def table_tdec(summary: Summary) -> list[str]:
     if summary["forgotten"] is not None:
         verdict = "both below" if summary["forgotten"] else "not both below"
         lines.append(f"{verdict} the thresholds published for GPT-Neo 125M")
+    lines += _table_validation(summary["validation"])
+    if summary["absent"]:
+        lines += textwrap.wrap(f"not in the folder: {', '.join(summary['absent'])}", 90)
     return [*lines, f"convention {summary['convention']}"]
+
+
+def _table_validation(sets: Mapping[str, Mapping[str, float]]) -> list[str]:
+    columns = {"accuracy": ".4f", "f1": ".4f", "loss": ".4f", "perplexity": ".2f"}
+    if not sets:
+        return []
+    head = f"{'validation set':24}{'rows':>6}" + "".join(f"{name:>12}" for name in columns)
+    lines = [head, "─" * len(head)]
+    for name, each in sets.items():
+        cells = (f"{each[c]:{form}}" if c in each else "" for c, form in columns.items())
+        lines.append(f"{name:24}{each['rows']:6}" + "".join(f"{cell:>12}" for cell in cells))
+    return [line.rstrip() for line in lines]
 
 
 def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:

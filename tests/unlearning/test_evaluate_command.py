@@ -144,7 +144,7 @@ def test_tdec_agrees_with_the_plain_definitions(arguments, new_model, tokenizer,
     assert main(arguments("tdec")) == 0
     log = json.loads((tmp_path / "run" / LOGS["tdec"]).read_text())
     model = new_model().eval()
-    rows = score_tdec.prepare("two", data / "tdec", tokenizer, n=2)
+    rows = score_tdec.prepare("two", data / "tdec", tokenizer, n=2).sequences
     for row, el, ma in zip(
         rows, log["extraction_likelihood"], log["memorisation_accuracy"], strict=True
     ):
