@@ -236,9 +236,12 @@ def test_a_cut_answer_has_no_end_of_text_in_tofus_code(tokenizer, convention, en
     assert (row.ids[-1] == tokenizer.eos_token_id) is ends
 
 
-def test_an_answer_that_masking_leaves_empty_is_named(tokenizer):
+@pytest.mark.parametrize("convention", ["open-unlearning", "tofu"])
+def test_an_answer_that_masking_leaves_empty_is_named(tokenizer, convention):
     with pytest.raises(InputError, match="file, row 3: no token of the answer is left"):
-        encode_answer("Who?", "Ann.", "file, row 3", tokenizer, convention="tofu", max_length=10)
+        encode_answer(
+            "Who?", "Ann.", "file, row 3", tokenizer, convention=convention, max_length=10
+        )
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tokenizer):

@@ -12,10 +12,9 @@ import numpy as np
 
 from fastbound.unlearning import metrics
 from fastbound.unlearning.benchmarks import score_validation, tdec_validation
-from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.folder import replace
 from fastbound.unlearning.metrics.conventions import MUSE
-from fastbound.unlearning.metrics.logs import FORGET, SECTIONS, losses
+from fastbound.unlearning.metrics.logs import FORGET, SECTIONS, column, losses
 from fastbound.unlearning.metrics.truth import warn_same_model
 
 Summary = dict[str, Any]
@@ -227,14 +226,12 @@ def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
 
 
 def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
-    """Min-40 % of the forget and the holdout texts of MUSE's log, or `InputError`."""
-    scores = log.get("privleak")
-    found = {}
-    for side in ("forget", "holdout"):
-        if not isinstance(scores, Mapping) or side not in scores:
-            raise InputError(f"{name}: field 'privleak', {side!r} is missing; give muse_log.json")
-        found[side] = list(scores[side])
-    return found
+    """Min-40 % of the forget and the holdout texts of MUSE's log.
+
+    Raises:
+        InputError: one is missing, empty, or holds what is no finite number.
+    """
+    return {side: column(log, "privleak", side, name).tolist() for side in ("forget", "holdout")}
 
 
 def _figure() -> tuple[Any, Any]:

@@ -65,16 +65,18 @@ def encode_answer(
     if family == CHAT:
         ids = _chat(tokenizer, question, answer)
         prompt = len(_chat(tokenizer, question, None))
+        cut = False
     else:
         before, tag = _around(question, family)
         ids = _tokens(tokenizer, before + tag + answer, max_length)
         prompt = len(_tokens(tokenizer, _shown(before, tag, convention), max_length))
+        cut = prompt == max_length  # nothing of the answer, though an end of text may follow
     if convention == OPEN_UNLEARNING:
         ids = ids if ids and ids[-1] == end else [*ids, end]
     elif len(ids) < max_length:
         ids = [*ids, end]
     labels = [IGNORED] * min(prompt, len(ids)) + ids[prompt:]
-    if all(label == IGNORED for label in labels[1:]):
+    if cut or all(label == IGNORED for label in labels[1:]):
         raise InputError(
             f"{where}: no token of the answer is left to score: its {len(ids)} tokens are all "
             f"prompt (max_length {max_length}); raise max_length or mend the row"
