@@ -96,6 +96,7 @@ def test_truth_ratio_aggregates_agree_with_each_other_on_the_reference(data_fold
     # prob_mean is 1/(1 + R), the epsilon aside.
     share = metrics.right_share(np.zeros(len(ratio)), -np.log(ratio)[:, None])
     np.testing.assert_allclose(share, scores("prob_mean"), rtol=1e-8)
+    assert share.mean() == pytest.approx(output["prob_mean"]["agg_value"], rel=1e-8)
     np.testing.assert_allclose(
         metrics.truth_ratio(np.zeros(len(ratio)), -np.log(ratio)[:, None], convention="tofu"),
         ratio,
