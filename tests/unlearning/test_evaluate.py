@@ -281,6 +281,23 @@ def test_adapters_of_peft_load_too(new_model, tmp_path):
         load_adapter(plain, tmp_path)
 
 
+def test_answers_that_masking_leaves_empty_are_named(
+    evaluate_arguments, evaluation_data, tokenizer, tmp_path, capsys
+):
+    """One token with the blank before it: the prompt, tokenised by itself, has as many."""
+    joined = next(t for t in sorted(tokenizer.vocab) if t[0] == "Ġ" and t[1:].isalpha())
+    shutil.copytree(evaluation_data / "tofu", tmp_path / "data")
+    path = tmp_path / "data" / "world_facts_perturbed.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["answer"] = joined[1:]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", str(tmp_path / "data"), "--rows", "2")
+    assert main(evaluate_arguments("tofu", tmp_path / "run", *flags)) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert "1 of 8 answers of world_facts_perturbed are nothing but their end of text" in line
+    assert f"{path}, row 2" in line
+
+
 def test_real_rows_of_tofu(data_folder, model_folder, write_rows, monkeypatch, tmp_path):
     """The perturbed sets of the authors, which are not there, in the same schema."""
     monkeypatch.setattr(score_tofu, "GENERATED", 8)  # the model does not know where they end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -151,6 +152,13 @@ def test_row_longer_than_max_length_is_named_with_the_remedy(tokenizer):
 def test_refuses_a_template_without_its_parts(tokenizer, template):
     with pytest.raises(InputError, match="template must"):
         encode_all([Row("Q?", "A.", "here")], tokenizer, template=template)
+
+
+def test_refuses_a_tokenizer_without_end_of_text(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"no end-of-text token: set tokenizer.eos_token"):
+        encode(Row("Q?", "A.", "here"), tokenizer)
 
 
 def test_padding_is_masked_and_not_labelled(tokenizer):
