@@ -10,8 +10,8 @@ from pathlib import Path
 HELP = "measure a model on TOFU, MUSE or TDEC"
 DESCRIPTION = """\
 TOFU: truth ratio, forget quality, model utility, extraction strength. MUSE: verbatim and knowledge
-memorisation, PrivLeak. TDEC: extraction likelihood and memorisation accuracy, and the validation
-sets that the folder holds. Each in the definitions of one named convention, which the report states.
+memorisation, PrivLeak. TDEC: extraction likelihood, memorisation accuracy, and the validation sets
+that the folder holds. Each in the definitions of one named convention, which the report states.
 """
 EPILOG = """\
 The output folder gets the log (TOFU: its aggregated layout), summary.json and evaluation.png. The

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
+from tokenizers import processors
 
 from fastbound.unlearning import InputError, metrics
 from fastbound.unlearning.benchmarks import load, score_validation, tdec_validation
@@ -312,6 +314,17 @@ def test_a_reply_ends_where_the_next_turn_begins():
     from fastbound.unlearning.benchmarks.generation import until
 
     assert until(" I do.\nUser 1: And", ("\nUser ",)) == " I do."
+
+
+def test_a_beginning_of_text_stands_before_the_question_alone(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    begin = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, begin)]
+    )
+    write(tmp_path / "piqa.jsonl", CHOICES["piqa"][0])
+    for row in score_validation.prepare(tmp_path, tokenizer)["piqa"].scored:
+        assert row.ids[0] == begin and begin not in row.ids[1:]
 
 
 def test_what_is_too_long_is_cut_as_the_original_does(tokenizer, monkeypatch, tmp_path):
