@@ -153,8 +153,8 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if "\n" in text:
-        # A bare carriage return then stands in a text, quoted or not: pandas writes it unquoted,
-        # as in TDEC's files, where Python's reader would end the row.
+        # A bare carriage return then stands in a text, quoted or not, as TDEC's own code reads its
+        # files; Python's reader would end the row there.
         text = _BARE_RETURN.sub(_STAND_IN, text)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
