@@ -56,6 +56,13 @@ class TestReferencePairs:
         )
         assert found.loss.item() == pytest.approx(expected[name], **FP32)
 
+    def test_likelihood_of_each_token(self, given):
+        """WGA is no loss here, but its value, -mean(p · nll), is made of these."""
+        (logits, labels), _, _, expected = given
+        nll = losses.answer_tokens(logits, labels).loss
+        found = -(torch.exp(-nll) * nll).mean()
+        assert found.item() == pytest.approx(expected["wga_forget_beta1"], **FP32)
+
     def test_likelihood_of_each_row(self, given):
         (logits, labels), _, _, expected = given
         assert _rows(logits, labels)[0].tolist() == pytest.approx(
