@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from fastbound.unlearning.encoding import IGNORED
 from fastbound.unlearning.losses import AnswerTokens
 
+CHUNK = 256  # answer tokens at a time: 131 MB of fp32 logits for a vocabulary of 128 thousand
+
 
 def chunked_answer_tokens(
     hidden: Tensor,
@@ -17,7 +19,7 @@ def chunked_answer_tokens(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> AnswerTokens:
     """What `answer_tokens(hidden @ weight.T + bias, labels)` gives, `chunk` tokens at a time.
 
@@ -40,7 +42,9 @@ def chunked_answer_tokens(
     labelled = targets != IGNORED
     parts = zip(hidden[:, :-1][labelled].split(chunk), targets[labelled].split(chunk), strict=True)
     pairs = [
-        checkpoint(_tokens, part, weight, bias, target, use_reentrant=False)
+        checkpoint(
+            _tokens, part, weight, bias, target, use_reentrant=False, preserve_rng_state=False
+        )
         for part, target in parts
     ]
     loss, correct = (torch.cat(each) for each in zip(*pairs, strict=True))

@@ -177,6 +177,7 @@ class _Run:
             batch_size=batch_size,
             device=self.training.device,
             dtype=self.training.dtype,
+            cross_entropy=self.training.cross_entropy,
         )
         return score_together(score_rows, rows, batch_size, self.accelerator, self.sharded)
 
@@ -197,6 +198,7 @@ class _Run:
             model=self.adapter.model,
             config=self.config,
             history=tuple(self.history),
+            cross_entropy=self.training.cross_entropy,
             stopped=stopped,
             largest_delta=delta.largest,
             bound=delta.bound,

@@ -51,6 +51,11 @@ class Sides:
         )
         return forget, retain
 
+    def most_positions(self, batch_size: int) -> int:
+        """Tokens with padding of the largest batch of so many pairs."""
+        sides = [side for side in (self.forget, self.retain, self.refused) if side]
+        return batch_size * len(sides) * max(len(row.ids) for side in sides for row in side)
+
     def where(self, batches: Iterable[Pairs]) -> list[str]:
         """Files and numbers of the rows in some batches, those to forget first."""
         batches = list(batches)

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map_only
 from fastbound.partition import like, whole
 from fastbound.unlearning.adapters import Adapter
 from fastbound.unlearning.config import UnlearnConfig
-from fastbound.unlearning.encoding import Batch
+from fastbound.unlearning.cross_entropy import choose_cross_entropy
+from fastbound.unlearning.encoding import Batch, collate
 from fastbound.unlearning.errors import InputError
-from fastbound.unlearning.evaluate import autocast, forward
+from fastbound.unlearning.forward import autocast
 from fastbound.unlearning.objective import Answers, Objective
 from fastbound.unlearning.processes import gradients_travel, shares, spread
 from fastbound.unlearning.sampling import Pairing
@@ -62,6 +63,14 @@ class Training:
         self.lengths = sides.answer_lengths()
         self.inner = adapter.model
         self.model = spread(self.inner, accelerator, sharded)
+        self.cross_entropy = choose_cross_entropy(
+            config.cross_entropy,
+            self.inner,
+            collate(sides.forget[:1], sides.pad).to(self.device),
+            positions=sides.most_positions(config.batch_size),
+            whole_logits=objective.whole_logits,
+            dtype=self.dtype,
+        )
         self.optimizer = torch.optim.AdamW(
             self.trained().values(), lr=config.lr, weight_decay=config.weight_decay
         )
@@ -87,7 +96,7 @@ class Training:
             travelling = gradients_travel(self.model, self.accelerator, self.sharded, last)
             with travelling, autocast(self.device, self.dtype):
                 difference = self.objective(
-                    self._answers(batch),
+                    self.cross_entropy.answers(self.model, batch),
                     batch,
                     rows,
                     reference=reference,
@@ -134,9 +143,6 @@ class Training:
                     kept[name] = like(value, owner)
         self.scheduler.load_state_dict(state["scheduler"])
 
-    def _answers(self, batch: Batch) -> Answers:
-        return Answers.of(forward(self.model, batch.input_ids, batch.attention_mask), batch.labels)
-
     @torch.no_grad()
     def _reference(self, batch: Batch) -> Answers | None:
         """Of the model as it was, from the same weights: no second copy of them."""
@@ -144,7 +150,7 @@ class Training:
             return None
         self.model.eval()
         with self.adapter.disabled(), autocast(self.device, self.dtype):
-            answers = self._answers(batch)
+            answers = self.cross_entropy.answers(self.model, batch)
         self.model.train()
         return answers
 
