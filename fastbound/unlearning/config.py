@@ -118,6 +118,15 @@ class UnlearnConfig:
                 raise InputError(
                     "give weights in losses, or as forget_weight and retain_weight, not both"
                 )
+        if self.cross_entropy == "chunked":
+            from fastbound.unlearning.objective import Objective
+
+            taking = Objective(self.weighted_losses).whole_logits
+            if taking:
+                raise InputError(
+                    f'cross_entropy "chunked" forms no whole logits, which {" and ".join(taking)} '
+                    'take: use "auto" or "whole"'
+                )
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup is a share of all steps, 0 to 1, got {self.warmup}")
         if not 0 <= self.seed < 2**32:

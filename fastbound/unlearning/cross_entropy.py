@@ -96,7 +96,7 @@ def choose_cross_entropy(
     if obstacle is None and isinstance(head, nn.Linear) and row is not None:
         reason = "asked for"
         if setting == "auto":
-            reason = f"auto, whole logits would take {positions * row / 1e6:.0f} MB"
+            reason = f"auto, whole logits would take {positions * row / 1e6:.4g} MB"
         return CrossEntropy("chunked", reason, min(CHUNK, positions) * row, head)
     if setting == "chunked":
         raise InputError(f'cross_entropy "chunked": {obstacle}; use "auto" or "whole"')
