@@ -4,7 +4,8 @@ Of P positions in a pass, padding and questions included, T are answer tokens. W
 and width K, whole logits take P·V numbers and the products with the head 4·P·V·K FLOPs, forward and
 backward. Chunks take `CHUNK`·V numbers and 6·T·V·K FLOPs: the logits of a chunk are made again in
 the backward pass, and only answer tokens meet the head. So chunks cost more time where more than
-two thirds of the positions are answer tokens, and less below.
+two thirds of the positions are answer tokens, and less below. liger-kernel does the same work with
+fewer passes over a chunk's logits; its chunks have logits about as large as the hidden states.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastbound.unlearning.chunked import CHUNK, chunked_answer_tokens
 from fastbound.unlearning.encoding import Batch
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.forward import autocast, forward
+from fastbound.unlearning.liger import liger_answer_tokens, liger_chunk, missing
 from fastbound.unlearning.losses import AnswerTokens
 from fastbound.unlearning.objective import Answers
 
@@ -34,14 +36,14 @@ class CrossEntropy:
     """How the losses of answer tokens are formed.
 
     Attributes:
-        form: "whole" or "chunked".
+        form: "whole", "chunked" or "liger", which is chunked by liger-kernel.
         reason: why.
         logits_bytes: of the largest tensor of logits in any pass, in the dtype that the head
-            returns; None where the model names no head.
+            returns; None for a head without float weights.
         head: the output embedding, where it is made to return losses.
     """
 
-    form: Literal["whole", "chunked"]
+    form: Literal["whole", "chunked", "liger"]
     reason: str
     logits_bytes: int | None = None
     head: nn.Linear | None = field(default=None, repr=False, compare=False)
@@ -51,7 +53,8 @@ class CrossEntropy:
         if self.head is None:
             logits = forward(model, batch.input_ids, batch.attention_mask)
             return Answers.of(logits, batch.labels)
-        return Answers(_tokens(model, self.head, batch))
+        compute = liger_answer_tokens if self.form == "liger" else chunked_answer_tokens
+        return Answers(_tokens(model, self.head, batch, compute))
 
     def as_dict(self) -> dict[str, Any]:
         return {"form": self.form, "reason": self.reason, "logits_bytes": self.logits_bytes}
@@ -69,11 +72,12 @@ def choose_cross_entropy(
     whole_logits: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> CrossEntropy:
-    """The form for `setting`, "auto", "chunked" or "whole".
+    """The form for `setting`: "auto", "chunked", "liger" or "whole".
 
-    "auto" takes chunks where whole logits would be larger than `WHOLE_BYTES`, unless something
-    stands in the way: a loss that takes whole logits, or a head that is no plain linear layer on
-    whose output the logits stop. The latter is seen in one pass over a few tokens of `example`.
+    "auto" takes chunks where whole logits would be larger than `WHOLE_BYTES`, by liger-kernel on a
+    GPU where it is installed, unless something stands in the way: a loss that takes whole logits,
+    or a head that is not a plain linear layer whose outputs are the logits. The latter is seen in
+    one pass over a few tokens of `example`.
 
     Args:
         model: as it runs, adapted and spread, on the device of `example`.
@@ -82,25 +86,38 @@ def choose_cross_entropy(
         dtype: autocast to it; None computes in the model's own.
 
     Raises:
-        InputError: `setting` is "chunked", and something stands in the way.
+        InputError: `setting` is "chunked" or "liger", and something stands in the way.
     """
     head = _head(model)
-    weight = getattr(head, "weight", None)
-    row = None if weight is None else len(weight) * (dtype or weight.dtype).itemsize
+    row = _row_bytes(head, dtype)
     whole = None if row is None else positions * row
     if setting == "whole":
         return CrossEntropy("whole", "asked for", whole)
     if setting == "auto" and whole is not None and whole <= WHOLE_BYTES:
         return CrossEntropy("whole", f"auto, up to {WHOLE_BYTES / 1e6:.0f} MB", whole)
-    obstacle = _obstacle(model, head, example, whole_logits, dtype)
-    if obstacle is None and isinstance(head, nn.Linear) and row is not None:
-        reason = "asked for"
-        if setting == "auto":
-            reason = f"auto, whole logits would take {positions * row / 1e6:.4g} MB"
-        return CrossEntropy("chunked", reason, min(CHUNK, positions) * row, head)
-    if setting == "chunked":
-        raise InputError(f'cross_entropy "chunked": {obstacle}; use "auto" or "whole"')
-    return CrossEntropy("whole", f"no chunks: {obstacle}", whole)
+    no_liger = missing(example.input_ids.device)
+    obstacle = no_liger if setting == "liger" else None
+    obstacle = obstacle or _obstacle(model, head, example, whole_logits, dtype)
+    if obstacle is not None and setting != "auto":
+        raise InputError(f'cross_entropy "{setting}": {obstacle}; use "auto" or "whole"')
+    if obstacle is not None or whole is None or row is None:
+        return CrossEntropy("whole", f"no chunks: {obstacle}", whole)
+    reason = "asked for"
+    if setting == "auto":
+        reason = f"auto, whole logits would take {whole / 1e6:.4g} MB"
+        reason += "" if no_liger is None else f"; {no_liger}"
+    if setting == "liger" or (setting == "auto" and no_liger is None):
+        chunk = liger_chunk(positions, *head.weight.shape)
+        return CrossEntropy("liger", reason, chunk * row, head)
+    return CrossEntropy("chunked", reason, min(CHUNK, positions) * row, head)
+
+
+def _row_bytes(head: Any, dtype: torch.dtype | None) -> int | None:
+    """Of the logits of one position; None where the head has no weights to tell it."""
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return None
+    return len(weight) * (dtype or weight.dtype).itemsize
 
 
 def _head(model: nn.Module) -> Any:
@@ -167,7 +184,9 @@ def _differs(
     return problem
 
 
-def _tokens(model: nn.Module, head: nn.Linear, batch: Batch) -> AnswerTokens:
+def _tokens(
+    model: nn.Module, head: nn.Linear, batch: Batch, compute: Callable[..., AnswerTokens]
+) -> AnswerTokens:
     """A pass in which the head returns losses of answer tokens, `[1, tokens, 1]`, for logits.
 
     Inside the head's own call its weight is whole where FSDP2 gathers it, and what leaves the model
@@ -176,7 +195,7 @@ def _tokens(model: nn.Module, head: nn.Linear, batch: Batch) -> AnswerTokens:
     found: list[AnswerTokens] = []
 
     def losses(hidden: Tensor) -> Tensor:
-        found.append(chunked_answer_tokens(hidden, head.weight, batch.labels, head.bias))
+        found.append(compute(hidden, head.weight, batch.labels, head.bias))
         return found[0].loss.view(1, -1, 1)
 
     with _in_place_of_forward(head, losses):
