@@ -269,6 +269,7 @@ class TestAuto:
     @pytest.fixture
     def choose(self, monkeypatch):
         monkeypatch.setattr(cross_entropy, "WHOLE_BYTES", 1000)
+        monkeypatch.setattr(cross_entropy, "missing", lambda device: "no liger")
 
         def choose(model, positions=100, **settings):
             batch = batch_of(60)
@@ -282,7 +283,7 @@ class TestAuto:
         small, large = choose(model, 3), choose(model, 4)
         assert (small.form, small.logits_bytes) == ("whole", 3 * vocabulary * 4)
         assert (large.form, large.logits_bytes) == ("chunked", 4 * vocabulary * 4)
-        assert large.reason == "auto, whole logits would take 0.001024 MB"
+        assert large.reason == "auto, whole logits would take 0.001024 MB; no liger"
         assert choose(model, 7, dtype=torch.bfloat16).form == "whole"
         assert choose(model, 10_000).logits_bytes == CHUNK * vocabulary * 4
 
