@@ -15,7 +15,7 @@ from fastbound.unlearning.benchmarks.session import Session
 from fastbound.unlearning.benchmarks.templates import end_of_text
 from fastbound.unlearning.encoding import Encoded, collate
 from fastbound.unlearning.errors import InputError, NonFiniteError
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.metrics.memorisation import extraction_likelihood, memorisation_accuracy
 
 

@@ -17,7 +17,7 @@ from fastbound.unlearning.benchmarks.generation import continuations
 from fastbound.unlearning.benchmarks.templates import end_of_text
 from fastbound.unlearning.encoding import IGNORED, Encoded, collate, padding
 from fastbound.unlearning.errors import NonFiniteError
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.metrics.memorisation import exact_memorisation, extraction_strength
 from fastbound.unlearning.metrics.privacy import min_k
 from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.unlearning.encoding import IGNORED, Encoded, collate
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.losses import answer_tokens, gradient_difference
 from fastbound.unlearning.stability.adapters import CLAMP, CLIP, Adapted, adapt, parse_adapter
 
