@@ -334,8 +334,9 @@ def _gemm_cases(device: torch.device) -> Iterator[Check]:
     architecture = describe(device.type).architecture
     small = GemmTile(64, 64, 32, 4, 3)
     for dtype in ("bf16", "fp16", "fp32"):
-        default = default_tiles(architecture, 4096, 16, DTYPES[dtype]).gemm
+        tiles = default_tiles(architecture, 4096, 16, DTYPES[dtype])
         for transposed in (False, True):
+            default = tiles.gemm_t if transposed else tiles.gemm
             for tile in dict.fromkeys((default, small)):
                 for descriptors in (True, False):
                     form = replace(tile, descriptors=descriptors)

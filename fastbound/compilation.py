@@ -136,7 +136,7 @@ def layer_launches(
         "factors": launch_factors(A, B, SA, SB, 1.0, 1.0),
         "thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin),
         "gemm forward": launch_lowrank_gemm(x, weight, S, SB, bias, y, tiles.gemm, size),
-        "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm, size),
+        "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm_t, size),
         "reduce dy": launch_reduce(y, SB, S, P, QB, chunk_y, tiles.reduce),
         "reduce x": launch_reduce(x, None, S, none, QA, chunk_x, tiles.reduce),
         "finish dS, dB": launch_finish_both(P, S, QB, B, B, 1.0, 1.0),
@@ -213,7 +213,7 @@ def block_launches(
     return {
         "block thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin),
         "block gemm dx": launch_lowrank_gemm(
-            DG, weight.t(), DS, SA.t(), None, x, tiles.gemm, size
+            DG, weight.t(), DS, SA.t(), None, x, tiles.gemm_t, size
         ),
         "activate": launch_activation(
             G, u, SA_down.t(), H, S_down, activation, R, tiles.activate

@@ -92,6 +92,8 @@ class Explanation:
             if plan.tiles is not None:
                 if plan.strategy == "fused":
                     lines.append(f"  gemm   {plan.tiles.gemm}")
+                    if plan.tiles.gemm_t != plan.tiles.gemm:
+                        lines.append(f"  gemm_t {plan.tiles.gemm_t}")
                 lines.append(f"  thin   {plan.tiles.thin}")
                 lines.append(f"  reduce {plan.tiles.reduce}")
         return "\n".join(lines)

@@ -259,7 +259,7 @@ FLOORS: Mapping[str, Callable[[Operands], Tensor]] = {
 def default_candidate(name: str, tiles: Tiles) -> Candidate:
     """What dispatch would use in this pass."""
     if name.startswith("gemm"):
-        return Candidate(tiles.gemm)
+        return Candidate(tiles.gemm if name == "gemm forward" else tiles.gemm_t)
     return Candidate(tiles.thin if name == "thin" else tiles.reduce)
 
 

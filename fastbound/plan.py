@@ -33,12 +33,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``gemm`` for y and dx, ``thin`` (rows x step) for S, ``reduce`` (step x columns).
+    """``gemm`` for y, ``gemm_t`` for dx, ``thin`` (rows x step) for S, ``reduce`` (step x columns).
+
+    The two GEMMs differ in how the weight lies: row by row for y, and read transposed for dx. A
+    Conv1D's weight lies the other way round, so its y takes ``gemm_t``.
 
     For an MLP block also ``activate`` (rows x step) and ``gated``, its backward (step x columns).
     """
 
     gemm: GemmTile
+    gemm_t: GemmTile
     thin: Tile
     reduce: Tile
     activate: Tile
@@ -143,7 +147,9 @@ def _cached_plan(
 
 def _with_entry(tiles: Tiles, entry: Entry) -> Tiles:
     """A layer's tiles as measured; a block's own two stay the default's."""
-    return replace(tiles, gemm=entry.gemm, thin=entry.thin, reduce=entry.reduce)
+    return replace(
+        tiles, gemm=entry.gemm, gemm_t=entry.gemm_t, thin=entry.thin, reduce=entry.reduce
+    )
 
 
 @lru_cache(maxsize=64)
@@ -193,6 +199,7 @@ def _tile_family(architecture: str) -> str:
 
 # Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill.
 _UNALIGNED = Tiles(
+    GemmTile(128, 128, 32, 8, 2),
     GemmTile(128, 128, 32, 8, 2),
     Tile(16, 64, 4, 2),
     Tile(32, 128, 4, 2),
@@ -248,18 +255,19 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(32, 64, 4, 1)
     if architecture == "interpreter":
         gemm, tall = GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2)
-        return Tiles(gemm, tall, tall, tall, Tile(64, 64, 4, 2))
+        return Tiles(gemm, gemm, tall, tall, tall, Tile(64, 64, 4, 2))
     family = _tile_family(architecture)
     if dtype is torch.float32:
-        return Tiles(gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
+        return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
     warps = 8 if R == 64 else 4
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
-        return Tiles(gemm, thin, reduce, activate, Tile(16, 32, 4, 2))
+        return Tiles(gemm, gemm, thin, reduce, activate, Tile(16, 32, 4, 2))
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
-        return Tiles(gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
+        return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
-    return Tiles(GemmTile(128, 256, 32, 8, 4), thin, reduce, activate, Tile(16, 32, 4, 2))
+    gemm = GemmTile(128, 256, 32, 8, 4)
+    return Tiles(gemm, gemm, thin, reduce, activate, Tile(16, 32, 4, 2))

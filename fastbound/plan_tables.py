@@ -19,7 +19,7 @@ from typing import Any
 
 from fastbound.kernels.tiles import GemmTile, Tile
 
-FORMAT = "fastbound plan table 1"
+FORMAT = "fastbound plan table 2"
 SHIPPED = Path(__file__).with_name("plans")
 STRATEGIES = ("fused", "split", "torch")
 DTYPES = ("bfloat16", "float16")
@@ -42,6 +42,7 @@ class Entry:
     dtype: str
     strategy: str
     gemm: GemmTile
+    gemm_t: GemmTile
     thin: Tile
     reduce: Tile
     origin: str
@@ -174,7 +175,7 @@ def write_table(path: Path, table: PlanTable) -> None:
     entries = []
     for entry in table.entries:
         flat = asdict(entry)
-        tiles = {name: flat.pop(name) for name in ("gemm", "thin", "reduce")}
+        tiles = {name: flat.pop(name) for name in ("gemm", "gemm_t", "thin", "reduce")}
         entries.append({**flat, "tiles": tiles})
     content = {
         "format": FORMAT,
@@ -213,17 +214,17 @@ def _entry(content: Any, architecture: str) -> Entry:
         dtype=_one_of(content, "dtype", DTYPES),
         strategy=_one_of(content, "strategy", STRATEGIES),
         gemm=_tile(GemmTile, tiles, "gemm"),
+        gemm_t=_tile(GemmTile, tiles, "gemm_t"),
         thin=_tile(Tile, tiles, "thin"),
         reduce=_tile(Tile, tiles, "reduce"),
         origin=_typed(content, "origin", str),
     )
-    gemm = entry.gemm
-    if gemm.descriptors and not (
-        architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
-    ):
-        raise ValueError(f"gemm tile {gemm}: {architecture} has no tensor descriptors")
-    if not fits(gemm, architecture):
-        raise ValueError(f"gemm tile {gemm} needs more shared memory than {architecture} has")
+    has_descriptors = architecture.startswith("sm_") and int(architecture[3:]) >= 90
+    for name, gemm in (("gemm", entry.gemm), ("gemm_t", entry.gemm_t)):
+        if gemm.descriptors and not has_descriptors:
+            raise ValueError(f"{name} tile {gemm}: {architecture} has no tensor descriptors")
+        if not fits(gemm, architecture):
+            raise ValueError(f"{name} tile {gemm} needs more shared memory than {architecture} has")
     return entry
 
 

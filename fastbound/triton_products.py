@@ -8,7 +8,7 @@ from torch import Tensor
 from fastbound.dropout import ROUNDS, threshold
 from fastbound.kernels.dropout import keep_bits
 from fastbound.kernels.factors import factors
-from fastbound.kernels.lowrank_gemm import lowrank_gemm
+from fastbound.kernels.lowrank_gemm import is_transposed, lowrank_gemm
 from fastbound.kernels.reduce import reduce, thin_and_reduce
 from fastbound.kernels.thin import thin
 from fastbound.plan import Plan
@@ -22,7 +22,8 @@ class TritonProducts:
         if plan.tiles is None:
             raise ValueError(f'a plan with strategy "{plan.strategy}" holds no tiles')
         self._thin, self._reduce = plan.tiles.thin, plan.tiles.reduce
-        self._gemm, self._fused = plan.tiles.gemm, plan.strategy == "fused"
+        self._gemm, self._gemm_t = plan.tiles.gemm, plan.tiles.gemm_t
+        self._fused = plan.strategy == "fused"
         self._multiprocessors = plan.multiprocessors
         self._torch = TorchProducts()
 
@@ -62,9 +63,10 @@ class TritonProducts:
         bias: Tensor | None,
         keep: Tensor | None = None,
     ) -> Tensor:
+        tile = self._gemm_t if is_transposed(W) else self._gemm
         if self._fused:
-            return lowrank_gemm(X, W, S, F, bias, self._gemm, self._multiprocessors, keep)
+            return lowrank_gemm(X, W, S, F, bias, tile, self._multiprocessors, keep)
         if keep is None:
             return self._torch.lowrank_gemm(X, W, S, F, bias)
-        start = (X[:, :0], W[:, :0], S, F, bias, self._gemm, self._multiprocessors, keep)
+        start = (X[:, :0], W[:, :0], S, F, bias, tile, self._multiprocessors, keep)
         return lowrank_gemm(*start).addmm_(X, W.t())

@@ -36,7 +36,8 @@ from fastbound.torch_products import padded_rank
 
 # A tile, and the passes that it serves: it is chosen for their sum.
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "gemm": ("gemm forward", "gemm dx"),
+    "gemm": ("gemm forward",),
+    "gemm_t": ("gemm dx",),
     "thin": ("thin",),
     "reduce": ("reduce dy", "reduce x"),
 }
@@ -229,6 +230,7 @@ def _tune_point(
         dtype=str(dtype).removeprefix("torch."),
         strategy=best_strategy(timings.samples),
         gemm=tiles.gemm,
+        gemm_t=tiles.gemm_t,
         thin=tiles.thin,
         reduce=tiles.reduce,
         origin=f"measured {today} on {machine.name}",

@@ -127,6 +127,11 @@ def _descriptor_kernel(
         Y.store([start_m, start_n], acc.to(Y.dtype))
 
 
+def is_transposed(W: Tensor) -> bool:
+    """Whether W [N, K] lies column by column, as a weight does that dx reads by strides."""
+    return W.stride(1) != 1
+
+
 def takes_descriptors(*tensors: Tensor) -> bool:
     """Whether TMA can address them: unit last stride, 16-byte aligned base and other strides."""
     return all(
@@ -158,7 +163,7 @@ def launch_lowrank_gemm(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
     )
     tiles = blocks(M, tile.block_m) * blocks(N, tile.block_n)
-    transposed = W.stride(1) != 1
+    transposed = is_transposed(W)
     stored = W.t() if transposed else W
     if tile.descriptors and M > 0 and K > 0 and takes_descriptors(X, stored, Y):
         block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]

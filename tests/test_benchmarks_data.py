@@ -134,12 +134,60 @@ def test_muse_rows_by_config(tmp_path):
         muse.load("news/verbmem/forget", tmp_path)
 
 
+def test_muse_reads_its_own_folder(tmp_path):
+    """Arrays of objects and of texts under data/{corpus}, and all texts of a split as one .txt."""
+    news = tmp_path / "data" / "news"
+    for file, content in (
+        ("verbmem/forget.json", [{"prompt": "Once", "gt": "upon a time"}]),
+        ("knowmem/retain_qa.json", [{"question": "Who?", "answer": "Ann"}]),
+        ("privleak/holdout.json", ["News.", "More news."]),
+        ("raw/forget.json", ["One.\n\nStill one.", "Two."]),
+    ):
+        (news / file).parent.mkdir(parents=True, exist_ok=True)
+        (news / file).write_text(json.dumps(content, indent=2))
+    (news / "raw" / "retain1.txt").write_text("One.\n\nStill one.\n\nTwo.")
+
+    def rows(split, folder):
+        return [(row.question, row.answer) for row in muse.load(split, folder)]
+
+    for folder in (tmp_path / "data", news):
+        assert rows("news/verbmem/forget", folder) == [("Once", "upon a time")]
+        assert rows("news/knowmem/retain_qa", folder) == [("Who?", "Ann")]
+        assert rows("news/privleak/holdout", folder) == [(None, "News."), (None, "More news.")]
+        assert rows("news/raw/forget", folder) == [(None, "One.\n\nStill one."), (None, "Two.")]
+        assert rows("news/raw/retain1", folder) == [(None, "One.\n\nStill one.\n\nTwo.")]
+
+
+@pytest.mark.parametrize(
+    ("split", "content", "message"),
+    [
+        ("privleak/forget", '["News.", 3]', r"forget.json, row 2: .* got int"),
+        ("privleak/forget", '["News.", ""]', r"forget.json, row 2: field 'text' is empty"),
+        ("verbmem/forget", '[{"prompt": "Once"}]', r"forget.json, row 1: field 'gt' is missing"),
+        ("verbmem/forget", '["Once"]', r"forget.json, row 1: field 'prompt' is missing"),
+        ("knowmem/forget_qa", '[{"question": "Who?"', r"forget_qa.json, line 1: not JSON"),
+        ("privleak/holdout", "", r"holdout.json holds no rows"),
+        ("privleak/retain", None, r"has no file privleak/retain .* it holds verbmem/forget"),
+    ],
+)
+def test_muses_own_folder_is_refused_by_file_row_and_field(tmp_path, split, content, message):
+    (tmp_path / "verbmem").mkdir()
+    (tmp_path / "verbmem" / "forget.txt").write_text("Once upon a time")
+    if content is not None:
+        path = tmp_path / f"{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        muse.load(f"books/{split}", tmp_path)
+
+
 def test_tdec_csv(tmp_path):
     (tmp_path / "lm_extraction_1_0.csv").write_text(
-        'doc_id,corpus,text\n7,Pile-CC,"one, two\nthree"\n', newline=""
+        'doc_id,corpus,text\n7,Pile-CC,"one, two\nthree"\n8,Books3,four\rfive\n', newline=""
     )
-    (row,) = tdec.load("lm_extraction_1_0", tmp_path)
+    row, other = tdec.load("lm_extraction_1_0", tmp_path)
     assert (row.doc_id, row.corpus, row.answer) == ("7", "Pile-CC", "one, two\nthree")
+    assert other.answer == "four\rfive"
     (tmp_path / "bad.csv").write_text("doc_id,text\n7,one\n")
     with pytest.raises(InputError, match=r"bad.csv, row 1: field 'corpus' is missing"):
         tdec.load("bad", tmp_path)
@@ -188,9 +236,12 @@ def test_a_cut_answer_has_no_end_of_text_in_tofus_code(tokenizer, convention, en
     assert (row.ids[-1] == tokenizer.eos_token_id) is ends
 
 
-def test_an_answer_that_masking_leaves_empty_is_named(tokenizer):
+@pytest.mark.parametrize("convention", ["open-unlearning", "tofu"])
+def test_an_answer_that_masking_leaves_empty_is_named(tokenizer, convention):
     with pytest.raises(InputError, match="file, row 3: no token of the answer is left"):
-        encode_answer("Who?", "Ann.", "file, row 3", tokenizer, convention="tofu", max_length=10)
+        encode_answer(
+            "Who?", "Ann.", "file, row 3", tokenizer, convention=convention, max_length=10
+        )
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tokenizer):

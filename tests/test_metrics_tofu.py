@@ -96,6 +96,7 @@ def test_truth_ratio_aggregates_agree_with_each_other_on_the_reference(data_fold
     # prob_mean is 1/(1 + R), the epsilon aside.
     share = metrics.right_share(np.zeros(len(ratio)), -np.log(ratio)[:, None])
     np.testing.assert_allclose(share, scores("prob_mean"), rtol=1e-8)
+    assert share.mean() == pytest.approx(output["prob_mean"]["agg_value"], rel=1e-8)
     np.testing.assert_allclose(
         metrics.truth_ratio(np.zeros(len(ratio)), -np.log(ratio)[:, None], convention="tofu"),
         ratio,
@@ -198,10 +199,20 @@ def test_a_bad_log_is_refused_by_section_and_field(spoil, message):
         metrics.forget_quality(make_log(), bad)
 
 
-def test_utility_refuses_fields_of_different_lengths():
+@pytest.mark.parametrize("section", list(metrics.utility.PARTS.values()))
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda part: part.pop("rougeL_recall"), "field 'rougeL_recall' is missing; found avg_gt"),
+        (lambda part: part["rougeL_recall"].pop(), "different lengths .*rougeL_recall 3"),
+        (lambda part: part["avg_gt_loss"].__setitem__(1, math.nan), "avg_gt_loss, row 1: nan is n"),
+        (lambda part: part["avg_gt_loss"].__setitem__(0, "low"), "one number a row"),
+    ],
+)
+def test_utility_refuses_a_bad_section(section, spoil, message):
     log = make_log()
-    log["eval_log.json"]["rougeL_recall"].pop()
-    with pytest.raises(InputError, match="rougeL_recall 3"):
+    spoil(log[section])
+    with pytest.raises(InputError, match=f"log, {section}.*{message}"):
         metrics.model_utility(log)
 
 

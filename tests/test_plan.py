@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from fastbound.kernels.tiles import FEW_ROWS
+from fastbound.kernels.tiles import FEW_ROWS, GemmTile
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbound
-from fastbound.plan import MAX_TRITON_RANK, Device, filled_tiles, plan, plan_for
+from fastbound.plan import MAX_TRITON_RANK, Device, Plan, filled_tiles, plan, plan_for
 from fastbound.torch_products import padded_rank
 
 HOPPER = Device("sm_90", 132)
@@ -159,3 +161,25 @@ class TestExplain:
             fastbound.explain(torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
             fastbound.explain(fastbound.FusedBoundedLinear(2, 2, 1), tokens=0)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "split"])
+def test_a_transposed_weight_has_a_tile_of_its_own(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    from fastbound.kernels.launch import Launch
+
+    from fastbound.triton_products import TritonProducts
+
+    tiles = filled_tiles(HOPPER, 64, (48, 80), 16, torch.bfloat16)
+    tiles = replace(tiles, gemm=GemmTile(32, 64, 32, 4, 2), gemm_t=GemmTile(64, 32, 32, 4, 2))
+    products = TritonProducts(Plan(strategy, "a test", tiles, 4))
+    taken: list[int] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: taken.append(launch.constants["BLOCK_M"]))
+    x, weight, S = (torch.zeros(*size).bfloat16() for size in ((64, 80), (48, 80), (64, 16)))
+    y, SB, SA = torch.zeros(64, 48).bfloat16(), torch.zeros(48, 16), torch.zeros(80, 16)
+    keep = torch.zeros(64, 3, dtype=torch.int32)  # under dropout split starts in Triton, too
+    products.lowrank_gemm(x, weight, S, SB.bfloat16(), None, keep[:, :2])
+    products.lowrank_gemm(y, weight.t(), S, SA.bfloat16(), None, keep)
+    assert taken == [32, 64]

@@ -29,6 +29,7 @@ from fastbound.plan_tables import (
 
 HOPPER = Device("sm_90", 132)
 GEMM = GemmTile(128, 128, 64, 8, 4, descriptors=True)
+GEMM_T = GemmTile(256, 128, 64, 8, 3, descriptors=True)
 ENTRY = Entry(
     N=14336,
     K=4096,
@@ -37,6 +38,7 @@ ENTRY = Entry(
     dtype="bfloat16",
     strategy="split",
     gemm=GEMM,
+    gemm_t=GEMM_T,
     thin=Tile(32, 256, 4, 3),
     reduce=Tile(64, 128, 4, 3),
     origin="measured 2026-01-02 on a card",
@@ -74,7 +76,11 @@ def test_an_entry_decides_strategy_and_tiles_and_says_where_from(folder: Path) -
     assert chosen.strategy == "split" and default.strategy == "fused"
     assert chosen.tiles is not None and default.tiles is not None
     assert chosen.tiles == replace(
-        default.tiles, gemm=ENTRY.gemm, thin=ENTRY.thin, reduce=ENTRY.reduce
+        default.tiles,
+        gemm=ENTRY.gemm,
+        gemm_t=ENTRY.gemm_t,
+        thin=ENTRY.thin,
+        reduce=ENTRY.reduce,
     )
     assert "measured 2026-01-02 on a card: N 14336, K 4096, 8192 rows" in chosen.reason
     assert str(folder / "sm_90.json") in chosen.reason
@@ -83,7 +89,7 @@ def test_an_entry_decides_strategy_and_tiles_and_says_where_from(folder: Path) -
 def test_a_path_asked_for_by_name_takes_the_measured_tiles() -> None:
     chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, "fused", TABLE)
     assert chosen.strategy == "fused"
-    assert chosen.tiles is not None and chosen.tiles.gemm == GEMM
+    assert chosen.tiles is not None and (chosen.tiles.gemm, chosen.tiles.gemm_t) == (GEMM, GEMM_T)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,7 @@ tiles_of_any_size = st.builds(
             st.sampled_from(["bfloat16", "float16"]),
             st.sampled_from(["fused", "split", "torch"]),
             st.just(GEMM),
+            st.just(GEMM_T),
             tiles_of_any_size,
             tiles_of_any_size,
             st.just("default"),
@@ -157,7 +164,8 @@ def test_any_shape_gets_a_plan_from_any_table(
     assert chosen.strategy in ("fused", "split", "torch") and chosen.reason
     assert (chosen.tiles is None) == (chosen.strategy == "torch")
     if chosen.tiles is not None:
-        tiles = [chosen.tiles.gemm, chosen.tiles.thin, chosen.tiles.reduce]
+        chosen_tiles = chosen.tiles
+        tiles = [getattr(chosen_tiles, kind) for kind in ("gemm", "gemm_t", "thin", "reduce")]
         sizes = [size for t in tiles for name, size in asdict(t).items() if name[:5] == "block"]
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
@@ -185,7 +193,10 @@ DAMAGE = {
     "dtype": (set_entry("dtype", "float32"), "dtype 'float32'"),
     "rows": (set_entry("M", 1000), "M 1000 of an entry"),
     "negative": (set_entry("K", -1), "K -1 of an entry"),
-    "shared memory": (set_tile("gemm", "block_k", 512), "needs more shared memory than sm_90 has"),
+    "shared memory": (
+        set_tile("gemm_t", "block_k", 512),
+        "needs more shared memory than sm_90 has",
+    ),
     "descriptors": (lambda c: c.update(architecture="sm_80"), "sm_80 has no tensor descriptors"),
 }
 

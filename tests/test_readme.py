@@ -42,7 +42,7 @@ RUN_BY_TESTS = {
     (
         "fastbound evaluate --benchmark tofu --split forget10 --model my-model"
         " --adapter run/adapter --output scores"
-    ): ("test_evaluate.py", "test_tofu_from_the_command_line"),
+    ): ("unlearning/test_evaluate.py", "test_tofu_from_the_command_line"),
     "fastbound lab": ("test_stability.py", "test_the_command_writes_summary_and_pictures"),
     "fastbound tune": (
         "test_tune.py",

@@ -95,6 +95,7 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert chosen.strategy == "fused" and "on a card" in chosen.reason
     assert chosen.tiles is not None
     assert str(chosen.tiles.gemm).startswith("256x128x64")
+    assert str(chosen.tiles.gemm_t).startswith("256x128x64")
     default = default_tiles("sm_90", 8192, 16, torch.bfloat16)
     assert (chosen.tiles.thin, chosen.tiles.reduce) == (default.thin, default.reduce)
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastbound.unlearning.encoding import IGNORED
-from fastbound.unlearning.losses import AnswerTokens
+from fastbound.unlearning.losses import AnswerTokens, answer_positions
+
+CHUNK = 256  # answer tokens at a time: 131 MB of fp32 logits for a vocabulary of 128 thousand
 
 
 def chunked_answer_tokens(
@@ -17,7 +18,7 @@ def chunked_answer_tokens(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> AnswerTokens:
     """What `answer_tokens(hidden @ weight.T + bias, labels)` gives, `chunk` tokens at a time.
 
@@ -36,15 +37,16 @@ def chunked_answer_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    targets = labels[:, 1:]
-    labelled = targets != IGNORED
-    parts = zip(hidden[:, :-1][labelled].split(chunk), targets[labelled].split(chunk), strict=True)
+    chosen, targets, row = answer_positions(hidden, labels)
+    parts = zip(chosen.split(chunk), targets.split(chunk), strict=True)
     pairs = [
-        checkpoint(_tokens, part, weight, bias, target, use_reentrant=False)
+        checkpoint(
+            _tokens, part, weight, bias, target, use_reentrant=False, preserve_rng_state=False
+        )
         for part, target in parts
     ]
     loss, correct = (torch.cat(each) for each in zip(*pairs, strict=True))
-    return AnswerTokens(loss, correct, labelled.nonzero()[:, 0])
+    return AnswerTokens(loss, correct, row)
 
 
 def _tokens(

@@ -70,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--device", help="auto, cpu or cuda (auto)")
     training.add_argument("--dtype", help="float32 or bfloat16 (float32)")
     training.add_argument(
+        "--cross-entropy", help="from logits: whole, chunked, liger or auto (auto)"
+    )
+    training.add_argument(
         "--shard", action="store_true", default=None, help="weights over processes (FSDP2)"
     )
     training.add_argument("--gradient-checkpointing", action="store_true", default=None)

@@ -14,6 +14,7 @@ from fastbound.unlearning.errors import InputError
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
+CROSS_ENTROPIES = ("auto", "chunked", "liger", "whole")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class UnlearnConfig:
         seed: of A's start, the order of rows and dropout.
         device: "auto" takes the accelerator that `accelerate` finds.
         dtype: "bfloat16" runs the forward pass under autocast; A, B and the loss stay fp32.
+        cross_entropy: "whole" forms the logits of a batch whole, "chunked" those of 256 answer
+            tokens at a time, "liger" does so by liger-kernel, on a GPU; "auto" takes "liger", else
+            "chunked", where whole logits would be larger than 256 MiB and model and losses allow
+            it. See `fastbound.unlearning.cross_entropy`; the result holds choice and reason.
         shard: spread the frozen weights over the processes (`fastbound.shard`) where each would
             otherwise hold a copy; needs several processes and the bounded adapter.
         gradient_checkpointing: recompute activations in backward (non-reentrant).
@@ -74,6 +79,7 @@ class UnlearnConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    cross_entropy: Literal["auto", "chunked", "liger", "whole"] = "auto"
     shard: bool = False
     gradient_checkpointing: bool = False
     eval_every: int | None = None
@@ -87,6 +93,7 @@ class UnlearnConfig:
         _choice("adapter", self.adapter, ADAPTERS)
         _choice("device", self.device, DEVICES)
         _choice("dtype", self.dtype, DTYPES)
+        _choice("cross_entropy", self.cross_entropy, CROSS_ENTROPIES)
         for name in ("rank", "batch_size", "accumulation", "max_length", "log_every"):
             _at_least_one(name, getattr(self, name))
         for name in ("eval_every", "eval_rows", "checkpoint_every"):
@@ -110,6 +117,15 @@ class UnlearnConfig:
             if (self.forget_weight, self.retain_weight) != (1.0, 1.0):
                 raise InputError(
                     "give weights in losses, or as forget_weight and retain_weight, not both"
+                )
+        if self.cross_entropy in ("chunked", "liger"):
+            from fastbound.unlearning.objective import Objective
+
+            taking = Objective(self.weighted_losses).whole_logits
+            if taking:
+                raise InputError(
+                    f'cross_entropy "{self.cross_entropy}" forms no whole logits, which '
+                    f'{" and ".join(taking)} take: use "auto" or "whole"'
                 )
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup is a share of all steps, 0 to 1, got {self.warmup}")

@@ -15,7 +15,7 @@ import fastbound
 from fastbound.baselines import inject_peft
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.encoding import Batch, Encoded, collate
-from fastbound.unlearning.evaluate import autocast, forward
+from fastbound.unlearning.forward import autocast, forward
 from fastbound.unlearning.losses import gradient_difference
 from fastbound.unlearning.pretrained import quiet
 

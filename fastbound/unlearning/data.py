@@ -14,6 +14,8 @@ from typing import Any
 from fastbound.unlearning.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".csv")
+_BARE_RETURN = re.compile(r"\r(?!\n)")
+_STAND_IN = "\ufdd0"  # Unicode reserves it for use inside programs
 _HUB = re.compile(r"(?P<id>[^:]+):(?P<config>[^:]*):(?P<split>[^:]+)")
 
 
@@ -41,10 +43,10 @@ def load_rows(source: str | Path) -> list[Row]:
     """Read and check every row of `source`.
 
     Args:
-        source: a `.jsonl` or `.json` file (one JSON object a line), a `.csv` file with a header, or
-            `id:config:split` of a data set on the Hugging Face hub or in a local folder
-            (`id::split` where it has a single config). Each row has `question` and `answer`, or
-            `text`; other fields are left alone.
+        source: a `.jsonl` or `.json` file (one JSON object a line, or one array of objects or of
+            texts), a `.csv` file with a header, or `id:config:split` of a data set on the Hugging
+            Face hub or in a local folder (`id::split` where it has a single config). Each row has
+            `question` and `answer`, or `text`; other fields are left alone.
 
     Raises:
         InputError: the source is missing, empty or malformed, or a row lacks a field or has an
@@ -96,11 +98,38 @@ def _file_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"{path} does not exist or is not a file")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
+    text = read_text(path)
+    if path.suffix == ".csv":
+        return _csv_records(path, text)
+    if text.lstrip().startswith("["):
+        return _array_records(path, text)
+    return _json_records(path, text)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends as they are, or `InputError`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
-    return _csv_records(path, text) if path.suffix == ".csv" else _json_records(path, text)
+
+
+def _array_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """One array, as MUSE's own folder has it: objects, or texts without a field's name."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); "
+            "write one array, or one object a line"
+        ) from None
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, (str, dict)):
+            raise InputError(
+                f"{path}, row {number}: an object or a text was expected in the array, "
+                f"got {type(value).__name__}"
+            )
+        yield number, {"text": value} if isinstance(value, str) else value
 
 
 def _json_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -123,6 +152,10 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any
 
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if "\n" in text:
+        # A bare carriage return then stands in a text, quoted or not, as TDEC's own code reads its
+        # files; Python's reader would end the row there.
+        text = _BARE_RETURN.sub(_STAND_IN, text)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for number, record in enumerate(reader, start=1):
@@ -130,9 +163,13 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]
                 raise InputError(
                     f"{path}, row {number}: more fields than the header; quote commas in text"
                 )
-            yield number, record
+            yield number, {name: _returned(value) for name, value in record.items()}
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _returned(value: str | None) -> str | None:
+    return None if value is None else value.replace(_STAND_IN, "\r")
 
 
 def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from fastbound.unlearning.cross_entropy import WHOLE, CrossEntropy
 from fastbound.unlearning.encoding import Encoded, collate
-from fastbound.unlearning.losses import answer_tokens
+from fastbound.unlearning.forward import autocast
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,26 @@ def evaluate(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    cross_entropy: CrossEntropy = WHOLE,
 ) -> Score:
     """Score `model` on `rows`, rows of like length together.
 
     Args:
         pad: token to pad with.
         dtype: autocast to it; None computes in the model's own.
+        cross_entropy: from whole logits, or what `choose_cross_entropy` gave for this model.
     """
-    return score(totals(model, rows, pad=pad, batch_size=batch_size, device=device, dtype=dtype))
+    return score(
+        totals(
+            model,
+            rows,
+            pad=pad,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            cross_entropy=cross_entropy,
+        )
+    )
 
 
 def totals(
@@ -57,6 +68,7 @@ def totals(
     batch_size: int,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    cross_entropy: CrossEntropy = WHOLE,
 ) -> list[float]:
     """Sums that add up across processes: loss, right tokens, tokens, whole rows, rows."""
     rows = sorted(rows, key=lambda row: len(row.ids))
@@ -68,8 +80,7 @@ def totals(
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 batch = collate(part, pad).to(device)
-                logits = forward(model, batch.input_ids, batch.attention_mask)
-                tokens = answer_tokens(logits, batch.labels)
+                tokens = cross_entropy.answers(model, batch).tokens
                 broken = tokens.row[~tokens.correct].unique().numel()
                 sums[0] += float(tokens.loss.sum())
                 sums[1] += float(tokens.correct.sum())
@@ -85,17 +96,3 @@ def score(sums: Sequence[float]) -> Score:
     """The score that `totals` add up to."""
     loss, right, tokens, whole, rows = sums
     return Score(loss / tokens, right / tokens, whole / rows, int(rows))
-
-
-def forward(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-    """Logits `[rows, length, vocabulary]` of a causal language model of transformers."""
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
-def autocast(
-    device: torch.device | str, dtype: torch.dtype | None
-) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype`, or nothing at all for None."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=dtype)

@@ -10,8 +10,8 @@ from pathlib import Path
 HELP = "measure a model on TOFU, MUSE or TDEC"
 DESCRIPTION = """\
 TOFU: truth ratio, forget quality, model utility, extraction strength. MUSE: verbatim and knowledge
-memorisation, PrivLeak. TDEC: extraction likelihood and memorisation accuracy. Each in the
-definitions of one named convention, which the report states.
+memorisation, PrivLeak. TDEC: extraction likelihood, memorisation accuracy, and the validation sets
+that the folder holds. Each in the definitions of one named convention, which the report states.
 """
 EPILOG = """\
 The output folder gets the log (TOFU: its aggregated layout), summary.json and evaluation.png. The
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     import torch
 
+    from fastbound.unlearning.benchmarks.templates import EmptyAnswerWarning
     from fastbound.unlearning.config import DEVICES, DTYPES
     from fastbound.unlearning.errors import InputError
     from fastbound.unlearning.evaluate_run import (
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
         )
     for warning in caught:
-        if issubclass(warning.category, SameModelWarning):
+        if issubclass(warning.category, (EmptyAnswerWarning, SameModelWarning)):
             print(f"warning: {warning.message}", file=sys.stderr)
     print(f"{table}\n\nWritten to {output}: {LOGS[config.benchmark]}, {SUMMARY} and {PICTURE}")
     return 0

@@ -171,21 +171,26 @@ def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encode
             split, config.data, tokenizer, convention=convention, most_rows=config.rows
         )
         return parts, parts.encoded
-    rows = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
-    return rows, rows
+    found = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
+    return found, found.encoded
 
 
 def _check_retain(config: EvaluationConfig, retain: Mapping[str, Any], prepared: Any) -> None:
     """Refuse a retain log that the summary could not use, before minutes of evaluation."""
     if config.benchmark == "muse":
-        summaries.membership_scores(retain, "retain log")
-        return
-    right, _ = losses(retain, FORGET, "retain log")
-    if len(right) != len(prepared[FORGET].rows):
-        raise InputError(
-            f"retain log has {len(right)} rows in {FORGET}, {config.split} here has "
-            f"{len(prepared[FORGET].rows)}: evaluate both models on the same rows"
-        )
+        held = {
+            f"privleak, {side}": (len(scores), len(prepared.texts[side]))
+            for side, scores in summaries.membership_scores(retain, "retain log").items()
+        }
+    else:
+        right, _ = losses(retain, FORGET, "retain log")
+        held = {FORGET: (len(right), len(prepared[FORGET].rows))}
+    for part, (theirs, ours) in held.items():
+        if theirs != ours:
+            raise InputError(
+                f"retain log has {theirs} rows in {part}, {config.split} here has {ours}: "
+                "evaluate both models on the same rows"
+            )
 
 
 def _score(session: Session, prepared: Any, config: EvaluationConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from fastbound.unlearning import metrics
-from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.benchmarks import score_validation, tdec_validation
 from fastbound.unlearning.folder import replace
 from fastbound.unlearning.metrics.conventions import MUSE
-from fastbound.unlearning.metrics.logs import FORGET, SECTIONS, losses
+from fastbound.unlearning.metrics.logs import FORGET, SECTIONS, column, losses
 from fastbound.unlearning.metrics.truth import warn_same_model
 
 Summary = dict[str, Any]
@@ -170,6 +171,8 @@ def summarise_tdec(log: Mapping[str, Any]) -> Summary:
         "memorisation_accuracy": ma,
         "thresholds": thresholds,
         "forgotten": forgotten,
+        "validation": score_validation.summarise(log["validation"]),
+        "absent": [name for name in tdec_validation.SETS if name not in log["validation"]],
     }
 
 
@@ -183,7 +186,22 @@ def table_tdec(summary: Summary) -> list[str]:
     if summary["forgotten"] is not None:
         verdict = "both below" if summary["forgotten"] else "not both below"
         lines.append(f"{verdict} the thresholds published for GPT-Neo 125M")
+    lines += _table_validation(summary["validation"])
+    if summary["absent"]:
+        lines += textwrap.wrap(f"not in the folder: {', '.join(summary['absent'])}", 90)
     return [*lines, f"convention {summary['convention']}"]
+
+
+def _table_validation(sets: Mapping[str, Mapping[str, float]]) -> list[str]:
+    columns = {"accuracy": ".4f", "f1": ".4f", "loss": ".4f", "perplexity": ".2f"}
+    if not sets:
+        return []
+    head = f"{'validation set':24}{'rows':>6}" + "".join(f"{name:>12}" for name in columns)
+    lines = [head, "─" * len(head)]
+    for name, each in sets.items():
+        cells = (f"{each[c]:{form}}" if c in each else "" for c, form in columns.items())
+        lines.append(f"{name:24}{each['rows']:6}" + "".join(f"{cell:>12}" for cell in cells))
+    return [line.rstrip() for line in lines]
 
 
 def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
@@ -208,14 +226,12 @@ def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
 
 
 def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
-    """Min-40 % of the forget and the holdout texts of MUSE's log, or `InputError`."""
-    scores = log.get("privleak")
-    found = {}
-    for side in ("forget", "holdout"):
-        if not isinstance(scores, Mapping) or side not in scores:
-            raise InputError(f"{name}: field 'privleak', {side!r} is missing; give muse_log.json")
-        found[side] = list(scores[side])
-    return found
+    """Min-40 % of the forget and the holdout texts of MUSE's log.
+
+    Raises:
+        InputError: one is missing, empty, or holds what is no finite number.
+    """
+    return {side: column(log, "privleak", side, name).tolist() for side in ("forget", "holdout")}
 
 
 def _figure() -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastbound.unlearning.data import Row
 from fastbound.unlearning.encoding import TEMPLATE, collate, encode_all, padding
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.losses import answer_tokens
 
 

@@ -42,14 +42,18 @@ def answer_tokens(logits: Tensor, labels: Tensor) -> AnswerTokens:
         logits: `[rows, length, vocabulary]`, any float dtype.
         labels: int64 `[rows, length]`, `IGNORED` where there is nothing to predict.
     """
-    targets = labels[:, 1:]
-    labelled = targets != IGNORED
-    chosen = logits[:, :-1][labelled]
+    chosen, targets, row = answer_positions(logits, labels)
     if chosen.dtype != torch.float64:
         chosen = chosen.float()
-    loss = F.cross_entropy(chosen, targets[labelled], reduction="none")
-    correct = chosen.detach().argmax(-1) == targets[labelled]
-    return AnswerTokens(loss, correct, labelled.nonzero()[:, 0])
+    loss = F.cross_entropy(chosen, targets, reduction="none")
+    return AnswerTokens(loss, chosen.detach().argmax(-1) == targets, row)
+
+
+def answer_positions(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `states` `[rows, length, width]` those that predict a label, the labels and their rows."""
+    targets = labels[:, 1:]
+    labelled = targets != IGNORED
+    return states[:, :-1][labelled], targets[labelled], labelled.nonzero()[:, 0]
 
 
 def gradient_difference(
@@ -164,11 +168,9 @@ def ihl(logits: Tensor, labels: Tensor) -> Tensor:
         logits: `[rows, length, vocabulary]` of the rows to forget.
         labels: int64 `[rows, length]`.
     """
-    targets = labels[:, 1:]
-    labelled = targets != IGNORED
-    chosen = logits[:, :-1][labelled]
+    chosen, targets, _ = answer_positions(logits, labels)
     p = torch.softmax(chosen if chosen.dtype == torch.float64 else chosen.float(), -1)
-    label = targets[labelled].unsqueeze(1)
+    label = targets.unsqueeze(1)
     others = p.scatter(1, label, 0.0).amax(1)  # zero is below every probability
     return (1 + p.gather(1, label).squeeze(1) - others).clamp_min(0).mean()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,26 +14,97 @@ from fastbound.unlearning import losses
 from fastbound.unlearning.data import Row
 from fastbound.unlearning.encoding import Batch
 from fastbound.unlearning.errors import InputError
-from fastbound.unlearning.losses import GradientDifference
+from fastbound.unlearning.losses import AnswerTokens, GradientDifference
+
+
+class Answers(NamedTuple):
+    """What a model says of a batch: the loss of each answer token, and whole logits if formed."""
+
+    tokens: AnswerTokens
+    logits: Tensor | None = None
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Answers:
+        """From logits `[rows, length, vocabulary]`, which are kept."""
+        return cls(losses.answer_tokens(logits, labels), logits)
+
+
+class _Scored:
+    """A batch with its rows' likelihoods now and before, by side."""
+
+    def __init__(
+        self, batch: Batch, rows: tuple[int, ...], now: Answers, before: Answers | None
+    ) -> None:
+        self.batch = batch
+        self.now = now
+        self.before = before
+        self.forget = slice(0, rows[0])
+        self.retain = slice(rows[0], rows[0] + rows[1])
+        self.refused = slice(rows[0] + rows[1], None)
+        self.nll, self.lengths = losses.row_likelihoods(now.tokens, len(batch.labels))
+
+    @cached_property
+    def nll_before(self) -> Tensor:
+        if self.before is None:
+            raise ValueError("the answers of the unadapted model are missing: give reference")
+        return losses.row_likelihoods(self.before.tokens, len(self.batch.labels))[0]
+
+
+def _npo(scored: _Scored) -> Tensor:
+    return losses.npo(scored.nll[scored.forget], scored.nll_before[scored.forget])
+
+
+def _simnpo(scored: _Scored) -> Tensor:
+    return losses.simnpo(scored.nll[scored.forget], scored.lengths[scored.forget])
+
+
+def _dpo(scored: _Scored) -> Tensor:
+    wanted, unwanted, before = scored.refused, scored.forget, scored.nll_before
+    return losses.dpo(scored.nll[wanted], before[wanted], scored.nll[unwanted], before[unwanted])
+
+
+def _ihl(scored: _Scored) -> Tensor:
+    return losses.ihl(_whole(scored.now)[scored.forget], scored.batch.labels[scored.forget])
+
+
+def _kl(scored: _Scored) -> Tensor:
+    rows = scored.retain
+    mask = scored.batch.attention_mask[rows]
+    return losses.retain_kl(_whole(scored.now)[rows], _whole(scored.before)[rows], mask)
+
+
+def _whole(answers: Answers | None) -> Tensor:
+    if answers is None or answers.logits is None:
+        raise ValueError("ihl and kl take whole logits: give Answers.of(logits, labels)")
+    return answers.logits
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a loss takes besides the logits: those of the unadapted model, or "don't know" rows."""
+class Loss:
+    """A loss by name.
 
+    Attributes:
+        term: its value for a batch; None for the cross-entropies, which share one sum.
+        reference: takes the unadapted model's answers, too.
+        refusals: takes "don't know" rows.
+        logits: takes whole logits, where the others take the losses of answer tokens.
+    """
+
+    term: Callable[[_Scored], Tensor] | None = None
     reference: bool = False
     refusals: bool = False
+    logits: bool = False
 
 
 LOSSES = {
-    "gradient_ascent": Needs(),
-    "retain": Needs(),
-    "npo": Needs(reference=True),
-    "simnpo": Needs(),
-    "ihl": Needs(),
-    "kl": Needs(reference=True),
-    "idk": Needs(refusals=True),
-    "dpo": Needs(reference=True, refusals=True),
+    "gradient_ascent": Loss(),
+    "retain": Loss(),
+    "npo": Loss(_npo, reference=True),
+    "simnpo": Loss(_simnpo),
+    "ihl": Loss(_ihl, logits=True),
+    "kl": Loss(_kl, reference=True, logits=True),
+    "idk": Loss(refusals=True),
+    "dpo": Loss(_dpo, reference=True, refusals=True),
 }
 
 # What a row to forget is to be answered with, taken in turn.
@@ -83,57 +156,42 @@ class Objective:
         self.weights = dict(weights)
         self.needs_reference = any(LOSSES[name].reference for name in self.weights)
         self.needs_refusals = any(LOSSES[name].refusals for name in self.weights)
+        self.whole_logits = [name for name in self.weights if LOSSES[name].logits]
 
     def __call__(
         self,
-        logits: Tensor,
+        answers: Answers,
         batch: Batch,
         rows: tuple[int, ...],
         *,
-        reference: Tensor | None = None,
+        reference: Answers | None = None,
         shares: tuple[float, float] = (1.0, 1.0),
         part: float = 1.0,
     ) -> GradientDifference:
         """The loss of a batch.
 
         Args:
-            logits: `[rows, length, vocabulary]`.
+            answers: of the model that is trained; with logits where `whole_logits` names a loss.
             batch: what they were made from.
             rows: how many are to forget, to retain and, where needed, refusals.
-            reference: logits of the unadapted model, where a loss needs them.
+            reference: of the unadapted model, where a loss needs them.
             shares: factors of the cross-entropies of forget and retain, see `shares`.
             part: factor of all other losses, one over the batches of a step.
+
+        Raises:
+            ValueError: reference or logits are missing.
         """
-        tokens = losses.answer_tokens(logits, batch.labels)
         weight = self.weights.get
         signed = (
             -weight("gradient_ascent", 0.0) * shares[0],
             weight("retain", 0.0) * shares[1],
             weight("idk", 0.0) * part,
         )
-        difference = losses.weighted_cross_entropy(tokens, rows, signed[: len(rows)])
+        difference = losses.weighted_cross_entropy(answers.tokens, rows, signed[: len(rows)])
         total = difference.loss
-        forget, retain = slice(0, rows[0]), slice(rows[0], rows[0] + rows[1])
-        refused = slice(rows[0] + rows[1], None)
-        nll, lengths = losses.row_likelihoods(tokens, len(batch.labels))
-        before = nll
-        if reference is not None:
-            before, _ = losses.row_likelihoods(
-                losses.answer_tokens(reference, batch.labels), len(batch.labels)
-            )
+        scored = _Scored(batch, rows, answers, reference)
         for name, factor in self.weights.items():
-            if name == "npo":
-                term = losses.npo(nll[forget], before[forget])
-            elif name == "simnpo":
-                term = losses.simnpo(nll[forget], lengths[forget])
-            elif name == "dpo":
-                term = losses.dpo(nll[refused], before[refused], nll[forget], before[forget])
-            elif name == "ihl":
-                term = losses.ihl(logits[forget], batch.labels[forget])
-            elif name == "kl" and reference is not None:
-                mask = batch.attention_mask[retain]
-                term = losses.retain_kl(logits[retain], reference[retain], mask)
-            else:  # the cross-entropies, above
-                continue
-            total = total + factor * part * term
+            term = LOSSES[name].term
+            if term is not None:
+                total = total + factor * part * term(scored)
         return difference._replace(loss=total)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+import fastbound
 from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.encoding import Encoded
 from fastbound.unlearning.errors import InputError
+from fastbound.unlearning.evaluate import Score, score
 from fastbound.unlearning.sampling import Pairing
 
 
@@ -53,6 +59,49 @@ def is_sharded(accelerator: Any, config: UnlearnConfig) -> bool:
     if accelerator.num_processes < 2:
         raise InputError("shard needs several processes: start with accelerate launch or torchrun")
     return True
+
+
+def spread(model: nn.Module, accelerator: Any, sharded: bool) -> Any:
+    """The model as the processes hold it: each a copy, or each a part."""
+    if sharded:
+        return fastbound.shard(model.to(accelerator.device))
+    return accelerator.prepare(model)
+
+
+def gradients_travel(
+    model: Any, accelerator: Any, sharded: bool, now: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """Around a backward pass: whether its gradients are summed over processes, once a step."""
+    if sharded:
+        model.set_requires_gradient_sync(now)
+    elif not now:
+        return accelerator.no_sync(model)
+    return contextlib.nullcontext()
+
+
+def score_together(
+    totals: Callable[[Sequence[Encoded]], list[float]],
+    rows: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Any,
+    sharded: bool,
+) -> Score:
+    """Score `rows`, each process its share of them.
+
+    Args:
+        totals: sums over some rows, `batch_size` in a forward pass.
+    """
+    processes, process = accelerator.num_processes, accelerator.process_index
+    parts = [rows[each::processes] for each in range(processes)]
+    sums = totals(parts[process])
+    if sharded:
+        # Each forward gathers weights from everyone: all make as many as the first.
+        batches = [math.ceil(len(part) / batch_size) for part in parts]
+        for _ in range(batches[0] - batches[process]):
+            totals(rows[:1])
+    if processes > 1:
+        sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device)).tolist()
+    return score(sums)
 
 
 def shares(

@@ -112,10 +112,22 @@ def table(runs: Sequence[Run]) -> list[str]:
         f"Mean over the answer tokens of {start['forget']['rows']} forget and "
         f"{start['retain']['rows']} retain rows; loss in nats a token; one seed ({seed})."
     )
+    lines += _cross_entropies(runs)
     minimised = runs[0].result["config"].get("losses")
     if minimised:
         lines.append("Minimised: " + " + ".join(f"{w:g} {name}" for name, w in minimised.items()))
     return lines
+
+
+def _cross_entropies(runs: Sequence[Run]) -> list[str]:
+    """Form, reason and size of the logits; runs that agree share a line."""
+    lines = []
+    for run in runs:
+        held = run.result["cross_entropy"]
+        size = held["logits_bytes"]
+        most = "" if size is None else f"; at most {size / 1e6:.4g} MB of logits at once"
+        lines.append(f"Cross-entropy {held['form']} ({held['reason']}){most}.")
+    return list(dict.fromkeys(lines))
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:

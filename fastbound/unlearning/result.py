@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.cross_entropy import CrossEntropy
 from fastbound.unlearning.evaluate import Score
 
 
@@ -27,6 +28,7 @@ class UnlearnResult:
     Attributes:
         model: the adapted model (for LoRA PEFT's wrapper around the one given).
         history: every evaluation, the first before any step, the last after all.
+        cross_entropy: whether the losses came from whole logits or in chunks, and why.
         stopped: why it ended: "all steps", "forget_target" or "retain_limit".
         largest_delta, bound: the largest |ΔW_ij| at the end and its layer's bound (None for LoRA).
         seconds_per_step: median, without evaluations; None for no step in this process.
@@ -37,6 +39,7 @@ class UnlearnResult:
     model: nn.Module
     config: UnlearnConfig
     history: tuple[Evaluation, ...]
+    cross_entropy: CrossEntropy
     stopped: str
     largest_delta: float
     bound: float | None
@@ -57,6 +60,7 @@ class UnlearnResult:
         return {
             "config": self.config.as_dict(),
             "history": [asdict(each) for each in self.history],
+            "cross_entropy": self.cross_entropy.as_dict(),
             "stopped": self.stopped,
             "largest_delta": self.largest_delta,
             "bound": self.bound,

@@ -1,7 +1,8 @@
-"""A tiny Llama with a tokenizer of its own words, in memory and as a folder."""
+"""A tiny Llama with a tokenizer of its own words, and rows of every benchmark's columns for it."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -60,17 +61,85 @@ def new_model(model_folder: Path) -> Callable[[], nn.Module]:
     return lambda: load_pretrained(str(model_folder))[0]
 
 
+def write(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> Path:
+    """Rows, or any records, as JSON lines."""
+    records = (
+        {"question": row.question, "answer": row.answer} if isinstance(row, Row) else row
+        for row in rows
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[[str, Iterable[Row | Mapping[str, Any]]], Path]:
     """Writes rows, or any records, as JSON lines and returns the path."""
+    return lambda name, rows: write(tmp_path / name, rows)
 
-    def write(name: str, rows: Iterable[Row | Mapping[str, Any]]) -> Path:
-        path = tmp_path / name
-        records = (
-            {"question": row.question, "answer": row.answer} if isinstance(row, Row) else row
-            for row in rows
+
+@pytest.fixture(scope="session")
+def evaluation_data(
+    forget_rows: list[Row], retain_rows: list[Row], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folders tofu, muse and tdec: 4 forget rows, 3 of every other kind; 2 sequences of TDEC."""
+    folder = tmp_path_factory.mktemp("data")
+    forget, retain = forget_rows[:4], retain_rows[:3]
+    for split, rows, wrong in (
+        ("forget10_perturbed", forget, 5),
+        ("retain_perturbed", retain, 5),
+        ("real_authors_perturbed", retain, 3),
+        ("world_facts_perturbed", retain, 3),
+    ):
+        reworded = {"paraphrased_answer": "Well, {}"} if wrong == 5 else {}
+        write(
+            folder / "tofu" / f"{split}.jsonl",
+            [
+                {
+                    "question": row.question,
+                    "answer": row.answer,
+                    "perturbed_answer": ["It is", "No", "It is", "No", "He"][:wrong],
+                    **{name: text.format(row.answer) for name, text in reworded.items()},
+                }
+                for row in rows
+            ],
         )
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return path
+    for side, rows in (("forget", forget), ("retain", retain)):
+        write(folder / f"muse/knowmem/{side}_qa.jsonl", rows)
+        write(folder / f"muse/knowmem/{side}_qa_icl.jsonl", rows[:1])
+    verbatim = [{"prompt": row.question, "gt": row.answer} for row in forget]
+    write(folder / "muse/verbmem/forget.jsonl", verbatim)
+    for side, rows in (("forget", forget), ("holdout", retain)):
+        texts = [f"Question: {row.question}\nAnswer: {row.answer}" for row in rows]
+        write(folder / f"muse/privleak/{side}.jsonl", [{"text": text} for text in texts])
+    _write_tdec(folder / "tdec", forget, retain)
+    return folder
 
-    return write
+
+def _write_tdec(folder: Path, forget: list[Row], retain: list[Row]) -> None:
+    """As the original repository: data/main, and two of the validation sets."""
+    for name in ("data/main", "validation_data"):
+        (folder / name).mkdir(parents=True)
+    with (folder / "data/main/two.csv").open("w", newline="") as file:
+        rows = [[i, "made up", row.answer] for i, row in enumerate(forget[:2])]
+        csv.writer(file).writerows([["doc_id", "corpus", "text"], *rows])
+    with (folder / "validation_data/lambada.csv").open("w", newline="") as file:
+        texts = [[i, f"Question: {r.question}\nAnswer: {r.answer}"] for i, r in enumerate(retain)]
+        csv.writer(file).writerows([["id", "text"], *texts])
+    dialogues = {"text": {str(i): [row.question, row.answer] for i, row in enumerate(retain)}}
+    (folder / "validation_data/wizard_of_wikipedia.json").write_text(json.dumps(dialogues))
+
+
+@pytest.fixture(scope="session")
+def evaluate_arguments(model_folder: Path, evaluation_data: Path) -> Callable[..., list[str]]:
+    """The command that evaluates the model on one of the benchmarks into a folder."""
+
+    def make(which: str, output: Path, *more: str) -> list[str]:
+        split = ("--split", "data/main/two", "--n", "2") if which == "tdec" else ()
+        return [
+            *("evaluate", "--benchmark", which, "--model", str(model_folder)),
+            *("--data", str(evaluation_data / which), "--output", str(output)),
+            *("--batch-size", "3", "--device", "cpu", *split, *more),
+        ]
+
+    return make

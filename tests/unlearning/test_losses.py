@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import fastbound
 from fastbound.unlearning import InputError, Row, UnlearnConfig, losses, unlearn
 from fastbound.unlearning.encoding import Batch
-from fastbound.unlearning.objective import LOSSES, Objective, refusals
+from fastbound.unlearning.objective import LOSSES, Answers, Objective, refusals
 
 # The original functions ran in fp32.
 FP32 = {"rel": 3e-7, "abs": 3e-7}
@@ -55,6 +55,13 @@ class TestReferencePairs:
             retain_weight=alpha,
         )
         assert found.loss.item() == pytest.approx(expected[name], **FP32)
+
+    def test_likelihood_of_each_token(self, given):
+        """WGA is no loss here, but its value, -mean(p · nll), is made of these."""
+        (logits, labels), _, _, expected = given
+        nll = losses.answer_tokens(logits, labels).loss
+        found = -(torch.exp(-nll) * nll).mean()
+        assert found.item() == pytest.approx(expected["wga_forget_beta1"], **FP32)
 
     def test_likelihood_of_each_row(self, given):
         (logits, labels), _, _, expected = given
@@ -150,8 +157,10 @@ def test_a_weighted_sum_is_the_sum_of_its_parts():
     labels[:, :2] = -100
     batch = Batch(labels, torch.ones_like(labels), labels)
 
+    now, before = (Answers.of(each, labels) for each in (logits, reference))
+
     def value(weights):
-        return Objective(weights)(logits, batch, (2, 2, 2), reference=reference).loss
+        return Objective(weights)(now, batch, (2, 2, 2), reference=before).loss
 
     weights = dict(zip(LOSSES, (0.5, 2.0, 0.25, 3.0, 1.0, 0.1, 0.7, 1.5), strict=True))
     parts = sum(weight * value({name: 1.0}) for name, weight in weights.items())

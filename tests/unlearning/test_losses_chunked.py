@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastbound.unlearning import losses
 from fastbound.unlearning.chunked import chunked_answer_tokens
@@ -67,6 +68,21 @@ def test_no_logits_are_saved_for_backward(head):
     logits = labelled * VOCABULARY * 8
     assert saved(lambda: _plain(*frozen)) >= logits
     assert saved(lambda: chunked_answer_tokens(*frozen, chunk=16)) < logits / 10
+
+
+def test_only_answer_tokens_meet_the_head_three_times(head):
+    hidden, weight, labels, bias = head
+    frozen = (hidden, weight.detach(), labels, bias.detach())
+    answers = int((labels[:, 1:] != -100).sum())
+    product = 2 * WIDTH * VOCABULARY  # of one position with the head
+
+    def flops(compute):
+        with FlopCounterMode(display=False) as counted:
+            compute(*frozen).loss.sum().backward()
+        return counted.get_total_flops()
+
+    assert flops(_plain) == 2 * labels.numel() * product
+    assert flops(chunked_answer_tokens) == 3 * answers * product
 
 
 def test_at_most_a_chunk_of_logits_exists(head, monkeypatch):

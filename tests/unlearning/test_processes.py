@@ -32,14 +32,19 @@ def steady_folder(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "form"),
     [
-        pytest.param((*ACCELERATE, "--multi_gpu"), id="accelerate-copies"),
-        pytest.param((*ACCELERATE, "--config_file", "docs/accelerate_fsdp2.yaml"), id="fsdp2.yaml"),
+        pytest.param((*ACCELERATE, "--multi_gpu"), "whole", id="accelerate-copies"),
+        pytest.param((*ACCELERATE, "--multi_gpu"), "chunked", id="accelerate-copies-chunked"),
+        pytest.param(
+            (*ACCELERATE, "--config_file", "docs/accelerate_fsdp2.yaml"),
+            "chunked",
+            id="fsdp2.yaml-chunked",
+        ),
     ],
 )
 def test_two_processes_reach_the_adapters_of_one(
-    launcher, steady_folder, write_rows, retain_rows, tmp_path, repository
+    launcher, form, steady_folder, write_rows, retain_rows, tmp_path, repository
 ):
     forget = [{"question": "Who?", "answer": a} for a in ("a b c", "d e f g h i j", "k")] * 3
     rows = {"f": write_rows("f.jsonl", forget), "r": write_rows("r.jsonl", retain_rows)}
@@ -53,7 +58,10 @@ def test_two_processes_reach_the_adapters_of_one(
         ]
 
     together = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "fastbound", *arguments("two", 2)],
+        [
+            *(sys.executable, "-m", *launcher, "-m", "fastbound"),
+            *arguments("two", 2, "--cross-entropy", form),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
         cwd=repository,
         capture_output=True,
@@ -62,6 +70,8 @@ def test_two_processes_reach_the_adapters_of_one(
     )
     assert together.returncode == 0, together.stderr
     assert main(arguments("one", 4)) == 0
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["cross_entropy"]["form"] == form
     two, one = (
         [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
         for run in ("two", "one")

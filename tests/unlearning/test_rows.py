@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -39,6 +40,23 @@ def test_reads_json_lines_csv_and_text(tmp_path: Path):
     assert load_rows(str(table)) == [Row("Q?", "A, and\nmore", f"{table}, row 1")]
 
 
+def test_reads_one_array_of_objects_or_of_texts(tmp_path: Path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(["T", {"question": "Q?", "answer": "A."}], indent=1))
+    assert load_rows(path) == [
+        Row(None, "T", f"{path}, row 1"),
+        Row("Q?", "A.", f"{path}, row 2"),
+    ]
+
+
+def test_a_carriage_return_in_a_csv_belongs_to_its_text(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'text,n\none\rtwo,1\n"three\rfour\r\nfive",2\n')
+    assert [row.answer for row in load_rows(path)] == ["one\rtwo", "three\rfour\r\nfive"]
+    path.write_bytes(b"text,n\r\none,1\r\n")
+    assert [row.answer for row in load_rows(path)] == ["one"]
+
+
 def test_reads_a_data_set_by_id_config_and_split(tmp_path: Path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -60,7 +78,11 @@ def test_reads_a_data_set_by_id_config_and_split(tmp_path: Path):
         ("r.jsonl", '{"question": "Q", "answer": " "}\n', "row 1: field 'answer' is empty"),
         ("r.jsonl", '{"prompt": "Q"}\n', "row 1: needs 'question' and 'answer', or 'text'; found"),
         ("r.jsonl", '{"text": "T"}\n{"text": \n', "row 2: not JSON .*one object a line"),
-        ("r.json", '[{"text": "T"}]', "row 1: a JSON object was expected, got list"),
+        ("r.jsonl", "3\n", "row 1: a JSON object was expected, got int"),
+        ("r.json", "[]", "holds no rows"),
+        ("r.json", '[{"text": "T"}, 3]', "row 2: an object or a text was expected .*, got int"),
+        ("r.json", '["T", " "]', "row 2: field 'text' is empty"),
+        ("r.json", '["T",\n "U"', "line 2: not JSON .*write one array, or one object a line"),
         ("r.csv", "question,answer\n", "holds no rows"),
         ("r.csv", "question,answer\nQ\n", "row 1: field 'answer' is missing"),
         ("r.csv", "question,answer\nQ,A,B\n", "row 1: more fields than the header"),
@@ -130,6 +152,13 @@ def test_row_longer_than_max_length_is_named_with_the_remedy(tokenizer):
 def test_refuses_a_template_without_its_parts(tokenizer, template):
     with pytest.raises(InputError, match="template must"):
         encode_all([Row("Q?", "A.", "here")], tokenizer, template=template)
+
+
+def test_refuses_a_tokenizer_without_end_of_text(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"no end-of-text token: set tokenizer.eos_token"):
+        encode(Row("Q?", "A.", "here"), tokenizer)
 
 
 def test_padding_is_masked_and_not_labelled(tokenizer):

@@ -51,6 +51,13 @@ def continuations(
     return [_cut(tokens[:limit], stops) for tokens, limit in zip(new, most, strict=True)]
 
 
+def until(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of `stops`."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
 def stop_tokens(model: Any, end: int) -> set[int]:
     """The tokens that end a text: those of the model's generation settings, else `end`."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastbound.unlearning.benchmarks.records import check_split, records
-from fastbound.unlearning.data import Row, text_field
+from fastbound.unlearning.benchmarks.records import Records, check_split, file_of
+from fastbound.unlearning.data import SUFFIXES, Row, read_records, read_text, text_field
 
 HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 CORPORA = tuple(HUB)
@@ -40,15 +40,29 @@ def load(split: str, data: str | Path | None = None) -> list[Row]:
     A verbatim row has its prompt as `question` and its continuation (`gt`) as `answer`.
 
     Args:
-        data: folder of one corpus with `config/split.jsonl` and the like; None takes the hub.
+        data: folder of one corpus, or one that holds `news` and `books`, with `config/split.jsonl`
+            and the like, or MUSE's own files: arrays in `config/split.json`, `raw/split.txt`. A
+            .txt is one row, for it does not say where a text ends; None takes the hub.
 
     Raises:
         InputError: an unknown split, a missing file, or a row without the split's fields.
     """
     check_split("muse", split, SPLITS)
     corpus, config, name = split.split("/")
-    found = records("muse", f"{config}/{name}", data, f"{HUB[corpus]}:{config}:{name}")
+    if data is None:
+        found = read_records(f"{HUB[corpus]}:{config}:{name}")
+    else:
+        found = _of_folder(Path(data), corpus, f"{config}/{name}")
     return [_row(record, config, where) for where, record in found]
+
+
+def _of_folder(folder: Path, corpus: str, split: str) -> Records:
+    if (folder / corpus).is_dir():
+        folder = folder / corpus
+    path = file_of("muse", split, folder, (*SUFFIXES, ".txt"))
+    if path.suffix == ".txt":
+        return [(str(path), {"text": read_text(path)})]
+    return read_records(path)
 
 
 def _row(record: Mapping[str, Any], config: str, where: str) -> Row:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.unlearning.benchmarks import muse
+from fastbound.unlearning.benchmarks.generation import until
 from fastbound.unlearning.benchmarks.session import Session
 from fastbound.unlearning.benchmarks.templates import end_of_text
 from fastbound.unlearning.data import Row
@@ -97,7 +98,7 @@ def score(session: Session, prepared: Prepared, *, convention: str) -> dict[str,
     log: dict[str, Any] = {}
     for name, part in prepared.prompted.items():
         texts = session.texts(name, part.prompts, [part.most] * len(part.prompts))
-        texts = [_until(text, part.stops) for text in texts]
+        texts = [until(text, part.stops) for text in texts]
         log[name] = {
             "rougeL_f1": [
                 rouge(expected, text, stemmer=convention != MUSE).rougeL_f1
@@ -126,9 +127,3 @@ def _text(row: Row, tokenizer: Any) -> Encoded:
     if len(ids) < 4:  # of three labelled tokens, 40 % is one
         raise InputError(f"{row.where}: a text of {len(ids)} tokens has too few to score")
     return Encoded(tuple(ids), (IGNORED, *ids[1:]), row.where)
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text

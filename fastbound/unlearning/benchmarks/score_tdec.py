@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbound.unlearning.benchmarks import tdec
+from fastbound.unlearning.benchmarks import score_validation, tdec
 from fastbound.unlearning.benchmarks.generation import continuations, stop_tokens
 from fastbound.unlearning.benchmarks.session import Session
 from fastbound.unlearning.benchmarks.templates import end_of_text
 from fastbound.unlearning.encoding import Encoded, collate
 from fastbound.unlearning.errors import InputError, NonFiniteError
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.metrics.memorisation import extraction_likelihood, memorisation_accuracy
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The sequences to extract, and the validation sets that stand beside them."""
+
+    sequences: Sequence[Encoded]
+    validation: Mapping[str, score_validation.Prepared]
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        validation = (row for part in self.validation.values() for row in part.encoded)
+        return [*self.sequences, *validation]
 
 
 def prepare(
@@ -25,11 +39,11 @@ def prepare(
     *,
     n: int = 10,
     most_rows: int | None = None,
-) -> list[Encoded]:
+) -> Prepared:
     """Load the sequences as at most 200 tokens each, every one longer than `n`."""
     end_of_text(tokenizer)
     rows = []
-    for row in tdec.load(split, data)[:most_rows]:
+    for row in tdec.sequences(split, data)[:most_rows]:
         ids = row.tokens or tuple(tokenizer(row.answer, verbose=False)["input_ids"])
         ids = ids[: tdec.TARGET_LENGTH]
         if len(ids) <= n:
@@ -40,14 +54,15 @@ def prepare(
                 "file was made with another tokenizer"
             )
         rows.append(Encoded(ids, ids, row.where))
-    return rows
+    sets = score_validation.prepare(data, tokenizer, most_rows=most_rows)
+    return Prepared(rows, sets)
 
 
-def score(session: Session, rows: Sequence[Encoded], *, n: int = 10) -> dict[str, Any]:
-    """A log: EL_n and MA of each sequence, each saved as soon as it is known."""
+def score(session: Session, prepared: Prepared, *, n: int = 10) -> dict[str, Any]:
+    """A log: EL_n and MA of each sequence, each saved as soon as it is known; validation sets."""
     found = session.each(
         f"EL_{n} and MA",
-        rows,
+        prepared.sequences,
         lambda part: [_sequence(session, row.ids, n) for row in part],
         length=lambda row: len(row.ids),
         batch_size=1,
@@ -56,6 +71,7 @@ def score(session: Session, rows: Sequence[Encoded], *, n: int = 10) -> dict[str
         "n": n,
         "extraction_likelihood": [each["el"] for each in found],
         "memorisation_accuracy": [each["ma"] for each in found],
+        "validation": score_validation.score(session, prepared.validation),
     }
 
 

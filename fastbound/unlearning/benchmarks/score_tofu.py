@@ -10,7 +10,12 @@ from typing import Any
 from fastbound.unlearning.benchmarks import tofu
 from fastbound.unlearning.benchmarks.records import check_split
 from fastbound.unlearning.benchmarks.session import Session
-from fastbound.unlearning.benchmarks.templates import encode_answer, encode_prompt
+from fastbound.unlearning.benchmarks.templates import (
+    encode_answer,
+    encode_prompt,
+    end_of_text,
+    warn_of_empty_answers,
+)
 from fastbound.unlearning.encoding import Encoded
 from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING
 from fastbound.unlearning.metrics.logs import FORGET, REAL_AUTHORS, RETAIN, SECTIONS, WORLD_FACTS
@@ -71,7 +76,7 @@ def prepare(
     for section, name in splits.items():
         rows = tofu.load(name, data)[:most_rows]
         reworded = [encode(row, row.paraphrased) for row in rows if row.paraphrased is not None]
-        sections[section] = Section(
+        part = sections[section] = Section(
             rows,
             [encode(row, row.answer) for row in rows],
             reworded or None,
@@ -81,6 +86,7 @@ def prepare(
                 for row in rows
             ],
         )
+        warn_of_empty_answers(name, part.encoded, end_of_text(tokenizer))
     return sections
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fastbound.unlearning.benchmarks.generation import continuations
 from fastbound.unlearning.benchmarks.templates import end_of_text
-from fastbound.unlearning.encoding import Encoded, collate, padding
+from fastbound.unlearning.encoding import IGNORED, Encoded, collate, padding
 from fastbound.unlearning.errors import NonFiniteError
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.metrics.memorisation import exact_memorisation, extraction_strength
 from fastbound.unlearning.metrics.privacy import min_k
 from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores
@@ -121,6 +122,32 @@ class Session:
             length=lambda row: len(row.ids),
         )
 
+    def first_choices(self, name: str, rows: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """For each row its mean loss, labelled tokens, and the model's first choices for them.
+
+        `correct` says whether all of those are the labels, `text` is what they read as.
+        """
+
+        def compute(part: list[Encoded]) -> list[dict[str, Any]]:
+            scores, logits, labels = self._forward(part)
+            labelled = labels[:, 1:] != IGNORED
+            chosen = [
+                row[at].tolist()
+                for row, at in zip(logits[:, :-1].argmax(-1), labelled, strict=True)
+            ]
+            texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
+            return [
+                {
+                    "loss": score.loss,
+                    "tokens": len(score.correct),
+                    "correct": bool(score.correct.all()),
+                    "text": text,
+                }
+                for score, text in zip(scores, texts, strict=True)
+            ]
+
+        return self.each(name, rows, compute, length=lambda row: len(row.ids))
+
     def attacks(
         self, name: str, rows: Sequence[Encoded], *, k: float, convention: str
     ) -> list[float]:
@@ -146,8 +173,12 @@ class Session:
         items = list(zip(prompts, most, strict=True))
         return self.each(name, items, compute, length=lambda item: len(item[0]))
 
-    @torch.no_grad()
     def _scores(self, rows: Sequence[Encoded]) -> list[AnswerScore]:
+        return self._forward(rows)[0]
+
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[Encoded]) -> tuple[list[AnswerScore], Tensor, Tensor]:
+        """Scores, logits and labels of a batch; a loss that is not finite is an error."""
         batch = collate(rows, self.pad).to(self.model.device)
         logits = forward(self.model, batch.input_ids, batch.attention_mask)
         scores = answer_scores(logits, batch.labels)
@@ -157,7 +188,7 @@ class Session:
                     f"{row.where}: the loss is {score.loss}; the model is broken or overflows in "
                     f"{self.model.dtype}: try --dtype float32"
                 )
-        return scores
+        return scores, logits, batch.labels
 
 
 def _answer(score: AnswerScore) -> dict[str, Any]:

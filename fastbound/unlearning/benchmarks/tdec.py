@@ -7,12 +7,14 @@ as npy with token ids: whole sequences of 100 + 50 + 50 tokens, or `*_prefix.npy
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastbound.unlearning.benchmarks import tdec_validation
 from fastbound.unlearning.benchmarks.records import file_of
 from fastbound.unlearning.data import Row, read_records, text_field
 from fastbound.unlearning.errors import InputError
@@ -37,11 +39,22 @@ class TdecRow(Row):
     corpus: str = ""
 
 
-def load(split: str, data: str | Path | None = None) -> list[TdecRow]:
-    """Rows of `{split}.csv`, `{split}.npy`, or `{split}_prefix.npy` with `{split}_suffix.npy`.
+def load(split: str, data: str | Path | None = None) -> Sequence[Row]:
+    """Rows of one of `tdec_validation.SETS`, or of any other name the `sequences` to extract.
 
     Raises:
         InputError: no folder is given, a file is missing, or a row or an array is malformed.
+    """
+    if data is not None and split in tdec_validation.SETS:
+        return tdec_validation.load(split, data)
+    return sequences(split, data)
+
+
+def sequences(split: str, data: str | Path | None = None) -> list[TdecRow]:
+    """Rows of `{split}.csv`, `{split}.npy`, or `{split}_prefix.npy` with `{split}_suffix.npy`.
+
+    Raises:
+        InputError: as `load`.
     """
     if data is None:
         raise InputError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastbound.unlearning.encoding import IGNORED, Encoded
+from fastbound.unlearning.encoding import IGNORED, Encoded, answer_length
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING
 
@@ -65,16 +67,18 @@ def encode_answer(
     if family == CHAT:
         ids = _chat(tokenizer, question, answer)
         prompt = len(_chat(tokenizer, question, None))
+        cut = False
     else:
         before, tag = _around(question, family)
         ids = _tokens(tokenizer, before + tag + answer, max_length)
         prompt = len(_tokens(tokenizer, _shown(before, tag, convention), max_length))
+        cut = prompt == max_length  # nothing of the answer, though an end of text may follow
     if convention == OPEN_UNLEARNING:
         ids = ids if ids and ids[-1] == end else [*ids, end]
     elif len(ids) < max_length:
         ids = [*ids, end]
     labels = [IGNORED] * min(prompt, len(ids)) + ids[prompt:]
-    if all(label == IGNORED for label in labels[1:]):
+    if cut or all(label == IGNORED for label in labels[1:]):
         raise InputError(
             f"{where}: no token of the answer is left to score: its {len(ids)} tokens are all "
             f"prompt (max_length {max_length}); raise max_length or mend the row"
@@ -94,6 +98,23 @@ def encode_prompt(
     if family == CHAT:
         return _chat(tokenizer, question, None)
     return _tokens(tokenizer, _shown(*_around(question, family), convention), max_length)
+
+
+class EmptyAnswerWarning(UserWarning):
+    """Answers of which masking leaves the end of text alone: their losses are of that token."""
+
+
+def warn_of_empty_answers(name: str, rows: Sequence[Encoded], end: int) -> None:
+    """Warn where only the end of text of an answer is labelled, with the number and the first."""
+    empty = [row for row in rows if answer_length(row) == 1 and row.labels[-1] == end]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {len(rows)} answers of {name} are nothing but their end of text "
+            f"after masking (first: {empty[0].where}): the tokenizer joins the blank that ends "
+            "the prompt to the answer; take another --template",
+            EmptyAnswerWarning,
+            stacklevel=2,
+        )
 
 
 def end_of_text(tokenizer: Any) -> int:

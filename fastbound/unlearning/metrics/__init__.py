@@ -17,7 +17,7 @@ from fastbound.unlearning.metrics.privacy import (
     min_k_plus_plus,
     privleak,
 )
-from fastbound.unlearning.metrics.texts import Rouge, rouge
+from fastbound.unlearning.metrics.texts import Rouge, exact_match, rouge, unigram_f1
 from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores
 from fastbound.unlearning.metrics.truth import (
     ForgetQuality,
@@ -52,6 +52,7 @@ __all__ = [
     "SectionScore",
     "answer_scores",
     "closer_to_one",
+    "exact_match",
     "exact_memorisation",
     "extraction_likelihood",
     "extraction_strength",
@@ -71,4 +72,5 @@ __all__ = [
     "section_score",
     "true_better",
     "truth_ratio",
+    "unigram_f1",
 ]

@@ -1,7 +1,10 @@
-"""ROUGE of generated text against the text that was expected."""
+"""Generated text against the text that was expected: ROUGE, unigram F1, exact match."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,3 +36,28 @@ def _scorer(stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
+
+
+def unigram_f1(expected: str, generated: str) -> float:
+    """Harmonic mean of precision and recall of words, each as often as it stands there.
+
+    F1 = 2 p r / (p + r) = 2 · shared / (expected + generated); 0 where no word is shared.
+    Words are those of SQuAD's evaluation: lower case, without punctuation and a, an, the. Jang et
+    al. 2023 score TDEC's dialogues and completions with it.
+    """
+    wanted, given = _words(expected), _words(generated)
+    shared = (Counter(wanted) & Counter(given)).total()
+    return 2 * shared / (len(wanted) + len(given)) if shared else 0.0
+
+
+def exact_match(expected: str, generated: str) -> bool:
+    """Whether both texts have the same words, as `unigram_f1` takes them."""
+    return _words(expected) == _words(generated)
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()

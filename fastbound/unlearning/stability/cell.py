@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastbound.ranks import allocate_ranks
 from fastbound.unlearning.encoding import IGNORED, Encoded, collate
-from fastbound.unlearning.evaluate import forward
+from fastbound.unlearning.forward import forward
 from fastbound.unlearning.losses import answer_tokens, gradient_difference
 from fastbound.unlearning.stability.adapters import (
     CLAMP,

@@ -1,0 +1,22 @@
+"""The most memory a run has held: on the device where it is CUDA, else of the process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin anew, where that can be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes, and what they are of: "device memory" or "resident set"."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "device memory"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set"
