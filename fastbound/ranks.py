@@ -11,7 +11,7 @@ Cevher 2017, "Practical sketching algorithms for low-rank matrix approximation",
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-Loss = Callable[[], Tensor]
+Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
+EVEN = 8  # the rank that the default budget buys everywhere
+MOST = 32  # the largest rank that the kernels of an MLP block take
 _OVERSAMPLING = 8
 
 
@@ -41,7 +43,7 @@ class RankAllocation:
 
     Attributes:
         ranks: rank by name of layer.
-        excess: share of all the layers' excess energy that lies in each layer.
+        excess: share of all the layers' excess of forgetting that lies in each layer.
         parameters: of all A and B at these ranks, at most `budget`.
         budget: what was to be spent.
     """
@@ -52,29 +54,25 @@ class RankAllocation:
     budget: int
 
     def __str__(self) -> str:
-        lines = [f"{self.parameters:,} of a budget of {self.budget:,} parameters"]
-        lines += [
-            f"  rank {rank:3d}  {self.excess[name]:6.1%} of the excess  {name}"
-            for name, rank in self.ranks.items()
+        head = (
+            f"ranks for {self.parameters:,} of {self.budget:,} parameters, by excess of forgetting"
+        )
+        lines = [
+            f"  {rank:3d} {self.excess[name]:6.1%}  {name}" for name, rank in self.ranks.items()
         ]
-        return "\n".join(lines)
+        return "\n".join([head, *lines])
 
 
 class _Sketch:
     """Y and Z of one layer's gradient, added up over backward passes."""
 
-    def __init__(self, N: int, K: int, width: int, like: Tensor, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        p = min(width, N, K)
-        q = min(2 * p + 1, N)
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.Omega = torch.randn(K, p, generator=generator).to(like.device, self.dtype)
-        self.Psi = torch.randn(q, N, generator=generator).to(like.device, self.dtype)
-        self.Y = torch.zeros(N, p, device=like.device, dtype=self.dtype)
-        self.Z = torch.zeros(q, K, device=like.device, dtype=self.dtype)
+    def __init__(self, Omega: Tensor, Psi: Tensor) -> None:
+        self.Omega, self.Psi = Omega, Psi
+        self.Y = Omega.new_zeros(Psi.shape[1], Omega.shape[1])
+        self.Z = Omega.new_zeros(Psi.shape[0], Omega.shape[0])
 
     def add(self, x: Tensor, dy: Tensor) -> None:
-        X, DY = (t.reshape(-1, t.shape[-1]).to(self.dtype) for t in (x, dy))
+        X, DY = (t.reshape(-1, t.shape[-1]).to(self.Y.dtype) for t in (x, dy))
         self.Y += DY.t() @ (X @ self.Omega)
         self.Z += (self.Psi @ DY.t()) @ X
 
@@ -92,8 +90,8 @@ def allocate_ranks(
     forget: Loss,
     retain: Loss,
     *,
-    budget: int,
-    most: int = 32,
+    budget: int | None = None,
+    most: int = MOST,
     seed: int = 0,
 ) -> RankAllocation:
     """Spend `budget` parameters on ranks, a rank of a layer [N, K] costing N + K.
@@ -102,18 +100,23 @@ def allocate_ranks(
 
         max(0, σ_i² / Σ‖G_f‖² − (u_iᵀ G_r v_i)² / Σ‖G_r‖²)        Σ over all layers
 
-    and the components worth most a parameter are taken. Every layer gets at least rank 1.
+    and the components worth most a parameter are taken. Every layer gets at least rank 1. The
+    passes are made in evaluation mode, and hold x of every layer besides what they hold anyway.
 
     Args:
         model: holds the layers, none adapted yet; left as it was.
         layers: name -> [N, K] of the linear layers to be adapted.
-        forget, retain: compute the two losses with `model`; called once each.
+        forget, retain: called once with `model`; give a loss, or several one after the other (as
+            a generator does), whose gradients are added.
+        budget: None: what rank `EVEN` everywhere takes.
         most: the largest rank of a layer.
 
     Raises:
-        ValueError: the budget does not buy rank 1 for every layer, or a gradient is not finite.
+        ValueError: the budget does not buy rank 1 for every layer, a gradient is not finite, or a
+            layer passes none on.
     """
     costs = {name: N + K for name, (N, K) in layers.items()}
+    budget = EVEN * sum(costs.values()) if budget is None else budget
     if budget < sum(costs.values()):
         raise ValueError(
             f"a budget of {budget:,} parameters does not give {len(layers)} layers rank 1: "
@@ -167,15 +170,37 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
     return ranks
 
 
+def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:
+    """The rank that the same parameters buy in every layer."""
+    costs = {name: N + K for name, (N, K) in layers.items()}
+    return sum(ranks[name] * cost for name, cost in costs.items()) / sum(costs.values())
+
+
 def _gradients(
     model: nn.Module, layers: Mapping[str, tuple[int, int]], loss: Loss, width: int, seed: int
 ) -> dict[str, LowRank]:
+    drawn: dict[tuple[Any, ...], Tensor] = {}
+
+    def draw(rows: int, columns: int, like: Tensor) -> Tensor:
+        """The same for layers of the same size: they need not be independent of one another."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if not like.is_floating_point():
+            dtype = torch.float32
+        key = (rows, columns, like.device, dtype)
+        if key not in drawn:
+            generator = torch.Generator().manual_seed(seed)
+            drawn[key] = torch.randn(rows, columns, generator=generator).to(like.device, dtype)
+        return drawn[key]
+
     sketches: dict[str, _Sketch] = {}
-    for index, (name, (N, K)) in enumerate(layers.items()):
+    for name, (N, K) in layers.items():
         like = next(model.get_submodule(name).parameters())
-        sketches[name] = _Sketch(N, K, width, like, seed + index)
-    with _frozen(model), _sketching(model, sketches), torch.enable_grad():
-        loss().backward()
+        p = min(width, N, K)
+        sketches[name] = _Sketch(draw(K, p, like), draw(min(2 * p + 1, N), N, like))
+    with _frozen_and_evaluated(model), _sketching(model, sketches), torch.enable_grad():
+        found = loss(model)
+        for each in (found,) if isinstance(found, Tensor) else found:
+            each.backward()
     return {name: sketch.low_rank() for name, sketch in sketches.items()}
 
 
@@ -183,20 +208,25 @@ def _gradients(
 def _sketching(model: nn.Module, sketches: Mapping[str, _Sketch]) -> Iterator[None]:
     """Inside it, every backward pass through the layers adds to their sketches."""
 
-    def hook_of(sketch: _Sketch) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+    def tracked(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = inputs
+        return (x if x.requires_grad else x.detach().requires_grad_(), *rest)
+
+    def watch(name: str, sketch: _Sketch) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+            if not y.requires_grad:
+                raise ValueError(f"{name} passes no gradient on: give its rank as a number")
             x = inputs[0].detach()
-            if not y.requires_grad:  # the first layer of a frozen model
-                y.requires_grad_()
             y.register_hook(lambda dy: sketch.add(x, dy))
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook_of(sketch))
-        for name, sketch in sketches.items()
-    ]
+    handles = []
     try:
+        for name, sketch in sketches.items():
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(tracked))
+            handles.append(layer.register_forward_hook(watch(name, sketch)))
         yield
     finally:
         for handle in handles:
@@ -204,12 +234,16 @@ def _sketching(model: nn.Module, sketches: Mapping[str, _Sketch]) -> Iterator[No
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trained: Sequence[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+def _frozen_and_evaluated(model: nn.Module) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    modes = {module: module.training for module in model.modules()}
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
+        model.eval()
         yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode

@@ -29,7 +29,7 @@ def test_the_sketch_is_the_gradient_where_its_rank_fits() -> None:
     model = network()
     loss, _ = losses(model)
     dense = torch.autograd.grad(loss, [model[0].weight, model[2].weight])
-    sketched = _gradients(model, LAYERS, lambda: losses(model)[0], width=8, seed=3)
+    sketched = _gradients(model, LAYERS, lambda m: losses(m)[0], width=8, seed=3)
     for name, G in zip(LAYERS, dense, strict=True):
         Q, X = sketched[name]
         assert Q.shape[1] == 8 > torch.linalg.matrix_rank(G)
@@ -44,8 +44,8 @@ def test_a_sketch_too_small_keeps_the_leading_values() -> None:
     sigma = 0.5 ** torch.arange(20.0, dtype=torch.float64)
     layer = nn.Linear(40, 64, bias=False).double()
     model = nn.Sequential(layer)
-    loss = lambda: (model((V * sigma).t().contiguous()) * U.t()).sum()  # noqa: E731
-    found = _gradients(model, {"0": (64, 40)}, loss, width=8, seed=0)["0"]
+    x = (V * sigma).t().contiguous()
+    found = _gradients(model, {"0": (64, 40)}, lambda m: (m(x) * U.t()).sum(), width=8, seed=0)["0"]
     values = torch.linalg.svdvals(found.X)
     torch.testing.assert_close(values[:3], sigma[:3], rtol=0.02, atol=0)
 
@@ -53,9 +53,9 @@ def test_a_sketch_too_small_keeps_the_leading_values() -> None:
 def test_several_backward_passes_add_up() -> None:
     model = network()
     x = torch.randn(5, 12, dtype=torch.float64)
-    whole = _gradients(model, LAYERS, lambda: model(x).square().sum(), width=9, seed=0)
+    whole = _gradients(model, LAYERS, lambda m: m(x).square().sum(), width=9, seed=0)
     parts = _gradients(
-        model, LAYERS, lambda: sum(model(row).square().sum() for row in x), width=9, seed=0
+        model, LAYERS, lambda m: (m(row).square().sum() for row in x), width=9, seed=0
     )
     for name in LAYERS:
         torch.testing.assert_close(whole[name].Q @ whole[name].X, parts[name].Q @ parts[name].X)
@@ -85,12 +85,13 @@ def test_the_budget_goes_to_the_worthiest_per_parameter() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = network()
     model[0].bias.requires_grad_(False)
+    model.train()[1].eval()
     before = copy.deepcopy(model.state_dict())
     found = allocate_ranks(
         model,
         LAYERS,
-        lambda: losses(model)[0],
-        lambda: losses(model)[1],
+        lambda m: losses(m)[0],
+        lambda m: losses(m)[1],
         budget=6 * (32 + 29),
         most=9,
     )
@@ -98,21 +99,22 @@ def test_the_model_is_left_as_it_was() -> None:
     assert set(found.ranks) == set(LAYERS)
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
     assert all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [m.training for m in model.modules()] == [True, True, False, True]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert "of a budget of" in str(found)
+    assert f"of {found.budget:,} parameters" in str(found)
 
 
 def test_a_budget_too_small_and_a_broken_loss_are_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="that takes 61"):
-        allocate_ranks(model, LAYERS, torch.tensor, torch.tensor, budget=60)
+        allocate_ranks(model, LAYERS, lambda m: [], lambda m: [], budget=60)
     with pytest.raises(ValueError, match="not finite"):
         allocate_ranks(
             model,
             LAYERS,
-            lambda: losses(model)[0] * float("nan"),
-            lambda: losses(model)[1],
+            lambda m: losses(m)[0] * float("nan"),
+            lambda m: losses(m)[1],
             budget=100,
         )

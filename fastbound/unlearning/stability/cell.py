@@ -150,7 +150,6 @@ def even_ranks(model: nn.Module, rank: int) -> dict[str, int]:
 def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, int]:
     """As many parameters as `even_ranks` takes, spread by the gradients of all rows."""
     shapes = {name: layer.weight.shape for name, layer in targets(model).items()}
-    model.eval()
 
     def loss(rows: Sequence[Encoded]) -> Tensor:
         batch = collate(rows, pad)
@@ -160,8 +159,8 @@ def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, i
     return allocate_ranks(
         model,
         {name: (N, K) for name, (N, K) in shapes.items()},
-        lambda: loss(rows.forget),
-        lambda: loss(rows.retain),
+        lambda _: loss(rows.forget),
+        lambda _: loss(rows.retain),
         budget=cell.rank * sum(N + K for N, K in shapes.values()),
         seed=cell.seed,
     ).ranks
