@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fastbound
 from fastbound.ranks import LowRank, _gradients, allocate_ranks, components, spend
 
 
@@ -118,3 +122,93 @@ def test_a_budget_too_small_and_a_broken_loss_are_refused() -> None:
             lambda m: losses(m)[1],
             budget=100,
         )
+
+
+class TestInject:
+    """`rank="auto"` and ranks by name."""
+
+    @staticmethod
+    def losses() -> dict[str, Any]:
+        return {"forget": lambda m: losses(m)[0], "retain": lambda m: losses(m)[1]}
+
+    def inject(self, model: nn.Module, rank: Any, **settings: Any) -> fastbound.InjectionReport:
+        return fastbound.inject(model, rank, target_modules=["0", "2"], **settings)
+
+    def test_auto_spends_the_budget_and_prints_its_choice(self) -> None:
+        model = network()
+        before = copy.deepcopy(model)
+        report = self.inject(model, "auto", budget=300, alpha=6.0, **self.losses())
+        assert report.allocation is not None and report.ranks == report.allocation.ranks
+        assert 300 - 32 < report.allocation.parameters == report.trainable_parameters <= 300
+        assert len(set(report.ranks.values())) == 2 and min(report.ranks.values()) >= 1
+        assert str(report).endswith(str(report.allocation))
+        even = report.trainable_parameters / (32 + 29)
+        for name, rank in report.ranks.items():
+            adapter = model.get_submodule(name).adapter
+            assert adapter.rank == rank
+            assert adapter.alpha / rank == pytest.approx(6.0 / even)
+        x = torch.randn(3, 12, dtype=torch.float64)
+        torch.testing.assert_close(model(x), before(x))
+
+    def test_the_default_budget_is_that_of_rank_8(self) -> None:
+        report = self.inject(network(), "auto", **self.losses())
+        assert report.allocation is not None
+        assert report.allocation.budget == 8 * (32 + 29)
+
+    def test_ranks_survive_saving(self, tmp_path: Path) -> None:
+        model = network()
+        report = self.inject(model, "auto", budget=300, **self.losses())
+        fastbound.save_adapter(model, tmp_path)
+        assert fastbound.load_adapter(network(), tmp_path).ranks == report.ranks
+
+    def test_ranks_by_name(self) -> None:
+        model = network()
+        report = self.inject(model, {"0": 2, "2": 5}, bound=3.0)
+        assert report.ranks == {"0": 2, "2": 5} and report.allocation is None
+        assert [model.get_submodule(name).alpha for name in "02"] == [2, 5]
+        assert [model.get_submodule(name).bound for name in "02"] == [3, 3]
+
+    @pytest.mark.parametrize(
+        ("rank", "settings", "message"),
+        [
+            ("auto", {}, "give forget and retain, a function of the model"),
+            ("auto", {"forget": lambda m: m}, "give retain, a function"),
+            ("many", {}, "rank is a number, numbers by name, or \"auto\"; got 'many'"),
+            (4, {"budget": 100}, 'budget is for rank="auto", and rank is 4'),
+            ({"0": 2}, {}, "missing ['2'], unexpected []"),
+            ({"0": 2, "2": 2, "3": 1}, {}, "unexpected ['3']"),
+            ({"0": 2, "2": 0}, {}, "rank must be"),
+        ],
+    )
+    def test_bad_ranks_leave_the_model_as_it_was(
+        self, rank: Any, settings: dict[str, Any], message: str
+    ) -> None:
+        model = network()
+        with pytest.raises(ValueError, match=re.escape(message)):
+            self.inject(model, rank, **settings)
+        assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+    def test_bad_settings_are_refused_before_the_passes(self) -> None:
+        def never(model: nn.Module) -> Tensor:
+            raise AssertionError("called")
+
+        with pytest.raises(ValueError, match="alpha"):
+            self.inject(network(), "auto", alpha=-1.0, forget=never, retain=never)
+
+    def test_a_layer_that_cuts_gradients_off_is_named(self) -> None:
+        class Cut(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return super().forward(x)
+
+        model = network()
+        model[2] = Cut(20, 9).double()
+        with pytest.raises(ValueError, match="2 passes no gradient on"):
+            self.inject(model, "auto", **self.losses())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    def test_an_activation_in_place_after_the_first_layer(self) -> None:
+        model = network()
+        model[1] = nn.ReLU(inplace=True)
+        report = self.inject(model, "auto", budget=300, **self.losses())
+        assert report.allocation is not None and sum(report.ranks.values()) > 2

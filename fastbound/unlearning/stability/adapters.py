@@ -133,7 +133,7 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def adapt(
-    model: nn.Module, adapter: Adapter, ranks: Mapping[str, int], *, slope: float, seed: int
+    model: nn.Module, adapter: Adapter, ranks: Mapping[str, int], *, alpha: float, seed: int
 ) -> Adapted:
     """Put `adapter` on the layers that `ranks` names, in place, and freeze all the rest.
 
@@ -145,7 +145,6 @@ def adapt(
     torch.manual_seed(seed)
     for name, layer in targets(model).items():
         rank = ranks[name]
-        alpha = slope * rank
         bound = adapter.bound(layer.weight, alpha)
         if adapter.kind == "sine":
             made[name] = FusedBoundedLinear.from_linear(layer, rank, alpha=alpha, bound=bound)

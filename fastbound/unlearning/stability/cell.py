@@ -89,7 +89,7 @@ def run_cell(
     start = time.perf_counter()
     adapter = parse_adapter(cell.adapter)
     ranks = _ranks(model, rows, cell, pad) if adapter.adaptive else even_ranks(model, cell.rank)
-    layers = adapt(model, adapter, ranks, slope=config.slope, seed=cell.seed)
+    layers = adapt(model, adapter, ranks, alpha=config.slope * cell.rank, seed=cell.seed)
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=cell.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(cell.seed)
