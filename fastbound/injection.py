@@ -94,8 +94,8 @@ def inject(
             by the gradients of two losses (`fastbound.ranks.allocate_ranks`). docs/stability.md
             says where that helps.
         alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
-            Where ranks differ, each layer gets alpha in proportion to its rank, so that the slope
-            alpha / rank is one: that of the rank which the same parameters buy everywhere.
+            Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
+            more. None is then the rank that the same parameters buy everywhere.
             `bound="auto"` is worked out for each layer from its own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
@@ -166,8 +166,11 @@ def inject(
         "adapter_dtype": adapter_dtype,
         "backend": backend,
     }
-    ranks, alphas = _ranks_and_alphas(rank, alpha, shapes)
-    convert(model, {n: {"rank": ranks[n], "alpha": alphas[n], **each} for n in chosen})
+    if isinstance(rank, Mapping):
+        _check_names(rank, shapes)
+        alpha = even_rank(rank, shapes) if alpha is None else alpha
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
+    convert(model, {name: {"rank": ranks[name], "alpha": alpha, **each} for name in chosen})
     if fuse_mlp:
         fuse(model)
     return replace(describe(model, skipped), allocation=allocation)
@@ -190,23 +193,14 @@ def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: 
         )
 
 
-def _ranks_and_alphas(
-    rank: Any, alpha: float | None, shapes: Mapping[str, tuple[int, int]]
-) -> tuple[Mapping[str, int], Mapping[str, float | None]]:
-    """By name: ranks, and an alpha that gives all of them the slope of the even rank."""
-    if not isinstance(rank, Mapping):
-        return dict.fromkeys(shapes, rank), dict.fromkeys(shapes, alpha)
-    if set(rank) != set(shapes):
-        missing = [name for name in shapes if name not in rank]
-        extra = [name for name in rank if name not in shapes]
+def _check_names(rank: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    missing = [name for name in shapes if name not in rank]
+    extra = [name for name in rank if name not in shapes]
+    if missing or extra:
         raise ValueError(
             f"rank by name must name the layers to be replaced: missing {missing[:5]}, "
             f"unexpected {extra[:5]}"
         )
-    if alpha is None:
-        return rank, dict.fromkeys(shapes)
-    slope = alpha / even_rank(rank, shapes)
-    return rank, {name: slope * each for name, each in rank.items()}
 
 
 def merge(model: nn.Module) -> nn.Module:

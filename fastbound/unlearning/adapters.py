@@ -69,18 +69,15 @@ class _Lora:
         from peft import LoraConfig, get_peft_model
 
         layers = target_layers(model, config)
-        by_name = ranks if isinstance(ranks, Mapping) else dict.fromkeys(layers, ranks)
-        rank = even_rank(by_name, layers)
-        slope = 1.0 if config.alpha is None else config.alpha / rank
+        rank = ranks if isinstance(ranks, int) else even_rank(ranks, layers)
+        alpha = rank if config.alpha is None else config.alpha
         settings = LoraConfig(
             r=round(rank),
-            lora_alpha=cast(int, slope * rank),  # any number will do: the slope is lora_alpha / r
+            lora_alpha=cast(int, alpha),  # any number will do: the slope is lora_alpha / r
             target_modules=list(layers),
             lora_dropout=0.0,
+            rank_pattern={} if isinstance(ranks, int) else dict(ranks),
         )
-        if isinstance(ranks, Mapping):
-            settings.rank_pattern = dict(ranks)
-            settings.alpha_pattern = {name: slope * r for name, r in ranks.items()}
         with quiet():
             self.model: nn.Module = get_peft_model(cast(Any, model), settings)
 
