@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class Adapter:
     """One adapter of the grid.
 
     Attributes:
-        name: as it was asked for, `kind`, `kind@alpha` or `kind@FACTOR`.
+        name: as it was asked for: `kind`, `kind@alpha` or `kind@FACTOR`, with `+ranks` or not.
         kind: `lora`, `lora-clamp`, `lora-clip`, `sine`, `tanh` or `product`.
         factor: the bound over the root mean square of the layer's weight; None means bound = alpha
             for a bounded kind, and no bound for the others.
@@ -52,21 +52,21 @@ class Adapter:
 def parse_adapter(text: str) -> Adapter:
     """`lora`, `lora-clamp`, `lora-clip`, or `sine`, `tanh`, `product` with `@alpha` or `@FACTOR`.
 
+    With `+ranks` behind it the ranks are spread by gradients.
+
     Raises:
         InputError: an unknown kind, a bound where there is none, or none where there must be one.
     """
-    name, adaptive, rest = text.partition(ADAPTIVE)
-    if adaptive and not rest:
-        return replace(parse_adapter(name), name=text, adaptive=True)
-    kind, at, bound = text.partition("@")
+    adaptive = text.endswith(ADAPTIVE)
+    kind, at, bound = text.removesuffix(ADAPTIVE).partition("@")
     if kind not in KINDS:
         raise InputError(f"unknown adapter {text!r}: choose of {', '.join(KINDS)}")
     if kind not in _BOUNDED:
         if at:
             raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
-        return Adapter(text, kind)
+        return Adapter(text, kind, None, adaptive)
     if bound == "alpha":
-        return Adapter(text, kind)
+        return Adapter(text, kind, None, adaptive)
     try:
         factor = float(bound)
     except ValueError:
@@ -75,7 +75,7 @@ def parse_adapter(text: str) -> Adapter:
         raise InputError(
             f"adapter {text!r}: give {kind}@alpha, or {kind}@FACTOR for a bound of FACTOR x RMS(W)"
         )
-    return Adapter(text, kind, factor)
+    return Adapter(text, kind, factor, adaptive)
 
 
 class ComparedLinear(nn.Module):
