@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fastbound.conversion import convert, refusal, swap
-from fastbound.linear import Adapted, FusedBoundedLinear
+from fastbound.linear import Adapted, FusedBoundedLinear, _check_settings
 from fastbound.mlp import FusedBoundedMLP, obstacle
-from fastbound.over_base import BoundedOverBase, is_adaptable
+from fastbound.over_base import BoundedOverBase, features, is_adaptable
 from fastbound.partition import gathered_modules, partition
-
-_GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
-_FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
-
-# The MLP projections by `config.model_type`: the end of a layer's dotted name, from a dot on.
-_MLP = {
-    "gemma": _GATED,
-    "gemma2": _GATED,
-    "gemma3": _GATED,  # with images: the language model's; the vision tower has fc1 and fc2
-    "gemma3_text": _GATED,
-    "gpt2": _FC,
-    "gpt_neo": _FC,
-    "gpt_neox": r"mlp\.(dense_h_to_4h|dense_4h_to_h)",
-    "llama": _GATED,
-    "mistral": _GATED,
-    "opt": r"layers\.\d+\.(fc1|fc2)",
-    "phi": r"mlp\.(fc1|fc2)",
-    "phi3": r"mlp\.(gate_up_proj|down_proj)",
-    "qwen2": _GATED,
-    "qwen3": _GATED,
-    "vit": r"mlp\.(fc1|fc2)",
-}
+from fastbound.ranks import Loss, RankAllocation, allocate_ranks, even_rank
+from fastbound.targets import match
 
 
 @dataclass(frozen=True)
@@ -57,6 +36,8 @@ class InjectionReport:
         fused: dotted names of the MLP blocks that run as one operator, see `FusedBoundedMLP`.
         unfused: name -> reason, for every other module that holds replaced layers: these run layer
             by layer.
+        ranks: rank of each replaced layer, by name.
+        allocation: what `rank="auto"` found, else None.
     """
 
     replaced: tuple[str, ...]
@@ -66,6 +47,8 @@ class InjectionReport:
     over_base: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     unfused: Mapping[str, str] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    allocation: RankAllocation | None = None
 
     def __str__(self) -> str:
         share = self.trainable_parameters / self.total_parameters
@@ -79,13 +62,14 @@ class InjectionReport:
             f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
             f" ({share:.2%})",
             *(f"skipped {name}: {reason}" for name, reason in self.skipped.items()),
+            *([] if self.allocation is None else [str(self.allocation)]),
         ]
         return "\n".join(lines)
 
 
 def inject(
     model: nn.Module,
-    rank: int = 8,
+    rank: int | Mapping[str, int] | Literal["auto"] = 8,
     *,
     alpha: float | None = None,
     bound: float | Literal["auto"] | None = None,
@@ -94,6 +78,9 @@ def inject(
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     fuse_mlp: bool = True,
+    forget: Loss | None = None,
+    retain: Loss | None = None,
+    budget: int | None = None,
 ) -> InjectionReport:
     """Replace linear layers of `model` by `FusedBoundedLinear`, in place, and freeze all the rest.
 
@@ -103,14 +90,22 @@ def inject(
 
     Args:
         model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
-        rank, alpha, bound, dropout, adapter_dtype, backend: of each new layer, see
-            `FusedBoundedLinear`. `bound="auto"` is worked out for each layer from its own weight.
+        rank: of each new layer; or the rank of each by name; or `"auto"`, which spreads `budget`
+            by the gradients of two losses (`fastbound.ranks.allocate_ranks`). docs/stability.md
+            says where that helps.
+        alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
+            Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
+            more. None is then the rank that the same parameters buy everywhere.
+            `bound="auto"` is worked out for each layer from its own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
             a whole dotted end of a name) or a regular expression for the whole name.
         fuse_mlp: run each MLP block of a known form that holds replaced layers as one operator:
             it becomes a `FusedBoundedMLP`. Names, parameters and files are the same either way.
+        forget, retain: for `rank="auto"`: functions of the model that give the loss of a sample of
+            rows to forget and to retain, or several losses one after the other. Called once each.
+        budget: for `rank="auto"`: most elements of all A and B; None: as many as rank 8 takes.
 
     Exact `nn.Linear` and `Conv1D` layers become `FusedBoundedLinear`. Quantised layers, other
     subclasses of `nn.Linear` and layers with forward or backward hooks, parametrizations or
@@ -126,7 +121,9 @@ def inject(
     Raises:
         TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
-            misses are named) or nothing that can be replaced, or a layer refuses its arguments.
+            misses are named) or nothing that can be replaced, a layer refuses its arguments, ranks
+            by name are not those of the layers, `rank="auto"` lacks its losses, or
+            `allocate_ranks` raises.
     """
     if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
         raise TypeError(
@@ -145,7 +142,7 @@ def inject(
             "call fastbound.merge(model) first, and target all layers in one call of inject"
         )
     first = {module: name for name, module in model.named_modules()}
-    names = _match(model, target_modules)
+    names = match(model, target_modules)
     matched = list(dict.fromkeys(first[model.get_submodule(name)] for name in names))
     reasons = {name: refusal(model, name) for name in matched}
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -156,18 +153,54 @@ def inject(
             f"target_modules={target_modules!r} matches {len(skipped)} modules, "
             f"none of which can be replaced ({listed})"
         )
+    _check_rank(rank, forget, retain, budget)
+    shapes = {name: features(model.get_submodule(name)) for name in chosen}
+    allocation = None
+    if isinstance(rank, str) and forget is not None and retain is not None:
+        _check_settings(1, alpha, bound, adapter_dtype, backend, dropout)
+        allocation = allocate_ranks(model, shapes, forget, retain, budget=budget)
+        rank = allocation.ranks
     each: dict[str, Any] = {
-        "rank": rank,
-        "alpha": alpha,
         "bound": bound,
         "dropout": dropout,
         "adapter_dtype": adapter_dtype,
         "backend": backend,
     }
-    convert(model, dict.fromkeys(chosen, each))
+    if isinstance(rank, Mapping):
+        _check_names(rank, shapes)
+        alpha = even_rank(rank, shapes) if alpha is None else alpha
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
+    convert(model, {name: {"rank": ranks[name], "alpha": alpha, **each} for name in chosen})
     if fuse_mlp:
         fuse(model)
-    return describe(model, skipped)
+    return replace(describe(model, skipped), allocation=allocation)
+
+
+def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: int | None) -> None:
+    given = {"forget": forget, "retain": retain, "budget": budget}
+    if rank != "auto":
+        if isinstance(rank, str):
+            raise ValueError(f'rank is a number, numbers by name, or "auto"; got {rank!r}')
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f'{name} is for rank="auto", and rank is {rank!r}')
+        return
+    missing = [name for name in ("forget", "retain") if given[name] is None]
+    if missing:
+        raise ValueError(
+            f'rank="auto" spreads ranks by gradients: give {" and ".join(missing)}, a function of '
+            "the model that returns the loss of a sample"
+        )
+
+
+def _check_names(rank: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    missing = [name for name in shapes if name not in rank]
+    extra = [name for name in rank if name not in shapes]
+    if missing or extra:
+        raise ValueError(
+            f"rank by name must name the layers to be replaced: missing {missing[:5]}, "
+            f"unexpected {extra[:5]}"
+        )
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -282,6 +315,7 @@ def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> Inje
         over_base={n: m.reason for n, m in layers.items() if isinstance(m, BoundedOverBase)},
         fused=tuple(name for name, reason in reasons.items() if reason is None),
         unfused={name: reason for name, reason in reasons.items() if reason is not None},
+        ranks={n: m.adapter.rank for n, m in layers.items() if m.adapter is not None},
     )
 
 
@@ -295,87 +329,3 @@ def _reasons(named: Mapping[str, str]) -> Iterable[tuple[str, str, int]]:
     for reason in dict.fromkeys(named.values()):
         for kind, count in _kinds(n for n, r in named.items() if r == reason).items():
             yield reason, kind, count
-
-
-def _match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
-    """The names of modules that `target_modules` means, in the model's order."""
-    if isinstance(target_modules, str):
-        return _match_pattern(model, target_modules)
-    suffixes = list(target_modules)
-    if not all(isinstance(suffix, str) for suffix in suffixes):
-        raise TypeError(f"target_modules must hold strings, got {suffixes!r}")
-    if not suffixes:
-        raise ValueError("target_modules is empty: give 'mlp', suffixes or a regular expression")
-    names = _names(model)
-    matches = {s: [n for n in names if n == s or n.endswith(f".{s}")] for s in suffixes}
-    for suffix, found in matches.items():
-        if not found:
-            raise ValueError(
-                f"target_modules: no module's name ends in {suffix!r}; {near_misses(model, suffix)}"
-            )
-    wanted = {name for found in matches.values() for name in found}
-    return [name for name in names if name in wanted]
-
-
-def _match_pattern(model: nn.Module, target_modules: str) -> list[str]:
-    pattern = target_modules
-    if target_modules == "mlp":
-        pattern = rf"(.*\.)?({_mlp_pattern(model)})"
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"target_modules={target_modules!r} is not a regular expression: {error}"
-        ) from error
-    found = [name for name in _names(model) if compiled.fullmatch(name)]
-    if not found:
-        raise ValueError(
-            f"target_modules={target_modules!r} matches no module's whole name; "
-            f"{near_misses(model, target_modules)}; "
-            "to match the end of a name give a list of suffixes"
-        )
-    return found
-
-
-def _mlp_pattern(model: nn.Module) -> str:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _MLP:
-        what = "has no config.model_type" if model_type is None else f"is a {model_type!r}"
-        raise ValueError(
-            f"target_modules='mlp': {type(model).__name__} {what}, and the MLP projections are "
-            f"known for {', '.join(sorted(_MLP))}; give a list of name suffixes or a regular "
-            f"expression instead; {_linear_kinds(model)}"
-        )
-    return _MLP[model_type]
-
-
-def mlp_suffixes(model: nn.Module) -> set[str]:
-    """The MLP projections of a known model as suffixes; ValueError where the model is unknown."""
-    found = (name.split(".") for name in _match_pattern(model, "mlp"))
-    return {".".join(p[-1:] if p[-2].isdigit() else p[-2:]) for p in found}
-
-
-def _names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-
-
-def _is_target(module: nn.Module) -> bool:
-    return is_adaptable(module) or isinstance(module, Adapted)
-
-
-def _suffixes(model: nn.Module) -> list[str]:
-    """The last one and two parts of the names of the linear layers, sorted, without numbers."""
-    names = [name.split(".") for name, module in model.named_modules() if _is_target(module)]
-    ends = {".".join(parts[-n:]) for parts in names for n in (1, 2)}
-    return sorted(end for end in ends if not re.search(r"(^|\.)\d+(\.|$)", end))
-
-
-def near_misses(model: nn.Module, target: str) -> str:
-    """The names that a misspelt target may have meant, or what there is."""
-    near = difflib.get_close_matches(target, _suffixes(model), n=3, cutoff=0.5)
-    return f"near misses: {', '.join(near)}" if near else _linear_kinds(model)
-
-
-def _linear_kinds(model: nn.Module) -> str:
-    ends = [end for end in _suffixes(model) if "." not in end]
-    return f"its linear layers end in: {', '.join(ends) or '(numbers only, or there is none)'}"

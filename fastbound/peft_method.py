@@ -20,11 +20,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from fastbound.conversion import swap
-from fastbound.injection import fuse, mlp_suffixes, near_misses
+from fastbound.injection import fuse
 from fastbound.linear import Adapted, is_conv1d
 from fastbound.mlp import FusedBoundedMLP
 from fastbound.patterns import unmatched
 from fastbound.storage import PEFT_TYPE
+from fastbound.targets import mlp_suffixes, near_misses
 
 
 def _add_peft_type(name: str) -> None:

@@ -93,6 +93,8 @@ def test_the_compared_sine_is_the_fused_layer():
     ("text", "message"),
     [
         ("dora", "unknown adapter 'dora'"),
+        ("lora+ranks+ranks", "unknown adapter"),
+        ("sine+ranks", "sine@FACTOR"),
         ("lora@4", "lora has no bound"),
         ("sine", "sine@FACTOR"),
         ("tanh@-1", "tanh@FACTOR"),
@@ -109,6 +111,7 @@ def test_the_bound_is_a_multiple_of_the_weights_rms():
     assert parse_adapter("sine@2").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
     assert parse_adapter("sine@alpha").bound(weight, 16.0) == 16.0
     assert parse_adapter("lora").bound(weight, 16.0) == math.inf
+    assert parse_adapter("sine@2+ranks").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
 
 
 def test_harmonic_mean_is_zero_when_a_part_is():
@@ -140,12 +143,15 @@ def test_a_cut_grid_goes_on_where_it_was_and_takes_more_adapters(rows, finished)
     (output / CELLS).write_text(first + second[:40])  # killed while writing
     assert len(read_cells(output)) == 1
     wider = Grid(
-        adapters=("lora", "sine@4", "product@4"), rates=GRID.rates, seeds=1,
+        adapters=("lora", "sine@4", "sine@4+ranks"), rates=GRID.rates, seeds=1,
         model=TINY, cell=GRID.cell,
     )  # fmt: skip
     again = run_grid(*rows, wider, output, workers=1, resume=True, progress=False)
     assert (output / CELLS).read_text().startswith(first)
-    assert [cell["adapter"] for cell in again] == ["lora", "sine@4", "product@4"]
+    assert [cell["adapter"] for cell in again] == ["lora", "sine@4", "sine@4+ranks"]
+    even, spread = (cell["ranks"] for cell in again[1:])
+    assert set(even.values()) == {8} and len(set(spread.values())) > 1
+    assert sum(even.values()) == sum(spread.values())  # N + K is the same in every layer
     drop = {"seconds"}
     for old, new in zip(cells, again, strict=False):
         assert {k: v for k, v in old.items() if k not in drop} == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -11,9 +12,12 @@ from torch import nn
 
 import fastbound
 from fastbound.partition import whole
+from fastbound.ranks import even_rank
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.pretrained import quiet
+
+Ranks = int | Mapping[str, int]
 
 
 class Delta(NamedTuple):
@@ -36,10 +40,10 @@ class Adapter(Protocol):
 
 
 class _Bounded:
-    def __init__(self, model: nn.Module, config: UnlearnConfig) -> None:
+    def __init__(self, model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> None:
         fastbound.inject(
             model,
-            config.rank,
+            ranks,
             alpha=config.alpha,
             bound=config.bound,
             target_modules=config.target_modules,
@@ -61,15 +65,18 @@ class _Bounded:
 
 
 class _Lora:
-    def __init__(self, model: nn.Module, config: UnlearnConfig) -> None:
+    def __init__(self, model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> None:
         from peft import LoraConfig, get_peft_model
 
-        alpha = config.rank if config.alpha is None else config.alpha
+        layers = target_layers(model, config)
+        rank = ranks if isinstance(ranks, int) else even_rank(ranks, layers)
+        alpha = rank if config.alpha is None else config.alpha
         settings = LoraConfig(
-            r=config.rank,
+            r=round(rank),
             lora_alpha=cast(int, alpha),  # any number will do: the slope is lora_alpha / r
-            target_modules=list(target_names(model, config)),
+            target_modules=list(layers),
             lora_dropout=0.0,
+            rank_pattern={} if isinstance(ranks, int) else dict(ranks),
         )
         with quiet():
             self.model: nn.Module = get_peft_model(cast(Any, model), settings)
@@ -89,29 +96,35 @@ class _Lora:
         return cast("AbstractContextManager[object]", cast(Any, self.model).disable_adapter())
 
 
-def attach(model: nn.Module, config: UnlearnConfig) -> Adapter:
+def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
     """Put a new adapter on `model`, in place, drawing A from torch's generator; freeze the rest.
+
+    Args:
+        ranks: of every layer, or by name.
 
     Raises:
         InputError: the model has no layer that `target_modules` names.
     """
     torch.manual_seed(config.seed)
     try:
-        return _Bounded(model, config) if config.adapter == "bounded" else _Lora(model, config)
+        kind = _Bounded if config.adapter == "bounded" else _Lora
+        return kind(model, config, ranks)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
 
-def target_names(model: nn.Module, config: UnlearnConfig) -> tuple[str, ...]:
-    """Names of the layers that `fastbound.inject` adapts; the model is left as it was."""
+def target_layers(model: nn.Module, config: UnlearnConfig) -> dict[str, tuple[int, int]]:
+    """Names and [N, K] of what `fastbound.inject` adapts; the model is left as it was."""
     trained = [p for p in model.parameters() if p.requires_grad]
     names = fastbound.inject(
         model, 1, target_modules=config.target_modules, fuse_mlp=False
     ).replaced
+    shapes = {}
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = cast(fastbound.FusedBoundedLinear, model.get_submodule(name))
+        shapes[name] = (layer.out_features, layer.in_features)
         setattr(model.get_submodule(parent), child, layer.to_linear(merge=False))
     for parameter in trained:
         parameter.requires_grad_(True)
-    return names
+    return shapes

@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--adapter", help="bounded or lora (default: bounded; both in the demo)")
-    adapter.add_argument("--rank", type=int, metavar="N", help="rank of ΔW (8)")
+    adapter.add_argument(
+        "--rank", type=_rank, metavar="N", help="rank of ΔW, or auto: by gradients (8)"
+    )
+    adapter.add_argument(
+        "--rank-budget", type=int, metavar="N", help="most parameters of --rank auto (as rank 8)"
+    )
     adapter.add_argument("--alpha", type=float, metavar="X", help="slope times rank (rank)")
     adapter.add_argument("--bound", metavar="X", help="most |ΔW|: a number, auto or alpha (auto)")
     adapter.add_argument(
@@ -202,6 +207,13 @@ def _loss(text: str) -> tuple[str, float]:
         return name, float(weight or 1)
     except ValueError:
         raise InputError(f"--loss must be NAME or NAME=WEIGHT; got {text!r}") from None
+
+
+def _rank(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def _bound(text: str) -> float | str | None:

@@ -14,6 +14,7 @@ from fastbound.unlearning.errors import InputError
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
+RANK_ROWS = 64  # of each side, for rank="auto"
 CROSS_ENTROPIES = ("auto", "chunked", "liger", "whole")
 
 
@@ -25,6 +26,9 @@ class UnlearnConfig:
         adapter: "bounded" (`fastbound.inject`) or "lora" (PEFT's LoRA on the same layers, with the
             same rank and slope alpha / rank).
         rank, alpha, bound, target_modules: as in `fastbound.inject`; `bound` acts on "bounded".
+            `rank="auto"` spreads `rank_budget` by the cross-entropies of up to `RANK_ROWS` rows of
+            each side, for both adapters.
+        rank_budget: most elements of A and B for `rank="auto"`; None: as many as rank 8 takes.
         lr: highest learning rate of AdamW, reached after warm-up.
         warmup: share of all steps with the rate rising from 0; it then falls linearly to 0.
         weight_decay: of A and B. 0 by default: decay pulls ΔW back towards the model that knows.
@@ -60,7 +64,8 @@ class UnlearnConfig:
     """
 
     adapter: Literal["bounded", "lora"] = "bounded"
-    rank: int = 8
+    rank: int | Literal["auto"] = 8
+    rank_budget: int | None = None
     alpha: float | None = None
     bound: float | Literal["auto"] | None = "auto"
     target_modules: str | Sequence[str] = "mlp"
@@ -94,9 +99,13 @@ class UnlearnConfig:
         _choice("device", self.device, DEVICES)
         _choice("dtype", self.dtype, DTYPES)
         _choice("cross_entropy", self.cross_entropy, CROSS_ENTROPIES)
-        for name in ("rank", "batch_size", "accumulation", "max_length", "log_every"):
+        if self.rank != "auto":
+            _at_least_one("rank", self.rank)
+            if self.rank_budget is not None:
+                raise InputError(f'rank_budget is for rank "auto", and rank is {self.rank!r}')
+        for name in ("batch_size", "accumulation", "max_length", "log_every"):
             _at_least_one(name, getattr(self, name))
-        for name in ("eval_every", "eval_rows", "checkpoint_every"):
+        for name in ("rank_budget", "eval_every", "eval_rows", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("lr", "epochs"):
@@ -155,7 +164,7 @@ def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise InputError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _at_least_one(name: str, value: int) -> None:
+def _at_least_one(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
 

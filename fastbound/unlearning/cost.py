@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastbound
 from fastbound.baselines import inject_peft
+from fastbound.ranks import EVEN
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.encoding import Batch, Encoded, collate
 from fastbound.unlearning.forward import autocast, forward
@@ -56,15 +57,19 @@ def compare_cost(
     *,
     steps: int = 15,
 ) -> Comparison:
-    """Time both forms on copies of the unadapted `model`, where it stands; it is left alone."""
+    """Time both forms on copies of the unadapted `model`, where it stands; it is left alone.
+
+    For `rank="auto"` both are of rank `EVEN` everywhere.
+    """
     rows = [*forget[: config.batch_size], *retain[: config.batch_size]]
     n_forget = min(len(forget), config.batch_size)
     device = next(model.parameters()).device
+    rank = EVEN if config.rank == "auto" else config.rank
     batch = collate(rows, pad).to(device)
     fused = copy.deepcopy(model)
     names = fastbound.inject(
         fused,
-        config.rank,
+        rank,
         alpha=config.alpha,
         bound=config.bound,
         target_modules=config.target_modules,
@@ -72,7 +77,7 @@ def compare_cost(
     with quiet():
         unfused = inject_peft(
             copy.deepcopy(model),
-            config.rank,
+            rank,
             alpha=config.alpha,
             bound=config.bound,
             target_modules=list(names),

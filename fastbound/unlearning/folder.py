@@ -1,6 +1,7 @@
 """The folder of a run: its settings, log, checkpoint, adapter and result.
 
 run.json          settings, rows and number of steps; what `--resume` compares
+ranks.json        ranks by layer, where they are chosen by the run itself
 log.jsonl         one line a logged step or evaluation
 checkpoint.pt     the last good state, replaced in one move
 adapter/          the trained adapter
@@ -22,6 +23,7 @@ from fastbound.unlearning.encoding import Encoded
 from fastbound.unlearning.errors import InputError
 
 RUN = "run.json"
+RANKS = "ranks.json"
 RESULT = "result.json"
 ADAPTER = "adapter"
 _LOG = "log.jsonl"
@@ -57,6 +59,11 @@ class RunFolder:
         if self.writes and not (self.path / RUN).exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN, self.identity)
+
+    def keep(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a file of JSON, once."""
+        if self.writes and not (self.path / name).exists():
+            write_json(self.path / name, value)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to the log."""

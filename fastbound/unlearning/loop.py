@@ -9,22 +9,32 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from fastbound.ranks import RankAllocation
 from fastbound.unlearning.adapters import Adapter, attach
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data import Row
 from fastbound.unlearning.encoding import Encoded
 from fastbound.unlearning.errors import InputError, NonFiniteError
 from fastbound.unlearning.evaluate import Score, totals
-from fastbound.unlearning.folder import ADAPTER, RESULT, RunFolder, fingerprint, write_json
+from fastbound.unlearning.folder import (
+    ADAPTER,
+    RANKS,
+    RESULT,
+    RunFolder,
+    fingerprint,
+    read_json,
+    write_json,
+)
 from fastbound.unlearning.objective import Objective
 from fastbound.unlearning.peak_memory import peak_memory, reset_peak_memory
 from fastbound.unlearning.pretrained import checkpoint_activations
 from fastbound.unlearning.processes import is_sharded, score_together, start_processes
 from fastbound.unlearning.random_state import random_state, set_random_state
+from fastbound.unlearning.rank_choice import choose_ranks
 from fastbound.unlearning.result import Evaluation, UnlearnResult
 from fastbound.unlearning.sampling import Pairing, evenly
 from fastbound.unlearning.sides import Sides, encode_sides
@@ -100,7 +110,9 @@ class _Run:
         self.eval_every = config.eval_every or each_epoch
         self.checkpoint_every = config.checkpoint_every or self.eval_every
         self.folder = self._folder(output, resume)
-        self.adapter: Adapter = attach(model, config)
+        self.ranks = self._ranks(model, resume)
+        ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
+        self.adapter: Adapter = attach(model, config, ranks)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.training = Training(
@@ -199,6 +211,7 @@ class _Run:
             config=self.config,
             history=tuple(self.history),
             cross_entropy=self.training.cross_entropy,
+            ranks=self.ranks,
             stopped=stopped,
             largest_delta=delta.largest,
             bound=delta.bound,
@@ -255,7 +268,18 @@ class _Run:
         if not self.folder:
             return None
         self.folder.begin()
+        if self.ranks is not None:
+            self.folder.keep(RANKS, asdict(self.ranks))
         return self.folder.load_checkpoint() if resume else None
+
+    def _ranks(self, model: nn.Module, resume: bool) -> RankAllocation | None:
+        """For `rank="auto"`: those of the run to go on with, or new ones."""
+        if self.config.rank != "auto":
+            return None
+        held = self.folder.path / RANKS if self.folder and resume else None
+        if held is not None and held.exists():
+            return RankAllocation(**read_json(held))
+        return choose_ranks(model, self.sides, self.config, self.accelerator)
 
     def _log(self, **line: Any) -> None:
         if self.folder:

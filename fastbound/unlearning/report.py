@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fastbound
+from fastbound.ranks import RankAllocation
 from fastbound.unlearning.cost import Comparison
 from fastbound.unlearning.folder import RESULT, read_json, replace, write_json
 
@@ -113,6 +114,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         f"{start['retain']['rows']} retain rows; loss in nats a token; one seed ({seed})."
     )
     lines += _cross_entropies(runs)
+    lines += [f"{run.adapter}: {each}" for run, each in _allocations(runs)]
     minimised = runs[0].result["config"].get("losses")
     if minimised:
         lines.append("Minimised: " + " + ".join(f"{w:g} {name}" for name, w in minimised.items()))
@@ -128,6 +130,16 @@ def _cross_entropies(runs: Sequence[Run]) -> list[str]:
         most = "" if size is None else f"; at most {size / 1e6:.4g} MB of logits at once"
         lines.append(f"Cross-entropy {held['form']} ({held['reason']}){most}.")
     return list(dict.fromkeys(lines))
+
+
+def _allocations(runs: Sequence[Run]) -> list[tuple[Run, RankAllocation]]:
+    """What `rank="auto"` chose; runs that agree share it."""
+    found: dict[str, tuple[Run, RankAllocation]] = {}
+    for run in runs:
+        if run.result["ranks"] is not None:
+            each = RankAllocation(**run.result["ranks"])
+            found.setdefault(str(each), (run, each))
+    return list(found.values())
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:

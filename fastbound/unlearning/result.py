@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastbound.ranks import RankAllocation
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.cross_entropy import CrossEntropy
 from fastbound.unlearning.evaluate import Score
@@ -29,6 +30,7 @@ class UnlearnResult:
         model: the adapted model (for LoRA PEFT's wrapper around the one given).
         history: every evaluation, the first before any step, the last after all.
         cross_entropy: whether the losses came from whole logits or in chunks, and why.
+        ranks: what `rank="auto"` chose and why; None for a rank that was given.
         stopped: why it ended: "all steps", "forget_target" or "retain_limit".
         largest_delta, bound: the largest |ΔW_ij| at the end and its layer's bound (None for LoRA).
         seconds_per_step: median, without evaluations; None for no step in this process.
@@ -40,6 +42,7 @@ class UnlearnResult:
     config: UnlearnConfig
     history: tuple[Evaluation, ...]
     cross_entropy: CrossEntropy
+    ranks: RankAllocation | None
     stopped: str
     largest_delta: float
     bound: float | None
@@ -61,6 +64,7 @@ class UnlearnResult:
             "config": self.config.as_dict(),
             "history": [asdict(each) for each in self.history],
             "cross_entropy": self.cross_entropy.as_dict(),
+            "ranks": None if self.ranks is None else asdict(self.ranks),
             "stopped": self.stopped,
             "largest_delta": self.largest_delta,
             "bound": self.bound,

@@ -35,7 +35,7 @@ def steady_folder(model_folder, tmp_path_factory):
     ("launcher", "form"),
     [
         pytest.param((*ACCELERATE, "--multi_gpu"), "whole", id="accelerate-copies"),
-        pytest.param((*ACCELERATE, "--multi_gpu"), "chunked", id="accelerate-copies-chunked"),
+        pytest.param((*ACCELERATE, "--multi_gpu"), "chunked", id="accelerate-copies-chunked-auto"),
         pytest.param(
             (*ACCELERATE, "--config_file", "docs/accelerate_fsdp2.yaml"),
             "chunked",
@@ -44,13 +44,15 @@ def steady_folder(model_folder, tmp_path_factory):
     ],
 )
 def test_two_processes_reach_the_adapters_of_one(
-    launcher, form, steady_folder, write_rows, retain_rows, tmp_path, repository
+    launcher, form, steady_folder, write_rows, retain_rows, tmp_path, repository, request
 ):
+    auto = request.node.name.endswith("auto]")
     forget = [{"question": "Who?", "answer": a} for a in ("a b c", "d e f g h i j", "k")] * 3
     rows = {"f": write_rows("f.jsonl", forget), "r": write_rows("r.jsonl", retain_rows)}
 
     def arguments(output: str, accumulation: int, *more: str) -> list[str]:
-        settings = "--epochs 4 --lr 1e-3 --rank 2 --device cpu --log-every 1 --batch-size 1"
+        rank = "auto --rank-budget 1000" if auto else "2"
+        settings = f"--rank {rank} --epochs 4 --lr 1e-3 --device cpu --log-every 1 --batch-size 1"
         return [
             *("unlearn", "--model", str(steady_folder), "--output", str(tmp_path / output)),
             *("--forget", str(rows["f"]), "--retain", str(rows["r"]), *settings.split()),
@@ -89,7 +91,7 @@ def test_two_processes_reach_the_adapters_of_one(
     ]
     start, _ = load_pretrained(str(steady_folder))
     torch.manual_seed(0)
-    fastbound.inject(start, 2, bound="auto")
+    fastbound.inject(start, result["ranks"]["ranks"] if auto else 2, bound="auto")
     begun = {n: layer for n, layer in start.named_modules() if hasattr(layer, "adapter")}
     for name, tensor in factors[0].items():
         _, factor = name.rsplit(".", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from fastbound.unlearning.errors import InputError
 
 KINDS = ("lora", "lora-clamp", "lora-clip", "sine", "tanh", "product")
 _BOUNDED = ("sine", "tanh", "product")
+ADAPTIVE = "+ranks"
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
 CLIP = 1.0  # of "lora-clip": the norm of the whole gradient
 
@@ -25,15 +26,17 @@ class Adapter:
     """One adapter of the grid.
 
     Attributes:
-        name: as it was asked for, `kind`, `kind@alpha` or `kind@FACTOR`.
+        name: as it was asked for: `kind`, `kind@alpha` or `kind@FACTOR`, with `+ranks` or not.
         kind: `lora`, `lora-clamp`, `lora-clip`, `sine`, `tanh` or `product`.
         factor: the bound over the root mean square of the layer's weight; None means bound = alpha
             for a bounded kind, and no bound for the others.
+        adaptive: the same parameters, with ranks as `fastbound.ranks` spreads them.
     """
 
     name: str
     kind: str
     factor: float | None = None
+    adaptive: bool = False
 
     @property
     def bounded(self) -> bool:
@@ -49,18 +52,21 @@ class Adapter:
 def parse_adapter(text: str) -> Adapter:
     """`lora`, `lora-clamp`, `lora-clip`, or `sine`, `tanh`, `product` with `@alpha` or `@FACTOR`.
 
+    With `+ranks` behind it the ranks are spread by gradients.
+
     Raises:
         InputError: an unknown kind, a bound where there is none, or none where there must be one.
     """
-    kind, at, bound = text.partition("@")
+    adaptive = text.endswith(ADAPTIVE)
+    kind, at, bound = text.removesuffix(ADAPTIVE).partition("@")
     if kind not in KINDS:
         raise InputError(f"unknown adapter {text!r}: choose of {', '.join(KINDS)}")
     if kind not in _BOUNDED:
         if at:
             raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
-        return Adapter(text, kind)
+        return Adapter(text, kind, None, adaptive)
     if bound == "alpha":
-        return Adapter(text, kind)
+        return Adapter(text, kind, None, adaptive)
     try:
         factor = float(bound)
     except ValueError:
@@ -69,7 +75,7 @@ def parse_adapter(text: str) -> Adapter:
         raise InputError(
             f"adapter {text!r}: give {kind}@alpha, or {kind}@FACTOR for a bound of FACTOR x RMS(W)"
         )
-    return Adapter(text, kind, factor)
+    return Adapter(text, kind, factor, adaptive)
 
 
 class ComparedLinear(nn.Module):
@@ -121,8 +127,15 @@ def delta_of(kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float) -> 
 Adapted = dict[str, ComparedLinear | FusedBoundedLinear]
 
 
-def adapt(model: nn.Module, adapter: Adapter, rank: int, *, alpha: float, seed: int) -> Adapted:
-    """Put `adapter` on every MLP projection of a Llama, in place, and freeze all the rest.
+def targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """The MLP projections of a Llama."""
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and ".mlp." in n}
+
+
+def adapt(
+    model: nn.Module, adapter: Adapter, ranks: Mapping[str, int], *, alpha: float, seed: int
+) -> Adapted:
+    """Put `adapter` on the layers that `ranks` names, in place, and freeze all the rest.
 
     The sine factors are `FusedBoundedLinear` itself. The factors start alike whatever the kind.
     """
@@ -130,9 +143,8 @@ def adapt(model: nn.Module, adapter: Adapter, rank: int, *, alpha: float, seed: 
     made: Adapted = {}
     new: dict[nn.Module, nn.Module] = {}
     torch.manual_seed(seed)
-    for name, layer in model.named_modules():
-        if type(layer) is not nn.Linear or ".mlp." not in name:
-            continue
+    for name, layer in targets(model).items():
+        rank = ranks[name]
         bound = adapter.bound(layer.weight, alpha)
         if adapter.kind == "sine":
             made[name] = FusedBoundedLinear.from_linear(layer, rank, alpha=alpha, bound=bound)

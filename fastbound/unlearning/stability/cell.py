@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastbound.ranks import allocate_ranks
 from fastbound.unlearning.encoding import IGNORED, Encoded, collate
 from fastbound.unlearning.forward import forward
 from fastbound.unlearning.losses import answer_tokens, gradient_difference
-from fastbound.unlearning.stability.adapters import CLAMP, CLIP, Adapted, adapt, parse_adapter
+from fastbound.unlearning.stability.adapters import (
+    CLAMP,
+    CLIP,
+    Adapted,
+    adapt,
+    parse_adapter,
+    targets,
+)
 
 WRONG = 2  # wrong answers a row in the truth ratio
 
@@ -80,7 +88,8 @@ def run_cell(
     """
     start = time.perf_counter()
     adapter = parse_adapter(cell.adapter)
-    layers = adapt(model, adapter, cell.rank, alpha=config.slope * cell.rank, seed=cell.seed)
+    ranks = _ranks(model, rows, cell, pad) if adapter.adaptive else even_ranks(model, cell.rank)
+    layers = adapt(model, adapter, ranks, alpha=config.slope * cell.rank, seed=cell.seed)
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=cell.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(cell.seed)
@@ -123,6 +132,7 @@ def run_cell(
         scores["utility"] = 0.0
     return {
         **asdict(cell),
+        "ranks": dict(ranks),
         **scores,
         **_size(layers),
         "largest_gradient_norm": max((line["gradient_norm"] for line in history), default=math.nan),
@@ -130,6 +140,30 @@ def run_cell(
         "seconds": round(time.perf_counter() - start, 3),
         "history": history,
     }
+
+
+def even_ranks(model: nn.Module, rank: int) -> dict[str, int]:
+    """The same rank for every layer."""
+    return dict.fromkeys(targets(model), rank)
+
+
+def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, int]:
+    """As many parameters as `even_ranks` takes, spread by the gradients of all rows."""
+    shapes = {name: layer.weight.shape for name, layer in targets(model).items()}
+
+    def loss(rows: Sequence[Encoded]) -> Tensor:
+        batch = collate(rows, pad)
+        logits = forward(model, batch.input_ids, batch.attention_mask)
+        return answer_tokens(logits, batch.labels).loss.mean()
+
+    return allocate_ranks(
+        model,
+        {name: (N, K) for name, (N, K) in shapes.items()},
+        lambda _: loss(rows.forget),
+        lambda _: loss(rows.retain),
+        budget=cell.rank * sum(N + K for N, K in shapes.values()),
+        seed=cell.seed,
+    ).ranks
 
 
 def score_model(model: nn.Module, rows: Rows, *, pad: int) -> dict[str, float]:
