@@ -131,8 +131,8 @@ def plan_for(
     backend: str = "auto",
 ) -> Plan:
     """:func:`plan` for a torch device and its table, cached; M enters in powers of two."""
-    bucket = row_bucket(M) if M > 0 else 0
-    return _cached_plan(describe(device.type, device.index), bucket, N, K, rank, dtype, backend)
+    found = describe(device.type, device.index)
+    return _cached_plan(found, row_bucket(M), N, K, rank, dtype, backend)
 
 
 @lru_cache(maxsize=4096)

@@ -32,7 +32,7 @@ def test_launches_are_left_out_for_the_measurement_alone() -> None:
 
     run = Launch.run
     with call_cost.no_launches():
-        Launch(kernel, (1,), {}, {}, 4, 1).run()
+        Launch(kernel, (1,), (), {}, 4, 1).run()
         assert not ran and Launch.run is not run
     assert Launch.run is run
 
