@@ -89,6 +89,7 @@ def build(launch: Launch, target_name: str) -> Any:
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options |= launch.limits(target.backend)
     return triton.compile(
         source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
     )

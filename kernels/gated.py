@@ -20,6 +20,7 @@ from fastbound.kernels.tiles import Tile
 from torch import Tensor
 
 SPAN = 16  # column blocks that one program of the backward takes, one after the other
+REGISTERS = 255  # of a thread of the backward: all there are; its tiles have 8 warps at most
 
 
 @triton.jit
@@ -230,4 +231,5 @@ def launch_activation_backward(
         ),
         tile.warps,
         tile.stages,
+        REGISTERS,
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Launch(NamedTuple):
     """A kernel with its grid, its run-time arguments in its own order, and its constants by name.
 
-    ``warps`` and ``stages`` say how it is compiled.
+    ``warps`` and ``stages`` say how it is compiled; ``registers``, how many a thread may have on an
+    NVIDIA GPU. Without that number the compiler may spill a few so that more programs fit.
     """
 
     kernel: Any
@@ -17,6 +20,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
     def run(self) -> None:
         """Launch on the current stream; nothing to do for an empty grid."""
@@ -29,7 +33,14 @@ class Launch(NamedTuple):
             num_warps=self.warps,
             num_stages=self.stages,
             enable_fp_fusion=True,
+            **self.limits("hip" if torch.version.hip else "cuda"),
         )
+
+    def limits(self, backend: str) -> dict[str, int]:
+        """``registers`` as the compiler's option, which AMD's does not know."""
+        if self.registers is None or backend != "cuda":
+            return {}
+        return {"maxnreg": self.registers}
 
 
 def blocks(size: int, block: int) -> int:

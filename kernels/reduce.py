@@ -128,7 +128,7 @@ def launch_reduce(
     F and P are None where T F is not wanted; keep [M, ceil(N/32)] masks T.
     """
     M, N = T.shape
-    f, p = (G if t is None else t for t in (F, P))
+    f, p = G if F is None else F, G if P is None else P
     return Launch(
         _reduce_kernel,
         (blocks(N, tile.block_n), Q.shape[0]),
