@@ -66,7 +66,9 @@ class Compiled:
 def compile_launch(launch: Launch, target_name: str) -> Compiled:
     """Compile a launch for one of :data:`TARGETS`.
 
-    ``spills`` counts local-memory instructions (NVIDIA) or spilled registers (AMD).
+    ``spills`` counts what goes through memory: local loads and stores (NVIDIA); vector registers
+    spilled and words of scratch memory (AMD, whose spilled scalar registers stay in lanes of vector
+    registers and are counted among the instructions).
 
     Raises KeyError for an unknown target and RuntimeError where kernels are interpreted.
     """
@@ -143,9 +145,7 @@ def layer_launches(
         "factors": launch_factors(A, B, SA, SB, 1.0, 1.0),
         "thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin, keep),
         "gemm forward": launch_lowrank_gemm(x, weight, S, SB, bias, y, tiles.gemm, size),
-        "gemm dx": launch_lowrank_gemm(
-            y, weight.t(), S, SA.t(), None, x, tiles.gemm_t, size, keep
-        ),
+        "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm_t, size, keep),
         "reduce dy": launch_reduce(y, SB, S, P, QB, chunk_y, tiles.reduce),
         "reduce x": launch_reduce(x, None, S, None, QA, chunk_x, tiles.reduce, keep),
         "finish dS, dB": launch_finish_both(P, S, QB, B, B, 1.0, 1.0),
@@ -309,8 +309,9 @@ def _read_amdgcn(binary: Any) -> Compiled:
             raise RuntimeError(f"the amdgcn listing has no .{name}")
         return int(found[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return Compiled(field("vgpr_count"), spills, binary.metadata.shared, _count(listing))
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size") // 4
+    counts = _count(listing) | {"sgpr spills": field("sgpr_spill_count")}
+    return Compiled(field("vgpr_count"), spills, binary.metadata.shared, counts)
 
 
 def _count(listing: str) -> dict[str, int]:
