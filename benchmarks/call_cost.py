@@ -2,8 +2,9 @@
 
 One eager forward and backward on operands too small to hide behind, in process time, interleaved.
 Without a GPU the Triton paths run with every launch left out: what is timed is all the Python
-before it (plan, tensors, arguments, grids), and none of Triton's own dispatch. On a GPU the
-launches are made, and a layer's calls are replayed from a CUDA graph too.
+before it (plan, tensors, arguments, grids), and none of Triton's own dispatch; the empty Function
+makes as many tensors and nothing else, which no preparation can save. On a GPU the launches are
+made, and a layer's calls are replayed from a CUDA graph too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from statistics import median
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,6 +33,25 @@ FLOOR = "F.linear"
 NO_LAUNCH = ", no launch"
 
 
+class _Empty(torch.autograd.Function):
+    """As many arguments and new tensors of the same sizes as the fused path has, and no work."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, A, B, *_ = arguments
+        *_, S, y = [x.new_empty(*size) for size in (A.shape, B.shape, (M, RANK), (M, N))]
+        ctx.save_for_backward(x, S, weight, A, B)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, S, _, A, B = ctx.saved_tensors
+        for like in (A, B, S, B, S, A):  # SA and SB again, the parts of dS, dB and dA, and dS
+            dy.new_empty(*like.shape)
+        dx, dA, dB = (torch.empty_like(like) for like in (x, A, B))
+        return dx, None, dA, dB, *(None,) * 6
+
+
 def subjects(device: torch.device) -> dict[str, Callable[[], object]]:
     """One forward and backward of each, by name."""
     generator = torch.Generator().manual_seed(0)
@@ -44,12 +65,17 @@ def subjects(device: torch.device) -> dict[str, Callable[[], object]]:
     def floor() -> object:
         return torch.autograd.grad(linear(x, weight), (x,), dy)
 
+    def empty() -> object:
+        y = _Empty.apply(x, weight, A, B, None, 0.1, 1.0, "fused", None, 0.0)
+        return torch.autograd.grad(y, (x, A, B), dy)
+
     def adapted(backend: str) -> object:
         y = bounded_linear(x, weight, A, B, scaling=0.1, backend=backend)
         return torch.autograd.grad(y, (x, A, B), dy)
 
     mark = "" if device.type == "cuda" else NO_LAUNCH
-    found: dict[str, Callable[[], object]] = {FLOOR: floor, "torch": lambda: adapted("torch")}
+    found: dict[str, Callable[[], object]] = {FLOOR: floor, "empty Function": empty}
+    found["torch"] = lambda: adapted("torch")
     for backend in ("split", "fused"):
         found[backend + mark] = lambda backend=backend: adapted(backend)  # type: ignore[misc]
     return found

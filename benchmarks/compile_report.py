@@ -42,8 +42,7 @@ SHAPES = {
     "odd": (8192, 14333, 4093),
 }
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
-# The activations of gated and of plain blocks that models have.
-FORMS = [("silu", True), *((name, gated) for name in ACTIVATIONS[1:] for gated in (True, False))]
+FORMS = [(name, gated) for name in ACTIVATIONS for gated in (True, False)]
 WITHOUT_DOT = ("factors", "finish", "block finish", "keep bits")
 # fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
 WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}

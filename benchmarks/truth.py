@@ -149,7 +149,7 @@ def assert_same_bits(first: Tensor, second: Tensor, name: str = "result") -> Non
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and empty_like give NaN: an element that nothing writes is seen."""
+    """torch.empty, empty_like and new_empty give NaN: an element that nothing writes is seen."""
 
     def poisoned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -161,6 +161,7 @@ def poisoned_empty() -> Iterator[None]:
     with (
         mock.patch.object(torch, "empty", poisoned(torch.empty)),
         mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
     ):
         yield
 

@@ -19,10 +19,11 @@ from torch.nn.functional import linear
 
 from fastbound import ops, reference
 from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
+from fastbound.eager import apply_of, direct, nothing_intercepts
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS, Plan, plan_for
 from fastbound.torch_products import _MASKED_ROWS, TorchProducts, padded_rank
-from fastbound.transforms import differentiable_once, quickly_bound
+from fastbound.transforms import differentiable_once
 
 if TYPE_CHECKING:
     from fastbound.triton_products import TritonProducts
@@ -103,7 +104,7 @@ def _thin(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """S in x's dtype and SB in result's."""
-    X, R = x.reshape(-1, x.shape[-1]), padded_rank(A.shape[0])
+    X, R = ops.rows(x), padded_rank(A.shape[0])
     products = _products(X, A, B, x.dtype, backend)
     keep, scaling = ops._kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
     SA, SB = products.factors(A, B, scaling, omega, x.dtype, R)
@@ -115,9 +116,8 @@ def _thin(
 def _add_forward(result: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     with ops._scope(x):
         S, SB = _thin(result, x, *settings)
-        Y = result.reshape(-1, result.shape[-1])
-        y = torch.addmm(Y, S.to(Y.dtype), SB.t()).view(result.shape)
-        return y.detach(), S  # a Function's output that is a view refuses all work in place
+        Y = torch.addmm(ops.rows(result), S.to(result.dtype), SB.t())
+        return ops.rows_as_of(result, Y), S
 
 
 def _add_forward_(result: Tensor, x: Tensor, *settings: Any) -> Tensor:
@@ -145,7 +145,7 @@ def _add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     with ops._scope(dy):
-        DY = dy.reshape(-1, dy.shape[-1])
+        DY = ops.rows(dy)
         products, R = _products(DY, A, B, DY.dtype, backend), padded_rank(A.shape[0])
         keep, scaling = ops._kept(products, seed, dropout, DY.shape[0], A.shape[1], scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
@@ -168,9 +168,9 @@ def _add_backward(
                     DX.split(_MASKED_ROWS), keep.split(_MASKED_ROWS), strict=True
                 ):
                     part.mul_(keep_mask(bits, A.shape[1]))
-            dx = DX.view(*dy.shape[:-1], A.shape[1])
+            dx = ops.rows_as_of(dy, DX)
         if need_dA:
-            X = ops._given(x).reshape(-1, A.shape[1])
+            X = ops.rows(ops._given(x))
             dA = products.factor_gradient(X, ops._given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
@@ -214,12 +214,11 @@ torch.library.register_fake("fastbound::add_forward", _fake_add_forward, lib=_li
 torch.library.register_fake("fastbound::add_forward_", _fake_add_forward_, lib=_library)
 torch.library.register_fake("fastbound::add_backward", _fake_add_backward, lib=_library)
 
-add_forward = torch.ops.fastbound.add_forward.default
-add_forward_ = torch.ops.fastbound.add_forward_.default
-add_backward = torch.ops.fastbound.add_backward.default
+add_forward = direct(torch.ops.fastbound.add_forward.default, _add_forward)
+add_forward_ = direct(torch.ops.fastbound.add_forward_.default, _add_forward_)
+add_backward = direct(torch.ops.fastbound.add_backward.default, _add_backward)
 
 
-@quickly_bound
 class _BoundedAddition(torch.autograd.Function):
     """Saves x as it came, S [M, R] and references to A and B; nothing of size [M, N]."""
 
@@ -267,6 +266,9 @@ class _BoundedAddition(torch.autograd.Function):
             made = add_backward(dy, x, S, A, B, *settings, *needs)
             gradients = [g if need else None for g, need in zip(made, needs, strict=True)]
         return (dy if need_dresult else None, *gradients, *(None,) * 6)
+
+
+_apply = apply_of(_BoundedAddition)
 
 
 def bounded_addition(
@@ -319,7 +321,7 @@ def bounded_addition(
             SB = torch.sin(omega * B.to(reference.wide_dtype(B))).to(result.dtype)
             return result + scaling * linear(linear(x, SA).to(result.dtype), SB)
     in_place = give_up and can_write_into(result, x)
-    y, _ = _BoundedAddition.apply(
+    y, _ = _apply(
         result, x, A, B, float(scaling), float(omega), backend, seed, float(dropout), in_place
     )
     return y
@@ -332,9 +334,7 @@ def can_write_into(result: Tensor, x: Tensor) -> bool:
     for a subclass, a parameter or a leaf that is trained; for a part of a larger tensor, an
     expanded one or x itself; and where the node that made it may keep it for its backward.
     """
-    if torch.compiler.is_compiling() or type(result) is not Tensor:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+    if not nothing_intercepts() or type(result) is not Tensor:
         return False
     storage = result.untyped_storage()
     if not result.is_contiguous() or storage.nbytes() != result.numel() * result.itemsize:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,9 @@ class Compiled:
 def compile_launch(launch: Launch, target_name: str) -> Compiled:
     """Compile a launch for one of :data:`TARGETS`.
 
-    ``spills`` counts local-memory instructions (NVIDIA) or spilled registers (AMD).
+    ``spills`` counts what goes through memory: local loads and stores (NVIDIA); vector registers
+    spilled and words of scratch memory (AMD, whose spilled scalar registers stay in lanes of vector
+    registers and are counted among the instructions).
 
     Raises KeyError for an unknown target and RuntimeError where kernels are interpreted.
     """
@@ -89,17 +91,25 @@ def build(launch: Launch, target_name: str) -> Any:
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options |= launch.limits(target.backend)
     return triton.compile(
         source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
     )
 
 
 def layer_launches(
-    target_name: str, M: int, N: int, K: int, rank: int, dtype: torch.dtype
+    target_name: str,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    keep: torch.Tensor | None = None,
 ) -> dict[str, Launch]:
     """Every launch of one layer's forward and backward, as the default plan of the target makes it.
 
-    Tensors are on the meta device: shapes, strides and dtypes are all a compilation sees.
+    ``keep`` are dropout's bits for its x. Tensors are on the meta device: shapes, strides and
+    dtypes are all a compilation sees.
     """
     from fastbound.kernels.factors import launch_factors
     from fastbound.kernels.launch import blocks
@@ -131,14 +141,13 @@ def layer_launches(
     chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
     P = meta(blocks(N, tiles.reduce.block_n), M, R, dtype=fp32)
     QB, QA = meta(chunks_y, N, R, dtype=fp32), meta(chunks_x, K, R, dtype=fp32)
-    none = meta(0, M, R, dtype=fp32)
     return {
         "factors": launch_factors(A, B, SA, SB, 1.0, 1.0),
-        "thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin),
+        "thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin, keep),
         "gemm forward": launch_lowrank_gemm(x, weight, S, SB, bias, y, tiles.gemm, size),
-        "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm_t, size),
+        "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm_t, size, keep),
         "reduce dy": launch_reduce(y, SB, S, P, QB, chunk_y, tiles.reduce),
-        "reduce x": launch_reduce(x, None, S, none, QA, chunk_x, tiles.reduce),
+        "reduce x": launch_reduce(x, None, S, None, QA, chunk_x, tiles.reduce, keep),
         "finish dS, dB": launch_finish_both(P, S, QB, B, B, 1.0, 1.0),
         "finish dA": launch_finish(QA, A.t(), A.t(), 1.0, 1.0),
     }
@@ -154,15 +163,9 @@ def dropout_launches(
 
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     keep = torch.empty(M, blocks(K, 32), dtype=torch.int32, device="meta")
-    launches = {"keep bits": launch_keep_bits(seed, keep, 1 << 12, ROUNDS)}
-    for name, launch in layer_launches(target_name, M, N, K, rank, dtype).items():
-        if name in ("thin", "gemm dx", "reduce x"):
-            launches[f"{name} dropout"] = replace(
-                launch,
-                arguments=launch.arguments | {"KEEP": keep, "stride_keep": keep.stride(0)},
-                constants=launch.constants | {"HAS_KEEP": True},
-            )
-    return launches
+    layer = layer_launches(target_name, M, N, K, rank, dtype, keep)
+    masked = {f"{name} dropout": layer[name] for name in ("thin", "gemm dx", "reduce x")}
+    return {"keep bits": launch_keep_bits(seed, keep, 1 << 12, ROUNDS), **masked}
 
 
 def block_launches(
@@ -206,7 +209,7 @@ def block_launches(
     Q = meta(chunks, N, R, dtype=fp32)
     chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
     chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
-    QX, none = meta(chunks_x, K, width, dtype=fp32), meta(0, M, width, dtype=fp32)
+    QX = meta(chunks_x, K, width, dtype=fp32)
     A = meta(rank, K, dtype=fp32).t()
     u, du, sb_u = (U, DU, SB) if gated else (None, None, None)
     weight = meta(N, K)
@@ -222,7 +225,7 @@ def block_launches(
             DH, G, u, S, S_down, SB, sb_u, DG, du, P, Q, Q, Q,
             activation, R, chunk, chunks, tiles.gated,
         ),
-        "block reduce x": launch_reduce(x, None, DS, none, QX, chunk_x, tiles.reduce),
+        "block reduce x": launch_reduce(x, None, DS, None, QX, chunk_x, tiles.reduce),
         "block finish dS": launch_finish(P[:, :, :R], DS[:, :R]),
         "block finish dA": launch_finish(QX[:, :, :R], A, A, 1.0, 1.0),
     }  # fmt: skip
@@ -250,11 +253,13 @@ def _specialise(
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    arguments = dict(zip(names, launch.arguments, strict=True))
     for i, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
             signature[name], constants[(i,)] = "constexpr", launch.constants[name]
             continue
-        value = launch.arguments[name]
+        value = arguments[name]
         divisible = False
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{_TRITON_NAMES[value.dtype]}"
@@ -304,8 +309,9 @@ def _read_amdgcn(binary: Any) -> Compiled:
             raise RuntimeError(f"the amdgcn listing has no .{name}")
         return int(found[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return Compiled(field("vgpr_count"), spills, binary.metadata.shared, _count(listing))
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size") // 4
+    counts = _count(listing) | {"sgpr spills": field("sgpr_spill_count")}
+    return Compiled(field("vgpr_count"), spills, binary.metadata.shared, counts)
 
 
 def _count(listing: str) -> dict[str, int]:

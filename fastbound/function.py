@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fastbound import ops, reference
 from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
+from fastbound.eager import apply_of
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS
-from fastbound.transforms import differentiable_once, quickly_bound, rows_alone
+from fastbound.transforms import differentiable_once, rows_alone
 
 
-@quickly_bound
 class _BoundedLinear(torch.autograd.Function):
     """Saves x as it came, S [M, R] and references to the parameters; nothing of size [M, N]."""
 
@@ -102,6 +102,9 @@ class _BoundedLinear(torch.autograd.Function):
         )
 
 
+_apply = apply_of(_BoundedLinear)
+
+
 def bounded_linear(
     x: Tensor,
     weight: Tensor,
@@ -162,7 +165,7 @@ def bounded_linear(
             return reference.bounded_linear(
                 x, weight.to(dtype), A, B, b, scaling=scaling, omega=omega, keep=keep
             )
-    y, _ = _BoundedLinear.apply(
+    y, _ = _apply(
         x, weight, A, B, bias, float(scaling), float(omega), backend, seed, float(dropout)
     )
     return y
@@ -184,25 +187,34 @@ def check_operands(
     # Not math.isfinite: torch.compile traces this with symbolic floats. inf - inf is a NaN.
     if scaling - scaling != 0 or omega - omega != 0:
         raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
+    device = x.device
     for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
-        spread = None if tensor is None else partition(tensor)
+        if tensor is None:
+            continue
+        spread = partition(tensor)
         if spread is not None:
             raise ValueError(f"{name} {spread}: {GATHER}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no storage: load it first")
     if weight.dim() != 2 or A.dim() != 2 or B.dim() != 2 or x.dim() < 1:
         raise ValueError(
             "expected x [..., K], weight [N, K], A [r, K], B [N, r]; got "
             f"x {list(x.shape)}, weight {list(weight.shape)}, A {list(A.shape)}, B {list(B.shape)}"
         )
-    N, K = weight.shape
+    (N, K), (rank, K_of_A), (N_of_B, rank_of_B) = weight.shape, A.shape, B.shape
     if x.shape[-1] != K:
         raise ValueError(f"x {list(x.shape)} does not match weight {list(weight.shape)}: K differs")
-    if A.shape[0] < 1:
+    if rank < 1:
         raise ValueError(f"rank must be >= 1, got A {list(A.shape)}")
-    if A.shape[1] != K:
+    if K_of_A != K:
         raise ValueError(f"A {list(A.shape)} does not match weight {list(weight.shape)}: K differs")
-    if B.shape[0] != N:
+    if N_of_B != N:
         raise ValueError(f"B {list(B.shape)} does not match weight {list(weight.shape)}: N differs")
-    if B.shape[1] != A.shape[0]:
+    if rank_of_B != rank:
         raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(
@@ -213,13 +225,3 @@ def check_operands(
             "weight requires grad, but the operator returns no gradient for it: "
             "call weight.requires_grad_(False), or train it through a plain layer"
         )
-    device = x.device
-    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no storage: load it first")

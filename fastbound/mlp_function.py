@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from fastbound import mlp_ops, reference
+from fastbound.eager import apply_of
 from fastbound.function import check_operands
 from fastbound.reference import ACTIVATIONS, Projection
-from fastbound.transforms import differentiable_once, quickly_bound, rows_alone
+from fastbound.transforms import differentiable_once, rows_alone
 
 RECOMPUTE = (None, "gate_up")
 _TENSORS = 12  # of one block: weight, bias, A and B of gate, up and down
 _SETTINGS = 5  # scalings, omegas, activation, recompute, backend
 
 
-@quickly_bound
 class _BoundedMLP(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -63,6 +63,9 @@ class _BoundedMLP(torch.autograd.Function):
         for position, gradient in zip((3, 4, 7, 8, 11, 12), factors, strict=True):
             gradients[position] = gradient if need[position] else None
         return tuple(gradients)
+
+
+_apply = apply_of(_BoundedMLP)
 
 
 def bounded_mlp(
@@ -120,7 +123,7 @@ def bounded_mlp(
     tensors = [t for p in block for t in (p[:4] if p is not None else (None,) * 4)]
     scalings = [1.0 if p is None else float(p.scaling) for p in block]
     omegas = [1.0 if p is None else float(p.omega) for p in block]
-    y, *_ = _BoundedMLP.apply(x, *tensors, scalings, omegas, activation, recompute, backend)
+    y, *_ = _apply(x, *tensors, scalings, omegas, activation, recompute, backend)
     return y
 
 

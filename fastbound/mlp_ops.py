@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastbound.ops import _scope, check_storage
+from fastbound.eager import direct
+from fastbound.ops import _scope, check_storage, rows, rows_as_of
 from fastbound.plan import Plan, plan_for
 from fastbound.torch_mlp_products import TorchMLPProducts
 from fastbound.torch_products import padded_rank
@@ -125,7 +126,7 @@ def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Ten
     tensors, scalings, omegas, activation, backend = _unpack(arguments)
     check_storage(x, *tensors)
     with _scope(x):
-        X = x.reshape(-1, x.shape[-1])
+        X = rows(x)
         block = _Block(X, tensors, scalings, omegas, backend)
         products, down = block.products, _given_projection(block.down)
         SA = block.stacked_SA()
@@ -134,9 +135,14 @@ def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Ten
         U = rest[0] if rest else None
         H, S_down = products.activate(G, U, down.SA, activation)
         Y = _gemm(products, H, down.weight, S_down, down.SB, down.bias)
-        y = Y.view(*x.shape[:-1], Y.shape[1]).detach()  # see ops._forward
         empty = X.new_empty(0)
-        return y, G, empty if U is None else U, S, empty if S_down is None else S_down
+        return (
+            rows_as_of(x, Y),
+            G,
+            empty if U is None else U,
+            S,
+            empty if S_down is None else S_down,
+        )
 
 
 def _backward(
@@ -152,7 +158,7 @@ def _backward(
     tensors, scalings, omegas, activation, backend = _unpack(tuple(settings))
     check_storage(dy, x, G, U, S, S_down, *tensors)
     with _scope(dy):
-        X, DY = x.reshape(-1, x.shape[-1]).to(dy.dtype), dy.reshape(-1, dy.shape[-1])
+        X, DY = rows(x).to(dy.dtype), rows(dy)
         block = _Block(X, tensors, scalings, omegas, backend)
         products, down = block.products, _given_projection(block.down)
         gate, up = _given_projection(block.gate), block.up
@@ -178,7 +184,7 @@ def _backward(
             DX = _gemm(products, DG, gate.weight.t(), DS, SA_t, None)
             if up is not None:
                 DX.addmm_(_given(DU), up.weight)
-            dx = DX.view(*dy.shape[:-1], DX.shape[1])
+            dx = rows_as_of(dy, DX)
     gradients = (dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down)
     return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
 
@@ -186,17 +192,17 @@ def _backward(
 def _fake_forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, *_ = _unpack(arguments)
     gate, up, down = tensors[0:4], tensors[4:8], tensors[8:12]
-    rows, N = x.numel() // x.shape[-1], _given(gate[0]).shape[0]
+    M, N = x.numel() // x.shape[-1], _given(gate[0]).shape[0]
     ranks = [t[2].shape[0] for t in (gate, up, down) if t[2] is not None]
     R = padded_rank(max(ranks, default=1))
     width = R * sum(t[2] is not None for t in (gate, up))
     empty = x.new_empty(0)
     return (
         x.new_empty(*x.shape[:-1], _given(down[0]).shape[0]),
-        x.new_empty(rows, N),
-        empty if up[0] is None else x.new_empty(rows, N),
-        x.new_empty(rows, width),
-        empty.new_empty(0) if down[2] is None else x.new_empty(rows, R),
+        x.new_empty(M, N),
+        empty if up[0] is None else x.new_empty(M, N),
+        x.new_empty(M, width),
+        empty.new_empty(0) if down[2] is None else x.new_empty(M, R),
     )
 
 
@@ -222,8 +228,8 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("fastbound::mlp_forward", _fake_forward, lib=_library)
 torch.library.register_fake("fastbound::mlp_backward", _fake_backward, lib=_library)
 
-mlp_forward = torch.ops.fastbound.mlp_forward.default
-mlp_backward = torch.ops.fastbound.mlp_backward.default
+mlp_forward = direct(torch.ops.fastbound.mlp_forward.default, _forward)
+mlp_backward = direct(torch.ops.fastbound.mlp_backward.default, _backward)
 
 _torch_products = TorchMLPProducts()
 

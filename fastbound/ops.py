@@ -8,13 +8,16 @@ and fake tensors see their shapes only.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastbound.dropout import keep_rate
+from fastbound.eager import direct
 from fastbound.plan import plan_for
+from fastbound.plan_tables import row_bucket
 from fastbound.torch_products import TorchProducts, padded_rank
 
 if TYPE_CHECKING:
@@ -49,14 +52,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     check_storage(x, weight, bias, A, B)
     with _scope(x):
-        X = x.reshape(-1, x.shape[-1])
+        X = rows(x)
         products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
         keep, scaling = _kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
         SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
         S = products.thin(X, SA.t(), keep)
-        Y = products.lowrank_gemm(X, weight.to(X.dtype), S, SB, bias)
-        y = Y.view(*x.shape[:-1], weight.shape[0])
-        return y.detach(), S  # a Function's output that is a view refuses all work in place
+        return rows_as_of(x, products.lowrank_gemm(X, _cast(weight, X.dtype), S, SB, bias)), S
 
 
 def _backward(
@@ -74,14 +75,14 @@ def _backward(
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx = dA = dB = None
     check_storage(dy, x, S, weight, A, B)
     with _scope(dy):
-        DY = dy.reshape(-1, dy.shape[-1])
+        DY = rows(dy)
         products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
-        rows, K = DY.shape[0], weight.shape[1]
-        keep, scaling = _kept(products, seed, dropout, rows, K, scaling)
+        M, K = DY.shape[0], weight.shape[1]
+        keep, scaling = _kept(products, seed, dropout, M, K, scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
         DS: Tensor | None = None
         if need_dB and (need_dx or need_dA):
@@ -91,11 +92,11 @@ def _backward(
         elif need_dx or need_dA:
             DS = products.thin(DY, SB)
         if need_dx:
-            W = weight.to(DY.dtype)
-            dx = products.lowrank_gemm(DY, W.t(), _given(DS), SA.t(), None, keep)
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+            W = _cast(weight, DY.dtype)
+            DX = products.lowrank_gemm(DY, W.t(), _given(DS), SA.t(), None, keep)
+            dx = rows_as_of(dy, DX)
         if need_dA:
-            X = _given(x).reshape(-1, weight.shape[1])
+            X = rows(_given(x))
             dA = products.factor_gradient(X, _given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
@@ -112,9 +113,9 @@ def _fake_forward(
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
+    M = x.numel() // x.shape[-1]
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(rows, padded_rank(A.shape[0]))
+    return y, x.new_empty(M, padded_rank(A.shape[0]))
 
 
 def _fake_backward(
@@ -139,26 +140,55 @@ def _fake_backward(
     return dx, dA, dB
 
 
+def _backward_operator(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """An operator returns tensors: an empty one for what is not wanted."""
+    return tuple(dy.new_empty(0) if g is None else g for g in _backward(dy, *arguments))
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
+    _library.impl("backward", _backward_operator, _device)
 torch.library.register_fake("fastbound::forward", _fake_forward, lib=_library)
 torch.library.register_fake("fastbound::backward", _fake_backward, lib=_library)
 
 _torch_products = TorchProducts()
 
-forward = torch.ops.fastbound.forward.default
-backward = torch.ops.fastbound.backward.default
+forward = direct(torch.ops.fastbound.forward.default, _forward)
+backward = direct(torch.ops.fastbound.backward.default, _backward)
 
 
 def _products(X: Tensor, weight: Tensor, A: Tensor, backend: str) -> TorchProducts | TritonProducts:
     N, K = weight.shape
-    plan = plan_for(X.device, X.shape[0], N, K, A.shape[0], X.dtype, backend)
+    return _planned(X.device, row_bucket(X.shape[0]), N, K, A.shape[0], X.dtype, backend)
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    device: torch.device, M: int, N: int, K: int, rank: int, dtype: torch.dtype, backend: str
+) -> TorchProducts | TritonProducts:
+    plan = plan_for(device, M, N, K, rank, dtype, backend)
     if plan.strategy == "torch":
         return _torch_products
     from fastbound.triton_products import TritonProducts
 
     return TritonProducts(plan)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., K] as a matrix; making a view takes a microsecond, so a matrix is taken as it is."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def rows_as_of(x: Tensor, Y: Tensor) -> Tensor:
+    """Y [M, N], whose rows are those of :func:`rows`, as [..., N].
+
+    No view: a Function's output that is one refuses all work in place.
+    """
+    return Y if x.dim() == 2 else Y.view(*x.shape[:-1], Y.shape[1]).detach()
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype is dtype else weight.to(dtype)
 
 
 def _kept(
@@ -192,7 +222,7 @@ def _scope(x: Tensor) -> AbstractContextManager[object]:
 def check_storage(*tensors: Tensor | None) -> None:
     """Raise for a tensor whose memory was given back, before a kernel is handed its address, 0."""
     for tensor in tensors:
-        if tensor is not None and tensor.numel() and not tensor.data_ptr():
+        if tensor is not None and not tensor.data_ptr() and tensor.numel():
             raise RuntimeError(
                 f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
                 "it has not gathered it for this module. Make the module that owns it, or one "

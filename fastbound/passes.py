@@ -65,7 +65,7 @@ class Kernel:
     @property
     def nbytes(self) -> int:
         """Of every tensor it takes, workspaces included, each moved once."""
-        tensors = [getattr(value, "base", value) for value in self.launch.arguments.values()]
+        tensors = [getattr(value, "base", value) for value in self.launch.arguments]
         sizes = {
             tensor.data_ptr(): tensor.numel() * tensor.element_size()
             for tensor in tensors
@@ -226,11 +226,11 @@ def reduce_x(o: Operands, candidate: Candidate) -> list[Kernel]:
     """dA from x and dS, and the sum of its parts."""
     tile, (M, K), R = _tile(candidate), o.x.shape, o.S.shape[1]
     chunks, chunk = row_chunks(M, K, tile, _programs(o, candidate))
-    Q, none = _workspace(o, chunks, K, R), _workspace(o, 0, M, R)
+    Q = _workspace(o, chunks, K, R)
     return [
         Kernel(
             "reduce x",
-            launch_reduce(o.x, None, o.dS, none, Q, chunk, tile),
+            launch_reduce(o.x, None, o.dS, None, Q, chunk, tile),
             (Q,),
             2 * o.x.numel() * R,
         ),

@@ -100,7 +100,7 @@ def plan(
         strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
     elif odd:
         strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
-        tiles = _UNALIGNED
+        tiles = _unaligned_tiles(R)
     else:
         if M <= FEW_ROWS:
             block = f"{tiles.gemm.block_m}x{tiles.gemm.block_n}"
@@ -131,8 +131,8 @@ def plan_for(
     backend: str = "auto",
 ) -> Plan:
     """:func:`plan` for a torch device and its table, cached; M enters in powers of two."""
-    bucket = row_bucket(M) if M > 0 else 0
-    return _cached_plan(describe(device.type, device.index), bucket, N, K, rank, dtype, backend)
+    found = describe(device.type, device.index)
+    return _cached_plan(found, row_bucket(M), N, K, rank, dtype, backend)
 
 
 @lru_cache(maxsize=4096)
@@ -197,15 +197,11 @@ def _tile_family(architecture: str) -> str:
     return "sm_80"
 
 
-# Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill.
-_UNALIGNED = Tiles(
-    GemmTile(128, 128, 32, 8, 2),
-    GemmTile(128, 128, 32, 8, 2),
-    Tile(16, 64, 4, 2),
-    Tile(32, 128, 4, 2),
-    Tile(16, 64, 4, 2),
-    Tile(16, 32, 8, 1),
-)
+def _unaligned_tiles(R: int) -> Tiles:
+    """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
+    gemm = GemmTile(128, 128, 32, 8, 2)
+    activate, gated = Tile(16, 64, 8 if R == 64 else 4, 2), Tile(16, 16, 4, 1)
+    return Tiles(gemm, gemm, Tile(16, 64, 4, 2), Tile(32, 128, 4, 2), activate, gated)
 
 
 def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:
@@ -260,14 +256,14 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     if dtype is torch.float32:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
-    warps = 8 if R == 64 else 4
+    warps, gated = 8 if R == 64 else 4, Tile(16, 32, 4, 1 if R == 64 else 2)
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
-        return Tiles(gemm, gemm, thin, reduce, activate, Tile(16, 32, 4, 2))
+        return Tiles(gemm, gemm, thin, reduce, activate, gated)
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
         return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
-    return Tiles(gemm, gemm, thin, reduce, activate, Tile(16, 32, 4, 2))
+    return Tiles(gemm, gemm, thin, reduce, activate, gated)

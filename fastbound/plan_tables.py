@@ -83,8 +83,8 @@ class PlanTable:
 
 
 def row_bucket(M: int) -> int:
-    """The power of two at or above M >= 1."""
-    return 1 << (M - 1).bit_length()
+    """The power of two at or above M >= 1; 0 for no rows."""
+    return 1 << (M - 1).bit_length() if M else 0
 
 
 def user_folder() -> Path:

@@ -6,15 +6,12 @@ derivative comes out as zero.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-_F = TypeVar("_F", bound=torch.autograd.Function)
 
 
 class _Once(torch.autograd.Function):
@@ -45,10 +42,11 @@ def differentiable_once(
 
     @wraps(backward)
     def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
         with torch.no_grad():
             found = backward(ctx, *gradients)
-        # A compiled graph refuses a second derivative by itself.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # a compiled graph refuses a second derivative by itself
             return found
         made = [gradient for gradient in found if gradient is not None]
         sources = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
@@ -73,13 +71,3 @@ def rows_alone(info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) 
         )
     x: Tensor = arguments[0]
     return x.movedim(in_dims[0], 0)
-
-
-def quickly_bound(function: type[_F]) -> type[_F]:
-    """A Function whose arguments are all given by position, with a signature that says no more.
-
-    ``Function.apply`` reads the signature of ``forward`` and binds to it at every call.
-    """
-    arguments = inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)
-    function.forward.__signature__ = inspect.Signature([arguments])  # type: ignore[attr-defined]
-    return function

@@ -93,7 +93,7 @@ class TritonMLPProducts(TritonProducts):
     ) -> tuple[Tensor | None, Tensor | None]:
         if DS is None:
             return None, None
-        _, Q = reduced_parts(X, None, DS, self._reduce, self._multiprocessors)
+        Q = reduced_parts(X, None, DS, None, self._reduce, self._multiprocessors)
         gradients: list[Tensor | None] = []
         column = 0
         for p in (gate, up):

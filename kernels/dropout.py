@@ -59,7 +59,7 @@ def launch_keep_bits(seed: Tensor, keep: Tensor, dropped: int, rounds: int) -> L
     return Launch(
         _keep_kernel,
         (blocks(size, BYTES),),
-        dict(SEED=seed, KEEP=keep.view(torch.uint8), size=size, columns=columns, dropped=dropped),
+        (seed, keep.view(torch.uint8), size, columns, dropped),
         dict(ROUNDS=rounds, BLOCK=BYTES),
         warps=4,
         stages=1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.sine import sine_cosine
 from torch import Tensor
 
@@ -38,8 +38,8 @@ def _sine_tile(P, OUT, rows, rank, stride_pn, stride_pr, stride_on, stride_or,
 @triton.jit
 def _factors_kernel(
     A, B, SA, SB, K, N, rank,
-    stride_ak, stride_ar, stride_bn, stride_br,
-    stride_sak, stride_sar, stride_sbn, stride_sbr,
+    stride_ar, stride_ak, stride_bn, stride_br,
+    stride_sar, stride_sak, stride_sbn, stride_sbr,
     omega, scaling,
     R: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -63,11 +63,10 @@ def launch_factors(
     return Launch(
         _factors_kernel,
         (blocks(K, block) + blocks(N, block),),
-        dict(
-            A=A, B=B, SA=SA, SB=SB, K=K, N=N, rank=rank,
-            **strides("a", A, "rk"), **strides("b", B, "nr"),
-            **strides("sa", SA, "rk"), **strides("sb", SB, "nr"),
-            omega=omega, scaling=scaling,
+        (
+            A, B, SA, SB, K, N, rank,
+            *A.stride(), *B.stride(), *SA.stride(), *SB.stride(),
+            omega, scaling,
         ),
         dict(R=R, BLOCK=block),
         warps=4,
@@ -79,7 +78,7 @@ def factors(
     A: Tensor, B: Tensor, R: int, scaling: float, omega: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """SA [R, K] and SB [N, R] in ``dtype``, zero beyond the rank."""
-    SA = torch.empty(R, A.shape[1], dtype=dtype, device=A.device)
-    SB = torch.empty(B.shape[0], R, dtype=dtype, device=B.device)
+    SA = A.new_empty(R, A.shape[1], dtype=dtype)
+    SB = B.new_empty(B.shape[0], R, dtype=dtype)
     launch_factors(A, B, SA, SB, scaling, omega).run()
     return SA, SB

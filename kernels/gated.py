@@ -14,12 +14,13 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
-from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.reduce import row_chunks
 from fastbound.kernels.tiles import Tile
 from torch import Tensor
 
 SPAN = 16  # column blocks that one program of the backward takes, one after the other
+REGISTERS = 255  # of a thread of the backward: all there are; its tiles have 8 warps at most
 
 
 @triton.jit
@@ -186,10 +187,9 @@ def launch_activation(
     return Launch(
         _forward_kernel,
         (blocks(M, tile.block_m),),
-        dict(
-            G=G, U=u, F=f, H=H, P=p, M=M, N=N,
-            stride_gm=G.stride(0), stride_um=u.stride(0), stride_hm=H.stride(0),
-            **strides("f", f, "nr"), **strides("p", p, "mr"),
+        (
+            G, u, f, H, p, M, N,
+            G.stride(0), u.stride(0), *f.stride(), H.stride(0), *p.stride(),
         ),
         dict(
             ACTIVATION=activation, GATED=U is not None, WITH_P=F is not None, R=R,
@@ -220,11 +220,9 @@ def launch_activation_backward(
     return Launch(
         _backward_kernel,
         (column_blocks(N, tile), chunks),
-        dict(
-            DH=DH, G=G, U=u, S=s, DSD=dsd, SBG=fg, SBU=fu, DG=DG, DU=du, P=P,
-            QG=QG, QU=QU, QD=QD, M=M, N=N, chunk=chunk,
-            **strides("s", s, "mr"), **strides("ds", dsd, "mr"),
-            **strides("fg", fg, "nr"), **strides("fu", fu, "nr"),
+        (
+            DH, G, u, s, dsd, fg, fu, DG, du, P, QG, QU, QD, M, N, chunk,
+            *s.stride(), *dsd.stride(), *fg.stride(), *fu.stride(),
         ),
         dict(
             ACTIVATION=activation, GATED=U is not None, ADAPT_GATE=SBG is not None,
@@ -233,4 +231,5 @@ def launch_activation_backward(
         ),
         tile.warps,
         tile.stages,
+        REGISTERS,
     )

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with its grid, its run-time arguments by name, its constants and compile options."""
+class Launch(NamedTuple):
+    """A kernel with its grid, its run-time arguments in its own order, and its constants by name.
+
+    ``warps`` and ``stages`` say how it is compiled; ``registers``, how many a thread may have on an
+    NVIDIA GPU. Without that number the compiler may spill a few so that more programs fit.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
     def run(self) -> None:
         """Launch on the current stream; nothing to do for an empty grid."""
@@ -26,22 +28,19 @@ class Launch:
             return
         # The default of floating-point fusion changes between Triton releases: said explicitly.
         self.kernel[self.grid](
-            **self.arguments,
+            *self.arguments,
             **self.constants,
             num_warps=self.warps,
             num_stages=self.stages,
             enable_fp_fusion=True,
+            **self.limits("hip" if torch.version.hip else "cuda"),
         )
 
-
-def strides(prefix: str, tensor: torch.Tensor, axes: str) -> dict[str, int]:
-    """``stride_<prefix><axis>`` for each axis of the tensor, as kernel arguments."""
-    return dict(zip(_stride_names(prefix, axes), tensor.stride(), strict=True))
-
-
-@lru_cache(maxsize=64)
-def _stride_names(prefix: str, axes: str) -> tuple[str, ...]:
-    return tuple(f"stride_{prefix}{axis}" for axis in axes)
+    def limits(self, backend: str) -> dict[str, int]:
+        """``registers`` as the compiler's option, which AMD's does not know."""
+        if self.registers is None or backend != "cuda":
+            return {}
+        return {"maxnreg": self.registers}
 
 
 def blocks(size: int, block: int) -> int:

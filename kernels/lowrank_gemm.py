@@ -9,11 +9,10 @@ Two forms of one kernel: pointers for any strides, and a persistent loop over te
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
-from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -60,8 +59,8 @@ def _lowrank_start(
 @triton.jit
 def _pointer_kernel(
     X, W, S, F, BIAS, KEEP, Y, M, N, K,
-    stride_xm, stride_xk, stride_wn, stride_wk,
-    stride_sm, stride_sr, stride_fn, stride_fr, stride_keep, stride_ym, stride_yn,
+    stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_yn,
     HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
@@ -153,42 +152,37 @@ def launch_lowrank_gemm(
     """
     M, K = X.shape
     N = W.shape[0]
-    arguments = dict(
-        S=S, F=F, BIAS=Y if bias is None else bias, KEEP=Y if keep is None else keep,
-        M=M, N=N, K=K, **strides("s", S, "mr"), **strides("f", F, "nr"),
-        stride_keep=0 if keep is None else keep.stride(0),
-    )
+    start = (S, F, Y if bias is None else bias, Y if keep is None else keep)
+    start_strides = (*S.stride(), *F.stride(), 0 if keep is None else keep.stride(0))
     constants = dict(
         HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, R=S.shape[1],
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
     )
     tiles = blocks(M, tile.block_m) * blocks(N, tile.block_n)
-    transposed = is_transposed(W)
-    stored = W.t() if transposed else W
-    if tile.descriptors and M > 0 and K > 0 and takes_descriptors(X, stored, Y):
+    if tile.descriptors and M > 0 and K > 0:
+        transposed = is_transposed(W)
+        stored = W.t() if transposed else W
         block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
-        programs = min(tiles, multiprocessors)
-        return Launch(
-            _descriptor_kernel,
-            (programs,),
-            dict(
-                X=TensorDescriptor.from_tensor(X, [tile.block_m, tile.block_k]),
-                W=TensorDescriptor.from_tensor(stored, block_w),
-                Y=TensorDescriptor.from_tensor(Y, [tile.block_m, tile.block_n]),
-                programs=programs,
-                **arguments,
-            ),
-            dict(W_TRANSPOSED=transposed, **constants),
-            tile.warps,
-            tile.stages,
-        )
+        if takes_descriptors(X, stored, Y):
+            programs = min(tiles, multiprocessors)
+            return Launch(
+                _descriptor_kernel,
+                (programs,),
+                (
+                    TensorDescriptor.from_tensor(X, [tile.block_m, tile.block_k]),
+                    TensorDescriptor.from_tensor(stored, block_w),
+                    *start,
+                    TensorDescriptor.from_tensor(Y, [tile.block_m, tile.block_n]),
+                    M, N, K, programs, *start_strides,
+                ),
+                dict(W_TRANSPOSED=transposed, **constants),
+                tile.warps,
+                tile.stages,
+            )
     return Launch(
         _pointer_kernel,
         (tiles,),
-        dict(
-            X=X, W=W, Y=Y, **arguments,
-            **strides("x", X, "mk"), **strides("w", W, "nk"), **strides("y", Y, "mn"),
-        ),
+        (X, W, *start, Y, M, N, K, *start_strides, *X.stride(), *W.stride(), *Y.stride()),
         dict(EVEN_K=K % tile.block_k == 0, **constants),
         tile.warps,
         tile.stages,
@@ -203,6 +197,6 @@ def lowrank_gemm(
 
     ``keep`` as for :func:`launch_lowrank_gemm`.
     """
-    Y = torch.empty(X.shape[0], W.shape[0], dtype=X.dtype, device=X.device)
+    Y = X.new_empty(X.shape[0], W.shape[0])
     launch_lowrank_gemm(X, W, S, F, bias, Y, tile, multiprocessors, keep).run()
     return Y

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
-from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.sine import sine_cosine
 from fastbound.kernels.tiles import Tile
 from torch import Tensor
@@ -120,22 +120,21 @@ def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, i
 
 
 def launch_reduce(
-    T: Tensor, F: Tensor | None, G: Tensor, P: Tensor, Q: Tensor, chunk: int, tile: Tile,
+    T: Tensor, F: Tensor | None, G: Tensor, P: Tensor | None, Q: Tensor, chunk: int, tile: Tile,
     keep: Tensor | None = None,
 ) -> Launch:
     """T [M, N], F [N, R], G [M, R] -> P [column blocks, M, R] and Q [chunks, N, R], fp32 parts.
 
-    Without F, P is not written; keep [M, ceil(N/32)] masks T.
+    F and P are None where T F is not wanted; keep [M, ceil(N/32)] masks T.
     """
     M, N = T.shape
-    f = G if F is None else F
+    f, p = G if F is None else F, G if P is None else P
     return Launch(
         _reduce_kernel,
         (blocks(N, tile.block_n), Q.shape[0]),
-        dict(
-            T=T, F=f, G=G, P=P, Q=Q, KEEP=T if keep is None else keep, M=M, N=N, chunk=chunk,
-            **strides("t", T, "mn"), **strides("f", f, "nr"), **strides("g", G, "mr"),
-            stride_keep=0 if keep is None else keep.stride(0),
+        (
+            T, f, G, p, Q, T if keep is None else keep, M, N, chunk,
+            *T.stride(), *f.stride(), *G.stride(), 0 if keep is None else keep.stride(0),
         ),
         dict(
             WITH_P=F is not None, HAS_KEEP=keep is not None, R=G.shape[1],
@@ -163,10 +162,9 @@ def launch_finish(
     return Launch(
         _finish_kernel,
         (blocks(rows, block),),
-        dict(
-            PARTS=parts, ANGLE=a, OUT=out, parts=count, rows=rows, rank=out.shape[1],
-            omega=omega, scaling=scaling, stride_pp=parts.stride(0), stride_pn=parts.stride(1),
-            **strides("a", a, "nr"), **strides("o", out, "nr"),
+        (
+            parts, a, out, count, rows, out.shape[1], omega, scaling,
+            parts.stride(0), parts.stride(1), *a.stride(), *out.stride(),
         ),
         dict(HAS_COSINE=angle is not None, R=R, BLOCK=block),
         warps=4,
@@ -187,10 +185,9 @@ def launch_finish_both(
     return Launch(
         _finish_both_kernel,
         (blocks(M, block) + blocks(N, block),),
-        dict(
-            P=P, THIN=thin, Q=Q, ANGLE=angle, OUT=out, columns=columns, M=M, chunks=chunks, N=N,
-            rank=out.shape[1], omega=omega, scaling=scaling,
-            **strides("t", thin, "mr"), **strides("a", angle, "nr"), **strides("o", out, "nr"),
+        (
+            P, thin, Q, angle, out, columns, M, chunks, N, out.shape[1], omega, scaling,
+            *thin.stride(), *angle.stride(), *out.stride(),
         ),
         dict(R=R, BLOCK=block),
         warps=4,
@@ -209,7 +206,7 @@ def reduce(
     keep: Tensor | None = None,
 ) -> Tensor:
     """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> as angle."""
-    _, Q = reduced_parts(T, None, G, tile, multiprocessors, keep)
+    Q = reduced_parts(T, None, G, None, tile, multiprocessors, keep)
     return factor_gradient(Q, angle, omega, scaling)
 
 
@@ -224,8 +221,9 @@ def thin_and_reduce(
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor]:
     """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R]."""
-    P, Q = reduced_parts(T, F, G, tile, multiprocessors)
-    thin = torch.empty(P.shape[1:], dtype=T.dtype, device=T.device)
+    P = T.new_empty(blocks(T.shape[1], tile.block_n), *G.shape, dtype=torch.float32)
+    Q = reduced_parts(T, F, G, P, tile, multiprocessors)
+    thin = T.new_empty(G.shape)
     gradient = torch.empty_like(angle)
     launch_finish_both(P, thin, Q, gradient, angle, omega, scaling).run()
     return thin, gradient
@@ -235,19 +233,17 @@ def reduced_parts(
     T: Tensor,
     F: Tensor | None,
     G: Tensor,
+    P: Tensor | None,
     tile: Tile,
     multiprocessors: int,
     keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The parts of T F, [column blocks, M, R] (none without F), and of Tᵀ G, [chunks, N, R]."""
+) -> Tensor:
+    """The parts of Tᵀ G, [chunks, N, R]; into P, if given, those of T F, [column blocks, M, R]."""
     M, N = T.shape
-    R = G.shape[1]
     chunks, chunk = row_chunks(M, N, tile, multiprocessors)
-    columns = 0 if F is None else blocks(N, tile.block_n)
-    P = torch.empty(columns, M, R, dtype=torch.float32, device=T.device)
-    Q = torch.empty(chunks, N, R, dtype=torch.float32, device=T.device)
+    Q = T.new_empty(chunks, N, G.shape[1], dtype=torch.float32)
     launch_reduce(T, F, G, P, Q, chunk, tile, keep).run()
-    return P, Q
+    return Q
 
 
 def factor_gradient(Q: Tensor, angle: Tensor, omega: float, scaling: float) -> Tensor:

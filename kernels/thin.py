@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
-from fastbound.kernels.launch import Launch, blocks, strides
+from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.reduce import launch_finish
 from fastbound.kernels.tiles import FEW_ROWS, Tile
 from torch import Tensor
@@ -66,15 +66,15 @@ def step_chunks(M: int, K: int, tile: Tile, multiprocessors: int) -> tuple[int, 
 def launch_thin(
     T: Tensor, F: Tensor, P: Tensor, chunk: int, tile: Tile, keep: Tensor | None = None
 ) -> Launch:
-    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [chunks, M, R], whose sum is T F."""
+    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [M, R], or parts [chunks, M, R]."""
     M, K = T.shape
+    chunks, part_strides = (1, (0, *P.stride())) if P.dim() == 2 else (P.shape[0], P.stride())
     return Launch(
         _thin_kernel,
-        (blocks(M, tile.block_m), P.shape[0]),
-        dict(
-            T=T, F=F, P=P, KEEP=T if keep is None else keep, M=M, K=K, chunk=chunk,
-            **strides("t", T, "mk"), **strides("f", F, "kr"), **strides("p", P, "smr"),
-            stride_keep=0 if keep is None else keep.stride(0),
+        (blocks(M, tile.block_m), chunks),
+        (
+            T, F, P, T if keep is None else keep, M, K, chunk,
+            *T.stride(), *F.stride(), *part_strides, 0 if keep is None else keep.stride(0),
         ),
         dict(
             HAS_KEEP=keep is not None, EVEN_K=K % tile.block_n == 0, R=F.shape[1],
@@ -90,7 +90,7 @@ def thin(
 ) -> Tensor:
     """``T F`` [M, R] in T's dtype, accumulated in fp32; with bits of a mask, of mask ⊙ T."""
     (M, K), R = T.shape, F.shape[1]
-    P = torch.empty(M, R, dtype=T.dtype, device=T.device)
+    P = T.new_empty(M, R)
     chunks, chunk = step_chunks(M, K, tile, multiprocessors)
     parts = thin_parts(P, chunks)
     launch_thin(T, F, parts, chunk, tile, keep).run()
@@ -102,5 +102,5 @@ def thin(
 def thin_parts(P: Tensor, chunks: int) -> Tensor:
     """Where a launch writes for P [M, R]: fp32 parts [chunks, M, R]; for one chunk, P itself."""
     if chunks == 1:
-        return P[None]
-    return torch.empty(chunks, *P.shape, dtype=torch.float32, device=P.device)
+        return P
+    return P.new_empty(chunks, *P.shape, dtype=torch.float32)

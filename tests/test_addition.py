@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastbound
-from fastbound import addition, reference
+from fastbound import reference
 from fastbound.addition import addition_plan, bounded_addition, can_write_into
 
 
@@ -171,15 +171,16 @@ def test_compiles_whole_with_dynamic_rows(give_up):
 
 
 def test_registered_operators_pass_opcheck():
+    operators = torch.ops.fastbound
     result, x = torch.randn(5, 11), torch.randn(5, 9)
     A, B = torch.randn(3, 9), torch.randn(11, 3)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     settings = (x, A, B, 0.7, 1.3, "torch", None, 0.0)
-    torch.library.opcheck(addition.add_forward, (result, *settings), test_utils=tests)
-    torch.library.opcheck(addition.add_forward_, (result, *settings), test_utils=tests)
+    torch.library.opcheck(operators.add_forward.default, (result, *settings), test_utils=tests)
+    torch.library.opcheck(operators.add_forward_.default, (result, *settings), test_utils=tests)
     backward = (torch.randn(5, 11), x, torch.randn(5, 16), A, B, torch.float32)
     backward += (0.7, 1.3, "torch", None, 0.0, True, True, True)
-    torch.library.opcheck(addition.add_backward, backward, test_utils=tests)
+    torch.library.opcheck(operators.add_backward.default, backward, test_utils=tests)
 
 
 def test_dropout_is_the_operators_own():

@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from fastbound.kernels.launch import Launch
+
 from benchmarks.compile_report import faults
+from fastbound import compilation
 from fastbound.compilation import TARGETS, Compiled, compile_launch, layer_launches
 
 KERNELS = {
@@ -22,7 +26,7 @@ KERNELS = {
     "block thin", "block gemm dx", "block reduce x", "block finish dS", "block finish dA",
 }  # fmt: skip
 ACTIVATE = {f"{k} {a}" for k in ("activate", "activate backward") for a in ("silu", "gelu", "relu",
-    "gelu_tanh", "gelu plain", "relu plain", "gelu_tanh plain")}  # fmt: skip
+    "gelu_tanh", "silu plain", "gelu plain", "relu plain", "gelu_tanh plain")}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -40,7 +44,7 @@ def test_every_kernel_compiles_without_faults(dtype: str, repository: Path, tmp_
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     rows = json.loads(out.read_text())["rows"]
-    activate = ACTIVATE if dtype == "bf16" else {k for k in ACTIVATE if k.endswith("silu")}
+    activate = ACTIVATE if dtype == "bf16" else {k for k in ACTIVATE if "silu" in k}
     expected = {(t, k) for t in TARGETS for k in KERNELS | activate}
     assert {(r["target"], r["kernel"]) for r in rows} == expected
     gemms = [r for r in rows if r["target"] == "sm_90" and r["shape"] != "odd"]
@@ -65,6 +69,30 @@ def test_faults_are_found() -> None:
     assert found(shared=300_000) == ["300000 bytes of shared memory for 232448"]
     assert found(HGMMA=0) == ["no HMMA or HGMMA", "no HGMMA"]
     assert found(UTMALDG=0) == ["no TMA load or store"]
+
+
+@pytest.mark.parametrize(
+    "vector, scalar, scratch, spills", [(0, 0, 0, 0), (0, 7, 0, 0), (3, 0, 0, 3), (0, 0, 8, 2)]
+)
+def test_amd_spills_are_those_that_go_through_memory(
+    vector: int, scalar: int, scratch: int, spills: int
+) -> None:
+    listing = f"""
+        .private_segment_fixed_size: {scratch}
+        .sgpr_spill_count: {scalar}
+        .vgpr_count: 90
+        .vgpr_spill_count: {vector}
+    """
+    binary = SimpleNamespace(asm={"amdgcn": listing}, metadata=SimpleNamespace(shared=1024))
+    found = compilation._read_amdgcn(binary)
+    assert (found.registers, found.spills, found.shared) == (90, spills, 1024)
+    assert found.instructions["sgpr spills"] == scalar
+
+
+def test_the_registers_of_a_thread_are_an_option_of_nvidias_compiler() -> None:
+    limited = Launch(None, (1,), (), {}, 4, 1, registers=255)
+    assert limited.limits("cuda") == {"maxnreg": 255} and limited.limits("hip") == {}
+    assert limited._replace(registers=None).limits("cuda") == {}
 
 
 @pytest.mark.skipif(

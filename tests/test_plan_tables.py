@@ -265,7 +265,7 @@ def test_explain_prints_where_a_plan_comes_from(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lookup of a GPU, whole: from the file in the user's folder to the printed reason."""
-    from fastbound import explanation
+    from fastbound import explanation, ops
     from fastbound import plan as plan_module
 
     small = PlanTable("sm_90", "a card", 132, (replace(ENTRY, N=256, K=64),))
@@ -273,7 +273,7 @@ def test_explain_prints_where_a_plan_comes_from(
     monkeypatch.setattr(plan_tables, "user_folder", lambda: folder)
     for module in (explanation, plan_module):
         monkeypatch.setattr(module, "describe", lambda *device: HOPPER)
-    caches = (plan_tables.table_for, plan_module._cached_plan)
+    caches = (plan_tables.table_for, plan_module._cached_plan, ops._planned)
     for cache in caches:
         cache.cache_clear()
     try:

@@ -317,7 +317,7 @@ def test_the_bytes_of_the_time_model_are_those_that_are_moved(name: str, linear:
         for count in (counted.bytes_outside, counted.bytes_in_gemms)
     )
     workspaces = sum(
-        moved.read + moved.written
+        moved.written if step.name == "_reduce_kernel" else moved.read
         for step in counted.steps["backward"]
         if step.name in ("_reduce_kernel", "_finish_kernel", "_finish_both_kernel")
         for argument in ("P", "Q", "PARTS")
