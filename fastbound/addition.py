@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastbound import ops, reference
+from fastbound import reference
 from fastbound.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
 from fastbound.eager import apply_of, direct, nothing_intercepts
+from fastbound.ops import (
+    dS_and_dB,
+    given,
+    kept,
+    rows,
+    rows_as_of,
+    scope,
+    torch_only,
+    with_empty,
+)
 from fastbound.partition import GATHER, partition
 from fastbound.plan import BACKENDS, Plan, plan_for
 from fastbound.torch_products import _MASKED_ROWS, TorchProducts, padded_rank
@@ -86,7 +96,7 @@ def _products(
 ) -> TorchProducts | TritonProducts:
     plan = addition_plan(X.device, X.shape[0], B.shape[0], A.shape[1], A.shape[0], dtype, backend)
     if plan.strategy == "torch":
-        return ops._torch_products
+        return torch_only
     from fastbound.triton_products import TritonProducts
 
     return TritonProducts(plan)
@@ -104,9 +114,9 @@ def _thin(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """S in x's dtype and SB in result's."""
-    X, R = ops.rows(x), padded_rank(A.shape[0])
+    X, R = rows(x), padded_rank(A.shape[0])
     products = _products(X, A, B, x.dtype, backend)
-    keep, scaling = ops._kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
+    keep, scaling = kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
     SA, SB = products.factors(A, B, scaling, omega, x.dtype, R)
     if result.dtype is not x.dtype:  # SB once more, from the masters: never rounded twice
         _, SB = products.factors(A, B, scaling, omega, result.dtype, R)
@@ -114,14 +124,14 @@ def _thin(
 
 
 def _add_forward(result: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    with ops._scope(x):
+    with scope(x):
         S, SB = _thin(result, x, *settings)
-        Y = torch.addmm(ops.rows(result), S.to(result.dtype), SB.t())
-        return ops.rows_as_of(result, Y), S
+        Y = torch.addmm(rows(result), S.to(result.dtype), SB.t())
+        return rows_as_of(result, Y), S
 
 
 def _add_forward_(result: Tensor, x: Tensor, *settings: Any) -> Tensor:
-    with ops._scope(x):
+    with scope(x):
         S, SB = _thin(result, x, *settings)
         result.view(-1, result.shape[-1]).addmm_(S.to(result.dtype), SB.t())
         return S
@@ -142,36 +152,29 @@ def _add_backward(
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
-    with ops._scope(dy):
-        DY = ops.rows(dy)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx = dA = dB = None
+    with scope(dy):
+        DY = rows(dy)
         products, R = _products(DY, A, B, DY.dtype, backend), padded_rank(A.shape[0])
-        keep, scaling = ops._kept(products, seed, dropout, DY.shape[0], A.shape[1], scaling)
+        keep, scaling = kept(products, seed, dropout, DY.shape[0], A.shape[1], scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
-        DS: Tensor | None = None
-        if need_dB:
-            S = ops._given(S).to(DY.dtype)
-        if need_dB and (need_dx or need_dA):
-            DS, dB = products.thin_and_factor_gradient(DY, SB, ops._given(S), B, omega, scaling)
-        elif need_dB:
-            dB = products.factor_gradient(DY, ops._given(S), B, omega, scaling)
-        elif need_dx or need_dA:
-            DS = products.thin(DY, SB)
+        S = None if S is None else S.to(DY.dtype)
+        DS, dB = dS_and_dB(products, DY, SB, S, B, scaling, omega, need_dx or need_dA, need_dB)
         DS = None if DS is None else DS.to(dtype)
         if need_dx:
             if dtype is not DY.dtype:
                 SA, _ = products.factors(A, B, scaling, omega, dtype, R)
-            DX = torch.mm(ops._given(DS), SA)
+            DX = torch.mm(given(DS), SA)
             if keep is not None:
                 for part, bits in zip(
                     DX.split(_MASKED_ROWS), keep.split(_MASKED_ROWS), strict=True
                 ):
                     part.mul_(keep_mask(bits, A.shape[1]))
-            dx = ops.rows_as_of(dy, DX)
+            dx = rows_as_of(dy, DX)
         if need_dA:
-            X = ops.rows(ops._given(x))
-            dA = products.factor_gradient(X, ops._given(DS), A.t(), omega, 1.0, keep).t()
+            X = rows(given(x))
+            dA = products.factor_gradient(X, given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
 
@@ -209,7 +212,7 @@ def _fake_add_backward(
 for _device in ("CPU", "CUDA"):
     _library.impl("add_forward", _add_forward, _device)
     _library.impl("add_forward_", _add_forward_, _device)
-    _library.impl("add_backward", _add_backward, _device)
+    _library.impl("add_backward", with_empty(_add_backward), _device)
 torch.library.register_fake("fastbound::add_forward", _fake_add_forward, lib=_library)
 torch.library.register_fake("fastbound::add_forward_", _fake_add_forward_, lib=_library)
 torch.library.register_fake("fastbound::add_backward", _fake_add_backward, lib=_library)

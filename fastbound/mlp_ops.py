@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastbound.eager import direct
-from fastbound.ops import _scope, check_storage, rows, rows_as_of
+from fastbound.ops import check_storage, rows, rows_as_of, scope
 from fastbound.plan import Plan, plan_for
 from fastbound.torch_mlp_products import TorchMLPProducts
 from fastbound.torch_products import padded_rank
@@ -125,7 +125,7 @@ class _Block:
 def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, scalings, omegas, activation, backend = _unpack(arguments)
     check_storage(x, *tensors)
-    with _scope(x):
+    with scope(x):
         X = rows(x)
         block = _Block(X, tensors, scalings, omegas, backend)
         products, down = block.products, _given_projection(block.down)
@@ -157,7 +157,7 @@ def _backward(
     *settings, need_dx = arguments
     tensors, scalings, omegas, activation, backend = _unpack(tuple(settings))
     check_storage(dy, x, G, U, S, S_down, *tensors)
-    with _scope(dy):
+    with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
         block = _Block(X, tensors, scalings, omegas, backend)
         products, down = block.products, _given_projection(block.down)

@@ -7,6 +7,7 @@ and fake tensors see their shapes only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,10 @@ def _forward(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check_storage(x, weight, bias, A, B)
-    with _scope(x):
+    with scope(x):
         X = rows(x)
         products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
-        keep, scaling = _kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
+        keep, scaling = kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
         SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
         S = products.thin(X, SA.t(), keep)
         return rows_as_of(x, products.lowrank_gemm(X, _cast(weight, X.dtype), S, SB, bias)), S
@@ -78,26 +79,20 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dx = dA = dB = None
     check_storage(dy, x, S, weight, A, B)
-    with _scope(dy):
+    with scope(dy):
         DY = rows(dy)
         products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
         M, K = DY.shape[0], weight.shape[1]
-        keep, scaling = _kept(products, seed, dropout, M, K, scaling)
+        keep, scaling = kept(products, seed, dropout, M, K, scaling)
         SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
-        DS: Tensor | None = None
-        if need_dB and (need_dx or need_dA):
-            DS, dB = products.thin_and_factor_gradient(DY, SB, _given(S), B, omega, scaling)
-        elif need_dB:
-            dB = products.factor_gradient(DY, _given(S), B, omega, scaling)
-        elif need_dx or need_dA:
-            DS = products.thin(DY, SB)
+        DS, dB = dS_and_dB(products, DY, SB, S, B, scaling, omega, need_dx or need_dA, need_dB)
         if need_dx:
             W = _cast(weight, DY.dtype)
-            DX = products.lowrank_gemm(DY, W.t(), _given(DS), SA.t(), None, keep)
+            DX = products.lowrank_gemm(DY, W.t(), given(DS), SA.t(), None, keep)
             dx = rows_as_of(dy, DX)
         if need_dA:
-            X = rows(_given(x))
-            dA = products.factor_gradient(X, _given(DS), A.t(), omega, 1.0, keep).t()
+            X = rows(given(x))
+            dA = products.factor_gradient(X, given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
 
@@ -140,18 +135,24 @@ def _fake_backward(
     return dx, dA, dB
 
 
-def _backward_operator(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """An operator returns tensors: an empty one for what is not wanted."""
-    return tuple(dy.new_empty(0) if g is None else g for g in _backward(dy, *arguments))
+def with_empty(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """For an operator, which returns tensors: an empty one for what is not wanted."""
+
+    def implementation(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(dy.new_empty(0) if g is None else g for g in backward(dy, *arguments))
+
+    return implementation
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward_operator, _device)
+    _library.impl("backward", with_empty(_backward), _device)
 torch.library.register_fake("fastbound::forward", _fake_forward, lib=_library)
 torch.library.register_fake("fastbound::backward", _fake_backward, lib=_library)
 
-_torch_products = TorchProducts()
+torch_only = TorchProducts()
 
 forward = direct(torch.ops.fastbound.forward.default, _forward)
 backward = direct(torch.ops.fastbound.backward.default, _backward)
@@ -168,10 +169,29 @@ def _planned(
 ) -> TorchProducts | TritonProducts:
     plan = plan_for(device, M, N, K, rank, dtype, backend)
     if plan.strategy == "torch":
-        return _torch_products
+        return torch_only
     from fastbound.triton_products import TritonProducts
 
     return TritonProducts(plan)
+
+
+def dS_and_dB(
+    products: TorchProducts | TritonProducts,
+    DY: Tensor,
+    SB: Tensor,
+    S: Tensor | None,
+    B: Tensor,
+    scaling: float,
+    omega: float,
+    need_dS: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those that are needed; for both dy is read once."""
+    if not need_dB:
+        return (products.thin(DY, SB) if need_dS else None), None
+    if not need_dS:
+        return None, products.factor_gradient(DY, given(S), B, omega, scaling)
+    return products.thin_and_factor_gradient(DY, SB, given(S), B, omega, scaling)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -191,7 +211,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype is dtype else weight.to(dtype)
 
 
-def _kept(
+def kept(
     products: TorchProducts | TritonProducts,
     seed: Tensor | None,
     dropout: float,
@@ -205,18 +225,18 @@ def _kept(
     return products.keep_bits(seed, M, K, dropout), scaling / keep_rate(dropout)
 
 
-def _scope(x: Tensor) -> AbstractContextManager[object]:
+def scope(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off (operands are in the compute dtype already) and x's device the current one."""
     autocast = torch.is_autocast_enabled(x.device.type)
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     if not autocast and not elsewhere:
         return nullcontext()
-    scope = ExitStack()
+    entered = ExitStack()
     if autocast:
-        scope.enter_context(torch.autocast(x.device.type, enabled=False))
+        entered.enter_context(torch.autocast(x.device.type, enabled=False))
     if elsewhere:
-        scope.enter_context(torch.cuda.device(x.device))
-    return scope
+        entered.enter_context(torch.cuda.device(x.device))
+    return entered
 
 
 def check_storage(*tensors: Tensor | None) -> None:
@@ -230,7 +250,7 @@ def check_storage(*tensors: Tensor | None) -> None:
             )
 
 
-def _given(saved: Tensor | None) -> Tensor:
+def given(saved: Tensor | None) -> Tensor:
     if saved is None:
         raise RuntimeError(
             "fastbound::backward: a tensor that the requested gradient needs is missing"
