@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from fastbound.ops import _scope, check_storage
 from fastbound.plan import Plan, plan_for
+from fastbound.plan_entries import block_form
 from fastbound.torch_mlp_products import TorchMLPProducts
 from fastbound.torch_products import padded_rank
 
@@ -62,10 +63,14 @@ def block_plan(
     ranks: tuple[int, ...],
     dtype: torch.dtype,
     backend: str,
+    form: str,
 ) -> Plan:
-    """The plan of a block: that of a layer of twice its widest rank, as two stand side by side."""
+    """The plan of a block: that of a layer of twice its widest rank, as two stand side by side.
+
+    ``form`` is its :func:`fastbound.plan_entries.block_form`.
+    """
     R = padded_rank(max(ranks, default=1))
-    return plan_for(device, M, N, K, 2 * R, dtype, backend)
+    return plan_for(device, M, N, K, 2 * R, dtype, backend, form)
 
 
 class _Block:
@@ -77,6 +82,7 @@ class _Block:
         tensors: tuple[Tensor | None, ...],
         scalings: list[float],
         omegas: list[float],
+        activation: str,
         backend: str,
     ) -> None:
         gate, up, down = tensors[0:4], tensors[4:8], tensors[8:12]
@@ -84,7 +90,8 @@ class _Block:
         self.R = padded_rank(max(ranks, default=1))
         weight = _given(gate[0])
         N, K = weight.shape
-        plan = block_plan(X.device, X.shape[0], N, K, ranks, X.dtype, backend)
+        form = block_form(activation, up[0] is not None)
+        plan = block_plan(X.device, X.shape[0], N, K, ranks, X.dtype, backend, form)
         self.products = _products(plan)
         self.gate, self.up, self.down = (
             None if t[0] is None else self._ready(t, X.dtype, scalings[i], omegas[i])
@@ -126,7 +133,7 @@ def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Ten
     check_storage(x, *tensors)
     with _scope(x):
         X = x.reshape(-1, x.shape[-1])
-        block = _Block(X, tensors, scalings, omegas, backend)
+        block = _Block(X, tensors, scalings, omegas, activation, backend)
         products, down = block.products, _given_projection(block.down)
         SA = block.stacked_SA()
         S = X.new_empty(X.shape[0], 0) if SA is None else products.thin(X, SA.t())
@@ -153,7 +160,7 @@ def _backward(
     check_storage(dy, x, G, U, S, S_down, *tensors)
     with _scope(dy):
         X, DY = x.reshape(-1, x.shape[-1]).to(dy.dtype), dy.reshape(-1, dy.shape[-1])
-        block = _Block(X, tensors, scalings, omegas, backend)
+        block = _Block(X, tensors, scalings, omegas, activation, backend)
         products, down = block.products, _given_projection(block.down)
         gate, up = _given_projection(block.gate), block.up
         if G is None:
