@@ -123,6 +123,7 @@ def test_every_pass_is_timed_with_the_default_first(tmp_path: Path) -> None:
         rank, form = (32, BLOCK.form) if point.shape == BLOCK else (16, None)
         asked = (point.M, point.shape.N, point.shape.K, rank, torch.bfloat16, "fused")
         dispatched = plan(HOPPER.device, *asked, form=form).tiles
+        assert point.default_tiles(HOPPER.device, torch.bfloat16) == dispatched
         kind = next(kind for kind, names in point.kinds.items() if name in names)
         assert chosen[0].tile == getattr(dispatched, kind)
         assert len(chosen) == TIMED
