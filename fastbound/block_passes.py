@@ -24,12 +24,15 @@ from fastbound.torch_products import padded_rank
 class BlockOperands:
     """One MLP block at M tokens, every projection adapted: what lies between its GEMMs.
 
-    A gated block's S is that of gate and up side by side; a plain one has no U.
+    A gated block's S is that of gate and up side by side; a plain one has no U and no DU.
     """
 
     G: Tensor  # [M, N]
     U: Tensor | None  # [M, N]
     DH: Tensor  # [M, N]
+    H: Tensor  # [M, N]
+    DG: Tensor  # [M, N]
+    DU: Tensor | None  # [M, N]
     S: Tensor  # [M, WIDTH]
     DS_down: Tensor  # [M, R]
     SA_down: Tensor  # [R, N]
@@ -61,10 +64,14 @@ def make_block_operands(
     def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*size, generator=generator, device=device, dtype=dtype).mul_(scale)
 
+    G = draw(M, N)
     return BlockOperands(
-        G=draw(M, N),
+        G=G,
         U=draw(M, N) if block.gated else None,
         DH=draw(M, N),
+        H=torch.empty_like(G),
+        DG=torch.empty_like(G),
+        DU=torch.empty_like(G) if block.gated else None,
         S=draw(M, R * (1 + block.gated)),
         DS_down=draw(M, R),
         SA_down=draw(R, N, scale=N**-0.5),
@@ -79,12 +86,12 @@ def make_block_operands(
 
 def activate(o: BlockOperands, candidate: Candidate) -> list[Kernel]:
     """H = f(G) ⊙ U and S of the down projection."""
-    H, S_down = torch.empty_like(o.G), torch.empty_like(o.DS_down)
+    S_down = torch.empty_like(o.DS_down)
     R = S_down.shape[1]
     launch = launch_activation(
-        o.G, o.U, o.SA_down.t(), H, S_down, o.activation, R, _tile(candidate)
+        o.G, o.U, o.SA_down.t(), o.H, S_down, o.activation, R, _tile(candidate)
     )
-    return [Kernel("activate", launch, (H, S_down), 2 * H.numel() * R)]
+    return [Kernel("activate", launch, (o.H, S_down), 2 * o.H.numel() * R)]
 
 
 def activate_backward(o: BlockOperands, candidate: Candidate) -> list[Kernel]:
@@ -95,26 +102,23 @@ def activate_backward(o: BlockOperands, candidate: Candidate) -> list[Kernel]:
     def workspace(*size: int) -> Tensor:
         return torch.empty(*size, dtype=torch.float32, device=o.G.device)
 
+    gated = o.U is not None
     P = workspace(column_blocks(N, tile), M, width)
-    QG, QU, QD = workspace(chunks, N, R), workspace(chunks, N, R), workspace(chunks, N, R)
-    DG, DS = torch.empty_like(o.G), torch.empty_like(o.S)
-    DU = None if o.U is None else torch.empty_like(o.U)
-    SB_up = None if o.U is None else o.SB
+    QG, QU, QD = (workspace(chunks if there else 0, N, R) for there in (True, gated, True))
     launch = launch_activation_backward(
-        o.DH, o.G, o.U, o.S, o.DS_down, o.SB, SB_up, DG, DU, P, QG, QU, QD,
+        o.DH, o.G, o.U, o.S, o.DS_down, o.SB, o.SB if gated else None, o.DG, o.DU, P, QG, QU, QD,
         o.activation, R, chunk, chunks, tile,
     )  # fmt: skip
-    made = (DG,) if DU is None else (DG, DU)
-    parts = (P, QG, QD) if DU is None else (P, QG, QU, QD)
-    flops = 2 * DG.numel() * (2 * width + R)
-    kernels = [Kernel("activate backward", launch, made, flops, parts)]
+    made = (o.DG,) if o.DU is None else (o.DG, o.DU)
+    flops = 2 * o.DG.numel() * (2 * width + R)
+    kernels = [Kernel("activate backward", launch, made, flops, (P, QG, QU, QD))]
+    DS = torch.empty_like(o.S)
     for column in range(0, width, R):
-        own = DS[:, column : column + R]
-        finish = launch_finish(P[:, :, column : column + R], own)
-        kernels.append(Kernel("finish DS", finish, (own,), 0))
-    for Q, angle, scaling in ((QG, o.B, o.scaling), (QU, o.B, o.scaling), (QD, o.A_down.t(), 1.0)):
-        if Q is QU and DU is None:
-            continue
+        part = DS[:, column : column + R]
+        finish = launch_finish(P[:, :, column : column + R], part)
+        kernels.append(Kernel("finish DS", finish, (part,), 0))
+    dB = [(Q, o.B, o.scaling) for Q in ((QG, QU) if gated else (QG,))]
+    for Q, angle, scaling in (*dB, (QD, o.A_down.t(), 1.0)):
         gradient = torch.empty_like(angle)
         finish = launch_finish(Q, gradient, angle, OMEGA, scaling)
         kernels.append(Kernel("finish dB, dA", finish, (gradient,), 0))
