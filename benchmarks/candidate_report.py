@@ -1,6 +1,7 @@
 """What the compiler makes of every tile on the tuner's list, for GPUs that need not be there.
 
     python -m benchmarks.candidate_report [--target sm_90 ...] [--tokens 8192 ...]
+                                          [--passes thin ...]
 
 The list is `fastbound tune`'s own, in the order of the time model, the default first. What has a
 fault is what the tuner drops before it costs time; exit status 1 where a pass would be left with
@@ -19,14 +20,22 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report import markdown_table
+from fastbound.block_passes import BLOCK_PASSES
+from fastbound.candidates import Machine, Point, shortlist
 from fastbound.compilation import TARGETS, Compiled
-from fastbound.plan import Device, filled_tiles
-from fastbound.shapes import linear_shapes
+from fastbound.passes import PASSES
+from fastbound.plan import Device
+from fastbound.shapes import Block, Shape, block_of, linear_shapes
 from fastbound.tile_sweep import CompileTask, judged
 from fastbound.time_model import DATASHEET, RANK
-from fastbound.torch_products import padded_rank
-from fastbound.tuning import KINDS, Machine, Point, shortlist
 
+# Llama-3-8B's gate or up, its block, and a plain block.
+PLACES: tuple[Shape | Block, ...] = (
+    linear_shapes("llama-3-8b")[0],
+    block_of("llama-3-8b"),
+    block_of("phi-1.5"),
+)
+PASS_NAMES = (*PASSES, *BLOCK_PASSES)
 CARDS = {"sm_80": "a100-80gb", "sm_90": "h100", "gfx942": "mi300x"}
 
 
@@ -42,29 +51,39 @@ class Row(NamedTuple):
     fault: str | None
 
 
-def tasks(target: str, M: int, rank: int = RANK) -> list[CompileTask]:
-    """Every candidate of every pass of Llama-3-8B's gate or up; a pass's default comes first."""
-    shape = linear_shapes("llama-3-8b")[0]
+def tasks(
+    target: str, M: int, rank: int = RANK, passes: Sequence[str] = PASS_NAMES
+) -> list[CompileTask]:
+    """Every candidate of the passes of :data:`PLACES`; each one's default comes first."""
     device = Device(target, TARGETS[target].multiprocessors)
     machine = Machine(device, CARDS[target], DATASHEET[CARDS[target]], {})
-    tiles = filled_tiles(device, M, (shape.N, shape.K), padded_rank(rank), torch.bfloat16)
-    return [
-        (name, candidate, shape, M, rank, torch.bfloat16, target)
-        for names in KINDS.values()
-        for name in names
-        for candidate in shortlist(names, tiles, Point(shape, M, rank), machine)
-    ]
+    found: list[CompileTask] = []
+    for shape in PLACES:
+        point = Point(shape, M, rank)
+        tiles = point.default_tiles(device, torch.bfloat16)
+        found += [
+            (name, candidate, shape, M, rank, torch.bfloat16, target)
+            for names in point.kinds.values()
+            for name in names
+            if name in passes
+            for candidate in shortlist(names, tiles, point, machine)
+        ]
+    return found
 
 
-def report(targets: Sequence[str], tokens: Sequence[int]) -> list[Row]:
+def report(
+    targets: Sequence[str], tokens: Sequence[int], passes: Sequence[str] = PASS_NAMES
+) -> list[Row]:
     """All of them, on every core."""
-    todo = [task for target in targets for M in tokens for task in tasks(target, M)]
+    todo = [task for target in targets for M in tokens for task in tasks(target, M, RANK, passes)]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         found = list(pool.map(judged, todo))
     rows = []
     seen: set[tuple[str, int, str]] = set()
     for task, (compiled, fault) in zip(todo, found, strict=True):
-        name, candidate, _, M, _, _, target = task
+        name, candidate, shape, M, _, _, target = task
+        if isinstance(shape, Block):
+            name += f", {shape.form}"
         key = (target, M, name)
         rows.append(Row(target, M, name, str(candidate), key not in seen, compiled, fault))
         seen.add(key)
@@ -103,8 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    parser.add_argument("--passes", nargs="+", choices=PASS_NAMES, default=list(PASS_NAMES))
     options: Any = parser.parse_args(arguments)
-    rows = report(options.target, options.tokens)
+    rows = report(options.target, options.tokens, options.passes)
     print(as_table(rows))
     faulty = sum(row.fault is not None for row in rows)
     print(f"{len(rows)} candidates, {faulty} dropped, {len(rows) - faulty} without spills")

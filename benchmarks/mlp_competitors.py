@@ -22,6 +22,7 @@ from benchmarks.competitors import Competitor, Layer, bf16_only, no_compiler
 from fastbound import baselines, bounded_linear, reference
 from fastbound.mlp_function import bounded_mlp
 from fastbound.mlp_ops import block_plan
+from fastbound.plan_entries import block_form
 from fastbound.reference import Projection, apply_activation
 
 TRUTH_ROWS = 1024  # taken at a time in fp64: the truth of 32k tokens must not fill the card
@@ -130,7 +131,8 @@ def fused(
         chosen = backend or ("fused" if weight.is_cuda else "auto")
         N, K = weight.shape
         ranks = tuple(p.A.shape[0] for p in projections.values() if p.A is not None)
-        path = block_plan(weight.device, problem.M, N, K, ranks, weight.dtype, chosen).strategy
+        form = block_form(problem.activation, "gate" in projections)
+        plan = block_plan(weight.device, problem.M, N, K, ranks, weight.dtype, chosen, form)
         forward = partial(
             bounded_mlp,
             **projections,
@@ -138,7 +140,7 @@ def fused(
             recompute=recompute,
             backend=chosen,
         )
-        return Layer(forward, trained, path)
+        return Layer(forward, trained, plan.strategy)
 
     return build
 

@@ -27,6 +27,7 @@ from benchmarks.competitors import COMPETITORS, Competitor
 from benchmarks.measure import Measurement, measure
 from benchmarks.mlp_competitors import MLP_COMPETITORS
 from benchmarks.report import Row
+from fastbound.candidates import candidates
 from fastbound.compilation import TARGETS
 from fastbound.passes import (
     FLOORS,
@@ -37,7 +38,7 @@ from fastbound.passes import (
     make_operands,
 )
 from fastbound.plan import Tiles, plan_for
-from fastbound.tile_sweep import CompileTask, candidates, compile_check, sweep
+from fastbound.tile_sweep import CompileTask, compile_check, sweep
 from fastbound.timing import interleaved, kernel_stopwatch
 
 if TYPE_CHECKING:

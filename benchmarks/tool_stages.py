@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.cases import SMOKE_SHAPES, SMOKE_TOKENS
+from benchmarks.cases import SMOKE_BLOCKS, SMOKE_SHAPES, SMOKE_TOKENS
+from fastbound.candidates import Machine, points
 from fastbound.plan import describe
 from fastbound.plan_tables import software
 from fastbound.profile_report import Profile, flatness
 from fastbound.profiling import Subject, describe_mode, profile, subjects, variants
-from fastbound.shapes import linear_shapes, parse_tokens
+from fastbound.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
 from fastbound.time_model import Ceilings, datasheet_of
-from fastbound.tuning import Machine, points, start_table, tune
+from fastbound.tuning import start_table, tune
 from fastbound.tuning_bench import DeviceBench
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ TUNED_TOKENS = (8192, 1024, 32768)
 def tuned(session: Session, deadline: float) -> None:
     """Plans for this device; the table stays in the results and touches no user's own."""
     options, facts = session.options, session.facts
-    shapes = SMOKE_SHAPES if options.tiny else linear_shapes(MODEL)
+    shapes: list[Shape | Block] = [*linear_shapes(MODEL), block_of(MODEL)]
+    if options.tiny:
+        shapes = [*SMOKE_SHAPES, *SMOKE_BLOCKS]
     todo = points(shapes, SMOKE_TOKENS[:1] if options.tiny else TUNED_TOKENS, [RANK])
     measured = session.ceilings
     ceilings = datasheet_of(facts.device)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastbound.plan import Device, plan
-from fastbound.plan_tables import SHARED_LIMIT
+from fastbound.plan_entries import SHARED_LIMIT
 from fastbound.torch_products import padded_rank
 
 if TYPE_CHECKING:

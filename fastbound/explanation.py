@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastbound.addition import addition_plan
+from fastbound.blocks import activation_name
 from fastbound.injection import adapted_blocks, unfused_reason
 from fastbound.linear import Adapted, FusedBoundedLinear
 from fastbound.mlp import FusedBoundedMLP, sizes
@@ -17,6 +18,7 @@ from fastbound.mlp_ops import block_plan
 from fastbound.over_base import BoundedOverBase
 from fastbound.partition import GATHER, gathered_modules, partition
 from fastbound.plan import Plan, describe, plan_for
+from fastbound.plan_entries import block_form
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,7 @@ class Explanation:
             lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}, {dtype} on {device}")
             where = "in its block, " if in_block else ""
             lines.append(f"  {where}{plan.strategy}: {plan.reason}")
-            if plan.tiles is not None:
-                if plan.strategy == "fused":
-                    lines.append(f"  gemm   {plan.tiles.gemm}")
-                    if plan.tiles.gemm_t != plan.tiles.gemm:
-                        lines.append(f"  gemm_t {plan.tiles.gemm_t}")
-                lines.append(f"  thin   {plan.tiles.thin}")
-                lines.append(f"  reduce {plan.tiles.reduce}")
+            lines += _tile_lines(plan, in_block)
         return "\n".join(lines)
 
 
@@ -146,14 +142,17 @@ def _explain_block(name: str, block: nn.Module, gathered: bool) -> BlockExplanat
 
 def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     layers = list(block.adapted_layers().values())
-    first = block.get_submodule(block.fusion.form.up)
+    form = block.fusion.form
+    first = block.get_submodule(form.up)
     weight: Any = first.weight
     K, N = sizes(first)
-    if block.fusion.form.packed:
+    if form.packed:
         N //= 2
     ranks = tuple(layer.adapter.rank for layer in layers)
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
-    return block_plan(weight.device, tokens, N, K, ranks, dtype, backend)
+    activation = cast(str, activation_name(getattr(block, form.activation)))
+    named = block_form(activation, form.gate is not None)
+    return block_plan(weight.device, tokens, N, K, ranks, dtype, backend, named)
 
 
 def _explain_layer(
@@ -205,6 +204,18 @@ def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def _tile_lines(plan: Plan, in_block: bool) -> Iterator[str]:
+    if plan.tiles is None:
+        return
+    names = ["thin", "reduce", *(("activate", "gated") if in_block else ())]
+    if plan.strategy == "fused":
+        same = plan.tiles.gemm_t == plan.tiles.gemm
+        names = [*(("gemm",) if same else ("gemm", "gemm_t")), *names]
+    width = max(len(name) for name in names)
+    for name in names:
+        yield f"  {name:<{width}} {getattr(plan.tiles, name)}"
 
 
 def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -15,11 +15,8 @@ from fastbound.conversion import convert, is_linear, is_watched, tensor_obstacle
 from fastbound.linear import Adapted, FusedBoundedLinear, is_conv1d
 from fastbound.mlp_function import RECOMPUTE, bounded_mlp
 from fastbound.over_base import BoundedOverBase, hooked
-from fastbound.plan import MAX_TRITON_RANK
+from fastbound.plan import MAX_BLOCK_RANK, MAX_TRITON_RANK
 from fastbound.reference import ACTIVATIONS, Projection
-
-# Two thin products stand side by side in a block's kernels.
-MAX_BLOCK_RANK = MAX_TRITON_RANK // 2
 
 
 @dataclass(frozen=True)

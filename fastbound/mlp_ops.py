@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from fastbound.eager import direct
 from fastbound.ops import check_storage, rows, rows_as_of, scope
 from fastbound.plan import Plan, plan_for
+from fastbound.plan_entries import block_form
 from fastbound.torch_mlp_products import TorchMLPProducts
 from fastbound.torch_products import padded_rank
 
@@ -63,10 +64,14 @@ def block_plan(
     ranks: tuple[int, ...],
     dtype: torch.dtype,
     backend: str,
+    form: str,
 ) -> Plan:
-    """The plan of a block: that of a layer of twice its widest rank, as two stand side by side."""
+    """The plan of a block: that of a layer of twice its widest rank, as two stand side by side.
+
+    ``form`` is its :func:`fastbound.plan_entries.block_form`.
+    """
     R = padded_rank(max(ranks, default=1))
-    return plan_for(device, M, N, K, 2 * R, dtype, backend)
+    return plan_for(device, M, N, K, 2 * R, dtype, backend, form)
 
 
 class _Block:
@@ -78,6 +83,7 @@ class _Block:
         tensors: tuple[Tensor | None, ...],
         scalings: list[float],
         omegas: list[float],
+        activation: str,
         backend: str,
     ) -> None:
         gate, up, down = tensors[0:4], tensors[4:8], tensors[8:12]
@@ -85,7 +91,8 @@ class _Block:
         self.R = padded_rank(max(ranks, default=1))
         weight = _given(gate[0])
         N, K = weight.shape
-        plan = block_plan(X.device, X.shape[0], N, K, ranks, X.dtype, backend)
+        form = block_form(activation, up[0] is not None)
+        plan = block_plan(X.device, X.shape[0], N, K, ranks, X.dtype, backend, form)
         self.products = _products(plan)
         self.gate, self.up, self.down = (
             None if t[0] is None else self._ready(t, X.dtype, scalings[i], omegas[i])
@@ -127,7 +134,7 @@ def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Ten
     check_storage(x, *tensors)
     with scope(x):
         X = rows(x)
-        block = _Block(X, tensors, scalings, omegas, backend)
+        block = _Block(X, tensors, scalings, omegas, activation, backend)
         products, down = block.products, _given_projection(block.down)
         SA = block.stacked_SA()
         S = X.new_empty(X.shape[0], 0) if SA is None else products.thin(X, SA.t())
@@ -159,7 +166,7 @@ def _backward(
     check_storage(dy, x, G, U, S, S_down, *tensors)
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
-        block = _Block(X, tensors, scalings, omegas, backend)
+        block = _Block(X, tensors, scalings, omegas, activation, backend)
         products, down = block.products, _given_projection(block.down)
         gate, up = _given_projection(block.gate), block.up
         if G is None:

@@ -52,15 +52,21 @@ class Operands:
     scaling: float
     multiprocessors: int
 
+    @property
+    def M(self) -> int:
+        """Rows of x."""
+        return self.x.shape[0]
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch, what it writes, and its operations."""
+    """One launch, its results and operations, and the workspaces it leaves for the next."""
 
     name: str
     launch: Launch
     results: tuple[Tensor, ...]
     flops: int
+    parts: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -177,10 +183,13 @@ def thin(o: Operands, candidate: Candidate) -> list[Kernel]:
     chunks, chunk = step_chunks(M, K, tile, o.multiprocessors)
     parts = thin_parts(S, chunks)
     launch = launch_thin(o.x, o.SA.t(), parts, chunk, tile)
-    made = [Kernel("thin", launch, (parts,), 2 * o.x.numel() * S.shape[1])]
-    if chunks > 1:
-        made.append(Kernel("finish S", launch_finish(parts, S), (S,), 0))
-    return made
+    flops = 2 * o.x.numel() * S.shape[1]
+    if chunks == 1:
+        return [Kernel("thin", launch, (S,), flops)]
+    return [
+        Kernel("thin", launch, (), flops, (parts,)),
+        Kernel("finish S", launch_finish(parts, S), (S,), 0),
+    ]
 
 
 def gemm_forward(o: Operands, candidate: Candidate) -> list[Kernel]:
@@ -210,8 +219,9 @@ def reduce_dy(o: Operands, candidate: Candidate) -> list[Kernel]:
         Kernel(
             "reduce dy",
             launch_reduce(o.dy, o.SB, o.S, P, Q, chunk, tile),
-            (P, Q),
+            (),
             4 * o.dy.numel() * R,
+            (P, Q),
         ),
         Kernel(
             "finish dS, dB",
@@ -231,8 +241,9 @@ def reduce_x(o: Operands, candidate: Candidate) -> list[Kernel]:
         Kernel(
             "reduce x",
             launch_reduce(o.x, None, o.dS, None, Q, chunk, tile),
-            (Q,),
+            (),
             2 * o.x.numel() * R,
+            (Q,),
         ),
         Kernel("finish dA", launch_finish(Q, o.dA.t(), o.A.t(), OMEGA, 1.0), (o.dA,), 0),
     ]
@@ -260,13 +271,14 @@ def default_candidate(name: str, tiles: Tiles) -> Candidate:
     """What dispatch would use in this pass."""
     if name.startswith("gemm"):
         return Candidate(tiles.gemm if name == "gemm forward" else tiles.gemm_t)
+    if name.startswith("activate"):
+        return Candidate(tiles.activate if name == "activate" else tiles.gated)
     return Candidate(tiles.thin if name == "thin" else tiles.reduce)
 
 
 def results(kernels: Sequence[Kernel]) -> tuple[Tensor, ...]:
-    """What a pass is for: the last result of each kernel but the workspaces."""
-    finished = kernels[1:] or kernels
-    return tuple(tensor for kernel in finished for tensor in kernel.results)
+    """What a pass is for."""
+    return tuple(tensor for kernel in kernels for tensor in kernel.results)
 
 
 def _gemm_flops(o: Operands) -> int:

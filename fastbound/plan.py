@@ -15,11 +15,13 @@ from functools import lru_cache
 import torch
 
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, FEW_ROWS, GemmTile, Tile
-from fastbound.plan_tables import Entry, PlanTable, row_bucket, table_for
+from fastbound.plan_entries import BlockEntry, Entry
+from fastbound.plan_tables import PlanTable, row_bucket, table_for
 from fastbound.torch_products import padded_rank
 
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
 MAX_TRITON_RANK = 64
+MAX_BLOCK_RANK = MAX_TRITON_RANK // 2  # two projections stand side by side
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -73,10 +75,13 @@ def plan(
     dtype: torch.dtype,
     backend: str = "auto",
     table: PlanTable | None = None,
+    form: str | None = None,
 ) -> Plan:
     """The plan for x [M, K], weight [N, K] and factors of ``rank`` in compute dtype ``dtype``.
 
-    ``table`` holds measurements of this device, or None. Raises ValueError for an unknown backend,
+    ``table`` holds measurements of this device, or None. ``form``, as
+    :func:`fastbound.plan_entries.block_form` names it, is that of an MLP block whose two first
+    projections have ``rank`` side by side. Raises ValueError for an unknown backend,
     and for "fused" or "split" where Triton cannot run.
     """
     if backend not in BACKENDS:
@@ -96,6 +101,7 @@ def plan(
     R = padded_rank(rank)
     tiles = filled_tiles(device, M, (N, K), R, dtype)
     strategy, reason = "fused", f"default tiles of {_tile_family(device.architecture)}"
+    of_block = ""
     if dtype is torch.float32:
         strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
     elif odd:
@@ -106,7 +112,8 @@ def plan(
             block = f"{tiles.gemm.block_m}x{tiles.gemm.block_n}"
             strategy, reason = "split", f"few rows: too few blocks of {block}; {reason}"
         if table is not None:
-            entry = table.nearest(M, N, K, R, str(dtype).removeprefix("torch."))
+            name = str(dtype).removeprefix("torch.")
+            entry = table.nearest(M, N, K, R, name)
             if entry is not None:
                 strategy, reason = entry.strategy, f"{entry.origin}: {entry}, in {table.path}"
                 tiles = _with_entry(tiles, entry)
@@ -114,11 +121,14 @@ def plan(
                 reason += f": nothing near in {table.path}"
             if table.note:
                 reason += f" ({table.note})"
+            if form is not None:
+                own = table.nearest_block(M, N, R // 2, name, form)
+                tiles, of_block = _with_block(tiles, own, table)
     if backend != "auto":
         strategy, reason = backend, f'backend="{backend}" was asked for'
     if strategy == "torch":
         return Plan(strategy, reason)
-    return Plan(strategy, reason, tiles, device.multiprocessors)
+    return Plan(strategy, reason + of_block, tiles, device.multiprocessors)
 
 
 def plan_for(
@@ -129,27 +139,45 @@ def plan_for(
     rank: int,
     dtype: torch.dtype,
     backend: str = "auto",
+    form: str | None = None,
 ) -> Plan:
     """:func:`plan` for a torch device and its table, cached; M enters in powers of two."""
-    found = describe(device.type, device.index)
-    return _cached_plan(found, row_bucket(M), N, K, rank, dtype, backend)
+    described = describe(device.type, device.index)
+    return _cached_plan(described, row_bucket(M), N, K, rank, dtype, backend, form)
 
 
 @lru_cache(maxsize=4096)
 def _cached_plan(
-    device: Device, M: int, N: int, K: int, rank: int, dtype: torch.dtype, backend: str
+    device: Device,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    backend: str,
+    form: str | None,
 ) -> Plan:
     table = None
     if device.architecture.startswith(("sm_", "gfx")):
         table = table_for(device.architecture, device.multiprocessors)
-    return plan(device, M, N, K, rank, dtype, backend, table)
+    return plan(device, M, N, K, rank, dtype, backend, table, form)
 
 
 def _with_entry(tiles: Tiles, entry: Entry) -> Tiles:
-    """A layer's tiles as measured; a block's own two stay the default's."""
+    """A layer's tiles as measured."""
     return replace(
         tiles, gemm=entry.gemm, gemm_t=entry.gemm_t, thin=entry.thin, reduce=entry.reduce
     )
+
+
+def _with_block(tiles: Tiles, entry: BlockEntry | None, table: PlanTable) -> tuple[Tiles, str]:
+    """A block's own two tiles as measured, and where they come from."""
+    if entry is not None:
+        tiles = replace(tiles, activate=entry.activate, gated=entry.gated)
+        return tiles, f"; activate and gated {entry.origin}: {entry}, in {table.path}"
+    if table.path is not None:
+        return tiles, f"; activate and gated by default: no such block near in {table.path}"
+    return tiles, ""
 
 
 @lru_cache(maxsize=64)

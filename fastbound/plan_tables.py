@@ -11,44 +11,26 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.plan_entries import (
+    BlockEntry,
+    Entry,
+    as_json,
+    read_block_entry,
+    read_entry,
+    typed,
+)
 
 FORMAT = "fastbound plan table 2"
 SHIPPED = Path(__file__).with_name("plans")
-STRATEGIES = ("fused", "split", "torch")
-DTYPES = ("bfloat16", "float16")
 FARTHEST = 2.0  # log2: an entry serves shapes up to a factor of four away, in all
 
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes for one block
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What was found best for weight [N, K] at M rows (a power of two) and padded rank R.
-
-    ``origin`` says where the entry comes from: "measured <date> on <GPU>" or "default".
-    """
-
-    N: int
-    K: int
-    M: int
-    R: int
-    dtype: str
-    strategy: str
-    gemm: GemmTile
-    gemm_t: GemmTile
-    thin: Tile
-    reduce: Tile
-    origin: str
-
-    def __str__(self) -> str:
-        return f"N {self.N}, K {self.K}, {self.M} rows, {self.dtype}, rank up to {self.R}"
+_Entry = TypeVar("_Entry", Entry, BlockEntry)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,20 +48,25 @@ class PlanTable:
     path: Path | None = None
     note: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[BlockEntry, ...] = ()
 
     def nearest(self, M: int, N: int, K: int, R: int, dtype: str) -> Entry | None:
         """The entry of this R and dtype whose N, K and M are the fewest doublings away."""
-        bucket = row_bucket(M)
-
-        def distance(entry: Entry) -> float:
-            return sum(
-                abs(math.log2(own / asked))
-                for own, asked in ((entry.N, N), (entry.K, K), (entry.M, bucket))
-            )
-
         near = [entry for entry in self.entries if (entry.R, entry.dtype) == (R, dtype)]
-        best = min(near, key=distance, default=None)
-        return None if best is None or distance(best) > FARTHEST else best
+        return _nearest(near, N=N, K=K, M=row_bucket(M))
+
+    def nearest_block(self, M: int, N: int, R: int, dtype: str, form: str) -> BlockEntry | None:
+        """The block entry of this R, dtype and form whose N and M are the fewest doublings away."""
+        near = [b for b in self.blocks if (b.R, b.dtype, b.form) == (R, dtype, form)]
+        return _nearest(near, N=N, M=row_bucket(M))
+
+
+def _nearest(entries: Sequence[_Entry], **asked: int) -> _Entry | None:
+    def distance(entry: _Entry) -> float:
+        return sum(abs(math.log2(getattr(entry, name) / size)) for name, size in asked.items())
+
+    best = min(entries, key=distance, default=None)
+    return None if best is None or distance(best) > FARTHEST else best
 
 
 def row_bucket(M: int) -> int:
@@ -156,14 +143,15 @@ def read_table(path: Path) -> PlanTable:
     if version != FORMAT:
         raise ValueError(f"{path} is of another version: format {version!r}, not {FORMAT!r}")
     try:
-        architecture = _typed(content, "architecture", str)
+        architecture = typed(content, "architecture", str)
         return PlanTable(
             architecture,
-            _typed(content, "device", str),
-            _typed(content, "multiprocessors", int),
-            tuple(_entry(entry, architecture) for entry in _typed(content, "entries", list)),
+            typed(content, "device", str),
+            typed(content, "multiprocessors", int),
+            tuple(read_entry(entry, architecture) for entry in typed(content, "entries", list)),
             path,
-            versions=_typed(content, "versions", dict),
+            versions=typed(content, "versions", dict),
+            blocks=tuple(read_block_entry(entry) for entry in typed(content, "blocks", list)),
         )
     except (KeyError, TypeError, ValueError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -172,18 +160,14 @@ def read_table(path: Path) -> PlanTable:
 
 def write_table(path: Path, table: PlanTable) -> None:
     """The whole file anew, never half of it."""
-    entries = []
-    for entry in table.entries:
-        flat = asdict(entry)
-        tiles = {name: flat.pop(name) for name in ("gemm", "gemm_t", "thin", "reduce")}
-        entries.append({**flat, "tiles": tiles})
     content = {
         "format": FORMAT,
         "architecture": table.architecture,
         "device": table.device,
         "multiprocessors": table.multiprocessors,
         "versions": dict(table.versions),
-        "entries": entries,
+        "entries": [as_json(entry) for entry in table.entries],
+        "blocks": [as_json(entry) for entry in table.blocks],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -199,75 +183,3 @@ def require_same_gpu(table: PlanTable, architecture: str, multiprocessors: int) 
             f"multiprocessors), and this GPU is {architecture} with {multiprocessors}; run "
             "`fastbound tune` here"
         )
-
-
-def _entry(content: Any, architecture: str) -> Entry:
-    if not isinstance(content, dict):
-        raise TypeError(f"entry {content!r} is no object")
-    tiles = _typed(content, "tiles", dict)
-    sizes = {name: _typed(content, name, int) for name in ("N", "K", "M", "R")}
-    for name, size in sizes.items():
-        if size < 1 or (name in "MR" and size & (size - 1)):
-            raise ValueError(f"{name} {size} of an entry")
-    entry = Entry(
-        **sizes,
-        dtype=_one_of(content, "dtype", DTYPES),
-        strategy=_one_of(content, "strategy", STRATEGIES),
-        gemm=_tile(GemmTile, tiles, "gemm"),
-        gemm_t=_tile(GemmTile, tiles, "gemm_t"),
-        thin=_tile(Tile, tiles, "thin"),
-        reduce=_tile(Tile, tiles, "reduce"),
-        origin=_typed(content, "origin", str),
-    )
-    has_descriptors = architecture.startswith("sm_") and int(architecture[3:]) >= 90
-    for name, gemm in (("gemm", entry.gemm), ("gemm_t", entry.gemm_t)):
-        if gemm.descriptors and not has_descriptors:
-            raise ValueError(f"{name} tile {gemm}: {architecture} has no tensor descriptors")
-        if not fits(gemm, architecture):
-            raise ValueError(f"{name} tile {gemm} needs more shared memory than {architecture} has")
-    return entry
-
-
-def fits(gemm: GemmTile, architecture: str) -> bool:
-    """Whether the operands that a tile keeps in shared memory, 2 bytes each, can be there at all.
-
-    Necessary, not sufficient: what else a kernel keeps only its compilation tells.
-    """
-    operands = (gemm.block_m + gemm.block_n) * gemm.block_k
-    needed = 2 * max(1, gemm.stages - 1) * operands  # all stages but the one in registers
-    if gemm.descriptors:  # all stages, and a buffer for the store
-        needed = 2 * (gemm.stages * operands + gemm.block_m * gemm.block_n)
-    return needed <= SHARED_LIMIT.get(architecture, max(SHARED_LIMIT.values()))
-
-
-def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
-    content = _typed(tiles, name, dict)
-    expected = {each.name for each in fields(kind)}
-    if set(content) != expected:
-        raise ValueError(f"{name} tile has {sorted(content)}, not {sorted(expected)}")
-    for key, value in content.items():
-        if key == "descriptors":
-            valid = isinstance(value, bool)
-        elif type(value) is not int:
-            valid = False
-        elif key.startswith("block"):
-            valid = 16 <= value <= 1024 and value & (value - 1) == 0
-        else:
-            valid = value in ((1, 2, 4, 8, 16) if key == "warps" else range(1, 65))
-        if not valid:
-            raise ValueError(f"{name} tile: {key} {value!r}")
-    return kind(**content)
-
-
-def _typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = content[name]
-    if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r}, not of type {kind.__name__}")
-    return value
-
-
-def _one_of(content: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
-    value = content[name]
-    if value not in choices:
-        raise ValueError(f"{name} {value!r}, not one of {', '.join(choices)}")
-    return str(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastbound.plan_entries import block_form
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -35,6 +37,11 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.model}.{self.projection}"
+
+    @property
+    def form(self) -> str:
+        """As a table of plans names it."""
+        return block_form(self.activation, self.gated)
 
 
 MODEL_SHAPES = (

@@ -9,27 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import quantiles
 
 import torch
 
+from fastbound.block_passes import BlockOperands, kernels_of, operands_at
 from fastbound.compilation import TARGETS, Compiled, compile_launch
 from fastbound.isolation import Broken, isolated
-from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.passes import (
-    FLOORS,
-    PASSES,
-    Candidate,
-    Kernel,
-    Operands,
-    default_candidate,
-    make_operands,
-    results,
-)
-from fastbound.plan import Tiles
-from fastbound.shapes import Shape
+from fastbound.passes import FLOORS, Candidate, Kernel, Operands, results
+from fastbound.shapes import Block, Shape
 from fastbound.timing import interleaved, kernel_stopwatch
 
 # Largest relative difference from the default tile's result: rounding in another order.
@@ -63,52 +53,7 @@ class TileRow:
     over_floor: float | None
 
 
-def candidates(name: str, tiles: Tiles, *, tiny: bool = False) -> list[Candidate]:
-    """What is tried in a pass, the default first."""
-    default = default_candidate(name, tiles)
-    if tiny:
-        other = replace(default.tile, block_m=2 * default.tile.block_m)
-        return [default, Candidate(other)]
-    if name.startswith("gemm"):
-        found = [Candidate(tile) for tile in _gemm_tiles()]
-    elif name == "thin":
-        found = [
-            Candidate(Tile(rows, step, warps, stages))
-            for rows in (16, 32, 64, 128)
-            for step, stages in ((64, 4), (64, 6), (128, 3), (128, 4), (256, 3), (512, 2))
-            for warps in ((4,) if rows < 128 else (4, 8))
-        ]
-    else:
-        found = [
-            Candidate(Tile(step, columns, warps, stages))
-            for step in (32, 64, 128)
-            for columns in (128, 256, 512)
-            for warps, stages in ((4, 3), (8, 2), (8, 3), (8, 4))
-        ]
-        found += [Candidate(default.tile, programs) for programs in (0.5, 2.0, 4.0)]
-    return list(dict.fromkeys([default, *found]))
-
-
-def _gemm_tiles() -> Iterator[GemmTile]:
-    sizes = (
-        (128, 256, 64, 8, (3, 4)),
-        (256, 128, 64, 8, (3, 4)),
-        (128, 128, 64, 8, (3, 4, 5)),
-        (128, 128, 64, 4, (3, 4)),
-        (128, 128, 128, 8, (2, 3)),
-        (64, 256, 64, 4, (3, 4)),
-        (64, 128, 64, 4, (4, 5)),
-    )
-    for descriptors in (True, False):
-        for block_m, block_n, block_k, warps, stages in sizes:
-            for count in stages:
-                yield GemmTile(block_m, block_n, block_k, warps, count, 8, descriptors)
-        for group in (4, 16):
-            yield GemmTile(128, 256, 64, 8, 3, group, descriptors)
-        yield GemmTile(128, 256, 32, 8, 4, 8, descriptors)
-
-
-CompileTask = tuple[str, Candidate, Shape, int, int, torch.dtype, str]
+CompileTask = tuple[str, Candidate, Shape | Block, int, int, torch.dtype, str]
 
 
 def fault(task: CompileTask) -> str | None:
@@ -123,9 +68,9 @@ def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
     """What the compiler made of a candidate's main kernel, and its fault."""
     name, candidate, shape, M, rank, dtype, target = task
     meta = torch.device("meta")
-    o = make_operands(shape, M, rank, dtype, meta, TARGETS[target].multiprocessors)
+    o = operands_at(shape, M, rank, dtype, meta, TARGETS[target].multiprocessors)
     try:
-        kernel = PASSES[name](o, candidate)[0]
+        kernel = kernels_of(name, o, candidate)[0]
         compiled = compile_launch(kernel.launch, target)
     except Exception as error:
         lines = str(error).strip().splitlines()
@@ -168,8 +113,8 @@ def _compiling() -> Iterator[None]:
 
 def sweep(
     name: str,
-    o: Operands,
-    shape: Shape,
+    o: Operands | BlockOperands,
+    shape: Shape | Block,
     chosen: Sequence[Candidate],
     device: torch.device,
     rounds: int,
@@ -180,7 +125,7 @@ def sweep(
     truth: tuple[torch.Tensor, ...] = ()
     for candidate in chosen:
         try:
-            kernels = PASSES[name](o, candidate)
+            kernels = kernels_of(name, o, candidate)
             produced = _poisoned_run(kernels)
             if not truth:
                 truth = tuple(tensor.clone() for tensor in produced)
@@ -195,13 +140,13 @@ def sweep(
     steps: dict[str, Callable[[int], object]] = {
         key: partial(_run, kernels) for key, kernels in passes.items()
     }
-    if name in FLOORS:
+    if isinstance(o, Operands) and name in FLOORS:
         steps[FLOOR] = lambda turn: FLOORS[name](o)
     for step in steps.values():
         step(0)
     stopwatch = kernel_stopwatch(device)
     samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch)
-    return _rows(name, shape, o.x.shape[0], str(chosen[0]), samples), dropped
+    return _rows(name, shape, o.M, str(chosen[0]), samples), dropped
 
 
 def _run(kernels: Sequence[Kernel], turn: int = 0) -> None:
@@ -211,7 +156,7 @@ def _run(kernels: Sequence[Kernel], turn: int = 0) -> None:
 
 def _poisoned_run(kernels: Sequence[Kernel]) -> tuple[torch.Tensor, ...]:
     for kernel in kernels:
-        for tensor in kernel.results:
+        for tensor in (*kernel.parts, *kernel.results):
             tensor.fill_(float("nan"))
     _run(kernels)
     return results(kernels)
@@ -225,7 +170,7 @@ def _check(produced: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> N
 
 
 def _rows(
-    name: str, shape: Shape, M: int, default: str, samples: Mapping[str, Sequence[float]]
+    name: str, shape: Shape | Block, M: int, default: str, samples: Mapping[str, Sequence[float]]
 ) -> list[TileRow]:
     """Fastest first."""
     quartiles = {key: quantiles(taken, n=4, method="inclusive") for key, taken in samples.items()}

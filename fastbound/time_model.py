@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.kernels.tiles import Tile
 from fastbound.plan import Device, filled_tiles
 from fastbound.shapes import Shape
 from fastbound.torch_products import padded_rank
 
 BF16, FP32 = 2, 4  # bytes of an element of an operand and of a workspace
 RANK = 16
-L2_OVER_MEMORY = 2.0  # assumed bandwidth of L2 in that of memory: only ranks tiles
 
 
 @dataclass(frozen=True)
@@ -255,15 +254,15 @@ def linear_workspaces(
     R = padded_rank(rank)
     tiles = filled_tiles(Device(architecture, sms), rows, (N, K), R, torch.bfloat16)
     tile = tiles.reduce
-    S = _parts_of_S(rows, K, R, tiles.thin, sms)[0]
+    S = parts_of_S(rows, K, R, tiles.thin, sms)[0]
     return ({"S parts": S} if S else {}) | {
-        "dS parts": _parts_of_P(rows, N, R, tile),
-        "dB parts": _parts_of_Q(rows, N, R, tile, sms)[0],
-        "dA parts": _parts_of_Q(rows, K, R, tile, sms)[0],
+        "dS parts": parts_of_P(rows, N, R, tile),
+        "dB parts": parts_of_Q(rows, N, R, tile, sms)[0],
+        "dA parts": parts_of_Q(rows, K, R, tile, sms)[0],
     }
 
 
-def _parts_of_S(rows: int, K: int, R: int, tile: Tile, sms: int) -> tuple[int, int]:
+def parts_of_S(rows: int, K: int, R: int, tile: Tile, sms: int) -> tuple[int, int]:
     """Bytes, none where one launch writes S itself, and how many programs write."""
     from fastbound.kernels.thin import step_chunks
 
@@ -271,45 +270,13 @@ def _parts_of_S(rows: int, K: int, R: int, tile: Tile, sms: int) -> tuple[int, i
     return FP32 * chunks * rows * R * (chunks > 1), chunks * -(-rows // tile.block_m)
 
 
-def _parts_of_P(rows: int, columns: int, R: int, tile: Tile) -> int:
+def parts_of_P(rows: int, columns: int, R: int, tile: Tile) -> int:
     return FP32 * -(-columns // tile.block_n) * rows * R
 
 
-def _parts_of_Q(rows: int, columns: int, R: int, tile: Tile, sms: int) -> tuple[int, int]:
+def parts_of_Q(rows: int, columns: int, R: int, tile: Tile, sms: int) -> tuple[int, int]:
     """Bytes, and how many programs write them."""
     from fastbound.kernels.reduce import row_chunks
 
     chunks, _ = row_chunks(rows, columns, tile, sms)
     return FP32 * chunks * columns * R, chunks * -(-columns // tile.block_n)
-
-
-# One pass with one tile, for ranking candidates
-
-
-def tile_seconds(
-    name: str, tile: Tile | GemmTile, shape: Shape, M: int, R: int, ceilings: Ceilings, sms: int
-) -> float:
-    """Predicted time of a pass of :mod:`fastbound.passes`: good for an order, not for a figure.
-
-    Warps and stages are not modelled: tiles that differ in nothing else predict the same.
-    """
-    if isinstance(tile, GemmTile):
-        wide, depth = (shape.N, shape.K) if name == "gemm forward" else (shape.K, shape.N)
-        # The last wave of tiles takes as long as a full one; a tile's operands come from L2.
-        waves = -(-(-(-M // tile.block_m) * -(-wide // tile.block_n)) // sms)
-        work = 2 * tile.block_m * tile.block_n * (depth + R)
-        loads = BF16 * (tile.block_m + tile.block_n) * depth
-        least = gemm_bytes(shape, M) / ceilings.bandwidth
-        one = max(work / ceilings.flops, loads / (L2_OVER_MEMORY * ceilings.bandwidth))
-        return max(waves * sms * one, least)
-    if name == "thin":
-        parts, programs = _parts_of_S(M, shape.K, R, tile, sms)
-        factor = BF16 * -(-M // tile.block_m) * shape.K * R  # once for each block of rows, from L2
-        nbytes = BF16 * M * shape.K + factor / L2_OVER_MEMORY + 2 * parts
-    else:
-        width = shape.N if name == "reduce dy" else shape.K
-        parts, programs = _parts_of_Q(M, width, R, tile, sms)
-        if name == "reduce dy":
-            parts += _parts_of_P(M, width, R, tile)
-        nbytes = BF16 * M * width + 2 * parts
-    return nbytes / ceilings.bandwidth * max(1.0, sms / programs)

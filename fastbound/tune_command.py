@@ -7,9 +7,9 @@ from pathlib import Path
 
 HELP = "measure this machine's GPU and write its table of plans"
 DESCRIPTION = """\
-Times tiles and strategies of bounded layers on the GPU, most useful shapes first, until the budget
-ends, and writes the best of each into a table. Every process started afterwards looks its plans up
-there: fastbound.explain prints from where a plan came.
+Times tiles and strategies of bounded layers, and tiles of whole MLP blocks, on the GPU, most useful
+shapes first, until the budget ends, and writes the best of each into a table. Every process started
+afterwards looks its plans up there: fastbound.explain prints from where a plan came.
 """
 EPILOG = """\
 A table elsewhere than in its default place is only read once it is moved there. Leave the GPU to
@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         metavar="NAMES",
         default="llama-3-8b,llama-2-7b,phi-1.5,gpt-neo-125m",
-        help="models whose MLP projections are measured, with commas between (default: all known)",
+        help="models whose MLP projections and blocks are measured, with commas between "
+        "(default: all known)",
     )
     parser.add_argument(
         "--tokens",
@@ -52,12 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """1 where a shape failed; raises InputError for what cannot be done as asked."""
-    from fastbound.shapes import linear_shapes, parse_tokens
+    from fastbound.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
     from fastbound.unlearning.errors import InputError
 
     try:
         names = [name.strip() for name in arguments.shapes.split(",") if name.strip()]
-        shapes = [shape for name in names for shape in linear_shapes(name)]
+        shapes: list[Shape | Block] = []
+        for name in names:
+            shapes += [*linear_shapes(name), block_of(name)]
         tokens = parse_tokens(arguments.tokens)
         ranks = _ranks(arguments.ranks)
     except ValueError as error:
@@ -73,10 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    from fastbound.candidates import Machine, points
     from fastbound.plan import describe
     from fastbound.plan_tables import software, user_folder
     from fastbound.time_model import datasheet_of
-    from fastbound.tuning import STEPS, Machine, points, start_table, tune
+    from fastbound.tuning import start_table, tune
     from fastbound.tuning_bench import DeviceBench
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -91,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     todo = points(shapes, tokens, ranks)
     dtype = getattr(torch, arguments.dtype)
     print(f"{name}: {len(todo)} shapes, at most {arguments.budget_minutes:g} minutes, into {path}")
-    with tqdm(total=STEPS * len(todo), unit="step") as bar:
+    with tqdm(total=sum(point.steps for point in todo), unit="step") as bar:
 
         def step(doing: str) -> None:
             bar.set_postfix_str(doing, refresh=False)
@@ -110,8 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for failure in tuned.failures:
         print(f"FAILED {failure}")
-    entries = tuned.table.entries
-    print(f"{len(entries)} entries in {path}" if entries else "nothing measured, nothing written")
+    entries = len(tuned.table.entries) + len(tuned.table.blocks)
+    print(f"{entries} entries in {path}" if entries else "nothing measured, nothing written")
     if tuned.not_reached:
         print(f"{len(tuned.not_reached)} shapes not reached: --resume goes on with them")
     return 1 if tuned.failures else 0

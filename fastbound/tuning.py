@@ -1,9 +1,9 @@
 """Plans measured on a GPU, one shape after the other, into a table that dispatch reads.
 
-For each shape: candidates of a pass in the order of the time model, those that the compiler's
-report speaks against dropped, the rest timed against one another with a cold cache; then whole
-layers with the best tiles, fused against split against PyTorch. What is not faster by more than
-:data:`MARGIN` changes nothing: the default tile stays, and split stays before fused.
+For each layer or block: candidates of a pass in the order of the time model, those that the
+compiler's report speaks against dropped, the rest timed against one another with a cold cache; then
+whole layers with the best tiles, fused against split against PyTorch. What is not faster by more
+than :data:`MARGIN` changes nothing: the default tile stays, and split stays before fused.
 """
 
 from __future__ import annotations
@@ -14,49 +14,20 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from fastbound.kernels.tiles import GemmTile
+from fastbound.candidates import Machine, Point, shortlist
 from fastbound.passes import Candidate
-from fastbound.plan import Device, Tiles, default_tiles, filled_tiles
-from fastbound.plan_tables import (
-    Entry,
-    PlanTable,
-    fits,
-    read_table,
-    require_same_gpu,
-    write_table,
-)
-from fastbound.shapes import Shape
-from fastbound.tile_sweep import candidates
-from fastbound.time_model import Ceilings, tile_seconds
+from fastbound.plan import Tiles
+from fastbound.plan_entries import BlockEntry, Entry
+from fastbound.plan_tables import PlanTable, read_table, require_same_gpu, write_table
+from fastbound.shapes import Block
 from fastbound.torch_products import padded_rank
 
-# A tile, and the passes that it serves: it is chosen for their sum.
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "gemm": ("gemm forward",),
-    "gemm_t": ("gemm dx",),
-    "thin": ("thin",),
-    "reduce": ("reduce dy", "reduce x"),
-}
-STEPS = len(KINDS) + 1  # of a shape: its tiles, and the strategies
 MARGIN = 0.01
-COMPILED, TIMED = 20, 10  # candidates of a kind, the default among them
-TYPICAL_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Point:
-    """One shape at M rows (a power of two), with factors of ``rank``."""
-
-    shape: Shape
-    M: int
-    rank: int
-
-    def __str__(self) -> str:
-        return f"{self.shape} at {self.M} tokens, rank {self.rank}"
+TIMED = 10  # candidates of a kind, the default among them
 
 
 @dataclass(frozen=True)
@@ -94,29 +65,6 @@ class Tuned:
     table: PlanTable
     not_reached: tuple[Point, ...]
     failures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The GPU to tune for, as dispatch sees it, its name and ceilings; versions of the software."""
-
-    device: Device
-    name: str
-    ceilings: Ceilings
-    versions: Mapping[str, str]
-
-
-def points(shapes: Sequence[Shape], tokens: Sequence[int], ranks: Sequence[int]) -> list[Point]:
-    """What to measure, the most useful first: the first rank, and tokens nearest to 8192.
-
-    Tokens enter as the power of two at or above them; shapes of the same sizes once.
-    """
-    distinct = list({(shape.N, shape.K): shape for shape in reversed(shapes)}.values())[::-1]
-    rows = sorted(
-        {1 << (M - 1).bit_length() for M in tokens},
-        key=lambda M: abs(M.bit_length() - TYPICAL_TOKENS.bit_length()),
-    )
-    return [Point(shape, M, rank) for rank in ranks for M in rows for shape in distinct]
 
 
 def start_table(path: Path, machine: Machine, *, resume: bool) -> PlanTable:
@@ -160,18 +108,15 @@ def tune(
 ) -> Tuned:
     """Measure ``todo`` until the budget ends; the file is written after every shape.
 
-    Shapes that the table holds already are passed over. ``step`` is called :data:`STEPS` times for
-    each shape, with what is done next. Out of memory leaves a shape out and goes on.
+    Points that the table holds already are passed over. ``step`` is called :attr:`Point.steps`
+    times for each, with what is done next. Out of memory leaves a shape out and goes on.
     """
     deadline = clock() + 60 * minutes
-    name = str(dtype).removeprefix("torch.")
-    held = {(e.N, e.K, e.M, e.R, e.dtype) for e in table.entries}
     failures: list[str] = []
     late: list[Point] = []
     for point in todo:
-        shape, R = point.shape, padded_rank(point.rank)
-        if (shape.N, shape.K, point.M, R, name) in held:
-            for _ in range(STEPS):
+        if _holds(table, point, dtype):
+            for _ in range(point.steps):
                 step(f"{point}: in the table already")
             continue
         if late or clock() >= deadline:
@@ -185,7 +130,10 @@ def tune(
         if entry is None:
             late.append(point)
             continue
-        table = replace(table, entries=(*table.entries, entry))
+        if isinstance(entry, BlockEntry):
+            table = replace(table, blocks=(*table.blocks, entry))
+        else:
+            table = replace(table, entries=(*table.entries, entry))
         write_table(path, table)
     return Tuned(table, tuple(late), tuple(failures))
 
@@ -199,11 +147,10 @@ def _tune_point(
     failures: list[str],
     step: Callable[[str], object],
     clock: Callable[[], float],
-) -> Entry | None:
+) -> Entry | BlockEntry | None:
     """None where the budget ended on the way."""
-    shape, R = point.shape, padded_rank(point.rank)
-    tiles = filled_tiles(machine.device, point.M, (shape.N, shape.K), R, dtype)
-    for kind, names in KINDS.items():
+    tiles = point.default_tiles(machine.device, dtype)
+    for kind, names in point.kinds.items():
         step(f"{point}: {kind}")
         chosen = shortlist(names, tiles, point, machine)
         found = bench.faults(names, point, chosen, deadline)
@@ -216,60 +163,37 @@ def _tune_point(
         tiles = replace(tiles, **{kind: _best(chosen[0], sums).tile})
         if clock() >= deadline:
             return None
+    place = _place(point, dtype)
+    origin = f"measured {datetime.now(timezone.utc):%Y-%m-%d} on {machine.name}"
+    if isinstance(point.shape, Block):
+        return BlockEntry(**place, activate=tiles.activate, gated=tiles.gated, origin=origin)
     step(f"{point}: strategies")
     timings = bench.strategies(point, tiles)
     failures += [f"{point}: {strategy}: {why}" for strategy, why in timings.faults.items()]
     if not timings.samples:
         return None
-    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     return Entry(
-        N=shape.N,
-        K=shape.K,
-        M=point.M,
-        R=R,
-        dtype=str(dtype).removeprefix("torch."),
+        **place,
         strategy=best_strategy(timings.samples),
         gemm=tiles.gemm,
         gemm_t=tiles.gemm_t,
         thin=tiles.thin,
         reduce=tiles.reduce,
-        origin=f"measured {today} on {machine.name}",
+        origin=origin,
     )
 
 
-def shortlist(
-    names: Sequence[str], tiles: Tiles, point: Point, machine: Machine
-) -> list[Candidate]:
-    """The default, then the candidates that the time model finds fastest."""
-    default, *others = candidates(names[0], tiles)
-    architecture = machine.device.architecture
-    takes_descriptors = default_tiles(
-        architecture, point.M, padded_rank(point.rank), torch.bfloat16
-    ).gemm.descriptors
+def _place(point: Point, dtype: torch.dtype) -> dict[str, Any]:
+    """What an entry is found by."""
+    shape = point.shape
+    own = {"form": shape.form} if isinstance(shape, Block) else {"K": shape.K}
+    R, name = padded_rank(point.rank), str(dtype).removeprefix("torch.")
+    return {"N": shape.N, "M": point.M, "R": R, "dtype": name, **own}
 
-    def possible(candidate: Candidate) -> bool:
-        tile = candidate.tile
-        if candidate.programs != 1.0:  # a plan has no word for another number
-            return False
-        return not isinstance(tile, GemmTile) or (
-            fits(tile, architecture) and (takes_descriptors or not tile.descriptors)
-        )
 
-    def predicted(candidate: Candidate) -> float:
-        return sum(
-            tile_seconds(
-                name,
-                candidate.tile,
-                point.shape,
-                point.M,
-                padded_rank(point.rank),
-                machine.ceilings,
-                machine.device.multiprocessors,
-            )
-            for name in names
-        )
-
-    return [default, *sorted(filter(possible, others), key=predicted)[: COMPILED - 1]]
+def _holds(table: PlanTable, point: Point, dtype: torch.dtype) -> bool:
+    entries = table.blocks if isinstance(point.shape, Block) else table.entries
+    return any(_place(point, dtype).items() <= vars(entry).items() for entry in entries)
 
 
 def best_strategy(samples: Mapping[str, Sequence[float]]) -> str:

@@ -9,23 +9,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastbound.block_passes import BlockOperands, operands_at
+from fastbound.candidates import Point
 from fastbound.compilation import TARGETS
-from fastbound.passes import (
-    OMEGA,
-    Candidate,
-    Operands,
-    linear_truth,
-    make_operands,
-    require_truth,
-)
+from fastbound.passes import OMEGA, Candidate, Operands, linear_truth, require_truth
 from fastbound.plan import Device, Plan, Tiles
+from fastbound.shapes import Block
 from fastbound.tile_sweep import CompileTask, compile_check, sweep
 from fastbound.timing import interleaved, kernel_stopwatch
 from fastbound.torch_products import TorchProducts, padded_rank
 from fastbound.triton_products import TritonProducts
-from fastbound.tuning import Point, Timings
+from fastbound.tuning import Timings
 
 CHECKED_ROWS = 256  # of y and dx; dA and dB are sums over all rows
+
+_Binary = tuple[str, str, int, str]
 
 
 class DeviceBench:
@@ -47,29 +45,31 @@ class DeviceBench:
         self.device, self.described, self.dtype = device, described, dtype
         self.rounds, self.say = rounds, say
         self.workers = min(12, os.cpu_count() or 1) if workers is None else workers
-        self._found: dict[tuple[str, str, int], str | None] = {}
+        self._found: dict[_Binary, str | None] = {}
         self._point: Point | None = None
-        self._operands: Operands | None = None
+        self._operands: Operands | BlockOperands | None = None
 
     def faults(
         self, names: Sequence[str], point: Point, chosen: Sequence[Candidate], deadline: float
     ) -> list[str | None]:
-        """Each binary is judged once: it differs by rank, not by the sizes of aligned shapes."""
-        target, R = self.described.architecture, padded_rank(point.rank)
+        """Each binary is judged once: it differs by rank and a block's form, not by the sizes of
+        aligned shapes.
+        """
+        target = self.described.architecture
         if target not in TARGETS:
             return [None] * len(chosen)
-        tasks: dict[tuple[str, str, int], CompileTask] = {
-            (name, str(c), R): (name, c, point.shape, point.M, point.rank, self.dtype, target)
+        tasks: dict[_Binary, CompileTask] = {
+            binary: (name, c, point.shape, point.M, point.rank, self.dtype, target)
             for c in chosen
             for name in names
-            if (name, str(c), R) not in self._found
+            if (binary := _binary(name, c, point)) not in self._found
         }
         found = compile_check(list(tasks.values()), self.workers, deadline, self.say)
         self._found.update(zip(tasks, found, strict=True))
-        return [self._fault([(name, str(c), R) for name in names]) for c in chosen]
+        return [self._fault([_binary(name, c, point) for name in names]) for c in chosen]
 
-    def _fault(self, keys: Sequence[tuple[str, str, int]]) -> str | None:
-        return next((fault for key in keys if (fault := self._found[key]) is not None), None)
+    def _fault(self, binaries: Sequence[_Binary]) -> str | None:
+        return next((fault for one in binaries if (fault := self._found[one]) is not None), None)
 
     def sweep(
         self, name: str, point: Point, chosen: Sequence[Candidate]
@@ -83,6 +83,8 @@ class DeviceBench:
 
     def strategies(self, point: Point, tiles: Tiles) -> Timings:
         o = self._at(point)
+        if not isinstance(o, Operands):
+            raise TypeError(f"{point}: strategies are a layer's, and this is a block")
         truth = linear_truth(o.x, o.dy, o.weight, o.A, o.B, o.scaling, OMEGA, CHECKED_ROWS)
         steps: dict[str, Callable[[int], object]] = {}
         faults: dict[str, str] = {}
@@ -104,10 +106,10 @@ class DeviceBench:
         stopwatch = kernel_stopwatch(self.device)
         return Timings(interleaved(steps, rounds=self.rounds, stopwatch=stopwatch), faults)
 
-    def _at(self, point: Point) -> Operands:
+    def _at(self, point: Point) -> Operands | BlockOperands:
         if self._operands is None or self._point != point:
             self._operands = None  # freed before the next are made
-            self._operands = make_operands(
+            self._operands = operands_at(
                 point.shape,
                 point.M,
                 point.rank,
@@ -117,6 +119,11 @@ class DeviceBench:
             )
             self._point = point
         return self._operands
+
+
+def _binary(name: str, candidate: Candidate, point: Point) -> _Binary:
+    form = point.shape.form if isinstance(point.shape, Block) else ""
+    return name, str(candidate), padded_rank(point.rank), form
 
 
 def _step(o: Operands, products: TorchProducts | TritonProducts, turn: int) -> object:

@@ -23,7 +23,10 @@ from benchmarks.calls import measure_calls
 from benchmarks.correctness import GemmCase, OperatorCase, TallCase, examine
 from benchmarks.summary import summary
 from fastbound import tile_sweep
+from fastbound.block_passes import BLOCK_PASSES
+from fastbound.candidates import candidates
 from fastbound.isolation import Broken, isolated
+from fastbound.passes import PASSES, default_candidate
 from fastbound.plan import Device, plan
 
 CPU = torch.device("cpu")
@@ -70,6 +73,10 @@ def test_runs_every_stage_and_says_that_its_times_mean_nothing(run: tuple[str, P
     assert len(swept - {(name, "cuBLAS") for name, _ in swept}) + len(dropped) == 10
     assert saved["facts"]["commit"] == "abc1234"
     assert {(e["N"], e["K"], e["M"]) for e in saved["tune"]["table"]["entries"]} == {(192, 64, 32)}
+    assert {(b["form"], b["N"], b["M"]) for b in saved["tune"]["table"]["blocks"]} == {
+        ("gated silu", 160, 32),
+        ("plain gelu_tanh", 160, 32),
+    }
     profiled = {one["points"][0]["place"]: one for one in saved["profile"]["reports"]}
     assert list(profiled) == ["mlp", "c_fc", "c_proj"]
     for one in profiled.values():
@@ -260,9 +267,9 @@ def test_the_cases_of_a_gpu_cover_what_they_must() -> None:
 def test_the_first_candidate_of_a_sweep_is_the_default_and_none_is_there_twice() -> None:
     chosen = plan(Device("sm_90", 132), 8192, 14336, 4096, 16, torch.bfloat16, "fused").tiles
     assert chosen is not None
-    for name in tile_sweep.PASSES:
-        found = tile_sweep.candidates(name, chosen)
-        assert found[0] == tile_sweep.default_candidate(name, chosen)
+    for name in (*PASSES, *BLOCK_PASSES):
+        found = candidates(name, chosen)
+        assert found[0] == default_candidate(name, chosen)
         assert len({str(candidate) for candidate in found}) == len(found) > 10
 
 
@@ -280,7 +287,7 @@ def test_a_candidate_with_a_wrong_result_is_not_timed(monkeypatch: pytest.Monkey
             o = replace(o, x=o.x * 2)
         return thin(o, candidate)
 
-    monkeypatch.setitem(tile_sweep.PASSES, "thin", build)
+    monkeypatch.setitem(PASSES, "thin", build)
     rows, dropped = tile_sweep.sweep("thin", o, shape, [right, wrong], CPU, rounds=2)
     assert [row.candidate for row in rows] == [str(right)]
     assert "off the default tile's result" in dropped[0].reason

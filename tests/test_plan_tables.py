@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,13 @@ import torch
 from fastbound.kernels.tiles import GemmTile, Tile
 from hypothesis import given
 from hypothesis import strategies as st
+from models import Gated
 
 import fastbound
 from fastbound import plan_tables
 from fastbound.plan import Device, describe, plan, plan_for
-from fastbound.plan_tables import (
-    Entry,
-    PlanTable,
-    find_table,
-    read_table,
-    software,
-    write_table,
-)
+from fastbound.plan_entries import FORMS, BlockEntry, Entry
+from fastbound.plan_tables import PlanTable, find_table, read_table, software, write_table
 
 HOPPER = Device("sm_90", 132)
 GEMM = GemmTile(128, 128, 64, 8, 4, descriptors=True)
@@ -43,7 +38,17 @@ ENTRY = Entry(
     reduce=Tile(64, 128, 4, 3),
     origin="measured 2026-01-02 on a card",
 )
-TABLE = PlanTable("sm_90", "a card", 132, (ENTRY,), versions=software())
+BLOCK = BlockEntry(
+    N=14336,
+    M=8192,
+    R=16,
+    dtype="bfloat16",
+    form="gated silu",
+    activate=Tile(64, 64, 4, 3),
+    gated=Tile(32, 32, 8, 1),
+    origin="measured 2026-01-03 on a card",
+)
+TABLE = PlanTable("sm_90", "a card", 132, (ENTRY,), versions=software(), blocks=(BLOCK,))
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def damage(folder: Path, change: Callable[[Any], Any]) -> Path:
 def test_a_table_is_read_as_it_was_written(folder: Path) -> None:
     path = folder / "sm_90.json"
     table = read_table(path)
-    assert table.entries == (ENTRY,)
+    assert table.entries == (ENTRY,) and table.blocks == (BLOCK,)
     assert (table.architecture, table.device, table.multiprocessors) == ("sm_90", "a card", 132)
     assert table.versions == software()
 
@@ -84,6 +89,66 @@ def test_an_entry_decides_strategy_and_tiles_and_says_where_from(folder: Path) -
     )
     assert "measured 2026-01-02 on a card: N 14336, K 4096, 8192 rows" in chosen.reason
     assert str(folder / "sm_90.json") in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, True),
+        ({"M": 5000}, True),
+        ({"K": 64}, True),  # no matter to its passes
+        ({"N": 11008, "M": 4096}, True),
+        ({"M": 1024}, False),
+        ({"N": 14335}, False),
+        ({"rank": 16}, False),
+        ({"rank": 64}, False),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32}, False),
+        ({"form": "plain silu"}, False),
+        ({"form": "gated gelu"}, False),
+        ({"form": None}, False),
+    ],
+)
+def test_a_block_takes_its_own_two_tiles_from_an_entry_of_its_form(
+    change: dict[str, Any], found: bool, folder: Path
+) -> None:
+    """A block of rank 16 looks a layer of rank 32 up, of which this table has none."""
+    asked = {"M": 8192, "N": 14336, "K": 4096, "rank": 32, "dtype": torch.bfloat16}
+    asked = {**asked, "form": "gated silu", **change}
+    table = read_table(folder / "sm_90.json")
+    default = plan(HOPPER, **asked, backend="fused").tiles
+    for backend in ("auto", "fused"):
+        chosen = plan(HOPPER, **asked, backend=backend, table=table)
+        assert default is not None and chosen.tiles is not None
+        own = f"; activate and gated measured 2026-01-03 on a card: {BLOCK}, in {table.path}"
+        assert chosen.reason.endswith(own) is found
+        if found:
+            expected = replace(default, activate=BLOCK.activate, gated=BLOCK.gated)
+            assert chosen.tiles == expected
+        else:
+            kept = (chosen.tiles.activate, chosen.tiles.gated)
+            assert kept == (default.activate, default.gated)
+
+
+def test_a_block_without_an_entry_near_says_that_its_own_tiles_are_the_defaults(
+    folder: Path,
+) -> None:
+    path = folder / "sm_90.json"
+    write_table(path, replace(TABLE, entries=(replace(ENTRY, R=32),), blocks=()))
+    asked = (8192, 14336, 4096, 32, torch.bfloat16)
+    chosen = plan(HOPPER, *asked, table=read_table(path), form="gated silu")
+    assert chosen.reason.startswith("measured 2026-01-02 on a card: N 14336")
+    assert f"; activate and gated by default: no such block near in {path}" in chosen.reason
+    assert "gated" not in plan(HOPPER, *asked, table=read_table(path)).reason
+
+
+def test_the_nearest_block_answers() -> None:
+    far = replace(BLOCK, M=2048, activate=Tile(16, 64, 4, 1))
+    table = replace(TABLE, blocks=(far, BLOCK))
+    asked = (14336, 4096, 32, torch.bfloat16, "fused", table, "gated silu")
+    for M, entry in ((8192, BLOCK), (2000, far)):
+        chosen = plan(HOPPER, M, *asked).tiles
+        assert chosen is not None and chosen.activate == entry.activate
 
 
 def test_a_path_asked_for_by_name_takes_the_measured_tiles() -> None:
@@ -143,6 +208,21 @@ tiles_of_any_size = st.builds(
         ),
         max_size=4,
     ),
+    blocks=st.lists(
+        st.builds(
+            BlockEntry,
+            st.integers(1, 300_000),
+            st.sampled_from([1, 64, 2**14]),
+            st.sampled_from([16, 32]),
+            st.sampled_from(["bfloat16", "float16"]),
+            st.sampled_from(FORMS),
+            tiles_of_any_size,
+            tiles_of_any_size,
+            st.just("default"),
+        ),
+        max_size=4,
+    ),
+    form=st.sampled_from([None, *FORMS]),
     architecture=st.sampled_from(["sm_80", "sm_90", "gfx942", "sm_999", "cpu", "interpreter"]),
     M=st.integers(0, 10**7),
     N=st.integers(1, 300_000),
@@ -152,6 +232,8 @@ tiles_of_any_size = st.builds(
 )
 def test_any_shape_gets_a_plan_from_any_table(
     entries: list[Entry],
+    blocks: list[BlockEntry],
+    form: str | None,
     architecture: str,
     M: int,
     N: int,
@@ -160,22 +242,23 @@ def test_any_shape_gets_a_plan_from_any_table(
     dtype: torch.dtype,
 ) -> None:
     table = PlanTable(architecture, "a card", 100, tuple(entries), Path("table.json"))
-    chosen = plan(Device(architecture, 100), M, N, K, rank, dtype, table=table)
+    table = replace(table, blocks=tuple(blocks))
+    chosen = plan(Device(architecture, 100), M, N, K, rank, dtype, table=table, form=form)
     assert chosen.strategy in ("fused", "split", "torch") and chosen.reason
     assert (chosen.tiles is None) == (chosen.strategy == "torch")
     if chosen.tiles is not None:
         chosen_tiles = chosen.tiles
-        tiles = [getattr(chosen_tiles, kind) for kind in ("gemm", "gemm_t", "thin", "reduce")]
+        tiles = [getattr(chosen_tiles, kind) for kind in asdict(chosen_tiles)]
         sizes = [size for t in tiles for name, size in asdict(t).items() if name[:5] == "block"]
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
-def set_tile(name: str, key: str, value: Any) -> Callable[[Any], None]:
-    return lambda content: content["entries"][0]["tiles"][name].update({key: value})
+def set_tile(name: str, key: str, value: Any, kind: str = "entries") -> Callable[[Any], None]:
+    return lambda content: content[kind][0]["tiles"][name].update({key: value})
 
 
-def set_entry(key: str, value: Any) -> Callable[[Any], None]:
-    return lambda content: content["entries"][0].update({key: value})
+def set_entry(key: str, value: Any, kind: str = "entries") -> Callable[[Any], None]:
+    return lambda content: content[kind][0].update({key: value})
 
 
 DAMAGE = {
@@ -197,6 +280,14 @@ DAMAGE = {
         set_tile("gemm_t", "block_k", 512),
         "needs more shared memory than sm_90 has",
     ),
+    "no blocks": (lambda c: c.pop("blocks") and None, "'blocks' is missing"),
+    "block": (lambda c: c["blocks"].append("x"), "entry 'x' is no object"),
+    "block without tiles": (lambda c: c["blocks"][0].pop("tiles") and None, "'tiles' is missing"),
+    "one tile": (lambda c: c["blocks"][0]["tiles"].pop("gated") and None, "'gated' is missing"),
+    "odd step": (set_tile("gated", "block_n", 24, "blocks"), "gated tile: block_n 24"),
+    "no stages": (set_tile("activate", "stages", 0, "blocks"), "activate tile: stages 0"),
+    "form": (set_entry("form", "gated swish", "blocks"), "form 'gated swish', not one of gated"),
+    "block rank": (set_entry("R", 24, "blocks"), "R 24 of an entry"),
     "descriptors": (lambda c: c.update(architecture="sm_80"), "sm_80 has no tensor descriptors"),
 }
 
@@ -261,32 +352,56 @@ def test_shipped_tables_are_sound() -> None:
         assert read_table(path).architecture == path.stem
 
 
-def test_explain_prints_where_a_plan_comes_from(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The lookup of a GPU, whole: from the file in the user's folder to the printed reason."""
+@pytest.fixture
+def explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """What `explain` prints with a table in the user's folder, on its GPU: the lookup, whole."""
     from fastbound import explanation, ops
     from fastbound import plan as plan_module
 
-    small = PlanTable("sm_90", "a card", 132, (replace(ENTRY, N=256, K=64),))
-    write_table(folder / "sm_90.json", small)
     monkeypatch.setattr(plan_tables, "user_folder", lambda: folder)
     for module in (explanation, plan_module):
         monkeypatch.setattr(module, "describe", lambda *device: HOPPER)
     caches = (plan_tables.table_for, plan_module._cached_plan, ops._planned)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        layer = fastbound.FusedBoundedLinear(64, 256, 16, dtype=torch.bfloat16)
-        text = str(fastbound.explain(layer, tokens=8000))
-        assert "split: measured 2026-01-02 on a card" in text
-        assert str(folder / "sm_90.json") in text
-        far = str(fastbound.explain(layer, tokens=8))
-        assert "split: few rows: too few blocks of 128x256; default tiles of sm_90" in far
-        assert f"nothing near in {folder / 'sm_90.json'}" in far
-    finally:
+
+    def text(table: PlanTable, module: torch.nn.Module, tokens: int) -> str:
+        write_table(folder / "sm_90.json", table)
         for cache in caches:
             cache.cache_clear()
+        return str(fastbound.explain(module, tokens=tokens))
+
+    yield text
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_explain_prints_where_a_plan_comes_from(
+    folder: Path, explained: Callable[..., str]
+) -> None:
+    small = PlanTable("sm_90", "a card", 132, (replace(ENTRY, N=256, K=64),))
+    layer = fastbound.FusedBoundedLinear(64, 256, 16, dtype=torch.bfloat16)
+    text = explained(small, layer, 8000)
+    assert "split: measured 2026-01-02 on a card" in text
+    assert str(folder / "sm_90.json") in text
+    assert "gated" not in text
+    far = explained(small, layer, 8)
+    assert "split: few rows: too few blocks of 128x256; default tiles of sm_90" in far
+    assert f"nothing near in {folder / 'sm_90.json'}" in far
+
+
+def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
+    explained: Callable[..., str],
+) -> None:
+    entry = replace(ENTRY, N=256, K=64, R=32, strategy="fused")
+    table = replace(TABLE, entries=(entry,), blocks=(replace(BLOCK, N=256),))
+    block = fastbound.FusedBoundedMLP.from_mlp(Gated(K=64, N=256).bfloat16(), rank=16)
+    text = explained(table, block, 8000)
+    assert "in its block, fused: measured 2026-01-02 on a card: N 256, K 64, 8192 rows" in text
+    assert "activate and gated measured 2026-01-03 on a card: gated silu, N 256, 8192 rows" in text
+    for line in (f"thin     {ENTRY.thin}", f"activate {BLOCK.activate}", f"gated    {BLOCK.gated}"):
+        assert f"\n  {line}" in text
+    default = explained(replace(table, blocks=()), block, 8000)
+    assert "activate and gated by default: no such block near in" in default
+    assert "\n  gated    16x32, 4 warps, 2 stages" in default
 
 
 def test_a_cpu_looks_for_no_table() -> None:

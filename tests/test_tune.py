@@ -12,34 +12,28 @@ import torch
 
 pytest.importorskip("triton", reason="what is tuned are Triton's kernels")
 
+from fastbound.kernels.tiles import Tile
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbound import tuning
+from fastbound.block_passes import BLOCK_PASSES
+from fastbound.candidates import COMPILED, KINDS, Machine, Point, points, shortlist
 from fastbound.cli import main
 from fastbound.passes import PASSES, Candidate
-from fastbound.plan import Device, Tiles, default_tiles, filled_tiles, plan
+from fastbound.plan import Device, Tiles, default_tiles, plan
 from fastbound.plan_tables import find_table, read_table
-from fastbound.shapes import Shape, linear_shapes, parse_tokens
-from fastbound.time_model import DATASHEET, datasheet_of, tile_seconds
-from fastbound.tuning import (
-    COMPILED,
-    KINDS,
-    STEPS,
-    TIMED,
-    Machine,
-    Point,
-    Timings,
-    best_strategy,
-    points,
-    shortlist,
-    start_table,
-    tune,
-)
+from fastbound.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
+from fastbound.tile_model import tile_seconds
+from fastbound.time_model import DATASHEET, datasheet_of
+from fastbound.tuning import TIMED, Timings, best_strategy, start_table, tune
 
 HOPPER = Machine(Device("sm_90", 132), "a card", DATASHEET["h100"], {"torch": "1", "triton": "2"})
 LLAMA = linear_shapes("llama-3-8b")
-TODO = points(LLAMA, [8192, 1024], [16])
+BLOCK = block_of("llama-3-8b")
+TODO = points([*LLAMA, BLOCK], [8192, 1024], [16])
+FORMS = (("silu", True), ("gelu_tanh", False))
+LAYERS = [point for point in TODO if isinstance(point.shape, Shape)]
 
 
 @dataclass
@@ -75,6 +69,7 @@ class FakeBench:
         return {c: 0.5 if self.fastest and self.fastest in str(c) else 1.0 for c in chosen}
 
     def strategies(self, point: Point, tiles: Tiles) -> Timings:
+        assert isinstance(point.shape, Shape)
         return Timings(self.samples, self.wrong)
 
 
@@ -88,7 +83,9 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     tuned = run(FakeBench(fastest="256x128x64"), path)
     assert not tuned.failures and not tuned.not_reached
     assert read_table(path).entries == tuned.table.entries
-    assert len(tuned.table.entries) == len(TODO) == 4
+    assert read_table(path).blocks == tuned.table.blocks
+    assert len(tuned.table.entries) == len(LAYERS) == 4
+    assert len(tuned.table.blocks) == len(TODO) - len(LAYERS) == 2
     table = find_table("sm_90", 132, [tmp_path])
     shape = LLAMA[0]
     chosen = plan(HOPPER.device, 8192, shape.N, shape.K, 16, torch.bfloat16, table=table)
@@ -100,15 +97,35 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert (chosen.tiles.thin, chosen.tiles.reduce) == (default.thin, default.reduce)
 
 
+def test_a_block_then_runs_with_its_own_tiles(tmp_path: Path) -> None:
+    path = tmp_path / "sm_90.json"
+    run(FakeBench(fastest="64x128"), path)  # a tile of the forward's list alone
+    run(FakeBench(fastest="32x32"), tmp_path / "other.json")  # and of the backward's
+    asked = (8192, BLOCK.N, BLOCK.K, 32, torch.bfloat16, "fused")
+    default = plan(HOPPER.device, *asked).tiles
+    assert default is not None
+    for name, kind, other in (("sm_90", "activate", "gated"), ("other", "gated", "activate")):
+        table = read_table(tmp_path / f"{name}.json")
+        chosen = plan(HOPPER.device, *asked, table, form="gated silu").tiles
+        assert chosen is not None
+        tile = str(getattr(chosen, kind))
+        assert tile.startswith("64x128" if kind == "activate" else "32x32")
+        assert getattr(chosen, other) == getattr(default, other)
+
+
 def test_every_pass_is_timed_with_the_default_first(tmp_path: Path) -> None:
     bench = FakeBench()
     run(bench, tmp_path / "t.json")
-    assert [name for name, point, _ in bench.swept if point == TODO[0]] == list(PASSES)
+    assert TODO[2].shape == BLOCK
+    for at, passes in ((TODO[0], PASSES), (TODO[2], BLOCK_PASSES)):
+        assert [name for name, point, _ in bench.swept if point == at] == list(passes)
     for name, point, chosen in bench.swept:
-        widths = (point.shape.N, point.shape.K)
-        default = filled_tiles(HOPPER.device, point.M, widths, 16, torch.bfloat16)
-        kind = next(kind for kind, names in KINDS.items() if name in names)
-        assert chosen[0].tile == getattr(default, kind)
+        rank, form = (32, BLOCK.form) if point.shape == BLOCK else (16, None)
+        asked = (point.M, point.shape.N, point.shape.K, rank, torch.bfloat16, "fused")
+        dispatched = plan(HOPPER.device, *asked, form=form).tiles
+        assert point.default_tiles(HOPPER.device, torch.bfloat16) == dispatched
+        kind = next(kind for kind, names in point.kinds.items() if name in names)
+        assert chosen[0].tile == getattr(dispatched, kind)
         assert len(chosen) == TIMED
 
 
@@ -146,7 +163,7 @@ def test_a_strategy_with_a_wrong_result_is_not_chosen_and_said(tmp_path: Path) -
     bench = FakeBench({"split": [1.0] * 3}, {"fused": "dA is off by 3.0e-01"})
     tuned = run(bench, tmp_path / "t.json")
     assert {entry.strategy for entry in tuned.table.entries} == {"split"}
-    assert len(tuned.failures) == len(TODO)
+    assert len(tuned.failures) == len(LAYERS)
     assert "llama-3-8b.gate_up at 8192 tokens, rank 16: fused: dA is off" in tuned.failures[0]
 
 
@@ -158,14 +175,18 @@ def test_the_budget_ends_it_with_what_it_has_and_resume_goes_on(tmp_path: Path) 
     assert first.not_reached == tuple(TODO[1:])
     bench = FakeBench()
     second = run(bench, path, resume=True)
-    assert len(second.table.entries) == len(TODO) and not second.not_reached
+    assert len(second.table.entries) == len(LAYERS) and not second.not_reached
+    assert len(second.table.blocks) == len(TODO) - len(LAYERS)
     assert TODO[0] not in {point for _, point, _ in bench.swept}
+    bench = FakeBench()
+    assert run(bench, path, resume=True).table.blocks == second.table.blocks
+    assert not bench.swept
 
 
 def test_out_of_memory_leaves_a_shape_out_and_goes_on(tmp_path: Path) -> None:
     tuned = run(FakeBench(out_of_memory_at=8192), tmp_path / "t.json")
-    assert {entry.M for entry in tuned.table.entries} == {1024}
-    assert len(tuned.failures) == 2
+    assert {entry.M for entry in (*tuned.table.entries, *tuned.table.blocks)} == {1024}
+    assert len(tuned.failures) == 3
     assert all("out of memory" in failure for failure in tuned.failures)
 
 
@@ -175,7 +196,7 @@ def test_progress_is_told_the_same_number_of_steps_whatever_happens(tmp_path: Pa
         said.clear()
         table = start_table(path, HOPPER, resume=resume)
         tune(TODO, FakeBench(), HOPPER, table, path, minutes=1e3, step=said.append)
-        assert len(said) == STEPS * len(TODO)
+        assert len(said) == sum(point.steps for point in TODO) == 4 * 5 + 2 * 2
 
 
 def test_a_table_that_is_there_is_only_touched_when_asked(tmp_path: Path) -> None:
@@ -200,6 +221,10 @@ def test_most_useful_first_and_nothing_twice() -> None:
     assert [p.rank for p in todo] == [16] * 10 + [32] * 10
     assert len(set(todo)) == len(todo)
     assert todo[0].shape == LLAMA[0]
+    blocks = points([BLOCK, block_of("phi-1.5"), replace(BLOCK, K=99)], [8192], [16, 32, 64])
+    assert [(str(p.shape), p.rank) for p in blocks] == [
+        (f"{model}.mlp", rank) for rank in (16, 32) for model in ("llama-3-8b", "phi-1.5")
+    ]
 
 
 def test_no_descriptors_are_tried_where_there_is_no_tma() -> None:
@@ -213,7 +238,7 @@ def test_no_descriptors_are_tried_where_there_is_no_tma() -> None:
 
 
 @given(
-    name=st.sampled_from(sorted(PASSES)),
+    name=st.sampled_from([*PASSES, *BLOCK_PASSES]),
     architecture=st.sampled_from(["sm_80", "sm_90", "gfx942", "sm_999"]),
     M=st.integers(0, 20).map(lambda n: 1 << n),
     N=st.integers(1, 300_000),
@@ -225,7 +250,9 @@ def test_any_shape_has_a_shortlist_with_finite_times(
 ) -> None:
     machine = replace(HOPPER, device=Device(architecture, 100))
     R = max(16, 1 << (rank - 1).bit_length())
-    shape = Shape("m", "p", K, N)
+    shape: Shape | Block = Shape("m", "p", K, N)
+    if name in BLOCK_PASSES:
+        shape = Block("m", K, N, "gelu", gated=K % 2 == 0, bias=False)
     tiles = default_tiles(architecture, M, R, torch.bfloat16)
     for candidate in shortlist([name], tiles, Point(shape, M, rank), machine):
         predicted = tile_seconds(name, candidate.tile, shape, M, R, machine.ceilings, 100)
@@ -240,6 +267,22 @@ def test_the_model_prefers_large_tiles_for_many_rows_and_small_ones_for_few() ->
         return best.block_m * best.block_n
 
     assert fastest(32768) > fastest(64)
+
+
+def test_the_model_knows_what_narrow_tiles_of_a_block_cost() -> None:
+    def seconds(name: str, rows: int, columns: int, block: Block = BLOCK, M: int = 8192) -> float:
+        tile = Tile(rows, columns, 4, 2)
+        return tile_seconds(name, tile, block, M, 16, DATASHEET["h100"], 132)
+
+    backward, plain = "activate backward", block_of("phi-1.5")
+    assert seconds(backward, 16, 16) > seconds(backward, 16, 32) > seconds(backward, 16, 64)
+    assert seconds("activate", 16, 64) > seconds("activate", 64, 64)
+    assert seconds("activate", 128, 64, M=1024) > seconds("activate", 16, 64, M=1024)
+    # Never less than the tall tensors once: three and five of them, or two and three.
+    one = 2 * 8192 / DATASHEET["h100"].bandwidth
+    for block, forward, both in ((BLOCK, 3, 5), (plain, 2, 3)):
+        assert seconds("activate", 32, 64, block) > forward * block.N * one
+        assert seconds(backward, 16, 32, block) > both * block.N * one
 
 
 def test_a_card_is_known_by_its_name() -> None:
@@ -259,7 +302,8 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
     monkeypatch.setattr(tuning, "TIMED", 2)
     described = Device("interpreter", 4)
     machine = replace(HOPPER, device=described)
-    todo = [Point(Shape("tiny", "up", 64, 96), 32, 4)]
+    blocks = [Block("tiny", 64, 96, name, gated, False) for name, gated in FORMS]
+    todo = points([Shape("tiny", "up", 64, 96), *blocks], [32], [4])
     bench = DeviceBench(torch.device("cpu"), described, torch.float32, rounds=2, workers=1)
     path = tmp_path / "t.json"
     table = start_table(path, machine, resume=False)
@@ -267,6 +311,7 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
     assert not tuned.failures
     (entry,) = tuned.table.entries
     assert (entry.N, entry.K, entry.M, entry.R) == (96, 64, 32, 16)
+    assert [block.form for block in tuned.table.blocks] == ["gated silu", "plain gelu_tanh"]
     tiles = default_tiles("interpreter", 32, 16, torch.float32)
     assert set(bench.strategies(todo[0], tiles).samples) == {"fused", "split", "torch"}
 
@@ -300,7 +345,10 @@ def test_the_candidate_report_names_a_pass_without_a_choice() -> None:
     from benchmarks import candidate_report as report
 
     todo = report.tasks("sm_90", 8192)
-    assert {name for name, *_ in todo} == set(PASSES)
+    assert {name for name, *_ in todo} == {*PASSES, *BLOCK_PASSES}
+    only = report.tasks("sm_90", 8192, passes=["activate"])
+    assert [task[0] for task in only] == ["activate"] * len(only)
+    assert {task[2].form for task in only} == {"gated silu", "plain gelu_tanh"}
     rows = [
         report.Row("sm_90", 8192, name, str(candidate), i == 0, None, "7 spills" if i else None)
         for name in ("thin", "reduce x")
@@ -332,8 +380,8 @@ def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
     assert main(arguments) == 0
     path = tmp_path / "plans" / "sm_90.json"
     printed = capsys.readouterr().out
-    assert f"a card: 2 shapes, at most 8 minutes, into {path}" in printed
-    assert f"2 entries in {path}" in printed
+    assert f"a card: 3 shapes, at most 8 minutes, into {path}" in printed
+    assert f"3 entries in {path}" in printed
     table = find_table("sm_90", 132, [tmp_path / "plans"])
     assert table is not None and not table.note
     assert {entry.strategy for entry in table.entries} == {"fused"}
@@ -346,4 +394,4 @@ def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
     assert {point.rank for _, point, _ in bench.swept} == {32}
     printed = capsys.readouterr().out
     assert printed.count("FAILED llama-3-8b.") == 2
-    assert f"4 entries in {path}" in printed
+    assert f"6 entries in {path}" in printed
