@@ -161,7 +161,7 @@ def check_settings(
 
 def _positive(name: str, value: float) -> float:
     if isinstance(value, str):
-        raise ValueError(f'{name} must be a number, got {value!r}; bound="auto" needs a layer')
+        raise ValueError(f"{name} must be a number, got {value!r}; a bound by RMS(W) needs a layer")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbound.bounds import bound_of_weight, rms_factor
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -41,7 +43,7 @@ def inject_peft(
     rank: int = 8,
     *,
     alpha: float | None = None,
-    bound: float | Literal["auto"] | None = None,
+    bound: float | str | None = None,
     target_modules: str | Sequence[str],
     variant: Literal["sine", "lora"] = "sine",
     adapter_dtype: torch.dtype = torch.float32,
@@ -57,8 +59,8 @@ def inject_peft(
         model: any module holding `nn.Linear` (or transformers `Conv1D`) layers.
         rank: width of the adapter, >= 1.
         alpha: slope of the adapter near zero, times rank; `None` means `rank`.
-        bound: largest magnitude of an entry of ΔW; `None` means `alpha`, `"auto"` means 4 x the
-            root mean square of each layer's weight. Only for `variant="sine"`.
+        bound: largest magnitude of an entry of ΔW; `None` means `alpha`; a text is a
+            multiple of each layer's weight, see `FusedBoundedLinear`. Only for `variant="sine"`.
         target_modules: list of name suffixes, or one regular expression, as PEFT takes it.
         variant: `"sine"` or `"lora"`.
         adapter_dtype: dtype of A and B. float32 is what PEFT makes of them by default.
@@ -83,7 +85,9 @@ def inject_peft(
     elif variant == "sine":
         if bound is None:
             bound = slope
-        elif bound != "auto":
+        elif isinstance(bound, str):
+            rms_factor(bound)
+        else:
             bound = _positive("bound", bound)
         config = _sine_config(rank, targets, alpha=slope, bound=bound)
     else:
@@ -152,7 +156,7 @@ def _positive(name: str, value: float) -> float:
 
 
 def _sine_config(
-    rank: int, target_modules: str | list[str], *, alpha: float, bound: float | Literal["auto"]
+    rank: int, target_modules: str | list[str], *, alpha: float, bound: float | str
 ) -> Any:
     from transformers.pytorch_utils import Conv1D
 
@@ -198,9 +202,8 @@ def _sine_classes() -> _SineClasses:
         @staticmethod
         def init(module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
             bound = config.sine_bound
-            if bound == "auto":
-                weight = module.get_base_layer().weight
-                bound = 4.0 * weight.detach().float().square().mean().sqrt().item()
+            if isinstance(bound, str):
+                bound = bound_of_weight(bound, module.get_base_layer().weight)
             module.scaling[adapter_name] = bound / module.r[adapter_name]
             module.omega[adapter_name] = math.sqrt(module.lora_alpha[adapter_name] / bound)
 

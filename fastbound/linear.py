@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.adapter import BoundedAdapter, check_settings
+from fastbound.bounds import bound_of_weight, rms_factor
 from fastbound.partition import partition
-from fastbound.reference import wide_dtype
-
-AUTO_BOUND_FACTOR = 4.0
 
 
 class Adapted:
@@ -43,8 +41,8 @@ class FusedBoundedLinear(nn.Module, Adapted):
         in_features, out_features: K and N.
         rank: r >= 1.
         alpha: None means ``rank``.
-        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "auto" means four
-            times the root mean square of this layer's weight.
+        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "2*rms" twice the
+            root mean square of this layer's weight, and so any multiple; "auto" means "4*rms".
         dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
@@ -136,7 +134,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
             N,
             rank,
             alpha=alpha,
-            bound=auto_bound(weight) if isinstance(bound, str) else bound,
+            bound=bound_of_weight(bound, weight) if isinstance(bound, str) else bound,
             dropout=dropout,
             device=weight.device,
             adapter_dtype=adapter_dtype,
@@ -239,21 +237,6 @@ def is_conv1d(layer: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def auto_bound(weight: Tensor) -> float:
-    """4 x RMS(W). Raises ValueError for a weight that is all zero, not finite or on meta."""
-    if weight.is_meta:
-        raise ValueError(
-            'bound="auto" reads the weight, which is on the meta device: load it first'
-        )
-    rms = (
-        torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight)).item()
-        / weight.numel() ** 0.5
-    )
-    if not rms > 0 or rms == float("inf"):
-        raise ValueError(f'bound="auto" needs a finite, non-zero weight, whose RMS is {rms}')
-    return AUTO_BOUND_FACTOR * rms
-
-
 def _check_settings(
     rank: int,
     alpha: float | None,
@@ -263,7 +246,6 @@ def _check_settings(
     dropout: float,
 ) -> None:
     if isinstance(bound, str):
-        if bound != "auto":
-            raise ValueError(f'bound must be a positive number, None or "auto", got {bound!r}')
+        rms_factor(bound)
         bound = None
     check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)

@@ -13,7 +13,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastbound.adapter import BoundedAdapter
-from fastbound.linear import FusedBoundedLinear, _check_settings, auto_bound, is_conv1d
+from fastbound.bounds import bound_of_weight
+from fastbound.linear import FusedBoundedLinear, _check_settings, is_conv1d
 
 # Hooks that PyTorch itself sets to make the weight anew before each call; they leave x alone.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -52,10 +53,11 @@ class BoundedOverBase(FusedBoundedLinear):
     ) -> BoundedOverBase:
         """Adopt any ``nn.Linear``, its subclasses, or a transformers ``Conv1D``; it is frozen.
 
-        ``bound="auto"`` reads the weight once: dequantised, or brought in where it is offloaded.
+        A bound in multiples of RMS(W) reads the weight once: dequantised, or brought in where it is
+        offloaded.
 
         Raises TypeError for another class, ValueError for settings out of range, for
-        backend="fused", and for bound="auto" over a weight that cannot be read.
+        backend="fused", and for such a bound over a weight that cannot be read.
         """
         _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
         if not is_adaptable(layer):
@@ -77,7 +79,7 @@ class BoundedOverBase(FusedBoundedLinear):
             adopted.out_features,
             rank,
             alpha=alpha,
-            bound=_read_bound(layer) if isinstance(bound, str) else bound,
+            bound=_read_bound(layer, bound) if isinstance(bound, str) else bound,
             dropout=dropout,
             device=_device(layer),
             adapter_dtype=adapter_dtype,
@@ -256,8 +258,8 @@ def _device(layer: Any) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _read_bound(layer: Any) -> float:
-    """4 x RMS of the weight, dequantised or brought in for this one reading."""
+def _read_bound(layer: Any, bound: str) -> float:
+    """A multiple of the weight's RMS, dequantised or brought in for this one reading."""
     from accelerate.utils import align_module_device
     from peft.utils.integrations import dequantize_module_weight
 
@@ -267,7 +269,8 @@ def _read_bound(layer: Any) -> float:
             weight = dequantize_module_weight(layer)
         if not weight.is_floating_point():
             raise ValueError(
-                f'bound="auto" cannot read the {weight.dtype} weight of a {type(layer).__name__}: '
+                f'bound="{bound}" cannot read the {weight.dtype} weight of a '
+                f"{type(layer).__name__}: "
                 "give bound a number"
             )
-        return auto_bound(weight)
+        return bound_of_weight(bound, weight)

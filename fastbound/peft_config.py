@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig, PeftType
 from torch import nn
 
 from fastbound.adapter import check_settings
-from fastbound.linear import auto_bound
+from fastbound.bounds import bound_of_weight, rms_factor
 from fastbound.patterns import lookup
 from fastbound.storage import FORMAT_VERSION, PEFT_TYPE
 
@@ -26,8 +26,8 @@ class BoundedConfig(PeftConfig):
             "all-linear". None or "mlp": the MLP projections of a known `config.model_type`.
         exclude_modules: PEFT's: suffixes or a regular expression of what not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW; None means alpha; "auto" means 4 x the root
-            mean square of each layer's weight.
+        bound: the largest magnitude of an entry of ΔW; None means alpha; "2*rms" 2 x the root mean
+            square of each layer's weight, and so any multiple; "auto" means "4*rms".
         rank_pattern, alpha_pattern, bound_pattern: {suffix or regular expression: value} for layers
             that differ from `r`, `alpha` and `bound`. In an adapter that was put on a model,
             `bound_pattern` holds the number that each layer got, and so does its file.
@@ -48,10 +48,10 @@ class BoundedConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     alpha: float | None = None
-    bound: float | Literal["auto"] | None = None
+    bound: float | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    bound_pattern: dict[str, float | Literal["auto"] | None] = field(default_factory=dict)
+    bound_pattern: dict[str, float | str | None] = field(default_factory=dict)
     dropout: float = 0.0
     bias: str = "none"
     modules_to_save: list[str] | None = None
@@ -98,24 +98,27 @@ class BoundedConfig(PeftConfig):
             _check(self.r, self.alpha, bound)
 
     def of_layer(self, name: str, base: nn.Module) -> dict[str, Any]:
-        """rank, alpha and bound of the layer of that name, as numbers; "auto" reads base.weight."""
+        """rank, alpha and bound of the layer of that name, as numbers; a text reads base.weight."""
         rank = lookup(self.rank_pattern, name, self.r)
         bound = lookup(self.bound_pattern, name, self.bound)
-        if bound == "auto":
-            bound = auto_bound(_plain_weight(name, base))
+        if isinstance(bound, str):
+            bound = bound_of_weight(bound, _plain_weight(name, base))
         alpha, bound = check_settings(rank, lookup(self.alpha_pattern, name, self.alpha), bound)
         return {"rank": rank, "alpha": alpha, "bound": bound}
 
 
 def _check(rank: int, alpha: float | None, bound: float | str | None) -> None:
-    check_settings(rank, alpha, None if bound == "auto" else bound)  # type: ignore[arg-type]
+    if isinstance(bound, str):
+        rms_factor(bound)
+        bound = None
+    check_settings(rank, alpha, bound)
 
 
 def _plain_weight(name: str, base: nn.Module) -> Any:
     weight: Any = base.weight
     if not weight.is_floating_point():
         raise ValueError(
-            f'bound="auto" cannot read the quantised weight of {name}: give a number, or load an '
-            "adapter whose bounds were worked out on the unquantised model"
+            f"a bound by RMS(W) cannot read the quantised weight of {name}: give a number, or load "
+            "an adapter whose bounds were worked out on the unquantised model"
         )
     return weight

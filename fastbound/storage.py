@@ -189,8 +189,10 @@ def _read(folder: Path) -> dict[str, _SavedLayer]:
             )
         alpha = lookup(config["alpha_pattern"], name, config["alpha"])
         bound = lookup(config["bound_pattern"], name, config["bound"])
-        if bound == "auto":
-            raise ValueError(f'{folder / CONFIG}: bound of {name} is "auto", not the value it had')
+        if isinstance(bound, str):
+            raise ValueError(
+                f'{folder / CONFIG}: bound of {name} is "{bound}", not the value it had'
+            )
         alpha, bound = check_settings(rank, alpha, bound)
         saved[name] = _SavedLayer(alpha, bound, A, B, config["dropout"])
     return saved

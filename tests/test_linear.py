@@ -83,10 +83,15 @@ class TestBound:
         assert layer.bound == (layer.alpha if bound is None else bound)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    def test_auto_is_four_times_the_rms_of_the_weight(self, dtype: torch.dtype) -> None:
-        layer = FusedBoundedLinear(24, 40, 4, bound="auto", dtype=dtype)
+    @pytest.mark.parametrize(
+        ("bound", "factor"), [("auto", 4), ("4*rms", 4), ("2*rms", 2), (" 0.5 * rms", 0.5)]
+    )
+    def test_a_multiple_of_the_rms_of_the_weight(
+        self, bound: str, factor: float, dtype: torch.dtype
+    ) -> None:
+        layer = FusedBoundedLinear(24, 40, 4, bound=bound, dtype=dtype)
         rms = layer.weight.double().square().mean().sqrt().item()
-        assert math.isclose(layer.bound, 4 * rms, rel_tol=1e-6)
+        assert math.isclose(layer.bound, factor * rms, rel_tol=1e-6)
 
     @pytest.mark.parametrize("size", [0.1, 10.0, 1e4])
     def test_no_entry_of_delta_weight_exceeds_it(self, size: float) -> None:
@@ -173,7 +178,10 @@ class TestBadInput:
             ({"alpha": float("inf")}, "alpha must be positive and finite, got inf"),
             ({"bound": -1.0}, "bound must be positive and finite, got -1"),
             ({"bound": float("nan")}, "bound must be positive and finite, got nan"),
-            ({"bound": "tight"}, "None or \"auto\", got 'tight'"),
+            ({"bound": "tight"}, '"auto" or a multiple as ".*", got .tight'),
+            ({"bound": "0*rms"}, "got '0.rms'"),
+            ({"bound": "inf*rms"}, "got 'inf.rms'"),
+            ({"bound": "2*max"}, "got '2.max'"),
             ({"backend": "cuda"}, "unknown backend 'cuda'"),
             ({"adapter_dtype": torch.int8}, "adapter_dtype must be a floating dtype"),
         ],
@@ -205,7 +213,7 @@ class TestBadInput:
             FusedBoundedLinear.from_linear(nn.Linear(2, 2, device="meta"), 1, bound="auto")
 
     def test_an_adapter_by_itself_has_no_auto_bound(self) -> None:
-        with pytest.raises(ValueError, match='bound="auto" needs a layer'):
+        with pytest.raises(ValueError, match=r"a bound by RMS\(W\) needs a layer"):
             BoundedAdapter(2, 2, 1, bound="auto")
 
     def test_a_weight_on_meta_is_named_when_it_runs(self) -> None:

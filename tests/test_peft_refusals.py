@@ -28,7 +28,7 @@ def state(model: nn.Module) -> dict[str, object]:
         ({"r": 0}, "rank must be >= 1, got 0"),
         ({"r": 2.5}, "rank must be an integer"),
         ({"alpha": -1}, "alpha must be positive"),
-        ({"bound": "wide"}, "bound must be a number"),
+        ({"bound": "wide"}, "bound must be a positive number, None"),
         ({"bound": 0}, "bound must be positive"),
         ({"dropout": 1}, "dropout must be"),
         ({"bias": "lora_only"}, "bias must be one of none, all, fastbound_only"),

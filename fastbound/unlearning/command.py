@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank-budget", type=int, metavar="N", help="most parameters of --rank auto (as rank 8)"
     )
     adapter.add_argument("--alpha", type=float, metavar="X", help="slope times rank (rank)")
-    adapter.add_argument("--bound", metavar="X", help="most |ΔW|: a number, auto or alpha (auto)")
+    adapter.add_argument(
+        "--bound", metavar="X", help="most |ΔW|: a number, 2*rms, alpha, or auto: 4*rms (auto)"
+    )
     adapter.add_argument(
         "--target-modules", metavar="NAMES", help="mlp, suffixes with commas between, or a regex"
     )
@@ -217,11 +219,9 @@ def _rank(text: str) -> int | str:
 
 
 def _bound(text: str) -> float | str | None:
-    from fastbound.unlearning.errors import InputError
-
-    if text in ("auto", "alpha"):
-        return "auto" if text == "auto" else None
+    if text == "alpha":
+        return None
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"--bound must be a number, auto or alpha; got {text!r}") from None
+        return text

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastbound.bounds import rms_factor
 from fastbound.unlearning.encoding import TEMPLATE, check_template
 from fastbound.unlearning.errors import InputError
 
@@ -67,7 +68,7 @@ class UnlearnConfig:
     rank: int | Literal["auto"] = 8
     rank_budget: int | None = None
     alpha: float | None = None
-    bound: float | Literal["auto"] | None = "auto"
+    bound: float | str | None = "auto"
     target_modules: str | Sequence[str] = "mlp"
     lr: float = 1e-3
     warmup: float = 0.1
@@ -113,7 +114,12 @@ class UnlearnConfig:
         for name in ("alpha", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if self.bound is not None and self.bound != "auto":
+        if isinstance(self.bound, str):
+            try:
+                rms_factor(self.bound)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        elif self.bound is not None:
             _positive("bound", self.bound)
         for name in ("weight_decay", "forget_weight", "retain_weight"):
             value = getattr(self, name)

@@ -81,7 +81,10 @@ def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
         ("--rank 0", "rank must be a whole number >= 1, got 0"),
         ("--alpha -2", "alpha must be positive and finite, got -2.0"),
         ("--bound nan", "bound must be positive and finite, got nan"),
-        ("--bound wide", "--bound must be a number, auto or alpha; got 'wide'"),
+        (
+            "--bound wide",
+            'a positive number, None, "auto" or a multiple as "2*rms", got',
+        ),
         ("--adapter dora", "adapter must be one of bounded, lora; got 'dora'"),
         ("--device tpu", "device must be one of auto, cpu, cuda; got 'tpu'"),
         ("--target-modules up_porj,", "up_porj"),
