@@ -13,7 +13,7 @@ from fastbound import FusedBoundedLinear
 from fastbound.cli import main
 from fastbound.unlearning.data import Row, authors, load_rows
 from fastbound.unlearning.errors import InputError
-from fastbound.unlearning.lab import LabConfig
+from fastbound.unlearning.small_model import SmallModelConfig
 from fastbound.unlearning.stability import grid as grids
 from fastbound.unlearning.stability.adapters import KINDS, ComparedLinear, delta_of, parse_adapter
 from fastbound.unlearning.stability.cell import CellConfig, harmonic_mean
@@ -21,7 +21,7 @@ from fastbound.unlearning.stability.grid import CELLS, Grid, read_cells, run_gri
 from fastbound.unlearning.stability.plots import PICTURES, draw
 from fastbound.unlearning.stability.summary import lines_of, ranges_of
 
-TINY = LabConfig(
+TINY = SmallModelConfig(
     hidden_size=32, intermediate_size=48, layers=1, heads=2, vocabulary=400, lr=1e-2,
     batch_size=5, most_epochs=40,
 )  # fmt: skip

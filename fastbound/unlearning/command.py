@@ -127,14 +127,14 @@ def _demonstrate(
     from fastbound.unlearning.config import ADAPTERS
     from fastbound.unlearning.demo import Demonstration, demonstrate
     from fastbound.unlearning.errors import InputError
-    from fastbound.unlearning.lab import LabConfig
+    from fastbound.unlearning.small_model import SmallModelConfig
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("the demonstration runs in one process: give --model, or start only one")
     adapters = ADAPTERS if arguments.adapter is None else (config.adapter,)
-    demonstration = Demonstration(config, LabConfig(), adapters)
+    demonstration = Demonstration(config, SmallModelConfig(), adapters)
     if arguments.quick:
-        small = LabConfig(hidden_size=64, intermediate_size=176, vocabulary=1024)
+        small = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024)
         demonstration = Demonstration(config, small, adapters, cost_steps=5)
         retain = retain[: 2 * len(forget)]
     return demonstrate(forget, retain, demonstration, output, resume=arguments.resume)

@@ -18,10 +18,10 @@ from fastbound.unlearning.data import Row, check_disjoint
 from fastbound.unlearning.encoding import encode_all, padding
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.folder import RESULT, check_free, read_json, write_json
-from fastbound.unlearning.lab import LabConfig, learn
 from fastbound.unlearning.loop import unlearn
 from fastbound.unlearning.pretrained import load_pretrained, quiet
 from fastbound.unlearning.report import Run, write_report
+from fastbound.unlearning.small_model import SmallModelConfig, learn
 
 _MARKER = "demo.json"
 _MODEL = "model"
@@ -35,13 +35,13 @@ class Demonstration:
 
     Attributes:
         config: of every run but for adapter and rate.
-        lab: the small model.
+        small: the small model.
         adapters: which adapters, in the order of the table.
         cost_steps: steps timed for the comparison with PEFT's layer.
     """
 
     config: UnlearnConfig
-    lab: LabConfig = field(default_factory=LabConfig)
+    small: SmallModelConfig = field(default_factory=SmallModelConfig)
     adapters: Sequence[Literal["bounded", "lora"]] = ("bounded", "lora")
     cost_steps: int = 15
 
@@ -110,11 +110,11 @@ def demonstrate(
         steps=demonstration.cost_steps,
     )
     about = {
-        "model": {**asdict(demonstration.lab), **learned},
+        "model": {**asdict(demonstration.small), **learned},
         "rows": {"forget": len(forget), "retain": len(retain)},
     }
     table = write_report(output, runs, about=about, cost=cost)
-    if learned["training_loss"] > demonstration.lab.known_loss:
+    if learned["training_loss"] > demonstration.small.known_loss:
         table += (
             f"\n\nThe small model had not learned its rows when it stopped after "
             f"{learned['epochs']} epochs (loss {learned['training_loss']:.3f})."
@@ -127,7 +127,7 @@ def _begin(
 ) -> None:
     identity = {
         "config": demonstration.config.as_dict(),
-        "lab": asdict(demonstration.lab),
+        "small": asdict(demonstration.small),
         "adapters": list(demonstration.adapters),
         "rows": [[row.question, row.answer] for row in [*forget, *retain]],
     }
@@ -153,7 +153,7 @@ def _learn(
         config = demonstration.config
         learned = learn(
             rows,
-            demonstration.lab,
+            demonstration.small,
             max_length=config.max_length,
             template=config.template,
             seed=config.seed,

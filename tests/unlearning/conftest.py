@@ -12,10 +12,10 @@ import pytest
 from torch import nn
 
 from fastbound.unlearning import Row, authors, load_rows
-from fastbound.unlearning.lab import LabConfig, learn
 from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.small_model import SmallModelConfig, learn
 
-TINY = LabConfig(
+TINY = SmallModelConfig(
     hidden_size=32,
     intermediate_size=48,
     heads=2,

@@ -9,9 +9,9 @@ import pytest
 
 from fastbound.unlearning import InputError, UnlearnConfig
 from fastbound.unlearning.demo import Demonstration, demonstrate
-from fastbound.unlearning.lab import LabConfig, learn
+from fastbound.unlearning.small_model import SmallModelConfig, learn
 
-LAB = LabConfig(
+SMALL = SmallModelConfig(
     hidden_size=32,
     intermediate_size=48,
     heads=2,
@@ -25,15 +25,17 @@ NAMES = ["bounded-lr0.001", "lora-lr0.001", "bounded-lr0.01", "lora-lr0.01"]
 
 
 def test_learns_until_it_knows_the_rows(forget_rows):
-    learned = learn(forget_rows, LAB, progress=False)
-    assert learned.loss <= LAB.known_loss and learned.epochs < LAB.most_epochs
-    hopeless = learn(forget_rows, LabConfig(**{**vars(LAB), "most_epochs": 2}), progress=False)
-    assert hopeless.epochs == 2 and hopeless.loss > LAB.known_loss
+    learned = learn(forget_rows, SMALL, progress=False)
+    assert learned.loss <= SMALL.known_loss and learned.epochs < SMALL.most_epochs
+    hopeless = learn(
+        forget_rows, SmallModelConfig(**{**vars(SMALL), "most_epochs": 2}), progress=False
+    )
+    assert hopeless.epochs == 2 and hopeless.loss > SMALL.known_loss
 
 
 def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, capsys):
     output = tmp_path / "demo"
-    demonstration = Demonstration(CONFIG, LAB, cost_steps=1)
+    demonstration = Demonstration(CONFIG, SMALL, cost_steps=1)
 
     def start(which=demonstration, **kwargs):
         return demonstrate(forget_rows, retain_rows, which, output, progress=False, **kwargs)
@@ -53,7 +55,7 @@ def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, 
     with pytest.raises(InputError, match="holds another run: continue it with --resume"):
         start()
     with pytest.raises(InputError, match="a demonstration with other config"):
-        start(Demonstration(UnlearnConfig(**{**CONFIG.as_dict(), "seed": 1}), LAB), resume=True)
+        start(Demonstration(UnlearnConfig(**{**CONFIG.as_dict(), "seed": 1}), SMALL), resume=True)
     shutil.rmtree(output / NAMES[2])
     kept = (output / NAMES[0] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     start(resume=True)
@@ -64,12 +66,12 @@ def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, 
 
 
 def test_says_so_when_the_model_never_knew(forget_rows, retain_rows, tmp_path):
-    lab = LabConfig(**{**vars(LAB), "most_epochs": 1})
+    brief_model = SmallModelConfig(**{**vars(SMALL), "most_epochs": 1})
     brief = UnlearnConfig(**{**CONFIG.as_dict(), "epochs": 0.1})
     table = demonstrate(
         forget_rows,
         retain_rows,
-        Demonstration(brief, lab, ("bounded",), cost_steps=1),
+        Demonstration(brief, brief_model, ("bounded",), cost_steps=1),
         tmp_path / "demo",
         progress=False,
     )

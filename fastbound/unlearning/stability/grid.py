@@ -24,8 +24,8 @@ from fastbound.unlearning.data import Row, check_disjoint
 from fastbound.unlearning.encoding import encode_all, padding
 from fastbound.unlearning.errors import InputError
 from fastbound.unlearning.folder import check_free, read_json, write_json
-from fastbound.unlearning.lab import LabConfig, learn
 from fastbound.unlearning.pretrained import load_pretrained, quiet
+from fastbound.unlearning.small_model import SmallModelConfig, learn
 from fastbound.unlearning.stability.adapters import parse_adapter
 from fastbound.unlearning.stability.cell import (
     Cell,
@@ -51,7 +51,7 @@ ADAPTERS = (
     "product@4",
 )
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SMALL = LabConfig(hidden_size=64, intermediate_size=176, vocabulary=1024, lr=4e-3)
+SMALL = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024, lr=4e-3)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Grid:
     ranks: Sequence[int] = (8,)
     seeds: int = 5
     cell: CellConfig = field(default_factory=CellConfig)
-    model: LabConfig = SMALL
+    model: SmallModelConfig = SMALL
 
     def __post_init__(self) -> None:
         for name in self.adapters:
@@ -215,7 +215,7 @@ def _learn(output: str, seed: int) -> None:
     forget, retain = (_rows(held, side) for side in ("forget", "retain"))
     learned = learn(
         [*forget, *retain],
-        LabConfig(**held["model"]),
+        SmallModelConfig(**held["model"]),
         max_length=_MAX_LENGTH,
         seed=seed,
         progress=False,

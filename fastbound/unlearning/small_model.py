@@ -17,7 +17,7 @@ from fastbound.unlearning.losses import answer_tokens
 
 
 @dataclass(frozen=True)
-class LabConfig:
+class SmallModelConfig:
     """The small model and its training.
 
     Attributes:
@@ -76,7 +76,7 @@ def train_tokenizer(rows: Sequence[Row], vocabulary: int, template: str = TEMPLA
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def make_model(tokenizer: Any, config: LabConfig, max_length: int, seed: int) -> nn.Module:
+def make_model(tokenizer: Any, config: SmallModelConfig, max_length: int, seed: int) -> nn.Module:
     """An untrained Llama of the configured size, fp32 on the CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,7 +99,7 @@ def make_model(tokenizer: Any, config: LabConfig, max_length: int, seed: int) ->
 
 def learn(
     rows: Sequence[Row],
-    config: LabConfig | None = None,
+    config: SmallModelConfig | None = None,
     *,
     max_length: int = 256,
     template: str = TEMPLATE,
@@ -114,7 +114,7 @@ def learn(
     """
     from tqdm.auto import tqdm
 
-    config = config or LabConfig()
+    config = config or SmallModelConfig()
     start = time.perf_counter()
     tokenizer = train_tokenizer(rows, config.vocabulary, template)
     encoded = encode_all(rows, tokenizer, max_length=max_length, template=template)
