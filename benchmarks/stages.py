@@ -20,6 +20,7 @@ from benchmarks.cases import (
     SMOKE_BLOCKS,
     SMOKE_SHAPES,
     SMOKE_TOKENS,
+    Block,
     Case,
     Shape,
 )
@@ -27,15 +28,16 @@ from benchmarks.competitors import COMPETITORS, Competitor
 from benchmarks.measure import Measurement, measure
 from benchmarks.mlp_competitors import MLP_COMPETITORS
 from benchmarks.report import Row
+from fastbound.block_passes import BLOCK_PASSES, BlockOperands, kernels_of, operands_at
 from fastbound.candidates import candidates
 from fastbound.compilation import TARGETS
+from fastbound.mlp_ops import block_plan
 from fastbound.passes import (
     FLOORS,
     PASSES,
     Operands,
     default_candidate,
     factors,
-    make_operands,
 )
 from fastbound.plan import Tiles, plan_for
 from fastbound.tile_sweep import CompileTask, compile_check, sweep
@@ -92,6 +94,7 @@ def benchmark_steps(session: Session) -> list[Step]:
         *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in single),
         *((f"calls {case}", partial(_call_rows, session, case)) for case in calls),
         *((f"block {case}", partial(_compared, session, case, MLP_COMPETITORS)) for case in blocks),
+        *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in blocks),
         *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in rest),
     ]
 
@@ -152,21 +155,26 @@ def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[Row]:
 
 
 def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
-    """Each kernel of a layer alone, with the tiles that dispatch chooses, and the bare GEMMs."""
+    """Each kernel alone, with the tiles that dispatch chooses, and a layer's bare GEMMs.
+
+    Of a block its own two passes: all others are those of layers.
+    """
     device = session.options.device
-    o, chosen = _layer(device, case.shape, case.M, case.rank)
-    kernels = factors(o)
-    for name, build in PASSES.items():
-        kernels += build(o, default_candidate(name, chosen))
+    o, chosen = _operands(device, case.shape, case.M, case.rank)
+    layer = o if isinstance(o, Operands) else None
+    kernels = [] if layer is None else factors(layer)
+    for name in BLOCK_PASSES if layer is None else PASSES:
+        kernels += kernels_of(name, o, default_candidate(name, chosen))
     work = {kernel.name: (kernel.flops, kernel.nbytes) for kernel in kernels}
     steps: dict[str, Callable[[int], object]] = {
         kernel.name: _launcher(kernel.launch.run) for kernel in kernels
     }
-    for name, floor in FLOORS.items():
-        steps[f"{name}, bare"] = _launcher(partial(floor, o))
-        tall, wide = (o.x, o.y) if name == "gemm forward" else (o.dy, o.dx)
-        moved = sum(t.numel() * t.element_size() for t in (tall, wide, o.weight))
-        work[f"{name}, bare"] = (2 * tall.numel() * wide.shape[1], moved)
+    if layer is not None:
+        for name, floor in FLOORS.items():
+            steps[f"{name}, bare"] = _launcher(partial(floor, layer))
+            tall, wide = (layer.x, layer.y) if name == "gemm forward" else (layer.dy, layer.dx)
+            moved = sum(t.numel() * t.element_size() for t in (tall, wide, layer.weight))
+            work[f"{name}, bare"] = (2 * tall.numel() * wide.shape[1], moved)
     for step in steps.values():
         step(0)
     rounds = 3 if session.options.tiny else 20
@@ -206,14 +214,14 @@ def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list
     tokens = SMOKE_TOKENS[:1] if tiny else FIRST_TOKENS
     architecture = "sm_90" if tiny else session.facts.architecture
     tried = {
-        (name, M): candidates(name, _tiles(device, shape, M, RANK), tiny=tiny)
+        (name, M): candidates(name, _plan(device, shape, M, RANK)[0], tiny=tiny)
         for M in tokens
         for name in PASSES
     }
     faults = _faults(session, store, architecture, shape, tried, deadline)
 
     def step(name: str, M: int) -> Mapping[str, Sequence[Any]]:
-        o, _ = _layer(device, shape, M, RANK)
+        o, _ = _operands(device, shape, M, RANK)
         default, *others = tried[name, M]
         kept = [default, *(c for c in others if faults.get((name, str(c))) is None)]
         rows, dropped = sweep(name, o, shape, kept, device, 3 if tiny else 15)
@@ -252,17 +260,20 @@ def _faults(
     return faults
 
 
-def _layer(device: torch.device, shape: Any, M: int, rank: int) -> tuple[Operands, Tiles]:
+def _operands(
+    device: torch.device, shape: Shape | Block, M: int, rank: int
+) -> tuple[Operands | BlockOperands, Tiles]:
     """Operands and the tiles of dispatch."""
-    tiles = _tiles(device, shape, M, rank)
-    multiprocessors = plan_for(
-        device, M, shape.N, shape.K, rank, DTYPES[DTYPE], "fused"
-    ).multiprocessors
-    return make_operands(shape, M, rank, DTYPES[DTYPE], device, multiprocessors), tiles
+    tiles, multiprocessors = _plan(device, shape, M, rank)
+    return operands_at(shape, M, rank, DTYPES[DTYPE], device, multiprocessors), tiles
 
 
-def _tiles(device: torch.device, shape: Any, M: int, rank: int) -> Tiles:
-    tiles = plan_for(device, M, shape.N, shape.K, rank, DTYPES[DTYPE], "fused").tiles
-    if tiles is None:
+def _plan(device: torch.device, shape: Shape | Block, M: int, rank: int) -> tuple[Tiles, int]:
+    sizes = (device, M, shape.N, shape.K)
+    if isinstance(shape, Block):
+        found = block_plan(*sizes, (rank,), DTYPES[DTYPE], "fused", shape.form)
+    else:
+        found = plan_for(*sizes, rank, DTYPES[DTYPE], "fused")
+    if found.tiles is None:
         raise ValueError(f"dispatch gives no tiles for {shape} at {M} tokens on {device}")
-    return tiles
+    return found.tiles, found.multiprocessors

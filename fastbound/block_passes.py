@@ -113,15 +113,16 @@ def activate_backward(o: BlockOperands, candidate: Candidate) -> list[Kernel]:
     flops = 2 * o.DG.numel() * (2 * width + R)
     kernels = [Kernel("activate backward", launch, made, flops, (P, QG, QU, QD))]
     DS = torch.empty_like(o.S)
-    for column in range(0, width, R):
-        part = DS[:, column : column + R]
-        finish = launch_finish(P[:, :, column : column + R], part)
-        kernels.append(Kernel("finish DS", finish, (part,), 0))
-    dB = [(Q, o.B, o.scaling) for Q in ((QG, QU) if gated else (QG,))]
-    for Q, angle, scaling in (*dB, (QD, o.A_down.t(), 1.0)):
+    projections = {"gate": QG, "up": QU} if gated else {"up": QG}
+    for column, name in enumerate(projections):
+        part = slice(column * R, column * R + R)
+        finish = launch_finish(P[:, :, part], DS[:, part])
+        kernels.append(Kernel(f"finish dS of {name}", finish, (DS[:, part],), 0))
+    sums = {f"dB of {name}": (Q, o.B, o.scaling) for name, Q in projections.items()}
+    for name, (Q, angle, scaling) in {**sums, "dA of down": (QD, o.A_down.t(), 1.0)}.items():
         gradient = torch.empty_like(angle)
         finish = launch_finish(Q, gradient, angle, OMEGA, scaling)
-        kernels.append(Kernel("finish dB, dA", finish, (gradient,), 0))
+        kernels.append(Kernel(f"finish {name}", finish, (gradient,), 0))
     return kernels
 
 
