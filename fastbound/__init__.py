@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastbound.mlp import FusedBoundedMLP
     from fastbound.over_base import BoundedOverBase
     from fastbound.peft_method import BoundedConfig, BoundedLayer, BoundedModel
+    from fastbound.ranks import RankAllocation, allocate_ranks
     from fastbound.sharding import shard
     from fastbound.storage import load_adapter, save_adapter
 
@@ -39,6 +40,8 @@ __all__ = [
     "FusedBoundedLinear",
     "FusedBoundedMLP",
     "InjectionReport",
+    "RankAllocation",
+    "allocate_ranks",
     "bounded_linear",
     "disable_adapter",
     "explain",
@@ -61,6 +64,8 @@ _HOME = {
     "FusedBoundedLinear": "linear",
     "FusedBoundedMLP": "mlp",
     "InjectionReport": "injection",
+    "RankAllocation": "ranks",
+    "allocate_ranks": "ranks",
     "bounded_linear": "function",
     "disable_adapter": "injection",
     "explain": "explanation",

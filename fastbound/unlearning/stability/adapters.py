@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbound import FusedBoundedLinear
 from fastbound.conversion import swap
-from fastbound.linear import FusedBoundedLinear
 from fastbound.unlearning.errors import InputError
 
 KINDS = ("lora", "lora-clamp", "lora-clip", "sine", "tanh", "product")
