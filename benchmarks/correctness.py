@@ -338,8 +338,8 @@ def _gemm_cases(device: torch.device) -> Iterator[Check]:
         for transposed in (False, True):
             default = tiles.gemm_t if transposed else tiles.gemm
             for tile in dict.fromkeys((default, small)):
-                for descriptors in (True, False):
-                    form = replace(tile, descriptors=descriptors)
+                for descriptors, stores in ((True, 1), (True, 4), (False, 1)):
+                    form = replace(tile, descriptors=descriptors, stores=stores)
                     K = 1024 if tile is default else 1032  # whole steps of K, and a part of one
                     yield GemmCase(520, 776, K, 16, dtype, form, transposed)
             yield GemmCase(129, 257, 65, 16, dtype, small, transposed)

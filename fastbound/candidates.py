@@ -148,6 +148,9 @@ def _gemm_tiles() -> Iterator[GemmTile]:
     )
     for descriptors in (True, False):
         for block_m, block_n, block_k, warps, stages in sizes:
+            if descriptors and block_n >= 128:
+                stores = 4 if block_m * block_n > 128 * 128 else 2
+                yield GemmTile(block_m, block_n, block_k, warps, stages[-1], 8, True, stores)
             for count in stages:
                 yield GemmTile(block_m, block_n, block_k, warps, count, 8, descriptors)
         for group in (4, 16):

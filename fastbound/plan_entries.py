@@ -84,6 +84,8 @@ def read_entry(content: Any, architecture: str) -> Entry:
     for name, gemm in (("gemm", entry.gemm), ("gemm_t", entry.gemm_t)):
         if gemm.descriptors and not has_descriptors:
             raise ValueError(f"{name} tile {gemm}: {architecture} has no tensor descriptors")
+        if gemm.stores > 1 and not gemm.descriptors:
+            raise ValueError(f"{name} tile {gemm}: only the form with descriptors stores in parts")
         if not fits(gemm, architecture):
             raise ValueError(f"{name} tile {gemm} needs more shared memory than {architecture} has")
     return entry
@@ -131,8 +133,12 @@ def fits(gemm: GemmTile, architecture: str) -> bool:
     operands = (gemm.block_m + gemm.block_n) * gemm.block_k
     needed = 2 * max(1, gemm.stages - 1) * operands  # all stages but the one in registers
     if gemm.descriptors:  # all stages, and a buffer for the store
-        needed = 2 * (gemm.stages * operands + gemm.block_m * gemm.block_n)
+        stored = gemm.block_m * gemm.block_n // gemm.stores
+        needed = 2 * (gemm.stages * operands + stored)
     return needed <= SHARED_LIMIT.get(architecture, max(SHARED_LIMIT.values()))
+
+
+_ALLOWED = {"warps": (1, 2, 4, 8, 16), "stores": (1, 2, 4)}
 
 
 def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
@@ -148,7 +154,7 @@ def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
         elif key.startswith("block"):
             valid = 16 <= value <= 1024 and value & (value - 1) == 0
         else:
-            valid = value in ((1, 2, 4, 8, 16) if key == "warps" else range(1, 65))
+            valid = value in _ALLOWED.get(key, range(1, 65))
         if not valid:
             raise ValueError(f"{name} tile: {key} {value!r}")
     return kind(**content)

@@ -57,6 +57,20 @@ def _lowrank_start(
 
 
 @triton.jit
+def _store(
+    Y, acc, start_m, start_n, STORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Y's block in STORES parts of its columns, one after the other."""
+    if STORES == 1:
+        Y.store([start_m, start_n], acc.to(Y.dtype))
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store(Y, left, start_m, start_n, STORES // 2, BLOCK_M, HALF)
+        _store(Y, right, start_m, start_n + HALF, STORES // 2, BLOCK_M, HALF)
+
+
+@triton.jit
 def _pointer_kernel(
     X, W, S, F, BIAS, KEEP, Y, M, N, K,
     stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
@@ -99,7 +113,8 @@ def _pointer_kernel(
 def _descriptor_kernel(
     X, W, S, F, BIAS, KEEP, Y, M, N, K, programs,
     stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
-    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, W_TRANSPOSED: tl.constexpr, R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, W_TRANSPOSED: tl.constexpr,
+    STORES: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     num_m = tl.cdiv(M, BLOCK_M)
@@ -123,7 +138,7 @@ def _descriptor_kernel(
             else:
                 w = W.load([start_n, k]).T
             acc = tl.dot(x, w, acc, input_precision="ieee")
-        Y.store([start_m, start_n], acc.to(Y.dtype))
+        _store(Y, acc, start_m, start_n, STORES, BLOCK_M, BLOCK_N)
 
 
 def is_transposed(W: Tensor) -> bool:
@@ -172,10 +187,10 @@ def launch_lowrank_gemm(
                     TensorDescriptor.from_tensor(X, [tile.block_m, tile.block_k]),
                     TensorDescriptor.from_tensor(stored, block_w),
                     *start,
-                    TensorDescriptor.from_tensor(Y, [tile.block_m, tile.block_n]),
+                    TensorDescriptor.from_tensor(Y, [tile.block_m, tile.block_n // tile.stores]),
                     M, N, K, programs, *start_strides,
                 ),
-                dict(W_TRANSPOSED=transposed, **constants),
+                dict(W_TRANSPOSED=transposed, STORES=tile.stores, **constants),
                 tile.warps,
                 tile.stages,
             )

@@ -26,7 +26,8 @@ class GemmTile:
     """The output block, the step along the reduction, and how the GEMM is compiled.
 
     ``descriptors`` selects the persistent form on tensor descriptors (TMA), where the operands'
-    alignment allows it.
+    alignment allows it. ``stores`` (1, 2 or 4) is the number of parts, cut by columns, in which it
+    stores its output block: the buffer for a part is smaller, which leaves room for a stage.
     """
 
     block_m: int
@@ -36,8 +37,10 @@ class GemmTile:
     stages: int
     group_m: int = 8
     descriptors: bool = False
+    stores: int = 1
 
     def __str__(self) -> str:
         form = "descriptors" if self.descriptors else "pointers"
+        form += f", {self.stores} stores" if self.stores > 1 else ""
         shape = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{shape}, {self.warps} warps, {self.stages} stages, {form}"

@@ -167,6 +167,8 @@ GEMM_TILES = [
     GemmTile(128, 256, 64, 8, 3),
     GemmTile(32, 64, 32, 4, 2, descriptors=True),
     GemmTile(128, 256, 64, 8, 3, descriptors=True),
+    GemmTile(32, 64, 32, 4, 2, descriptors=True, stores=2),
+    GemmTile(64, 128, 32, 4, 2, descriptors=True, stores=4),
 ]
 
 

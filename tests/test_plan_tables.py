@@ -24,7 +24,7 @@ from fastbound.plan_tables import PlanTable, find_table, read_table, software, w
 
 HOPPER = Device("sm_90", 132)
 GEMM = GemmTile(128, 128, 64, 8, 4, descriptors=True)
-GEMM_T = GemmTile(256, 128, 64, 8, 3, descriptors=True)
+GEMM_T = GemmTile(256, 128, 64, 8, 4, descriptors=True, stores=4)
 ENTRY = Entry(
     N=14336,
     K=4096,
@@ -269,6 +269,7 @@ DAMAGE = {
     "odd block": (set_tile("thin", "block_m", 48), "thin tile: block_m 48"),
     "vast block": (set_tile("reduce", "block_n", 2048), "reduce tile: block_n 2048"),
     "no warps": (set_tile("gemm", "warps", 0), "gemm tile: warps 0"),
+    "stores": (set_tile("gemm", "stores", 3), "gemm tile: stores 3"),
     "yes": (set_tile("gemm", "warps", True), "gemm tile: warps True"),
     "text": (set_tile("thin", "stages", "3"), "thin tile: stages '3'"),
     "unknown key": (set_tile("thin", "speed", 3), "thin tile has"),
@@ -288,6 +289,10 @@ DAMAGE = {
     "no stages": (set_tile("activate", "stages", 0, "blocks"), "activate tile: stages 0"),
     "form": (set_entry("form", "gated swish", "blocks"), "form 'gated swish', not one of gated"),
     "block rank": (set_entry("R", 24, "blocks"), "R 24 of an entry"),
+    "parts": (
+        lambda c: c["entries"][0]["tiles"]["gemm"].update(descriptors=False, stores=2),
+        "only the form with descriptors stores in parts",
+    ),
     "descriptors": (lambda c: c.update(architecture="sm_80"), "sm_80 has no tensor descriptors"),
 }
 
