@@ -102,7 +102,7 @@ class BoundedConfig(PeftConfig):
         rank = lookup(self.rank_pattern, name, self.r)
         bound = lookup(self.bound_pattern, name, self.bound)
         if isinstance(bound, str):
-            bound = bound_of_weight(bound, _plain_weight(name, base))
+            bound = bound_of_weight(bound, _plain_weight(name, base, bound))
         alpha, bound = check_settings(rank, lookup(self.alpha_pattern, name, self.alpha), bound)
         return {"rank": rank, "alpha": alpha, "bound": bound}
 
@@ -114,11 +114,11 @@ def _check(rank: int, alpha: float | None, bound: float | str | None) -> None:
     check_settings(rank, alpha, bound)
 
 
-def _plain_weight(name: str, base: nn.Module) -> Any:
+def _plain_weight(name: str, base: nn.Module, bound: str) -> Any:
     weight: Any = base.weight
     if not weight.is_floating_point():
         raise ValueError(
-            f"a bound by RMS(W) cannot read the quantised weight of {name}: give a number, or load "
+            f'bound="{bound}" cannot read the quantised weight of {name}: give a number, or load '
             "an adapter whose bounds were worked out on the unquantised model"
         )
     return weight

@@ -279,7 +279,7 @@ def test_nothing_is_written_when_no_layer_matches(
         ({"alpha": -1.0}, "alpha must be positive and finite, got -1.0"),
         ({"bound": math.nan}, "bound must be positive and finite, got nan"),
         ({"bound": math.inf}, "bound must be positive and finite, got inf"),
-        ({"bound": "tight"}, "bound must be positive and finite, got 'tight'"),
+        ({"bound": "tight"}, "or a multiple as .*, got 'tight'"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 1.5}, "warmup is a share"),
         ({"adapter": "dora"}, "adapter must be one of bounded, lora; got 'dora'"),
