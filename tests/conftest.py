@@ -17,7 +17,10 @@ if not torch.cuda.is_available():
 # Read when transformers and datasets are imported: no test may depend on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if hasattr(os, "sched_getaffinity"):
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads of several wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
+elif hasattr(os, "sched_getaffinity"):
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -85,8 +85,8 @@ def test_tofu_from_the_command_line(finished):
 def test_an_adapter_against_the_log_of_another_model(
     finished, evaluate_arguments, stirred, tmp_path, capsys, monkeypatch
 ):
+    retain = finished("tofu")[0] / LOGS["tofu"]  # before what follows changes how it is made
     monkeypatch.setattr(score_tofu, "GENERATED", 60)  # it has forgotten where answers end
-    retain = finished("tofu")[0] / LOGS["tofu"]
     flags = ("--adapter", str(stirred), "--retain-log", str(retain), "--convention", "tofu")
     assert main(evaluate_arguments("tofu", tmp_path / "run", *flags)) == 0
     said = capsys.readouterr()
