@@ -91,7 +91,7 @@ def inject(
     Args:
         model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
         rank: of each new layer; or the rank of each by name; or `"auto"`, which spreads `budget`
-            by the gradients of two losses (`fastbound.allocate_ranks`). docs/stability.md
+            by the gradients of two losses (`fastbound.allocate_ranks`). docs/ranks.md
             says where that helps.
         alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
             Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
