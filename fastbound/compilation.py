@@ -179,18 +179,15 @@ def block_launches(
     gated: bool = True,
 ) -> dict[str, Launch]:
     """What a whole MLP block launches beyond its layers' kernels, all projections adapted."""
-    from fastbound.kernels.gated import (
-        column_blocks,
-        launch_activation,
-        launch_activation_backward,
-        spanned_chunks,
-    )
+    from fastbound.block_passes import activate, activate_backward, make_block_operands
     from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
     from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
     from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
+    from fastbound.passes import default_candidate
+    from fastbound.shapes import Block
 
+    block = Block("any", K, N, activation, gated, bias=False)
     R = padded_rank(rank)
-    width = 2 * R if gated else R
     device = Device(target_name, TARGETS[target_name].multiprocessors)
     chosen = plan(device, M, N, K, 2 * R, dtype, "fused")
     tiles, size = chosen.tiles, chosen.multiprocessors
@@ -200,35 +197,25 @@ def block_launches(
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    fp32 = torch.float32
-    x, DH, G, U, H, DG, DU = (meta(M, K), *(meta(M, N) for _ in range(6)))
-    S, DS, S_down = meta(M, width), meta(M, width), meta(M, R)
-    SA, SB, SA_down = meta(width, K), meta(N, R), meta(R, N)
-    chunks, chunk = spanned_chunks(M, N, tiles.gated, size)
-    P = meta(column_blocks(N, tiles.gated), M, width, dtype=fp32)
-    Q = meta(chunks, N, R, dtype=fp32)
+    o = make_block_operands(block, M, rank, dtype, torch.device("meta"), size)
+    forward = activate(o, default_candidate("activate", tiles))
+    backward = activate_backward(o, default_candidate("activate backward", tiles))
+    width = o.S.shape[1]
+    x, weight, SA = meta(M, K), meta(N, K), meta(width, K)
     chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
     chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
-    QX = meta(chunks_x, K, width, dtype=fp32)
-    A = meta(rank, K, dtype=fp32).t()
-    u, du, sb_u = (U, DU, SB) if gated else (None, None, None)
-    weight = meta(N, K)
+    QX, A = meta(chunks_x, K, width, dtype=torch.float32), meta(rank, K, dtype=torch.float32).t()
     return {
-        "block thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin),
+        "block thin": launch_thin(x, SA.t(), thin_parts(o.S, chunks_S), chunk_S, tiles.thin),
         "block gemm dx": launch_lowrank_gemm(
-            DG, weight.t(), DS, SA.t(), None, x, tiles.gemm_t, size
+            o.DG, weight.t(), o.S, SA.t(), None, x, tiles.gemm_t, size
         ),
-        "activate": launch_activation(
-            G, u, SA_down.t(), H, S_down, activation, R, tiles.activate
-        ),
-        "activate backward": launch_activation_backward(
-            DH, G, u, S, S_down, SB, sb_u, DG, du, P, Q, Q, Q,
-            activation, R, chunk, chunks, tiles.gated,
-        ),
-        "block reduce x": launch_reduce(x, None, DS, None, QX, chunk_x, tiles.reduce),
-        "block finish dS": launch_finish(P[:, :, :R], DS[:, :R]),
+        "activate": forward[0].launch,
+        "activate backward": backward[0].launch,
+        "block reduce x": launch_reduce(x, None, o.S, None, QX, chunk_x, tiles.reduce),
+        "block finish dS": backward[1].launch,
         "block finish dA": launch_finish(QX[:, :, :R], A, A, 1.0, 1.0),
-    }  # fmt: skip
+    }
 
 
 _TRITON_NAMES = {
