@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbound.plan import MAX_BLOCK_RANK
+
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 EVEN = 8  # the rank that the default budget buys everywhere
-MOST = 32  # the largest rank that the kernels of an MLP block take
 _OVERSAMPLING = 8
 
 
@@ -91,7 +92,7 @@ def allocate_ranks(
     retain: Loss,
     *,
     budget: int | None = None,
-    most: int = MOST,
+    most: int = MAX_BLOCK_RANK,
     seed: int = 0,
 ) -> RankAllocation:
     """Spend `budget` parameters on ranks, a rank of a layer [N, K] costing N + K.
@@ -109,7 +110,7 @@ def allocate_ranks(
         forget, retain: called once with `model`; give a loss, or several one after the other (as
             a generator does), whose gradients are added.
         budget: None: what rank `EVEN` everywhere takes.
-        most: the largest rank of a layer.
+        most: the largest rank of a layer; by default the largest that a block's kernels take.
 
     Raises:
         ValueError: the budget does not buy rank 1 for every layer, a gradient is not finite, or a
@@ -184,8 +185,6 @@ def _gradients(
     def draw(rows: int, columns: int, like: Tensor) -> Tensor:
         """The same for layers of the same size: they need not be independent of one another."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        if not like.is_floating_point():
-            dtype = torch.float32
         key = (rows, columns, like.device, dtype)
         if key not in drawn:
             generator = torch.Generator().manual_seed(seed)
