@@ -16,7 +16,7 @@ from fastbound.baselines import inject_peft
 from fastbound.ranks import EVEN
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.encoding import Batch, Encoded, collate
-from fastbound.unlearning.forward import autocast, forward
+from fastbound.unlearning.forward import autocast, autocast_dtype, forward
 from fastbound.unlearning.losses import gradient_difference
 from fastbound.unlearning.pretrained import quiet
 
@@ -106,7 +106,7 @@ class _Stepper:
         self.batch = batch
         self.forget_rows = forget_rows
         self.device = batch.input_ids.device
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.dtype = autocast_dtype(config.dtype)
         trained = [p for p in model.parameters() if p.requires_grad]
         # No step changes anything: times do not depend on how far either form has moved.
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)

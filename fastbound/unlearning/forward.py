@@ -14,6 +14,11 @@ def forward(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
     return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """What `autocast` takes for a setting's `dtype`: None for float32."""
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
 def autocast(
     device: torch.device | str, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[Any]:

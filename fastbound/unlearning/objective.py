@@ -41,7 +41,18 @@ class _Scored:
         self.forget = slice(0, rows[0])
         self.retain = slice(rows[0], rows[0] + rows[1])
         self.refused = slice(rows[0] + rows[1], None)
-        self.nll, self.lengths = losses.row_likelihoods(now.tokens, len(batch.labels))
+
+    @property
+    def nll(self) -> Tensor:
+        return self._likelihoods[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._likelihoods[1]
+
+    @cached_property
+    def _likelihoods(self) -> tuple[Tensor, Tensor]:
+        return losses.row_likelihoods(self.now.tokens, len(self.batch.labels))
 
     @cached_property
     def nll_before(self) -> Tensor:

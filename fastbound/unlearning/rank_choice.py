@@ -13,7 +13,7 @@ from fastbound.unlearning.adapters import target_layers
 from fastbound.unlearning.config import RANK_ROWS, UnlearnConfig
 from fastbound.unlearning.encoding import Encoded, answer_length, collate
 from fastbound.unlearning.errors import InputError
-from fastbound.unlearning.forward import autocast, forward
+from fastbound.unlearning.forward import autocast, autocast_dtype, forward
 from fastbound.unlearning.losses import answer_tokens
 from fastbound.unlearning.sampling import evenly
 from fastbound.unlearning.sides import Sides
@@ -31,7 +31,16 @@ def choose_ranks(
 
     model.to(accelerator.device)
     samples = (evenly(rows, RANK_ROWS) for rows in (sides.forget, sides.retain))
-    forget, retain = (_mean_loss(rows, sides.pad, config, accelerator.device) for rows in samples)
+    forget, retain = (
+        mean_loss(
+            rows,
+            sides.pad,
+            batch_size=config.batch_size,
+            device=accelerator.device,
+            dtype=autocast_dtype(config.dtype),
+        )
+        for rows in samples
+    )
     try:
         layers = target_layers(model, config)
         chosen = allocate_ranks(
@@ -44,16 +53,20 @@ def choose_ranks(
     return chosen
 
 
-def _mean_loss(
-    rows: Sequence[Encoded], pad: int, config: UnlearnConfig, device: torch.device
+def mean_loss(
+    rows: Sequence[Encoded],
+    pad: int,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Callable[[nn.Module], Iterator[Tensor]]:
     """Parts that add up to the mean cross-entropy over all answer tokens, a batch at a time."""
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     tokens = sum(map(answer_length, rows))
 
     def parts(model: nn.Module) -> Iterator[Tensor]:
-        for start in range(0, len(rows), config.batch_size):
-            batch = collate(rows[start : start + config.batch_size], pad).to(device)
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size], pad).to(device)
             with autocast(device, dtype):
                 logits = forward(model, batch.input_ids, batch.attention_mask)
             yield answer_tokens(logits, batch.labels).loss.sum() / tokens

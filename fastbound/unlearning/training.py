@@ -17,7 +17,7 @@ from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.cross_entropy import choose_cross_entropy
 from fastbound.unlearning.encoding import Batch, collate
 from fastbound.unlearning.errors import InputError
-from fastbound.unlearning.forward import autocast
+from fastbound.unlearning.forward import autocast, autocast_dtype
 from fastbound.unlearning.objective import Answers, Objective
 from fastbound.unlearning.processes import gradients_travel, shares, spread
 from fastbound.unlearning.sampling import Pairing
@@ -59,7 +59,7 @@ class Training:
         self.sharded = sharded
         self.config = config
         self.device: torch.device = accelerator.device
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.dtype = autocast_dtype(config.dtype)
         self.lengths = sides.answer_lengths()
         self.inner = adapter.model
         self.model = spread(self.inner, accelerator, sharded)

@@ -15,6 +15,7 @@ from fastbound.ranks import allocate_ranks
 from fastbound.unlearning.encoding import IGNORED, Encoded, collate
 from fastbound.unlearning.forward import forward
 from fastbound.unlearning.losses import answer_tokens, gradient_difference
+from fastbound.unlearning.rank_choice import mean_loss
 from fastbound.unlearning.stability.adapters import (
     CLAMP,
     CLIP,
@@ -150,17 +151,14 @@ def even_ranks(model: nn.Module, rank: int) -> dict[str, int]:
 def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, int]:
     """As many parameters as `even_ranks` takes, spread by the gradients of all rows."""
     shapes = {name: layer.weight.shape for name, layer in targets(model).items()}
-
-    def loss(rows: Sequence[Encoded]) -> Tensor:
-        batch = collate(rows, pad)
-        logits = forward(model, batch.input_ids, batch.attention_mask)
-        return answer_tokens(logits, batch.labels).loss.mean()
-
+    forget, retain = (
+        mean_loss(each, pad, batch_size=len(each)) for each in (rows.forget, rows.retain)
+    )
     return allocate_ranks(
         model,
         {name: (N, K) for name, (N, K) in shapes.items()},
-        lambda _: loss(rows.forget),
-        lambda _: loss(rows.retain),
+        forget,
+        retain,
         budget=cell.rank * sum(N + K for N, K in shapes.values()),
         seed=cell.seed,
     ).ranks
