@@ -91,6 +91,7 @@ class TestSameAsWhole:
         loss, gradient = loss_and_gradient(chunked(model, batch), model, batch, weights)
         expected, expected_gradient = loss_and_gradient(WHOLE, model, batch, weights)
         assert gradient.norm() > 0
+        # fp64: the same sums, chunk by chunk
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         assert (gradient - expected_gradient).norm() <= 1e-12 * expected_gradient.norm()
 
