@@ -1,13 +1,13 @@
-"""What pyproject.toml cannot say: a build must stop when `kernels/` has become a package.
+"""What pyproject.toml cannot say: the packages, and that `kernels/` must not be one itself.
 
-Everything else is in pyproject.toml. With an `__init__.py` the folder would be an importable
+The folder kernels/ is installed as fastbound.kernels, which no list of found packages holds. With an `__init__.py` the folder would be an importable
 top-level `kernels` in every checkout, and transformers, which looks for Hugging Face's package of
 that name, fails to load its models.
 """
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 if (Path(__file__).parent / "kernels" / "__init__.py").exists():
     raise SystemExit(
@@ -15,4 +15,4 @@ if (Path(__file__).parent / "kernels" / "__init__.py").exists():
         "the folder is importable as fastbound.kernels without it"
     )
 
-setup()
+setup(packages=[*find_packages(include=["fastbound", "fastbound.*"]), "fastbound.kernels"])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import Case, cases
-from benchmarks.competitors import COMPETITORS
-from benchmarks.interleaved import recorded_time
-from benchmarks.measure import Measurement
-from benchmarks.report import Row
-from benchmarks.suite import Suite, replay
+from benchmarks.report.rows import Row
+from benchmarks.rivals.cases import Case, cases
+from benchmarks.rivals.interleaved import recorded_time
+from benchmarks.rivals.layer import COMPETITORS
+from benchmarks.rivals.measuring import Measurement
+from benchmarks.rivals.suite import Suite, replay
 
 SUITE = Suite(cases, COMPETITORS, cpu_rounds=11)
 

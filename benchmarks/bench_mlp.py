@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import Case, mlp_cases
-from benchmarks.interleaved import recorded_time
-from benchmarks.measure import Measurement
-from benchmarks.mlp_competitors import MLP_COMPETITORS
-from benchmarks.report import Row
-from benchmarks.suite import Suite, replay
+from benchmarks.report.rows import Row
+from benchmarks.rivals.block import MLP_COMPETITORS
+from benchmarks.rivals.cases import Case, mlp_cases
+from benchmarks.rivals.interleaved import recorded_time
+from benchmarks.rivals.measuring import Measurement
+from benchmarks.rivals.suite import Suite, replay
 
 SUITE = Suite(mlp_cases, MLP_COMPETITORS, cpu_rounds=5)
 

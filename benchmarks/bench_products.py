@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import DTYPES
-from benchmarks.interleaved import play, playback, recorded_time
-from benchmarks.products import PRODUCTS, make_operands
-from fastbound.timing import interleaved, stopwatch_for
+from benchmarks.rivals.cases import DTYPES
+from benchmarks.rivals.interleaved import play, playback, recorded_time
+from benchmarks.rivals.products import PRODUCTS, make_operands
+from fastbound.performance.timing import interleaved, stopwatch_for
 
 SIZES = {True: (32, 64, 192, 16), False: (2048, 1024, 4096, 16)}  # by --smoke: M, K, N, R
 

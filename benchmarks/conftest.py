@@ -13,10 +13,10 @@ import triton
 from torch.utils import collect_env
 
 import fastbound
-from benchmarks.cases import DTYPES, Case
-from benchmarks.measure import DIRECTIONS, Measurement, measure
-from benchmarks.report import Row, ratio_table
-from benchmarks.suite import Suite
+from benchmarks.report.rows import Row, ratio_table
+from benchmarks.rivals.cases import DTYPES, Case
+from benchmarks.rivals.measuring import DIRECTIONS, Measurement, measure
+from benchmarks.rivals.suite import Suite
 
 ROWS = pytest.StashKey[list[Row]]()
 CASES = pytest.StashKey[dict[str, tuple[Suite, Case]]]()

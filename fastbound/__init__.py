@@ -13,21 +13,21 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbound.peft_hook import register_with_peft
+from fastbound.peft.hook import register_with_peft
 
 if TYPE_CHECKING:
-    from fastbound.adapter import BoundedAdapter
-    from fastbound.explanation import explain
-    from fastbound.function import bounded_linear
-    from fastbound.injection import InjectionReport, disable_adapter, inject, merge
-    from fastbound.linear import FusedBoundedLinear
-    from fastbound.lora_export import export_lora
-    from fastbound.mlp import FusedBoundedMLP
-    from fastbound.over_base import BoundedOverBase
-    from fastbound.peft_method import BoundedConfig, BoundedLayer, BoundedModel
-    from fastbound.ranks import RankAllocation, allocate_ranks
-    from fastbound.sharding import shard
-    from fastbound.storage import load_adapter, save_adapter
+    from fastbound.layers.adapter import BoundedAdapter
+    from fastbound.layers.linear import FusedBoundedLinear
+    from fastbound.layers.mlp import FusedBoundedMLP
+    from fastbound.layers.over_base import BoundedOverBase
+    from fastbound.models.explanation import explain
+    from fastbound.models.injection import InjectionReport, disable_adapter, inject, merge
+    from fastbound.models.lora_export import export_lora
+    from fastbound.models.ranks import RankAllocation, allocate_ranks
+    from fastbound.models.sharding import shard
+    from fastbound.models.storage import load_adapter, save_adapter
+    from fastbound.operator.function import bounded_linear
+    from fastbound.peft.method import BoundedConfig, BoundedLayer, BoundedModel
 
 __version__ = "0.1.0"
 
@@ -56,25 +56,25 @@ __all__ = [
 # No module here has the name of a public function: importing a submodule binds its name on the
 # package, and `fastbound.inject` would turn from the function into the module.
 _HOME = {
-    "BoundedAdapter": "adapter",
-    "BoundedConfig": "peft_method",
-    "BoundedLayer": "peft_method",
-    "BoundedModel": "peft_method",
-    "BoundedOverBase": "over_base",
-    "FusedBoundedLinear": "linear",
-    "FusedBoundedMLP": "mlp",
-    "InjectionReport": "injection",
-    "RankAllocation": "ranks",
-    "allocate_ranks": "ranks",
-    "bounded_linear": "function",
-    "disable_adapter": "injection",
-    "explain": "explanation",
-    "export_lora": "lora_export",
-    "inject": "injection",
-    "load_adapter": "storage",
-    "merge": "injection",
-    "save_adapter": "storage",
-    "shard": "sharding",
+    "BoundedAdapter": "layers.adapter",
+    "BoundedConfig": "peft.method",
+    "BoundedLayer": "peft.method",
+    "BoundedModel": "peft.method",
+    "BoundedOverBase": "layers.over_base",
+    "FusedBoundedLinear": "layers.linear",
+    "FusedBoundedMLP": "layers.mlp",
+    "InjectionReport": "models.injection",
+    "RankAllocation": "models.ranks",
+    "allocate_ranks": "models.ranks",
+    "bounded_linear": "operator.function",
+    "disable_adapter": "models.injection",
+    "explain": "models.explanation",
+    "export_lora": "models.lora_export",
+    "inject": "models.injection",
+    "load_adapter": "models.storage",
+    "merge": "models.injection",
+    "save_adapter": "models.storage",
+    "shard": "models.sharding",
 }
 
 

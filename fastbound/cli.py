@@ -13,16 +13,16 @@ import fastbound
 # Such a module imports nothing heavy at its top: all of them are read to show the help.
 COMMANDS = {
     "unlearn": "fastbound.unlearning.command",
-    "tune": "fastbound.tune_command",
-    "profile": "fastbound.profile_command",
-    "evaluate": "fastbound.unlearning.evaluate_command",
-    "lab": "fastbound.unlearning.stability.command",
+    "tune": "fastbound.performance.tuning.command",
+    "profile": "fastbound.performance.profiling.command",
+    "evaluate": "fastbound.unlearning.evaluation.command",
+    "lab": "fastbound.unlearning.lab.command",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 stopped on the way, 2 cannot be done as asked."""
-    from fastbound.unlearning.errors import InputError, NonFiniteError
+    from fastbound.errors import InputError, NonFiniteError
 
     arguments = _parser().parse_args(argv)
     try:

@@ -99,8 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError, NonFiniteError: see `unlearn` and `demonstrate`.
     """
-    from fastbound.unlearning.data import authors, load_rows
-    from fastbound.unlearning.errors import InputError
+    from fastbound.errors import InputError
+    from fastbound.unlearning.data.rows import authors, load_rows
 
     if arguments.model is not None and arguments.quick:
         raise InputError("--quick shortens the demonstration, which takes no --model")
@@ -124,10 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _demonstrate(
     arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any, output: Path
 ) -> str:
+    from fastbound.errors import InputError
     from fastbound.unlearning.config import ADAPTERS
-    from fastbound.unlearning.demo import Demonstration, demonstrate
-    from fastbound.unlearning.errors import InputError
-    from fastbound.unlearning.small_model import SmallModelConfig
+    from fastbound.unlearning.demo.demo import Demonstration, demonstrate
+    from fastbound.unlearning.demo.small_model import SmallModelConfig
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("the demonstration runs in one process: give --model, or start only one")
@@ -145,11 +145,11 @@ def _unlearn(
 ) -> str | None:
     import torch
 
-    from fastbound.unlearning.folder import RUN, check_free
-    from fastbound.unlearning.loop import unlearn
+    from fastbound.unlearning.demo.report import Run, write_report
     from fastbound.unlearning.pretrained import load_pretrained
-    from fastbound.unlearning.processes import end_processes
-    from fastbound.unlearning.report import Run, write_report
+    from fastbound.unlearning.runs.folder import RUN, check_free
+    from fastbound.unlearning.training.loop import unlearn
+    from fastbound.unlearning.training.processes import end_processes
 
     check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -202,7 +202,7 @@ _QUICK_STEPS = 50
 
 
 def _loss(text: str) -> tuple[str, float]:
-    from fastbound.unlearning.errors import InputError
+    from fastbound.errors import InputError
 
     name, _, weight = text.partition("=")
     try:

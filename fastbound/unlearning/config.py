@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastbound.bounds import rms_factor
-from fastbound.unlearning.encoding import TEMPLATE, check_template
-from fastbound.unlearning.errors import InputError
+from fastbound.errors import InputError
+from fastbound.layers.bounds import rms_factor
+from fastbound.unlearning.data.encoding import TEMPLATE, check_template
 
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -41,7 +41,7 @@ class UnlearnConfig:
         forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
         losses: name -> weight, to minimise another sum than gradient difference; the names are
             gradient_ascent, retain, npo, simnpo, ihl, kl, idk and dpo, see
-            `fastbound.unlearning.losses`. None is
+            `fastbound.unlearning.losses.functions`. None is
             `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
         max_length: the most tokens of a row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.
@@ -51,7 +51,7 @@ class UnlearnConfig:
         cross_entropy: "whole" forms the logits of a batch whole, "chunked" those of 256 answer
             tokens at a time, "liger" does so by liger-kernel, on a GPU; "auto" takes "liger", else
             "chunked", where whole logits would be larger than 256 MiB and model and losses allow
-            it. See `fastbound.unlearning.cross_entropy`; the result holds choice and reason.
+            it. See `fastbound.unlearning.losses.cross_entropy`; the result holds choice and reason.
         shard: spread the frozen weights over the processes (`fastbound.shard`) where each would
             otherwise hold a copy; needs several processes and the bounded adapter.
         gradient_checkpointing: recompute activations in backward (non-reentrant).
@@ -126,7 +126,7 @@ class UnlearnConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be >= 0 and finite, got {value}")
         if self.losses is not None:
-            from fastbound.unlearning.objective import check_losses
+            from fastbound.unlearning.losses.objective import check_losses
 
             object.__setattr__(self, "losses", check_losses(self.losses))
             if (self.forget_weight, self.retain_weight) != (1.0, 1.0):
@@ -134,7 +134,7 @@ class UnlearnConfig:
                     "give weights in losses, or as forget_weight and retain_weight, not both"
                 )
         if self.cross_entropy in ("chunked", "liger"):
-            from fastbound.unlearning.objective import Objective
+            from fastbound.unlearning.losses.objective import Objective
 
             taking = Objective(self.weighted_losses).whole_logits
             if taking:

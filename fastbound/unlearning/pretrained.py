@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbound.unlearning.errors import InputError
+from fastbound.errors import InputError
 
 
 def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:

@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from fastbound.unlearning import Row, authors, load_rows
+from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
 from fastbound.unlearning.pretrained import load_pretrained
-from fastbound.unlearning.small_model import SmallModelConfig, learn
 
 TINY = SmallModelConfig(
     hidden_size=32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastbound.unlearning.errors import InputError
+from fastbound.errors import InputError
 
 OPEN_UNLEARNING = "open-unlearning"
 TOFU = "tofu"

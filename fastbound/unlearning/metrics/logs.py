@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbound.unlearning.errors import InputError
+from fastbound.errors import InputError
 
 FORGET = "eval_log_forget.json"
 RETAIN = "eval_log.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbound.unlearning.errors import InputError
+from fastbound.errors import InputError
 
 # Jang et al. 2023, GPT-Neo 125M: forgotten when both averages fall below these.
 EL10_THRESHOLD = 0.0499

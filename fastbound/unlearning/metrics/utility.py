@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbound.unlearning.errors import InputError
+from fastbound.errors import InputError
 from fastbound.unlearning.metrics.conventions import (
     EPSILON,
     OPEN_UNLEARNING,

@@ -1,0 +1,59 @@
+"""What the device reaches, measured: the ceilings that every other figure is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from benchmarks.report.facts import readings
+from fastbound.performance.timing import at_most, interleaved, stopwatch_for
+
+COPY_BYTES = 4 * 2**30  # of each of the two buffers
+MATMUL_SIZE = 8192
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``bandwidth``: bytes read and written per second by a copy; ``flops`` of a square matmul."""
+
+    bandwidth: float
+    flops: float
+    copy_bytes: int
+    matmul_size: int
+    under_load: dict[str, str]
+
+    def seconds(self, flops: float, nbytes: float) -> float:
+        """The least time for this much work."""
+        return max(flops / self.flops, nbytes / self.bandwidth)
+
+
+def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Measured:
+    """Medians of interleaved rounds on random bf16 data; zeros run faster than real data."""
+    copy_bytes = 2**20 if tiny else at_most(COPY_BYTES, device)
+    size = 64 if tiny else MATMUL_SIZE
+    source = torch.randn(copy_bytes // 2, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    steps = {
+        "copy": lambda turn: target.copy_(source),
+        "matmul": lambda turn: torch.mm(a, b, out=c),
+    }
+    for step in steps.values():
+        for turn in range(3):
+            step(turn)
+    rounds = 3 if tiny else ROUNDS
+    samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch_for(device))
+    for _ in range(1 if tiny else ROUNDS):  # busy while the clocks are read
+        torch.mm(a, b, out=c)
+    under_load = readings(device)
+    return Measured(
+        bandwidth=2 * copy_bytes / median(samples["copy"]),
+        flops=2 * size**3 / median(samples["matmul"]),
+        copy_bytes=copy_bytes,
+        matmul_size=size,
+        under_load=under_load,
+    )

@@ -1,0 +1,279 @@
+"""The steps of gpu_check that take time rather than judge: what is measured, in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.report.rows import Row
+from benchmarks.rivals.block import MLP_COMPETITORS
+from benchmarks.rivals.calls import measure_calls
+from benchmarks.rivals.cases import (
+    DTYPES,
+    GPU_TOKENS,
+    MODEL_BLOCKS,
+    MODEL_SHAPES,
+    SMOKE_BLOCKS,
+    SMOKE_SHAPES,
+    SMOKE_TOKENS,
+    Block,
+    Case,
+    Shape,
+)
+from benchmarks.rivals.layer import COMPETITORS, Competitor
+from benchmarks.rivals.measuring import Measurement, measure
+from fastbound.dispatch.plan import Tiles, plan_for
+from fastbound.operator.block_ops import block_plan
+from fastbound.performance.block_passes import BLOCK_PASSES, BlockOperands, kernels_of, operands_at
+from fastbound.performance.compilation import TARGETS
+from fastbound.performance.passes import (
+    FLOORS,
+    PASSES,
+    Operands,
+    default_candidate,
+    factors,
+)
+from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.tuning.candidates import candidates
+from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_check.session import Session, Step
+
+LEFT_OUT = "compiled"  # minutes of compiling, case by case
+FIRST_TOKENS = (8192, 1024, 32768)
+RANK, DTYPE = 16, "bfloat16"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel with a cold cache; seconds, operations, bytes moved at least.
+
+    ``ceiling``: the least time at the measured ceilings, None where they were not measured.
+    """
+
+    kernel: str
+    shape: str
+    M: int
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+    flops: int
+    nbytes: int
+    ceiling: float | None
+
+
+def benchmark_steps(session: Session) -> list[Step]:
+    """Llama-3-8B at three lengths, its kernels, the cost of a call, its MLP, then all else."""
+    tiny = session.options.tiny
+    if tiny:
+        first = [Case(SMOKE_SHAPES[0], SMOKE_TOKENS[0], DTYPE, rank=4)]
+        rest: list[Case] = []
+        single = first
+        blocks = [Case(SMOKE_BLOCKS[0], SMOKE_TOKENS[0], DTYPE, rank=4)]
+    else:
+        llama = [shape for shape in MODEL_SHAPES if shape.model == "llama-3-8b"]
+        first = [Case(shape, M, DTYPE, RANK) for M in FIRST_TOKENS for shape in llama]
+        every = [Case(shape, M, DTYPE, RANK) for M in GPU_TOKENS for shape in MODEL_SHAPES]
+        rest = [case for case in every if case not in first]
+        single = [Case(llama[0], M, DTYPE, RANK) for M in FIRST_TOKENS]
+        block = next(block for block in MODEL_BLOCKS if block.model == "llama-3-8b")
+        blocks = [Case(block, M, DTYPE, RANK) for M in FIRST_TOKENS]
+    small = Case(MODEL_SHAPES[0], 16, DTYPE, RANK) if not tiny else first[0]
+    calls = [small] if tiny else [small, replace(single[0], M=1024)]
+
+    return [
+        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in first),
+        *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in single),
+        *((f"calls {case}", partial(_call_rows, session, case)) for case in calls),
+        *((f"block {case}", partial(_compared, session, case, MLP_COMPETITORS)) for case in blocks),
+        *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in blocks),
+        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in rest),
+    ]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not measured, and why."""
+
+    case: str
+    competitor: str
+    reason: str
+
+
+def _compared(
+    session: Session, case: Case, competitors: Sequence[Competitor]
+) -> Mapping[str, Sequence[Any]]:
+    device, dtype = session.options.device, DTYPES[case.dtype]
+    named = [c for c in competitors if c.name != LEFT_OUT]
+    obstacles = {c.name: c.obstacle(device.type, dtype) for c in named}
+    skipped = [Skipped(str(case), name, why) for name, why in obstacles.items() if why]
+    running: list[Competitor] = [c for c in named if not obstacles[c.name]]
+    rounds = 3 if session.options.tiny else 40 if case.M <= 4096 else 20
+    measured = measure(case, running, device, rounds=rounds)
+    rows = []
+    for name, measurement in measured.items():
+        if isinstance(measurement.failure, torch.OutOfMemoryError):
+            skipped.append(Skipped(str(case), name, "out of memory"))
+        elif measurement.failure is not None:
+            error = measurement.failure
+            session.fail(f"{name} on {case}: {type(error).__name__}: {error}")
+        else:
+            rows += list(_rows(case, name, measurement))
+    return {"rows": rows, "skipped": skipped}
+
+
+def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[Row]:
+    for direction, seconds in measurement.samples.items():
+        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        yield Row(
+            model=case.shape.model,
+            projection=case.shape.projection,
+            M=case.M,
+            K=case.shape.K,
+            N=case.shape.N,
+            rank=case.rank,
+            dtype=case.dtype,
+            direction=direction,
+            competitor=name,
+            path=measurement.path,
+            saved_bytes=measurement.saved_bytes,
+            peak_bytes=measurement.peak_bytes,
+            median=median,
+            q1=q1,
+            q3=q3,
+            min=min(seconds),
+            rounds=len(seconds),
+        )
+
+
+def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
+    """Each kernel alone, with the tiles that dispatch chooses, and a layer's bare GEMMs.
+
+    Of a block its own two passes: all others are those of layers.
+    """
+    device = session.options.device
+    o, chosen = _operands(device, case.shape, case.M, case.rank)
+    layer = o if isinstance(o, Operands) else None
+    kernels = [] if layer is None else factors(layer)
+    for name in BLOCK_PASSES if layer is None else PASSES:
+        kernels += kernels_of(name, o, default_candidate(name, chosen))
+    work = {kernel.name: (kernel.flops, kernel.nbytes) for kernel in kernels}
+    steps: dict[str, Callable[[int], object]] = {
+        kernel.name: _launcher(kernel.launch.run) for kernel in kernels
+    }
+    if layer is not None:
+        for name, floor in FLOORS.items():
+            steps[f"{name}, bare"] = _launcher(partial(floor, layer))
+            tall, wide = (layer.x, layer.y) if name == "gemm forward" else (layer.dy, layer.dx)
+            moved = sum(t.numel() * t.element_size() for t in (tall, wide, layer.weight))
+            work[f"{name}, bare"] = (2 * tall.numel() * wide.shape[1], moved)
+    for step in steps.values():
+        step(0)
+    rounds = 3 if session.options.tiny else 20
+    samples = interleaved(steps, rounds=rounds, stopwatch=kernel_stopwatch(device))
+    rows = []
+    for name, seconds in samples.items():
+        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        flops, nbytes = work[name]
+        least = None if session.ceilings is None else session.ceilings.seconds(flops, nbytes)
+        rows.append(
+            KernelRow(
+                name, str(case.shape), case.M, median, q1, q3, len(seconds), flops, nbytes, least
+            )
+        )
+    return {"kernels": rows}
+
+
+def _launcher(run: Callable[[], object]) -> Callable[[int], object]:
+    return lambda turn: run()
+
+
+def _call_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
+    rounds = 3 if session.options.tiny else 100
+    rows, failures = measure_calls(case, session.options.device, rounds)
+    for failure in failures:
+        if failure.competitor in ("fused", "split"):
+            session.fail(f"{failure.competitor}, {failure.how}: {failure.message}")
+    skipped = [Skipped(f.case, f.competitor, f"{f.how}: {f.message}") for f in failures]
+    return {"calls": rows, "skipped": skipped}
+
+
+def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list[Step]:
+    """Compile every candidate, then one sweep for each pass and length."""
+    options = session.options
+    device, tiny = options.device, options.tiny
+    shape = SMOKE_SHAPES[0] if tiny else next(s for s in MODEL_SHAPES if s.model == "llama-3-8b")
+    tokens = SMOKE_TOKENS[:1] if tiny else FIRST_TOKENS
+    architecture = "sm_90" if tiny else session.facts.architecture
+    tried = {
+        (name, M): candidates(name, _plan(device, shape, M, RANK)[0], tiny=tiny)
+        for M in tokens
+        for name in PASSES
+    }
+    faults = _faults(session, store, architecture, shape, tried, deadline)
+
+    def step(name: str, M: int) -> Mapping[str, Sequence[Any]]:
+        o, _ = _operands(device, shape, M, RANK)
+        default, *others = tried[name, M]
+        kept = [default, *(c for c in others if faults.get((name, str(c))) is None)]
+        rows, dropped = sweep(name, o, shape, kept, device, 3 if tiny else 15)
+        return {"rows": rows, "dropped": dropped}
+
+    return [(f"{name} at {M} tokens", partial(step, name, M)) for name, M in tried]
+
+
+def _faults(
+    session: Session,
+    store: dict[str, Any],
+    architecture: str,
+    shape: Shape,
+    tried: Mapping[tuple[str, int], Sequence[Any]],
+    deadline: float,
+) -> dict[tuple[str, str], str]:
+    """What the compiler has against each candidate; one that differs in length alone once."""
+    if architecture not in TARGETS:
+        session.say(f"tiles: no compile target {architecture}, so nothing is dropped beforehand")
+        return {}
+    tasks: dict[tuple[str, str], CompileTask] = {}
+    for (name, M), chosen in tried.items():
+        for candidate in chosen:
+            task = (name, candidate, shape, M, RANK, DTYPES[DTYPE], architecture)
+            tasks.setdefault((name, str(candidate)), task)
+    session.say(f"tiles: compiling {len(tasks)} candidates")
+    workers = max(1, session.options.workers)
+    half = (time.monotonic() + deadline) / 2  # what is not compiled by then is left out
+    found = compile_check(list(tasks.values()), workers, half, session.say)
+    faults = {key: why for key, why in zip(tasks, found, strict=True) if why is not None}
+    store["dropped"] += [
+        {"name": name, "candidate": candidate, "reason": why}
+        for (name, candidate), why in faults.items()
+    ]
+    session.say(f"tiles: {len(faults)} of {len(tasks)} dropped by the compiler's report")
+    return faults
+
+
+def _operands(
+    device: torch.device, shape: Shape | Block, M: int, rank: int
+) -> tuple[Operands | BlockOperands, Tiles]:
+    """Operands and the tiles of dispatch."""
+    tiles, multiprocessors = _plan(device, shape, M, rank)
+    return operands_at(shape, M, rank, DTYPES[DTYPE], device, multiprocessors), tiles
+
+
+def _plan(device: torch.device, shape: Shape | Block, M: int, rank: int) -> tuple[Tiles, int]:
+    sizes = (device, M, shape.N, shape.K)
+    if isinstance(shape, Block):
+        found = block_plan(*sizes, (rank,), DTYPES[DTYPE], "fused", shape.form)
+    else:
+        found = plan_for(*sizes, rank, DTYPES[DTYPE], "fused")
+    if found.tiles is None:
+        raise ValueError(f"dispatch gives no tiles for {shape} at {M} tokens on {device}")
+    return found.tiles, found.multiprocessors

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.report.rows import main
+
+sys.exit(main())

@@ -1,0 +1,146 @@
+"""The plots of a report: time over the floor, and bytes saved for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.rows import MIB, Row
+from fastbound.performance.profiling import report as profile_report
+
+COLOURS = {
+    **profile_report.COLOURS,
+    "split": "#E69F00",
+    "addmm": "#009E73",
+    "per_layer": "#F0E442",
+    "compiled": "#CC79A7",
+}
+OTHER = "#999999"
+
+
+def draw(device: str, rows: Sequence[Row], output: Path, stem: str) -> list[Path]:
+    """Write `<stem>-time.png` and `<stem>-saved.png` into `output` and return their paths.
+
+    The first shows the cases that have a frozen layer to compare with, and is left out if none has.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    with_floor = {(row.case, row.direction) for row in rows if row.competitor == "frozen"}
+    compared = [row for row in rows if (row.case, row.direction) in with_floor]
+    paths = []
+    if compared:
+        paths.append(output / f"{stem}-time.png")
+        _time_over_floor(device, compared, paths[-1])
+    paths.append(output / f"{stem}-saved.png")
+    _saved_bytes(device, rows, paths[-1])
+    return paths
+
+
+def _unique(values: Sequence[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib import pyplot
+
+    return pyplot.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
+    """A row of panels per shape, a column per direction; the line at 1 is the frozen layer."""
+    shapes = _unique([row.shape for row in rows])
+    directions = _unique([row.direction for row in rows])
+    several = len({row.M for row in rows}) > 1
+    figure, panels = _panel_grid(len(shapes), len(directions), 5.6, 3.2 if several else 2.6)
+    for i, shape in enumerate(shapes):
+        for j, direction in enumerate(directions):
+            members = [row for row in rows if (row.shape, row.direction) == (shape, direction)]
+            floor = {row.M: row.median for row in members if row.competitor == "frozen"}
+            axes = panels[i][j]
+            if not members:
+                axes.set_axis_off()
+                continue
+            axes.set_title(f"{shape}\n{direction}", fontsize=9)
+            (_lines_over_tokens if several else _bars)(axes, members, floor)
+    if several:
+        handles: dict[str, Any] = {}
+        for axes in panels.flat:
+            found, names = axes.get_legend_handles_labels()
+            handles.update(zip(names, found, strict=True))
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+        )
+    _save(figure, f"Time over the frozen layer, {device}", path)
+
+
+def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
+    for name in _unique([row.competitor for row in rows]):
+        points = sorted((row for row in rows if row.competitor == name), key=lambda row: row.M)
+        tokens = [row.M for row in points]
+        ratios = [row.median / floor[row.M] for row in points]
+        below = [(row.median - row.q1) / floor[row.M] for row in points]
+        above = [(row.q3 - row.median) / floor[row.M] for row in points]
+        colour = COLOURS.get(name, OTHER)
+        axes.errorbar(
+            tokens, ratios, (below, above), color=colour, label=name, marker="o", ms=3, lw=1.4
+        )
+    # From the medians: one disturbed quartile must not flatten every line.
+    ratios = [row.median / floor[row.M] for row in rows]
+    axes.set_ylim(0.95 * min(ratios), 1.05 * max(ratios))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(floor), [str(M) for M in sorted(floor)])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens M")
+    axes.set_ylabel("time / frozen")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
+    names = [row.competitor for row in rows]
+    ratios = [row.median / floor[row.M] for row in rows]
+    below = [(row.median - row.q1) / floor[row.M] for row in rows]
+    above = [(row.q3 - row.median) / floor[row.M] for row in rows]
+    colours = [COLOURS.get(name, OTHER) for name in names]
+    bars = axes.barh(
+        names, ratios, color=colours, xerr=(below, above), error_kw={"ecolor": "#555555"}
+    )
+    labels = [f"{row.median / floor[row.M]:.2f}  ({row.median * 1e3:.1f} ms)" for row in rows]
+    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.axvline(1, color="black", lw=0.8, ls=":")
+    axes.set_xlim(0, max(r + a for r, a in zip(ratios, above, strict=True)) * 1.4)
+    axes.invert_yaxis()
+    axes.set_xlabel("time / frozen")
+
+
+def _saved_bytes(device: str, rows: Sequence[Row], path: Path) -> None:
+    """Bytes per token: one panel per shape, at its largest number of tokens."""
+    shapes = _unique([row.shape for row in rows])
+    figure, panels = _panel_grid(len(shapes), 1, 7.0, 2.4)
+    for shape, (axes,) in zip(shapes, panels, strict=True):
+        members = [row for row in rows if row.shape == shape]
+        M = max(row.M for row in members)
+        saved = {row.competitor: row.saved_bytes for row in members if row.M == M}
+        colours = [COLOURS.get(name, OTHER) for name in saved]
+        bars = axes.barh(list(saved), [n / MIB for n in saved.values()], color=colours)
+        axes.bar_label(bars, [f"{n / MIB:.2f}" for n in saved.values()], padding=4, fontsize=8)
+        axes.set_xlim(0, max(max(saved.values()), 1) / MIB * 1.15)
+        axes.invert_yaxis()
+        axes.set_title(f"{shape}, M={M}", fontsize=9)
+        axes.set_xlabel("MiB saved for backward, parameters left out")
+    _save(figure, f"Saved for backward, {device}", path)

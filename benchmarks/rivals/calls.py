@@ -1,0 +1,125 @@
+"""What a call costs before the device has anything to do, and what is left of it in a CUDA graph.
+
+Forward and backward of one layer: the host's time until the call returns, from an idle device, and
+the time of replaying the same work as a graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import quantiles
+
+import torch
+
+from benchmarks.rivals.cases import DTYPES, Case
+from benchmarks.rivals.layer import COMPETITORS, Layer, make_problem
+from fastbound.performance.timing import interleaved, stopwatch_for
+
+TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_bf16")
+
+
+@dataclass(frozen=True)
+class CallRow:
+    """``how``: "host" or "graph replay"; seconds."""
+
+    case: str
+    competitor: str
+    how: str
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class CallFailure:
+    """A competitor that could not be captured or run, and why."""
+
+    case: str
+    competitor: str
+    how: str
+    message: str
+
+
+def measure_calls(
+    case: Case, device: torch.device, rounds: int
+) -> tuple[list[CallRow], list[CallFailure]]:
+    """One forward+backward of every competitor, eager on the host's clock, and as a graph."""
+    dtype, K, N = DTYPES[case.dtype], case.shape.K, case.shape.N
+    problem = make_problem(case.M, K, N, case.rank, dtype, device)
+    x = torch.randn(case.M, K, device=device, dtype=dtype).requires_grad_()
+    dy = torch.randn(case.M, N, device=device, dtype=dtype)
+    eager: dict[str, Callable[[int], object]] = {}
+    replays: dict[str, Callable[[int], object]] = {}
+    failures: list[CallFailure] = []
+    for competitor in COMPETITORS:
+        if competitor.name not in TAKING_PART or competitor.obstacle(device.type, dtype):
+            continue
+
+        def failed(how: str, error: Exception, name: str = competitor.name) -> None:
+            message = f"{type(error).__name__}: {error}"
+            failures.append(CallFailure(str(case), name, how, message))
+
+        try:
+            layer = competitor.build(problem)
+
+            def step(turn: int, layer: Layer = layer) -> object:
+                return torch.autograd.grad(layer.forward(x), (x, *layer.trained), dy)
+
+            for turn in range(3):
+                step(turn)
+        except Exception as error:
+            failed("host", error)
+            continue
+        eager[competitor.name] = step
+        if device.type == "cuda":
+            try:
+                replays[competitor.name] = _captured(step)
+            except Exception as error:
+                failed("graph replay", error)
+    on_host = partial(_host_seconds, device)
+    rows = _rows(case, "host", interleaved(eager, rounds=rounds, stopwatch=on_host))
+    if replays:
+        samples = interleaved(replays, rounds=rounds, stopwatch=stopwatch_for(device))
+        rows += _rows(case, "graph replay", samples)
+    return rows, failures
+
+
+def _captured(step: Callable[[int], object]) -> Callable[[int], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for turn in range(3):
+            step(turn)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step(0)
+
+    def replay(turn: int, kept: object = kept) -> None:
+        graph.replay()
+
+    replay(0)
+    torch.cuda.synchronize()
+    return replay
+
+
+def _host_seconds(device: torch.device, step: Callable[[], object]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    kept = step()
+    end = time.perf_counter()
+    del kept
+    return end - start
+
+
+def _rows(case: Case, how: str, samples: dict[str, list[float]]) -> list[CallRow]:
+    rows = []
+    for name, seconds in samples.items():
+        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        rows.append(CallRow(str(case), name, how, median, q1, q3, len(seconds)))
+    return rows

@@ -1,0 +1,65 @@
+"""What is measured: MLP projections and whole MLP blocks of four models, and sizes a CPU can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastbound.performance.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape at M tokens: x `[M, K]`, adapters of `rank`."""
+
+    shape: Shape | Block
+    M: int
+    dtype: str
+    rank: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.shape}-{self.M}-{self.dtype}-r{self.rank}"
+
+
+GPU_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+
+CPU_SHAPES = (Shape("gpt-neo-125m", "c_fc", 768, 3072), Shape("1k", "4x", 1024, 4096))
+CPU_TOKENS = (2048,)
+
+SMOKE_SHAPES = (Shape("tiny", "up", 64, 192),)
+SMOKE_TOKENS = (32, 64)
+
+LLAMA_1K = Block("llama-1k", 1024, 2816, "silu", gated=True, bias=False)
+CPU_BLOCKS = (LLAMA_1K, MODEL_BLOCKS[0])
+SMOKE_BLOCKS = (
+    Block("tiny-gated", 64, 160, "silu", gated=True, bias=False),
+    Block("tiny-plain", 64, 160, "gelu_tanh", gated=False, bias=True),
+)
+
+
+def cases(device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None) -> list[Case]:
+    """The linear layers for a device, in bf16 and on a CPU in fp32 too, at `tokens` or defaults."""
+    shapes = SMOKE_SHAPES if smoke else CPU_SHAPES if device_type == "cpu" else MODEL_SHAPES
+    return _at_sizes(shapes, device_type, smoke, tokens)
+
+
+def mlp_cases(device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None) -> list[Case]:
+    """The MLP blocks for a device, as :func:`cases`."""
+    blocks = SMOKE_BLOCKS if smoke else CPU_BLOCKS if device_type == "cpu" else MODEL_BLOCKS
+    # One size of each block will do to see that it runs: torch.compile takes its seconds each time.
+    return _at_sizes(blocks, device_type, smoke, tokens or (SMOKE_TOKENS[:1] if smoke else None))
+
+
+def _at_sizes(
+    shapes: Sequence[Shape | Block], device_type: str, smoke: bool, tokens: Sequence[int] | None
+) -> list[Case]:
+    on_cpu = device_type == "cpu"
+    default = SMOKE_TOKENS if smoke else CPU_TOKENS if on_cpu else GPU_TOKENS
+    dtypes = ("bfloat16", "float32") if on_cpu and not smoke else ("bfloat16",)
+    return [
+        Case(shape, M, dtype) for shape in shapes for dtype in dtypes for M in tokens or default
+    ]

@@ -1,0 +1,189 @@
+"""Predicted against measured, for every shape and strategy: `python -m benchmarks.static.model`.
+
+The prediction is `fastbound.performance.prediction`'s: passes one after the other, each the longer of its
+operations and its bytes at the ceilings. Files of gpu_check bring their own measured ceilings and
+times; without any the ceilings are those of a datasheet, which nothing passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.report.facts import ROOT
+from benchmarks.report.readme import read_checks
+from benchmarks.report.rows import markdown_table
+from benchmarks.static import block_floor as mlp_floor
+from fastbound.dispatch.plan import Device
+from fastbound.performance.prediction import (
+    DATASHEET,
+    RANK,
+    STRATEGIES,
+    Ceilings,
+    layer_passes,
+    predicted_ratio,
+)
+from fastbound.performance.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape
+
+RESULTS = ROOT / "benchmarks" / "results"
+TOKENS = (1024, 4096, 8192, 32768)
+SIZES = {
+    "a100-80gb": Device("sm_80", 108),
+    "h100": Device("sm_90", 132),
+    "h200": Device("sm_90", 132),
+    "mi300x": Device("gfx942", 304),
+}
+RIVALS = tuple(name for name in STRATEGIES if name != "frozen")
+BLOCK_RIVALS = tuple(name for name in mlp_floor.TALL_PASSES if name != "frozen")
+
+
+class Setting(NamedTuple):
+    """What predictions are for; ``measured``: (layer or block, M, competitor) -> ratio."""
+
+    title: str
+    ceilings: Ceilings
+    device: Device
+    measured: dict[tuple[str, int, str], float]
+
+
+def setting_of(results: dict[str, Any]) -> Setting:
+    """Of one gpu_check file; raises ValueError where it has no ceilings."""
+    facts, ceilings = results["facts"], results.get("ceilings", {})
+    if "flops" not in ceilings:
+        raise ValueError("its ceilings were not measured")
+    medians = {
+        (f"{row['model']}.{row['projection']}", row["M"], row["competitor"]): row["median"]
+        for row in results.get("benchmark", {}).get("rows", [])
+        if row["direction"] == "forward+backward" and row["rank"] == RANK
+    }
+    ratios = {
+        (layer, M, name): median / medians[layer, M, "frozen"]
+        for (layer, M, name), median in medians.items()
+        if (layer, M, "frozen") in medians
+    }
+    reached = f"{ceilings['flops'] / 1e12:.0f} TFLOP/s, {ceilings['bandwidth'] / 1e12:.2f} TB/s"
+    return Setting(
+        f"{facts['device']}, {facts['commit']}: measured ceilings {reached}",
+        Ceilings(ceilings["flops"], ceilings["bandwidth"]),
+        Device(facts["architecture"], facts["multiprocessors"]),
+        ratios,
+    )
+
+
+def datasheet_setting(gpu: str) -> Setting:
+    ceilings = DATASHEET[gpu]
+    stated = f"{ceilings.flops / 1e12:g} TFLOP/s, {ceilings.bandwidth / 1e12:g} TB/s"
+    return Setting(f"{gpu}: ceilings of its datasheet, {stated}", ceilings, SIZES[gpu], {})
+
+
+def ratio_table(places: Sequence[Shape | Block], tokens: Sequence[int], setting: Setting) -> str:
+    """Forward plus backward over the frozen one: predicted, and measured after a stroke."""
+    rivals = BLOCK_RIVALS if isinstance(places[0], Block) else RIVALS
+    lines = []
+    for place in places:
+        for M in tokens:
+            cells = []
+            for name in rivals:
+                found = setting.measured.get((str(place), M, name))
+                measured = "" if found is None else f" / {found:.3f}"
+                cells.append(f"{_predicted(name, place, M, setting):.3f}{measured}")
+            lines.append([str(place), str(M), *cells])
+    return markdown_table(["", "M", *rivals], lines)
+
+
+def _predicted(name: str, place: Shape | Block, M: int, setting: Setting) -> float:
+    if isinstance(place, Block):
+        whole = mlp_floor.seconds(name, place, M, setting.ceilings, setting.device)
+        return whole / mlp_floor.seconds("frozen", place, M, setting.ceilings)
+    return predicted_ratio(name, place, M, setting.ceilings, RANK, setting.device)
+
+
+def pass_table(name: str, shape: Shape, M: int, setting: Setting) -> str:
+    """What one strategy spends its time on."""
+    passes = layer_passes(name, shape, M, RANK, setting.device)
+    lines = [
+        [
+            one.name,
+            f"{one.flops / 1e9:.1f}",
+            f"{one.nbytes / 1e6:.0f}",
+            f"{one.seconds(setting.ceilings) * 1e3:.3f}",
+            one.bound_by(setting.ceilings),
+        ]
+        for one in passes
+    ]
+    return markdown_table(["pass", "GFLOP", "MB", "predicted ms", "bound by"], lines)
+
+
+def misses(setting: Setting) -> str:
+    """How far the predictions are from what was measured, by competitor."""
+    places: dict[str, Shape | Block] = {str(p): p for p in (*MODEL_SHAPES, *MODEL_BLOCKS)}
+    off: dict[str, list[float]] = {}
+    for (place, M, name), ratio in setting.measured.items():
+        known = BLOCK_RIVALS if isinstance(places.get(place), Block) else RIVALS
+        if place in places and name in known:
+            predicted = _predicted(name, places[place], M, setting)
+            off.setdefault(name, []).append(ratio / predicted - 1)
+    lines = [
+        [name, str(len(found)), f"{sum(found) / len(found):+.1%}", f"{max(found, key=abs):+.1%}"]
+        for name, found in off.items()
+    ]
+    head = ["measured over predicted", "points", "mean", "farthest"]
+    return markdown_table(head, lines) if lines else "Nothing measured at a known shape."
+
+
+def document(setting: Setting, tokens: Sequence[int]) -> str:
+    llama = next(shape for shape in MODEL_SHAPES if shape.model == "llama-3-8b")
+    measured = sorted({M for _, M, _ in setting.measured})
+    lengths = sorted({*tokens, *measured})
+    sections = [
+        f"## {setting.title}",
+        f"Forward plus backward over the frozen layer, bf16, r={RANK}: predicted"
+        + (" / measured." if setting.measured else "; nothing measured yet."),
+        ratio_table(MODEL_SHAPES, lengths, setting),
+        "Over the frozen block:",
+        ratio_table(MODEL_BLOCKS, lengths, setting),
+    ]
+    for name in ("fused", "split"):
+        sections += [f"{llama} at 8192 tokens, {name}:", pass_table(name, llama, 8192, setting)]
+    if setting.measured:
+        sections.append(misses(setting))
+    return "\n\n".join(sections)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static.model", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument(
+        "results", nargs="*", type=Path, help="files of gpu_check or folders of them"
+    )
+    parser.add_argument("--gpu", choices=DATASHEET, default="h200", help="without files (h200)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    options = parser.parse_args(arguments)
+    if any(M < 1 for M in options.tokens):
+        parser.error(f"--tokens must be >= 1, got {min(options.tokens)}")
+    found, refused = read_checks(options.results or ([RESULTS] if RESULTS.is_dir() else []))
+    settings = []
+    for path, results in found.items():
+        if results["timings_mean_nothing"]:
+            refused[path] = "its times mean nothing: it ran on a CPU"
+            continue
+        try:
+            settings.append(setting_of(results))
+        except ValueError as error:
+            refused[path] = str(error)
+    for path, reason in refused.items():
+        print(f"{path} left out: {reason}", file=sys.stderr)
+    if not settings:
+        where = ", ".join(str(path) for path in options.results or [RESULTS])
+        print(f"Nothing measured: no usable file of gpu_check in {where}.\n")
+        settings = [datasheet_setting(options.gpu)]
+    print("\n\n".join(document(setting, options.tokens) for setting in settings))
+    return 2 if options.results and refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Writes the generated sections of NOTES.md anew: `python -m benchmarks.static.notes`.
+
+A section stands between `<!-- NAME: written by ... -->` and `<!-- end of NAME -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+NOTES = Path(__file__).parent.parent / "NOTES.md"
+
+
+def sections() -> dict[str, Callable[[], str]]:
+    """What each section holds."""
+    from benchmarks.static import block_floor as mlp_floor
+    from benchmarks.static import floor, saved, traffic
+
+    return {
+        "floor": lambda: floor.document(floor.GPU_CEILINGS),
+        "mlp_floor": lambda: mlp_floor.document(floor.GPU_CEILINGS),
+        "saved": saved.document,
+        "traffic": traffic.document,
+    }
+
+
+def with_section(notes: str, name: str, text: str) -> str:
+    """The notes with one section replaced.
+
+    Raises:
+        ValueError: the notes have no such section, or more than one.
+    """
+    pattern = re.compile(rf"(<!-- {name}: [^>]*-->\n\n).*?(\n\n<!-- end of {name} -->)", re.DOTALL)
+    found = pattern.findall(notes)
+    if len(found) != 1:
+        raise ValueError(f"expected one section {name!r} between its comments, found {len(found)}")
+    return pattern.sub(lambda match: match[1] + text + match[2], notes)
+
+
+def main() -> None:
+    notes = NOTES.read_text()
+    for name, document in sections().items():
+        notes = with_section(notes, name, document())
+    NOTES.write_text(notes)
+
+
+if __name__ == "__main__":
+    from benchmarks.static.traffic import in_the_interpreter
+
+    in_the_interpreter("benchmarks.static.notes")
+    main()

@@ -1,0 +1,175 @@
+"""The entries of a plan table: what was found best at one place, and how it lies in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.truth.formula import ACTIVATIONS
+
+STRATEGIES = ("fused", "split", "torch")
+DTYPES = ("bfloat16", "float16")
+
+
+def block_form(activation: str, gated: bool) -> str:
+    """The kind of block that a table knows apart from others: "gated silu", "plain relu"."""
+    return f"{'gated' if gated else 'plain'} {activation}"
+
+
+FORMS = tuple(block_form(name, gated) for name in ACTIVATIONS for gated in (True, False))
+
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes for one block
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found best for weight [N, K] at M rows (a power of two) and padded rank R.
+
+    ``origin`` says where the entry comes from: "measured <date> on <GPU>" or "default".
+    """
+
+    N: int
+    K: int
+    M: int
+    R: int
+    dtype: str
+    strategy: str
+    gemm: GemmTile
+    gemm_t: GemmTile
+    thin: Tile
+    reduce: Tile
+    origin: str
+
+    def __str__(self) -> str:
+        return f"N {self.N}, K {self.K}, {self.M} rows, {self.dtype}, rank up to {self.R}"
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """An MLP block's own tiles for [M, N] between its GEMMs, padded rank R of each projection.
+
+    They serve its ``form`` alone, as :func:`block_form` names it: what one form's tile compiles to
+    without spills may spill in another. K has no part in them.
+    """
+
+    N: int
+    M: int
+    R: int
+    dtype: str
+    form: str
+    activate: Tile
+    gated: Tile
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.form}, N {self.N}, {self.M} rows, {self.dtype}, rank up to {self.R}"
+
+
+def read_entry(content: Any, architecture: str) -> Entry:
+    """An entry from its JSON. Raises KeyError, TypeError or ValueError, saying what is wrong."""
+    tiles = _tiles(content)
+    entry = Entry(
+        **_sizes(content, "N", "K", "M", "R"),
+        dtype=_one_of(content, "dtype", DTYPES),
+        strategy=_one_of(content, "strategy", STRATEGIES),
+        gemm=_tile(GemmTile, tiles, "gemm"),
+        gemm_t=_tile(GemmTile, tiles, "gemm_t"),
+        thin=_tile(Tile, tiles, "thin"),
+        reduce=_tile(Tile, tiles, "reduce"),
+        origin=typed(content, "origin", str),
+    )
+    has_descriptors = architecture.startswith("sm_") and int(architecture[3:]) >= 90
+    for name, gemm in (("gemm", entry.gemm), ("gemm_t", entry.gemm_t)):
+        if gemm.descriptors and not has_descriptors:
+            raise ValueError(f"{name} tile {gemm}: {architecture} has no tensor descriptors")
+        if gemm.stores > 1 and not gemm.descriptors:
+            raise ValueError(f"{name} tile {gemm}: only the form with descriptors stores in parts")
+        if not fits(gemm, architecture):
+            raise ValueError(f"{name} tile {gemm} needs more shared memory than {architecture} has")
+    return entry
+
+
+def read_block_entry(content: Any) -> BlockEntry:
+    """A block's entry from its JSON; raises as :func:`read_entry`."""
+    tiles = _tiles(content)
+    return BlockEntry(
+        **_sizes(content, "N", "M", "R"),
+        dtype=_one_of(content, "dtype", DTYPES),
+        form=_one_of(content, "form", FORMS),
+        activate=_tile(Tile, tiles, "activate"),
+        gated=_tile(Tile, tiles, "gated"),
+        origin=typed(content, "origin", str),
+    )
+
+
+def as_json(entry: Entry | BlockEntry) -> dict[str, Any]:
+    """What :func:`read_entry` and :func:`read_block_entry` read."""
+    flat = asdict(entry)
+    tiles = {name: flat.pop(name) for name, value in asdict(entry).items() if type(value) is dict}
+    return {**flat, "tiles": tiles}
+
+
+def _tiles(content: Any) -> Any:
+    if not isinstance(content, dict):
+        raise TypeError(f"entry {content!r} is no object")
+    return typed(content, "tiles", dict)
+
+
+def _sizes(content: Mapping[str, Any], *names: str) -> dict[str, int]:
+    sizes = {name: typed(content, name, int) for name in names}
+    for name, size in sizes.items():
+        if size < 1 or (name in "MR" and size & (size - 1)):
+            raise ValueError(f"{name} {size} of an entry")
+    return sizes
+
+
+def fits(gemm: GemmTile, architecture: str) -> bool:
+    """Whether the operands that a tile keeps in shared memory, 2 bytes each, can be there at all.
+
+    Necessary, not sufficient: what else a kernel keeps only its compilation tells.
+    """
+    operands = (gemm.block_m + gemm.block_n) * gemm.block_k
+    needed = 2 * max(1, gemm.stages - 1) * operands  # all stages but the one in registers
+    if gemm.descriptors:  # all stages, and a buffer for the store
+        stored = gemm.block_m * gemm.block_n // gemm.stores
+        needed = 2 * (gemm.stages * operands + stored)
+    return needed <= SHARED_LIMIT.get(architecture, max(SHARED_LIMIT.values()))
+
+
+_ALLOWED = {"warps": (1, 2, 4, 8, 16), "stores": (1, 2, 4)}
+
+
+def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
+    content = typed(tiles, name, dict)
+    expected = {each.name for each in fields(kind)}
+    if set(content) != expected:
+        raise ValueError(f"{name} tile has {sorted(content)}, not {sorted(expected)}")
+    for key, value in content.items():
+        if key == "descriptors":
+            valid = isinstance(value, bool)
+        elif type(value) is not int:
+            valid = False
+        elif key.startswith("block"):
+            valid = 16 <= value <= 1024 and value & (value - 1) == 0
+        else:
+            valid = value in _ALLOWED.get(key, range(1, 65))
+        if not valid:
+            raise ValueError(f"{name} tile: {key} {value!r}")
+    return kind(**content)
+
+
+def typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
+    """``content[name]``; raises TypeError where it is of another type."""
+    value = content[name]
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r}, not of type {kind.__name__}")
+    return value
+
+
+def _one_of(content: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
+    value = content[name]
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}, not one of {', '.join(choices)}")
+    return str(value)

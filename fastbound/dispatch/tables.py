@@ -1,0 +1,185 @@
+"""Tables of measured plans: one JSON file for each architecture, written by ``fastbound tune``.
+
+The user's own file is looked for first, then the one that comes with the package. A file that is
+damaged, of another version or of another GPU is not used: a warning says so once, and so does the
+reason of every plan that would have come from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+from fastbound.dispatch.entries import (
+    BlockEntry,
+    Entry,
+    as_json,
+    read_block_entry,
+    read_entry,
+    typed,
+)
+
+FORMAT = "fastbound plan table 2"
+SHIPPED = Path(__file__).with_name("plans")
+FARTHEST = 2.0  # log2: an entry serves shapes up to a factor of four away, in all
+
+_Entry = TypeVar("_Entry", Entry, BlockEntry)
+
+
+@dataclass(frozen=True, eq=False)
+class PlanTable:
+    """A table as it was read, or none and why.
+
+    ``note`` is what plans say beside their reason: why a file that lies there is not used.
+    ``versions`` are those of the software that it was measured with.
+    """
+
+    architecture: str
+    device: str = ""
+    multiprocessors: int = 0
+    entries: tuple[Entry, ...] = ()
+    path: Path | None = None
+    note: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[BlockEntry, ...] = ()
+
+    def nearest(self, M: int, N: int, K: int, R: int, dtype: str) -> Entry | None:
+        """The entry of this R and dtype whose N, K and M are the fewest doublings away."""
+        near = [entry for entry in self.entries if (entry.R, entry.dtype) == (R, dtype)]
+        return _nearest(near, N=N, K=K, M=row_bucket(M))
+
+    def nearest_block(self, M: int, N: int, R: int, dtype: str, form: str) -> BlockEntry | None:
+        """The block entry of this R, dtype and form whose N and M are the fewest doublings away."""
+        near = [b for b in self.blocks if (b.R, b.dtype, b.form) == (R, dtype, form)]
+        return _nearest(near, N=N, M=row_bucket(M))
+
+
+def _nearest(entries: Sequence[_Entry], **asked: int) -> _Entry | None:
+    def distance(entry: _Entry) -> float:
+        return sum(abs(math.log2(getattr(entry, name) / size)) for name, size in asked.items())
+
+    best = min(entries, key=distance, default=None)
+    return None if best is None or distance(best) > FARTHEST else best
+
+
+def row_bucket(M: int) -> int:
+    """The power of two at or above M >= 1; 0 for no rows."""
+    return 1 << (M - 1).bit_length() if M else 0
+
+
+def user_folder() -> Path:
+    """Where ``fastbound tune`` writes, and where tables are looked for first."""
+    return Path.home() / ".cache" / "fastbound" / "plans"
+
+
+@lru_cache(maxsize=16)
+def table_for(architecture: str, multiprocessors: int) -> PlanTable | None:
+    """The table of a GPU, read once a process; None where no file lies there."""
+    return find_table(architecture, multiprocessors, (user_folder(), SHIPPED))
+
+
+def find_table(
+    architecture: str, multiprocessors: int, folders: Sequence[Path]
+) -> PlanTable | None:
+    """The first usable ``<architecture>.json`` of ``folders``.
+
+    With files but none usable, a table without entries whose note names them; without files, None.
+    """
+    notes: list[str] = []
+    for folder in folders:
+        path = folder / f"{architecture}.json"
+        try:
+            if not path.is_file():
+                continue
+            table = read_table(path)
+            require_same_gpu(table, architecture, multiprocessors)
+        except (OSError, ValueError) as error:
+            notes.append(f"plan table not used: {error}")
+            warnings.warn(notes[-1], stacklevel=2)
+        else:
+            return replace(table, note="; ".join([*notes, *_other_versions(table)]))
+    return PlanTable(architecture, note="; ".join(notes)) if notes else None
+
+
+def _other_versions(table: PlanTable) -> list[str]:
+    """What was measured with another Triton or torch still runs, and may be less fast."""
+    here = software()
+    return [
+        f"measured with {name} {version}, here is {here.get(name)}"
+        for name, version in table.versions.items()
+        if here.get(name) != version
+    ]
+
+
+def software() -> dict[str, str]:
+    """The installed versions that a measurement depends on."""
+    found = {}
+    for name in ("torch", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_table(path: Path) -> PlanTable:
+    """A table from its file.
+
+    Raises ValueError, naming the file and what is wrong, for one that is damaged or of another
+    version; OSError where it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: no JSON ({error})") from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{path} is of another version: format {version!r}, not {FORMAT!r}")
+    try:
+        architecture = typed(content, "architecture", str)
+        return PlanTable(
+            architecture,
+            typed(content, "device", str),
+            typed(content, "multiprocessors", int),
+            tuple(read_entry(entry, architecture) for entry in typed(content, "entries", list)),
+            path,
+            versions=typed(content, "versions", dict),
+            blocks=tuple(read_block_entry(entry) for entry in typed(content, "blocks", list)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is damaged: {detail}") from error
+
+
+def write_table(path: Path, table: PlanTable) -> None:
+    """The whole file anew, never half of it."""
+    content = {
+        "format": FORMAT,
+        "architecture": table.architecture,
+        "device": table.device,
+        "multiprocessors": table.multiprocessors,
+        "versions": dict(table.versions),
+        "entries": [as_json(entry) for entry in table.entries],
+        "blocks": [as_json(entry) for entry in table.blocks],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def require_same_gpu(table: PlanTable, architecture: str, multiprocessors: int) -> None:
+    """Raise ValueError where a table is of another GPU than the one described."""
+    if (table.architecture, table.multiprocessors) != (architecture, multiprocessors):
+        raise ValueError(
+            f"{table.path} is of {table.device} ({table.architecture}, {table.multiprocessors} "
+            f"multiprocessors), and this GPU is {architecture} with {multiprocessors}; run "
+            "`fastbound tune` here"
+        )

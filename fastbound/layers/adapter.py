@@ -1,0 +1,167 @@
+"""BoundedAdapter: the trained factors A and B, their bound, and the operator over them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastbound.dispatch.plan import BACKENDS
+from fastbound.operator.addition import bounded_addition
+from fastbound.operator.dropout import check_dropout
+from fastbound.operator.function import bounded_linear
+from fastbound.truth import formula as reference
+
+
+class BoundedAdapter(nn.Module):
+    """Owns A [r, K] and B [N, r]; ``forward(x, weight, bias)`` runs the operator over them.
+
+        y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ,    s = bound / r,    ω = sqrt(alpha / bound)
+
+    so that ΔW ≈ (alpha / r)·BA near zero, LoRA's own slope, and |ΔW_ij| <= bound always. A starts
+    Kaiming-uniform and B at zero: a new adapter changes nothing.
+
+    With a ``dropout`` p > 0 the low-rank term takes drop(x) in training, as in PEFT's LoRA: each
+    element of x zero with probability p, the others divided by 1 - p. x Wᵀ takes x as it is.
+
+    The weight is handed in, not owned: A and B are read only in their owner's forward, which is
+    what sharded training needs.
+
+    Raises ValueError for a rank below 1, an alpha or bound that is not positive and finite, a
+    dropout outside 0 <= p < 1, an ``adapter_dtype`` that is not floating, and an unknown backend.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        alpha, bound = check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+        self.rank = rank
+        self.alpha = alpha
+        self.bound = bound
+        self.dropout = float(dropout)
+        self.backend = backend
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=adapter_dtype))
+        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=adapter_dtype))
+        self.reset_parameters()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """A, by the name under which PEFT's `fsdp_auto_wrap_policy` looks for what is trained."""
+        return self.A
+
+    @property
+    def scaling(self) -> float:
+        """s = bound / rank."""
+        return self.bound / self.rank
+
+    @property
+    def omega(self) -> float:
+        """ω = sqrt(alpha / bound)."""
+        return math.sqrt(self.alpha / self.bound)
+
+    def reset_parameters(self) -> None:
+        """A uniform in ±1/sqrt(K) (Kaiming with a = sqrt 5, as nn.Linear and LoRA), B zero."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        result: Tensor | None = None,
+        give_up: bool = False,
+    ) -> Tensor:
+        """x [..., K], weight [N, K], bias [N] -> [..., N]; or a ``result`` for weight and bias."""
+        settings: dict[str, Any] = {
+            "scaling": self.scaling,
+            "omega": self.omega,
+            "backend": self.backend,
+            "dropout": self.dropout if self.training else 0.0,
+        }
+        if result is not None:
+            return bounded_addition(result, x, self.A, self.B, give_up=give_up, **settings)
+        if weight is None:
+            raise ValueError(
+                "the adapter needs a weight to fuse with, or a base's result to add to"
+            )
+        return bounded_linear(x, weight, self.A, self.B, bias, **settings)
+
+    def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
+        """result + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ, for a ``result`` [..., N] that a base made of x.
+
+        The caller gives ``result`` up, and the sum may take its memory; ``give_up=False`` leaves it
+        as it is, for a base whose hooks may have kept it.
+        """
+        # A call, not a method of its own: what gathers sharded A and B hangs on the call.
+        return cast(Tensor, self(x, result=result, give_up=give_up))
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
+        return reference.delta_weight(self.A, self.B, scaling=self.scaling, omega=self.omega)
+
+    def get_extra_state(self) -> Tensor:
+        """(alpha, bound) as fp64, so that a state dict carries the bound it was trained under."""
+        return torch.tensor([self.alpha, self.bound], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.alpha, self.bound = (float(value) for value in state)
+
+    def extra_repr(self) -> str:
+        dropout = f"dropout={self.dropout:g}, " if self.dropout else ""
+        return (
+            f"rank={self.rank}, alpha={self.alpha:g}, bound={self.bound:g}, {dropout}"
+            f"scaling={self.scaling:g}, omega={self.omega:g}, backend={self.backend!r}"
+        )
+
+
+class NamedAdapter(BoundedAdapter):
+    """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+
+def check_settings(
+    rank: int,
+    alpha: float | None,
+    bound: float | None,
+    adapter_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> tuple[float, float]:
+    """alpha and bound as numbers (None: rank, None: alpha), or a ValueError naming the value."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"rank must be an integer, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    alpha = _positive("alpha", rank if alpha is None else alpha)
+    bound = _positive("bound", alpha if bound is None else bound)
+    if not adapter_dtype.is_floating_point:
+        raise ValueError(f"adapter_dtype must be a floating dtype, got {adapter_dtype}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_dropout(dropout)
+    return alpha, bound
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a number, got {value!r}; a bound by RMS(W) needs a layer")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)

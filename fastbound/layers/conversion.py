@@ -1,0 +1,115 @@
+"""One linear layer for another: which can be replaced, and the replacing, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbound.layers.linear import FusedBoundedLinear, is_conv1d
+from fastbound.layers.over_base import (
+    QUANTISED,
+    BoundedOverBase,
+    foreign_pre_hooks,
+    hooked,
+    is_adaptable,
+    offloaded,
+    over_reason,
+)
+from fastbound.operator.partition import is_dtensor
+
+
+def refusal(model: nn.Module, name: str) -> str | None:
+    """Why the module of that name cannot be adapted, or None when it can."""
+    layer = model.get_submodule(name)
+    if not is_adaptable(layer):
+        kind = type(layer).__name__
+        return f"is a {kind}: only nn.Linear, its subclasses and Conv1D are adapted"
+    if foreign_pre_hooks(layer):
+        return (
+            "has forward pre-hooks, which may change x for it alone and not for the adapter: "
+            "register them after injection"
+        )
+    if "forward" in vars(layer) and not offloaded(layer):
+        return "has a forward of its own, which need not be that of a linear layer"
+    for key, parameter in layer.named_parameters():
+        held = type(parameter)
+        if held is not nn.Parameter and not held.__module__.startswith(QUANTISED):
+            return f"its {key} is a {held.__name__}, not a plain parameter: inject before sharding"
+        if hasattr(parameter, "ds_id"):
+            return (
+                f"its {key} is partitioned by DeepSpeed ZeRO-3: inject before deepspeed.initialize"
+            )
+        if parameter.is_meta and not offloaded(layer):
+            return f"its {key} is on the meta device: load the model first"
+        if over_reason(layer) is None and not parameter.is_floating_point():
+            return f"its {key} is {parameter.dtype}, not floating point"
+    own = {p for key, p in layer.named_parameters() if key != "bias"}
+    inside = set(layer.modules())
+    for owner, module in model.named_modules():
+        if module not in inside and any(p in own for p in module.parameters(recurse=False)):
+            return f"its weight is tied to {owner}, which a merge would untie"
+    return None
+
+
+def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the named layers by `adapted(layer, **settings[name])`.
+
+    Freezes all other parameters. All layers are made before the first is put in place; when one
+    refuses its settings, the model is left as it was.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    made: dict[nn.Module, nn.Module] = {}
+    try:
+        for name, each in settings.items():
+            layer = model.get_submodule(name)
+            made[layer] = adapted(layer, **each)
+    except BaseException:
+        for parameter in trained:  # the layers made so far have frozen the weights they share
+            parameter.requires_grad_(True)
+        raise
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    swap(model, made)
+
+
+def adapted(layer: nn.Module, **settings: Any) -> FusedBoundedLinear:
+    """The layer with its adapter: fused with its weight, or over the layer where it must be."""
+    kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
+    return kind.from_linear(layer, **settings)
+
+
+def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new[module]` wherever `module` hangs in `model`, under every name it has."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[module])
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something depends on this module being called: hooks, or accelerate's offloading."""
+    return hooked(module) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+
+
+def tensor_obstacle(tensors: Mapping[str, Tensor | None], gathered: bool = False) -> str | None:
+    """Why a layer's tensors cannot be read outside its own forward, or None.
+
+    ``gathered``: DTensors are plain tensors by the time of a forward, as in a unit of FSDP2.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        ordinary = type(tensor) is nn.Parameter or type(tensor) is Tensor
+        if not ordinary and not (gathered and is_dtensor(tensor)):
+            return f"has a {type(tensor).__name__} for {name}, which the layer itself must handle"
+        if hasattr(tensor, "ds_id"):
+            return f"has its {name} partitioned by DeepSpeed ZeRO-3, which gathers it for the layer"
+        if not tensor.is_floating_point():
+            return f"has its {name} in {tensor.dtype}"
+    return None

@@ -1,0 +1,251 @@
+"""FusedBoundedLinear: a frozen linear layer with a bounded low-rank adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbound.layers.adapter import BoundedAdapter, check_settings
+from fastbound.layers.bounds import bound_of_weight, rms_factor
+from fastbound.operator.partition import partition
+
+
+class Adapted:
+    """What blocks and reports read of an adapted layer, `FusedBoundedLinear` or PEFT's."""
+
+    weight: Any
+    bias: Any
+    fan_in_fan_out: bool
+    in_features: int
+    out_features: int
+    adapter: Any  # BoundedAdapter; None where PEFT's layer runs none, or more than one
+
+    def running(self) -> list[BoundedAdapter]:
+        """The adapters whose terms a forward adds."""
+        return [self.adapter]
+
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """Why this layer cannot run inside a block's operator, or None."""
+        raise NotImplementedError
+
+
+class FusedBoundedLinear(nn.Module, Adapted):
+    """``y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ`` with W and b frozen, A and B trained.
+
+    s = bound / rank and ω = sqrt(alpha / bound): near zero the adapter is LoRA with slope
+    alpha / rank, and |ΔW_ij| <= bound whatever the optimiser does.
+
+    Args:
+        in_features, out_features: K and N.
+        rank: r >= 1.
+        alpha: None means ``rank``.
+        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "2*rms" twice the
+            root mean square of this layer's weight, and so any multiple; "auto" means "4*rms".
+        dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
+        bias: whether the frozen layer has a bias.
+        device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
+        adapter_dtype: of A and B, independent of ``dtype``.
+        backend: see :func:`fastbound.bounded_linear`.
+
+    A new layer draws its weight as ``nn.Linear`` does; :meth:`from_linear` adopts an existing one.
+    ``weight`` keeps the layout of the layer it came from: [N, K], or [K, N] when it was a
+    transformers ``Conv1D`` (then ``fan_in_fan_out`` is True).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    adapter: BoundedAdapter
+    enabled: bool = True  # see fastbound.disable_adapter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | str | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+        layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__()
+        self._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | str | None = None,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> FusedBoundedLinear:
+        """Adopt an ``nn.Linear`` or transformers ``Conv1D``: the same parameters, frozen, no copy.
+
+        Raises TypeError for any other class (subclasses may compute something else), ValueError for
+        settings out of range or a weight that the operator cannot read.
+        """
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+        if type(layer) is not nn.Linear and not is_conv1d(layer):
+            raise TypeError(
+                f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}; "
+                "BoundedOverBase.from_linear adapts subclasses of nn.Linear"
+            )
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        adopted._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
+        adopted.train(layer.training)
+        return adopted
+
+    def _adopt(
+        self,
+        layer: nn.Module,
+        rank: int,
+        alpha: float | None,
+        bound: float | str | None,
+        dropout: float,
+        adapter_dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        weight, bias = layer.weight, layer.bias
+        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
+            raise TypeError("weight and bias must be parameters of the layer")
+        spread = partition(weight)
+        if spread is not None:
+            raise ValueError(f"weight {spread}: adapt the layer first, then shard it")
+        if not weight.is_floating_point():
+            raise TypeError(f"weight is {weight.dtype}: dequantise the layer to a floating dtype")
+        self.fan_in_fan_out = is_conv1d(layer)
+        K, N = weight.shape if self.fan_in_fan_out else weight.shape[::-1]
+        self.in_features, self.out_features = K, N
+        self.adapter = BoundedAdapter(
+            K,
+            N,
+            rank,
+            alpha=alpha,
+            bound=bound_of_weight(bound, weight) if isinstance(bound, str) else bound,
+            dropout=dropout,
+            device=weight.device,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        # Frozen last: a layer that is refused above is left as it was.
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.weight, self.bias = weight, bias
+
+    @property
+    def rank(self) -> int:
+        """r, the rank of ΔW."""
+        return self.adapter.rank
+
+    @property
+    def alpha(self) -> float:
+        """alpha / rank is the slope of ΔW at zero, as in LoRA."""
+        return self.adapter.alpha
+
+    @property
+    def bound(self) -> float:
+        """The largest magnitude that an entry of ΔW can take."""
+        return self.adapter.bound
+
+    @property
+    def scaling(self) -> float:
+        """s = bound / rank."""
+        return self.adapter.scaling
+
+    @property
+    def omega(self) -> float:
+        """ω = sqrt(alpha / bound)."""
+        return self.adapter.omega
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if not self.enabled:
+            return nn.functional.linear(x, self._weight(), self.bias)
+        return self.adapter(x, self._weight(), self.bias)
+
+    def running(self) -> list[BoundedAdapter]:
+        """The adapter, or nothing where it is disabled."""
+        return [self.adapter] if self.enabled else []
+
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """A disabled adapter, or a subclass, which may compute something else."""
+        kind = type(self)
+        if not self.enabled:
+            return "has its adapter disabled"
+        return None if kind is FusedBoundedLinear else f"is a {kind.__name__}"
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
+        return self.adapter.delta_weight()
+
+    @torch.no_grad()
+    def to_linear(self, merge: bool = True) -> nn.Module:
+        """A plain layer of the original class.
+
+        ``merge=True``: a new weight W + ΔW, added in fp32 and rounded once. ``merge=False``: the
+        frozen weight itself, shared, without the adapter.
+        """
+        weight = self.weight
+        if merge:
+            delta = self.delta_weight()
+            stored = delta.t() if self.fan_in_fan_out else delta
+            merged = (weight.to(delta.dtype) + stored).to(weight.dtype)
+            weight = nn.Parameter(merged, requires_grad=False)
+        layer = self._plain_layer()
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def _plain_layer(self) -> nn.Module:
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                return Conv1D(self.out_features, self.in_features)
+        return nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+
+    def _weight(self) -> Tensor:
+        """The weight as [N, K]; for a Conv1D a transposed view."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether the layer is transformers' Conv1D, told without importing transformers."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _check_settings(
+    rank: int,
+    alpha: float | None,
+    bound: float | str | None,
+    adapter_dtype: torch.dtype,
+    backend: str,
+    dropout: float,
+) -> None:
+    if isinstance(bound, str):
+        rms_factor(bound)
+        bound = None
+    check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)

@@ -1,0 +1,361 @@
+"""FusedBoundedMLP: a transformers MLP block whose adapted projections run as one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastbound.dispatch.plan import MAX_BLOCK_RANK, MAX_TRITON_RANK
+from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
+from fastbound.layers.conversion import convert, is_linear, is_watched, tensor_obstacle
+from fastbound.layers.forms import Form, UnknownForm, activation_name, form_of
+from fastbound.layers.linear import Adapted, FusedBoundedLinear, is_conv1d
+from fastbound.layers.over_base import BoundedOverBase, hooked
+from fastbound.operator.block_function import RECOMPUTE, bounded_mlp
+from fastbound.truth.formula import ACTIVATIONS, Projection
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a fused block was: its class, and the form of that class's forward."""
+
+    block_class: type[nn.Module]
+    form: Form
+
+
+class FusedBoundedMLP(nn.Module):
+    """``down(f(gate(x)) * up(x))`` or ``down(f(up(x)))`` as one operator, any projections adapted.
+
+    It holds everything that the block it stands for held, under the same names: the projections
+    (`FusedBoundedLinear` where adapted, else the plain layers), the activation, a dropout behind,
+    other attributes. Parameters, state-dict keys and adapter files are those of the block with its
+    layers adapted one by one.
+
+    Where something other than plain layers has to run, a projection with hooks, one that was
+    replaced, quantised, sharded on its own or is to be trained whole, an activation that was
+    exchanged, and in training adapter dropout, the forward of the original class runs instead,
+    layer by layer. :meth:`obstacle` names the reason, and so does ``fastbound.explain``.
+
+    Parameters are read in this module's forward: a wrapper that gathers them must take this module
+    or one around it as its unit (``fully_shard(block)`` or ``fully_shard(decoder_layer)``).
+
+    Args:
+        mlp: a block of a known form, at least one of its projections a `FusedBoundedLinear`. It
+            shares its parts with the new module and is best dropped.
+        recompute: None, or "gate_up" to save x alone and run the first GEMMs again in backward.
+
+    Raises TypeError for a block that is fused already or of no known form, and ValueError for one
+    whose parts cannot run as one operator.
+    """
+
+    fusion: Fusion
+    recompute: str | None
+
+    def __init__(self, mlp: nn.Module, *, recompute: str | None = None) -> None:
+        form = _checked_form(mlp, recompute)
+        reason = _parts_obstacle(mlp, form)
+        if reason is not None:
+            raise ValueError(f"the {type(mlp).__name__} cannot be fused: {reason}")
+        super().__init__()
+        vars(self).update(_shell(mlp))
+        self.fusion = Fusion(type(mlp), form)
+        self.recompute = recompute
+
+    @classmethod
+    def from_mlp(
+        cls,
+        mlp: nn.Module,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | str | None = None,
+        dropout: float = 0.0,
+        targets: Collection[str] | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        recompute: str | None = None,
+    ) -> FusedBoundedMLP:
+        """Adopt a plain block: the same parameters, frozen, no copy, and new adapters.
+
+        ``targets`` names the projections to adapt, None all of them; the rest is as for
+        `FusedBoundedLinear`, each projection with its own "auto" bound. When this raises, ``mlp``
+        is as it was.
+        """
+        form = _checked_form(mlp, recompute)
+        chosen = form.projections if targets is None else tuple(targets)
+        unknown = [name for name in chosen if name not in form.projections]
+        if unknown or not chosen or isinstance(targets, str):
+            raise ValueError(
+                f"targets must name some of the projections {', '.join(form.projections)}, "
+                f"got {targets!r}"
+            )
+        reason = _parts_obstacle(mlp, form, plain=True)
+        if reason is not None:
+            raise ValueError(f"the {type(mlp).__name__} cannot be fused: {reason}")
+        each: dict[str, Any] = {
+            "rank": rank,
+            "alpha": alpha,
+            "bound": bound,
+            "dropout": dropout,
+            "adapter_dtype": adapter_dtype,
+            "backend": backend,
+        }
+        trained = [p for p in mlp.parameters() if p.requires_grad]
+        adapted = _with_class(type(mlp), _shell(mlp))
+        convert(adapted, dict.fromkeys(chosen, each))
+        try:
+            return cls(adapted, recompute=recompute)
+        except ValueError:  # a rank that the block's kernels do not take
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+
+    def obstacle(self, gathered: bool = False) -> str | None:
+        """Why the layers run one by one, or None where the block runs as one operator.
+
+        ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
+        """
+        reason = _parts_obstacle(self, self.fusion.form, gathered=gathered)
+        if reason is not None:
+            return reason
+        for layer in self.adapted_layers().values():
+            if layer.adapter.training and layer.adapter.dropout:
+                return f"adapter dropout {layer.adapter.dropout:g} in training"
+        return None
+
+    def adapted_layers(self) -> dict[str, Adapted]:
+        """The adapted projections by name, first to last."""
+        return _adapted(self, self.fusion.form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., K']."""
+        form = self.fusion.form
+        if self.obstacle(gathered=True) is not None:
+            return cast(Tensor, self.fusion.block_class.forward(self, x))
+        up, down = self._projection(form.up), self._projection(form.down)
+        gate = None if form.gate is None else up if form.packed else self._projection(form.gate)
+        if form.packed:
+            gate, up = _halves(up)
+        y = bounded_mlp(
+            x,
+            up,
+            down,
+            gate,
+            activation=cast(str, activation_name(getattr(self, form.activation))),
+            recompute=self.recompute,
+            backend=next(iter(self.adapted_layers().values())).adapter.backend,
+        )
+        for name in form.after:
+            y = self._modules[name](y)  # type: ignore[misc]
+        return y
+
+    @torch.no_grad()
+    def to_mlp(self, merge: bool = True) -> nn.Module:
+        """A block of the original class with plain projections, and everything else as it is here.
+
+        ``merge`` as for `FusedBoundedLinear.to_linear`.
+        """
+        state = _shell(self)
+        for name in ("fusion", "recompute", "_compiled_call_impl"):
+            state.pop(name, None)
+        for name in self.fusion.form.projections:
+            layer = state["_modules"][name]
+            if isinstance(layer, FusedBoundedLinear):
+                state["_modules"][name] = layer.to_linear(merge)
+        return _with_class(self.fusion.block_class, state)
+
+    def extra_repr(self) -> str:
+        recompute = "" if self.recompute is None else f", recompute={self.recompute!r}"
+        return f"{self.fusion.block_class.__name__}: {self.fusion.form}{recompute}"
+
+    def _projection(self, name: str) -> Projection:
+        layer: Any = self._modules[name]
+        weight = layer.weight.t() if _transposed(layer) else layer.weight
+        adapter = layer.adapter if isinstance(layer, Adapted) else None
+        if adapter is None:
+            return Projection(weight, layer.bias)
+        return Projection(weight, layer.bias, adapter.A, adapter.B, adapter.scaling, adapter.omega)
+
+
+def obstacle(block: nn.Module, gathered: bool = False) -> str | None:
+    """Why a block does not run as one operator, or why it cannot; None where nothing stands so."""
+    if isinstance(block, FusedBoundedMLP):
+        return block.obstacle(gathered)
+    try:
+        return _parts_obstacle(block, _readable_form(block))
+    except UnknownForm as error:
+        return str(error)
+
+
+def _checked_form(mlp: nn.Module, recompute: str | None) -> Form:
+    if recompute not in RECOMPUTE:
+        raise ValueError(f'unknown recompute {recompute!r}: choose None or "gate_up"')
+    if isinstance(mlp, FusedBoundedMLP):
+        raise TypeError(
+            f"the {mlp.fusion.block_class.__name__} is fused already: call to_mlp() first"
+        )
+    try:
+        return _readable_form(mlp)
+    except UnknownForm as error:
+        raise TypeError(f"the {type(mlp).__name__} cannot be fused: {error}") from None
+
+
+def _readable_form(block: nn.Module) -> Form:
+    """The form of a block that a fused one can take the place of. Raises UnknownForm."""
+    form = form_of(block)
+    if hooked(block):
+        raise UnknownForm("has forward or backward hooks, which a replacement would lose")
+    if block._compiled_call_impl is not None:
+        raise UnknownForm("was compiled in place: compile after fusing")
+    missing = [n for n in (*form.projections, *form.after) if block._modules.get(n) is None]
+    if missing:
+        raise UnknownForm(f"its {missing[0]} is no module")
+    return form
+
+
+def _parts_obstacle(
+    block: nn.Module, form: Form, plain: bool = False, gathered: bool = False
+) -> str | None:
+    """Why these parts cannot run as one operator: looked at in every forward, so kept cheap.
+
+    ``plain`` leaves out what adapting is going to change: frozen weights, and the adapters.
+    """
+    layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
+    for name, layer in layers.items():
+        reason = _layer_obstacle(layer, plain, gathered)
+        if reason is not None:
+            return f"its {name} {reason}"
+    activation = getattr(block, form.activation, None)
+    if activation_name(activation) is None:
+        return (
+            f"its {form.activation} is {_described(activation)}: "
+            f"the activations known are {', '.join(ACTIVATIONS)}"
+        )
+    if isinstance(activation, nn.Module) and is_watched(activation):
+        return f"its {form.activation} has hooks or a forward of its own"
+    first = layers[form.up].weight
+    for name, layer in layers.items():
+        weight = layer.weight
+        if weight.dtype is not first.dtype or weight.device != first.device:
+            return (
+                f"its {name} is {weight.dtype} on {weight.device} "
+                f"and its {form.up} {first.dtype} on {first.device}"
+            )
+    reason = _sizes_obstacle(layers, form)
+    if reason is not None or plain:
+        return reason
+    adapters = [layer.adapter for layer in _adapted(block, form).values()]
+    if not adapters:
+        return "none of its projections is adapted"
+    backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
+    if any(adapter.backend != backend for adapter in adapters):
+        return "its projections ask for different backends"
+    triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
+    if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
+        return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"
+    return None
+
+
+def _layer_obstacle(layer: Any, plain: bool, gathered: bool) -> str | None:
+    if isinstance(layer, BoundedOverBase):
+        return f"is adapted over its base: {layer.reason}"
+    if isinstance(layer, Adapted):
+        reason = layer.obstacle(gathered)
+        if reason is not None:
+            return reason
+        adapter, tensors = layer.adapter, {"weight": layer.weight, "bias": layer.bias}
+        if adapter is not None:
+            if type(adapter) not in (BoundedAdapter, NamedAdapter):
+                return f"has a {type(adapter).__name__} for adapter"
+            if is_watched(adapter):
+                return "has an adapter with hooks or a forward of its own"
+            tensors = {"A": adapter.A, "B": adapter.B, **tensors}
+    elif layer is not None and is_linear(layer):
+        tensors = {"weight": layer.weight, "bias": layer.bias}
+    else:
+        return f"is a {type(layer).__name__}"
+    if is_watched(layer):
+        return "has hooks or a forward of its own, which must see it called"
+    reason = tensor_obstacle(tensors, gathered)
+    if reason is not None:
+        return reason
+    for name in ("weight", "bias"):
+        if tensors[name] is not None and tensors[name].requires_grad and not plain:
+            return f"trains its {name}, for which the operator has no gradient"
+    return None
+
+
+def _sizes_obstacle(layers: dict[str, Any], form: Form) -> str | None:
+    (width, made), (taken, _) = sizes(layers[form.up]), sizes(layers[form.down])
+    if form.packed:
+        if made != 2 * taken:
+            return f"its {form.up} makes {made} features, and {form.down} takes half of {2 * taken}"
+        return None
+    if form.gate is not None and sizes(layers[form.gate]) != (width, made):
+        gate = sizes(layers[form.gate])
+        return (
+            f"its {form.gate} [K {gate[0]}, N {gate[1]}] and {form.up} [K {width}, N {made}] "
+            "differ in size"
+        )
+    if made != taken:
+        return f"its {form.up} makes {made} features, and {form.down} takes {taken}"
+    return None
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """K and N of a projection, whichever way its weight is stored."""
+    N, K = layer.weight.shape
+    return (N, K) if _transposed(layer) else (K, N)
+
+
+def _transposed(layer: Any) -> bool:
+    return layer.fan_in_fan_out if isinstance(layer, Adapted) else is_conv1d(layer)
+
+
+def _adapted(block: nn.Module, form: Form) -> dict[str, Adapted]:
+    layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, Adapted) and layer.adapter is not None
+    }
+
+
+def _halves(packed: Projection) -> tuple[Projection, Projection]:
+    """gate and up of a packed projection: views of weight, bias and B, and the same A."""
+    N = packed.weight.shape[0] // 2
+    rows = (slice(0, N), slice(N, 2 * N))
+    gate, up = (
+        packed._replace(
+            weight=packed.weight[half],
+            bias=None if packed.bias is None else packed.bias[half],
+            # A view, too: torch.compile takes no tensor twice into one autograd.Function.
+            A=None if packed.A is None else packed.A.view_as(packed.A),
+            B=None if packed.B is None else packed.B[half],
+        )
+        for half in rows
+    )
+    return gate, up
+
+
+def _shell(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with registries of their own: children can be exchanged."""
+    state = dict(vars(module))
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        state[name] = state[name].copy()
+    return state
+
+
+def _with_class(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = kind.__new__(kind)
+    vars(module).update(state)
+    return module
+
+
+def _described(activation: object) -> str:
+    name = getattr(activation, "__qualname__", None) or type(activation).__qualname__
+    return f"{getattr(activation, '__module__', type(activation).__module__)}.{name}"

@@ -1,0 +1,276 @@
+"""BoundedOverBase: the adapter over a layer that has to compute x Wᵀ itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fastbound.layers.adapter import BoundedAdapter
+from fastbound.layers.bounds import bound_of_weight
+from fastbound.layers.linear import FusedBoundedLinear, _check_settings, is_conv1d
+
+# Hooks that PyTorch itself sets to make the weight anew before each call; they leave x alone.
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+QUANTISED = ("bitsandbytes.", "torchao.")
+
+
+class BoundedOverBase(FusedBoundedLinear):
+    """``y = base_layer(x) + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ``: the low-rank term goes into base's output.
+
+    For a base whose weight the operator cannot read as numbers (quantised, offloaded) or whose call
+    does more than x Wᵀ + b (a subclass, hooks, a weight made anew in each call). ``base_layer`` is
+    the layer as it was, frozen, and is called as it was: hooks on it see its own output, without
+    the adapter.
+
+    ``reason`` says why the base is called, as in ``fastbound.explain``: "base is Linear4bit".
+    """
+
+    base_layer: nn.Module
+    reason: str
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError("BoundedOverBase adapts an existing layer: use BoundedOverBase.from_linear")
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        bound: float | str | None = None,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> BoundedOverBase:
+        """Adopt any ``nn.Linear``, its subclasses, or a transformers ``Conv1D``; it is frozen.
+
+        A bound in multiples of RMS(W) reads the weight once: dequantised, or brought in where it is
+        offloaded.
+
+        Raises TypeError for another class, ValueError for settings out of range, for
+        backend="fused", and for such a bound over a weight that cannot be read.
+        """
+        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+        if not is_adaptable(layer):
+            raise TypeError(
+                f"expected an nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
+            )
+        if backend == "fused":
+            raise ValueError(
+                f'backend="fused" cannot run over a {type(layer).__name__}, which computes x Wᵀ '
+                'itself: use "auto"'
+            )
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        adopted.reason = over_reason(layer) or "base is to be called"
+        adopted.fan_in_fan_out = is_conv1d(layer)
+        adopted.out_features, adopted.in_features = features(layer)
+        adopted.adapter = BoundedAdapter(
+            adopted.in_features,
+            adopted.out_features,
+            rank,
+            alpha=alpha,
+            bound=_read_bound(layer, bound) if isinstance(bound, str) else bound,
+            dropout=dropout,
+            device=_device(layer),
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        # Frozen last: a layer that is refused above is left as it was.
+        layer.requires_grad_(False)
+        adopted.base_layer = layer
+        return adopted.train(layer.training)
+
+    # Where other code looks for a linear layer's dtype or device; never read here.
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The base's weight, as the base holds it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        """The base's bias."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], in the dtype of the base's output.
+
+        Raises RuntimeError where x is to have a gradient and the base cuts it off.
+        """
+        result = self.base_layer(x)
+        if not self.enabled:
+            return result
+        check_gradient(self.base_layer, x, result)
+        # A hook may have kept the output, and must not see the term added to it.
+        return self.adapter.add_to(result, x, give_up=not hooked(self.base_layer))
+
+    @torch.no_grad()
+    def to_linear(self, merge: bool = True) -> nn.Module:
+        """The base layer; ``merge=True``: a copy of it with the weight W + ΔW.
+
+        Raises ValueError, naming the remedy, where ``merge_obstacle`` finds one.
+        """
+        if not merge:
+            return self.base_layer
+        obstacle = self.merge_obstacle()
+        if obstacle is not None:
+            raise ValueError(f"cannot be merged: {obstacle}")
+        delta = self.delta_weight()
+        weight: Tensor = self.weight
+        stored = delta.t() if self.fan_in_fan_out else delta
+        merged = copy.copy(self.base_layer)
+        merged._parameters = {
+            **self.base_layer._parameters,
+            "weight": nn.Parameter(
+                (weight.to(delta.dtype) + stored).to(weight.dtype), requires_grad=False
+            ),
+        }
+        return merged.train(self.training)
+
+    def merge_obstacle(self) -> str | None:
+        """Why ΔW cannot go into the base's weight, with the remedy; None where it can."""
+        base = self.base_layer
+        kind = type(base).__name__
+        if offloaded(base):
+            return "its base is offloaded: load the model whole, then the adapter, and merge that"
+        if parametrize.is_parametrized(base):
+            return (
+                f"the weight of its base, a {kind}, is made by a parametrization: call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
+            )
+        made = _weight_hooks(base)
+        if made:
+            return (
+                f"the weight of its base is made in each call by {type(made[0]).__name__}: take "
+                "that off layer.base_layer with torch.nn.utils first"
+            )
+        if base._forward_hooks:
+            return (
+                "forward hooks of its base see the base's output without ΔW, and may change it: "
+                "take them off layer.base_layer"
+            )
+        quantised = is_quantised(base)
+        if quantised is not None:
+            return (
+                f"{quantised}, and a ΔW below its steps would be rounded away: save the adapter, "
+                "load it onto the model in a floating dtype, and merge that"
+            )
+        if type(base).forward is not nn.Linear.forward and not is_conv1d(base):
+            return (
+                f"its base is a {kind} with a forward of its own, which need not be x Wᵀ: "
+                "keep the adapter beside it"
+            )
+        return None
+
+    def extra_repr(self) -> str:
+        return self.reason
+
+
+def over_reason(layer: Any) -> str | None:
+    """Why a layer's own call must compute x Wᵀ; None where the operator can read its weight."""
+    if parametrize.is_parametrized(layer):
+        return "base has a parametrization"
+    if type(layer) is not nn.Linear and not is_conv1d(layer):
+        return f"base is {type(layer).__name__}"
+    if offloaded(layer):
+        return f"base has accelerate's {type(layer._hf_hook).__name__}"
+    made = _weight_hooks(layer)
+    if made:
+        return f"base has {type(made[0]).__name__}"
+    if hooked(layer):
+        return "base has hooks"
+    if is_quantised(layer):
+        return f"base holds its weight as {type(layer.weight).__name__}"
+    return None
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """An nn.Linear, one of its subclasses (bitsandbytes' are), or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_quantised(layer: nn.Module) -> str | None:
+    """What the weight is quantised as, told by its class; None where it is not."""
+    for parameter in layer.parameters(recurse=False):
+        if type(parameter).__module__.startswith(QUANTISED):
+            return f"its base holds the weight as {type(parameter).__name__}"
+        if not parameter.is_floating_point():
+            return f"its base, a {type(layer).__name__}, holds the weight as {parameter.dtype}"
+    return None
+
+
+def offloaded(layer: Any) -> bool:
+    """Whether accelerate places the weight for each call, and x with it."""
+    hook = getattr(layer, "_hf_hook", None)
+    return type(hook).__module__ == "accelerate.hooks" and hasattr(hook, "execution_device")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calls of the module run hooks."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
+def foreign_pre_hooks(layer: Any) -> bool:
+    """Whether hooks may change x before the layer sees it: the adapter would take another x."""
+    return len(_weight_hooks(layer)) < len(layer._forward_pre_hooks)
+
+
+def features(layer: Any) -> tuple[int, int]:
+    """N and K of a layer, whatever its weight is packed into."""
+    if is_conv1d(layer):
+        K, N = layer.weight.shape
+        return N, K
+    return int(layer.out_features), int(layer.in_features)
+
+
+def _weight_hooks(layer: Any) -> list[Any]:
+    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+
+
+def check_gradient(base: nn.Module, x: Tensor, result: Tensor) -> None:
+    """Raise RuntimeError where x is to have a gradient and the base's result has no way back to it.
+
+    bitsandbytes' packed weights only warn in backward.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return
+    state = getattr(base._parameters.get("weight"), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False) or not result.requires_grad:
+        raise RuntimeError(
+            f"the base, a {type(base).__name__}, gives x no gradient. bitsandbytes does so on the "
+            "CPU after a 4-bit layer's first call in eval mode, when it repacks the weight for "
+            "inference: load the model again and call model.train() before use"
+        )
+
+
+def _device(layer: Any) -> torch.device:
+    if offloaded(layer) and layer._hf_hook.execution_device is not None:
+        return torch.device(layer._hf_hook.execution_device)
+    return next(layer.parameters()).device
+
+
+def _read_bound(layer: Any, bound: str) -> float:
+    """A multiple of the weight's RMS, dequantised or brought in for this one reading."""
+    from accelerate.utils import align_module_device
+    from peft.utils.integrations import dequantize_module_weight
+
+    with torch.no_grad(), align_module_device(layer):
+        weight: Tensor = layer.weight
+        if not (weight.is_floating_point() and type(weight) is nn.Parameter):
+            weight = dequantize_module_weight(layer)
+        if not weight.is_floating_point():
+            raise ValueError(
+                f'bound="{bound}" cannot read the {weight.dtype} weight of a '
+                f"{type(layer).__name__}: "
+                "give bound a number"
+            )
+        return bound_of_weight(bound, weight)

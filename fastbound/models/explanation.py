@@ -1,0 +1,227 @@
+"""Which path each adapted layer and block takes, with which tiles, and why: nothing is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastbound.dispatch.entries import block_form
+from fastbound.dispatch.plan import Plan, describe, plan_for
+from fastbound.layers.forms import activation_name
+from fastbound.layers.linear import Adapted, FusedBoundedLinear
+from fastbound.layers.mlp import FusedBoundedMLP, sizes
+from fastbound.layers.over_base import BoundedOverBase
+from fastbound.models.injection import adapted_blocks, unfused_reason
+from fastbound.operator.addition import addition_plan
+from fastbound.operator.block_ops import block_plan
+from fastbound.operator.partition import GATHER, gathered_modules, partition
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One layer: its name, shape [N, K], rank, compute dtype, device, and its plan.
+
+    ``block`` names the fused block that the layer runs in, under that block's plan; None where the
+    layer runs by itself.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    rank: int
+    dtype: str
+    device: str
+    plan: Plan
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockExplanation:
+    """One module that holds adapted layers: whether it runs as one operator, and why not.
+
+    ``form`` is what a fused block computes, and ``reason`` why another runs layer by layer; one of
+    the two is None.
+    """
+
+    block: str
+    fused: bool
+    form: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The paths of a model's adapted layers at ``tokens`` rows; printable, and data."""
+
+    tokens: int
+    layers: tuple[LayerExplanation, ...]
+    blocks: tuple[BlockExplanation, ...] = ()
+
+    def __iter__(self) -> Iterator[LayerExplanation]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, fit for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        fused = sum(row.block is not None for row in self.layers)
+        lines = [f"{len(self.layers)} bounded layers at {self.tokens} tokens"]
+        if fused:
+            lines[0] += f", {fused} of them in {sum(b.fused for b in self.blocks)} fused blocks"
+        for (form, reason), names in _grouped(
+            (b.block or "(this module)", (b.form, b.reason)) for b in self.blocks
+        ):
+            lines.append(f"block {names}")
+            lines.append(f"  layer by layer: {reason}" if form is None else f"  fused: {form}")
+        for (shape, rank, dtype, device, plan, in_block), names in _grouped(
+            (
+                row.layer or "(this layer)",
+                (row.shape, row.rank, row.dtype, row.device, row.plan, row.block is not None),
+            )
+            for row in self.layers
+        ):
+            lines.append(names)
+            lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}, {dtype} on {device}")
+            where = "in its block, " if in_block else ""
+            lines.append(f"  {where}{plan.strategy}: {plan.reason}")
+            lines += _tile_lines(plan, in_block)
+        return "\n".join(lines)
+
+
+def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
+    """For each adapted layer: which path runs, with which tiles, and why; and its block.
+
+    Args:
+        model_or_layer: a model, a block or one layer.
+        tokens: rows of x in one call (batch times sequence length).
+
+    The compute dtype is autocast's where autocast is on at the call, else the weight's. x is taken
+    to be contiguous; one whose address or strides TMA cannot take goes through pointers. What a
+    block does is looked up now: a hook set on one of its layers since then shows here. A layer over
+    its base is "split": the base computes x Wᵀ, and the low-rank term is accumulated into its
+    output, into a new tensor under torch.compile and where the base has hooks.
+
+    Raises ValueError for tokens below 1 and for a model without bounded layers.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be >= 1, got {tokens}")
+    held = adapted_blocks(model_or_layer)
+    gathered = gathered_modules(model_or_layer)
+    blocks = tuple(_explain_block(name, m, m in gathered) for name, m in held.items())
+    inside = {
+        layer: (row.block, _fused_plan(module, tokens))
+        for row, module in zip(blocks, held.values(), strict=True)
+        if row.fused and isinstance(module, FusedBoundedMLP)
+        for layer in module.adapted_layers().values()
+    }
+    layers = tuple(
+        _explain_layer(name, module, tokens, module in gathered, *inside.get(module, (None, None)))
+        for name, module in model_or_layer.named_modules()
+        if isinstance(module, Adapted)
+    )
+    if not layers:
+        raise ValueError(
+            "no bounded adapter in this model: call fastbound.inject(model) or PEFT's "
+            "get_peft_model(model, fastbound.BoundedConfig()) first"
+        )
+    return Explanation(tokens, layers, blocks)
+
+
+def _explain_block(name: str, block: nn.Module, gathered: bool) -> BlockExplanation:
+    reason = unfused_reason(name, block, gathered)
+    form = str(block.fusion.form) if isinstance(block, FusedBoundedMLP) and not reason else None
+    return BlockExplanation(name, reason is None, form, reason)
+
+
+def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
+    layers = list(block.adapted_layers().values())
+    form = block.fusion.form
+    first = block.get_submodule(form.up)
+    weight: Any = first.weight
+    K, N = sizes(first)
+    if form.packed:
+        N //= 2
+    ranks = tuple(layer.adapter.rank for layer in layers)
+    dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
+    activation = cast(str, activation_name(getattr(block, form.activation)))
+    named = block_form(activation, form.gate is not None)
+    return block_plan(weight.device, tokens, N, K, ranks, dtype, backend, named)
+
+
+def _explain_layer(
+    name: str,
+    layer: Adapted,
+    tokens: int,
+    gathered: bool,
+    block: str | None,
+    plan: Plan | None,
+) -> LayerExplanation:
+    active = layer.running()
+    # x does not come in a quantised weight's dtype: take the bias's, else the adapter's.
+    tensors = (layer.weight, layer.bias, *(adapter.A for adapter in active))
+    held = [t for t in tensors if t is not None and t.is_floating_point()]
+    where = active[0].A.device if active else layer.weight.device
+    dtype = _compute_dtype(held[0].dtype if held else torch.get_default_dtype(), where)
+    if plan is None:
+        plan = _layer_plan(layer, where, tokens, dtype, gathered)
+    rank = max((adapter.rank for adapter in active), default=0)
+    device = describe(where.type, where.index).architecture
+    shape = (layer.out_features, layer.in_features)
+    return LayerExplanation(name, shape, rank, str(dtype), device, plan, block)
+
+
+def _layer_plan(
+    layer: Adapted, device: torch.device, tokens: int, dtype: torch.dtype, gathered: bool
+) -> Plan:
+    """The plan of a layer outside a block; "base" where its base layer runs without adapters."""
+    active, obstacle = layer.running(), layer.obstacle(gathered)
+    over_base = isinstance(layer, BoundedOverBase)
+    injected = isinstance(layer, FusedBoundedLinear) and not over_base
+    spread = None if gathered else partition(layer.weight)
+    if spread is not None and injected:
+        return Plan("refused", f"weight {spread}: {GATHER}")
+    if not active:
+        return Plan("base", obstacle or "has no active adapter")
+    adapter = active[0]
+    shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
+    if injected or (obstacle is None and not over_base):
+        return plan_for(device, *shape)
+    reason = f"it {obstacle}, so the base layer runs and each adapter is added"
+    if isinstance(layer, BoundedOverBase):
+        reason = layer.reason
+    plan = addition_plan(device, *shape)
+    return replace(plan, strategy="split", reason=f"{reason}; {plan.reason}")
+
+
+def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def _tile_lines(plan: Plan, in_block: bool) -> Iterator[str]:
+    if plan.tiles is None:
+        return
+    names = ["thin", "reduce", *(("activate", "gated") if in_block else ())]
+    if plan.strategy == "fused":
+        same = plan.tiles.gemm_t == plan.tiles.gemm
+        names = [*(("gemm",) if same else ("gemm", "gemm_t")), *names]
+    width = max(len(name) for name in names)
+    for name in names:
+        yield f"  {name:<{width}} {getattr(plan.tiles, name)}"
+
+
+def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Each key once, with the first of its names and how many more there are."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, key in rows:
+        groups.setdefault(key, []).append(name)
+    for key, names in groups.items():
+        yield key, names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -1,0 +1,331 @@
+"""Into a model and out of it: its linear layers become `FusedBoundedLinear` in place, and back."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastbound.layers.conversion import convert, refusal, swap
+from fastbound.layers.linear import Adapted, FusedBoundedLinear, _check_settings
+from fastbound.layers.mlp import FusedBoundedMLP, obstacle
+from fastbound.layers.over_base import BoundedOverBase, features, is_adaptable
+from fastbound.models.ranks import Loss, RankAllocation, allocate_ranks, even_rank
+from fastbound.models.targets import match
+from fastbound.operator.partition import gathered_modules, partition
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did: printable, and as data.
+
+    Attributes:
+        replaced: dotted names of the layers that are now `FusedBoundedLinear`; a layer that the
+            model holds under several names stands here once, under the first.
+        trainable_parameters: elements of all A and B, which are all that still trains.
+        total_parameters: elements of all parameters, A and B included.
+        skipped: name -> reason, for what `target_modules` matched and could not be replaced.
+        over_base: name -> reason, for the replaced layers that call the layer they replace
+            (`BoundedOverBase`): a quantised one, one with hooks.
+        fused: dotted names of the MLP blocks that run as one operator, see `FusedBoundedMLP`.
+        unfused: name -> reason, for every other module that holds replaced layers: these run layer
+            by layer.
+        ranks: rank of each replaced layer, by name.
+        allocation: what `rank="auto"` found, else None.
+    """
+
+    replaced: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    over_base: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
+    unfused: Mapping[str, str] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    allocation: RankAllocation | None = None
+
+    def __str__(self) -> str:
+        share = self.trainable_parameters / self.total_parameters
+        lines = [
+            f"replaced {len(self.replaced)} layers",
+            *(f"  {count} x {kind}" for kind, count in _kinds(self.replaced).items()),
+            *(f"  over it, {r}: {c} x {k}" for r, k, c in _reasons(self.over_base)),
+            f"fused {len(self.fused)} MLP blocks",
+            *(f"  {count} x {kind}" for kind, count in _kinds(self.fused).items()),
+            *(f"  not {c} x {k or 'the model'}: {r}" for r, k, c in _reasons(self.unfused)),
+            f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
+            f" ({share:.2%})",
+            *(f"skipped {name}: {reason}" for name, reason in self.skipped.items()),
+            *([] if self.allocation is None else [str(self.allocation)]),
+        ]
+        return "\n".join(lines)
+
+
+def inject(
+    model: nn.Module,
+    rank: int | Mapping[str, int] | Literal["auto"] = 8,
+    *,
+    alpha: float | None = None,
+    bound: float | str | None = None,
+    dropout: float = 0.0,
+    target_modules: str | Collection[str] = "mlp",
+    adapter_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    fuse_mlp: bool = True,
+    forget: Loss | None = None,
+    retain: Loss | None = None,
+    budget: int | None = None,
+) -> InjectionReport:
+    """Replace linear layers of `model` by `FusedBoundedLinear`, in place, and freeze all the rest.
+
+    Right after it the model computes what it did before: B is zero. Weights are shared with the
+    replaced layers, not copied. Everything is checked before the first layer is replaced: when this
+    raises, the model is as it was.
+
+    Args:
+        model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
+        rank: of each new layer; or the rank of each by name; or `"auto"`, which spreads `budget`
+            by the gradients of two losses (`fastbound.allocate_ranks`). docs/ranks.md
+            says where that helps.
+        alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
+            Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
+            more. None is then the rank that the same parameters buy everywhere.
+            A bound of `"auto"` or `"2*rms"` is worked out for each layer from its own weight.
+        target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
+            (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
+            ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
+            a whole dotted end of a name) or a regular expression for the whole name.
+        fuse_mlp: run each MLP block of a known form that holds replaced layers as one operator:
+            it becomes a `FusedBoundedMLP`. Names, parameters and files are the same either way.
+        forget, retain: for `rank="auto"`: functions of the model that give the loss of a sample of
+            rows to forget and to retain, or several losses one after the other. Called once each.
+        budget: for `rank="auto"`: most elements of all A and B; None: as many as rank 8 takes.
+
+    Exact `nn.Linear` and `Conv1D` layers become `FusedBoundedLinear`. Quantised layers, other
+    subclasses of `nn.Linear` and layers with forward or backward hooks, parametrizations or
+    accelerate's offloading become `BoundedOverBase`, which calls the layer and adds to its result.
+    Sharded layers, layers with forward pre-hooks of the user's and layers tied to another module
+    are left alone. The report has the reason for each.
+
+    With gradient checkpointing: the non-reentrant form works as it is. The reentrant form finds no
+    gradient to keep when the input of a block needs none, as behind a frozen embedding;
+    transformers' `enable_input_require_grads()` mends that, and its own switch for checkpointing
+    calls it for language models.
+
+    Raises:
+        TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
+        ValueError: the model already holds injected layers, `target_modules` matches nothing (near
+            misses are named) or nothing that can be replaced, a layer refuses its arguments, ranks
+            by name are not those of the layers, `rank="auto"` lacks its losses, or
+            `allocate_ranks` raises.
+    """
+    if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
+        raise TypeError(
+            f"model is a single {type(model).__name__}, which cannot be replaced in place: "
+            "use FusedBoundedLinear.from_linear(layer)"
+        )
+    held = adapted_layers(model)
+    if len(held) > len(injected_layers(model)):
+        raise ValueError(
+            f"the model holds bounded adapters of PEFT (first: {next(iter(held))!r}): "
+            "call merge_and_unload() or unload() first"
+        )
+    if held:
+        raise ValueError(
+            f"the model already holds {len(held)} injected layers (first: {next(iter(held))!r}): "
+            "call fastbound.merge(model) first, and target all layers in one call of inject"
+        )
+    first = {module: name for name, module in model.named_modules()}
+    names = match(model, target_modules)
+    matched = list(dict.fromkeys(first[model.get_submodule(name)] for name in names))
+    reasons = {name: refusal(model, name) for name in matched}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    chosen = [name for name, reason in reasons.items() if reason is None]
+    if not chosen:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ValueError(
+            f"target_modules={target_modules!r} matches {len(skipped)} modules, "
+            f"none of which can be replaced ({listed})"
+        )
+    _check_rank(rank, forget, retain, budget)
+    shapes = {name: features(model.get_submodule(name)) for name in chosen}
+    allocation = None
+    if isinstance(rank, str) and forget is not None and retain is not None:
+        _check_settings(1, alpha, bound, adapter_dtype, backend, dropout)
+        allocation = allocate_ranks(model, shapes, forget, retain, budget=budget)
+        rank = allocation.ranks
+    each: dict[str, Any] = {
+        "bound": bound,
+        "dropout": dropout,
+        "adapter_dtype": adapter_dtype,
+        "backend": backend,
+    }
+    if isinstance(rank, Mapping):
+        _check_names(rank, shapes)
+        alpha = even_rank(rank, shapes) if alpha is None else alpha
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
+    convert(model, {name: {"rank": ranks[name], "alpha": alpha, **each} for name in chosen})
+    if fuse_mlp:
+        fuse(model)
+    return replace(describe(model, skipped), allocation=allocation)
+
+
+def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: int | None) -> None:
+    given = {"forget": forget, "retain": retain, "budget": budget}
+    if rank != "auto":
+        if isinstance(rank, str):
+            raise ValueError(f'rank is a number, numbers by name, or "auto"; got {rank!r}')
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f'{name} is for rank="auto", and rank is {rank!r}')
+        return
+    missing = [name for name in ("forget", "retain") if given[name] is None]
+    if missing:
+        raise ValueError(
+            f'rank="auto" spreads ranks by gradients: give {" and ".join(missing)}, a function of '
+            "the model that returns the loss of a sample"
+        )
+
+
+def _check_names(rank: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    missing = [name for name in shapes if name not in rank]
+    extra = [name for name in rank if name not in shapes]
+    if missing or extra:
+        raise ValueError(
+            f"rank by name must name the layers to be replaced: missing {missing[:5]}, "
+            f"unexpected {extra[:5]}"
+        )
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every `FusedBoundedLinear` back into its original class, with ΔW in the weight.
+
+    So does every `FusedBoundedMLP`. ΔW is added in fp32 and rounded once. The work is done in
+    place, one layer at a time, and the merged layers stay frozen. Returns the model, or the plain
+    layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
+
+    Raises:
+        ValueError: there is no such layer, an A or B holds a NaN or an infinity, a weight is
+            spread over processes, or a layer is over a base whose weight cannot take ΔW, such as a
+            quantised one (nothing is merged then).
+    """
+    layers = injected_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
+    for name, layer in layers.items():
+        stands = layer.merge_obstacle() if isinstance(layer, BoundedOverBase) else None
+        if stands is not None:
+            raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
+        spread = partition(layer.weight)
+        if spread is not None:
+            raise ValueError(
+                f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into a "
+                "whole model and merge it there"
+            )
+        for factor, tensor in (("A", layer.adapter.A), ("B", layer.adapter.B)):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"adapter.{factor} of {name or 'the layer'!r} holds a NaN or an infinity: "
+                    "go back to an adapter saved earlier"
+                )
+    if isinstance(model, FusedBoundedLinear):
+        return model.to_linear(merge=True)
+    for layer in layers.values():
+        swap(model, {layer: layer.to_linear(merge=True)})
+    if isinstance(model, FusedBoundedMLP):
+        return model.to_mlp()
+    swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside it an injected model computes what its base does, from the same weights.
+
+    The reference of NPO, DPO or a KL term without a second model. PEFT's models have a method of
+    this name.
+
+    Raises ValueError when `model` holds no `FusedBoundedLinear`.
+    """
+    layers = injected_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to disable")
+    before = {layer: layer.enabled for layer in layers.values()}
+    try:
+        for layer in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.enabled = enabled
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """Name -> layer, as `injected_layers`, PEFT's bounded layers included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
+    """Name -> layer, for every `FusedBoundedLinear` of `model`; a shared one once, first name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FusedBoundedLinear)}
+
+
+def fuse(model: nn.Module) -> None:
+    """Put a `FusedBoundedMLP` in the place of every block that can be one, inside `model`."""
+    blocks = [m for m in adapted_blocks(model).values() if not isinstance(m, FusedBoundedMLP)]
+    swap(model, {m: FusedBoundedMLP(m) for m in blocks if m is not model and obstacle(m) is None})
+
+
+def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, for every module that holds an adapted layer as a direct part."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(isinstance(child, Adapted) for child in module.children())
+    }
+
+
+def unfused_reason(name: str, block: nn.Module, gathered: bool = False) -> str | None:
+    """Why a module of `adapted_blocks` runs layer by layer, or None where it is one operator."""
+    reason = obstacle(block, gathered)
+    if reason is not None or isinstance(block, FusedBoundedMLP):
+        return reason
+    if not name:
+        return "is the model itself, which is not replaced in place: use FusedBoundedMLP.from_mlp"
+    return "was injected with fuse_mlp=False"
+
+
+def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> InjectionReport:
+    """The report on an injected model."""
+    inside = gathered_modules(model)
+    blocks = adapted_blocks(model)
+    reasons = {name: unfused_reason(name, m, m in inside) for name, m in blocks.items()}
+    layers = adapted_layers(model)
+    return InjectionReport(
+        replaced=tuple(layers),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        skipped=dict(skipped or {}),
+        over_base={n: m.reason for n, m in layers.items() if isinstance(m, BoundedOverBase)},
+        fused=tuple(name for name, reason in reasons.items() if reason is None),
+        unfused={name: reason for name, reason in reasons.items() if reason is not None},
+        ranks={n: m.adapter.rank for n, m in layers.items() if m.adapter is not None},
+    )
+
+
+def _kinds(names: Iterable[str]) -> Counter[str]:
+    """How many names there are of each kind, `layers.0.mlp` and `layers.1.mlp` being one kind."""
+    return Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+
+
+def _reasons(named: Mapping[str, str]) -> Iterable[tuple[str, str, int]]:
+    """Each reason with the kinds of names that it stands for, and how many."""
+    for reason in dict.fromkeys(named.values()):
+        for kind, count in _kinds(n for n, r in named.items() if r == reason).items():
+            yield reason, kind, count

@@ -1,0 +1,248 @@
+"""Ranks spread over layers by what each layer's gradient of forgetting holds beyond retaining's.
+
+For each layer, G_f and G_r `[N, K]` are the gradients of the two losses by its weight. They are
+never formed: a backward pass meets x `[M, K]` and dy `[M, N]` of one layer at a time, and only
+
+    Y = G Ω = dyᵀ (x Ω)        Z = Ψ G = (Ψ dyᵀ) x        Ω [K, p], Ψ [q, N] Gaussian
+
+are kept, from which `G ≈ Q (Ψ Q)⁺ Z`, Q an orthonormal basis of Y: Tropp, Yurtsever, Udell and
+Cevher 2017, "Practical sketching algorithms for low-rank matrix approximation", algorithm 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbound.dispatch.plan import MAX_BLOCK_RANK
+
+Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
+EVEN = 8  # the rank that the default budget buys everywhere
+_OVERSAMPLING = 8
+
+
+class LowRank(NamedTuple):
+    """`Q X`, an approximation of a gradient `[N, K]`: Q `[N, p]` orthonormal, X `[p, K]`."""
+
+    Q: Tensor
+    X: Tensor
+
+    @property
+    def energy(self) -> float:
+        """Its squared Frobenius norm."""
+        return float(self.X.double().square().sum())
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """How many parameters of a budget each layer gets.
+
+    Attributes:
+        ranks: rank by name of layer.
+        excess: share of all the layers' excess of forgetting that lies in each layer.
+        parameters: of all A and B at these ranks, at most `budget`.
+        budget: what was to be spent.
+    """
+
+    ranks: Mapping[str, int]
+    excess: Mapping[str, float]
+    parameters: int
+    budget: int
+
+    def __str__(self) -> str:
+        head = (
+            f"ranks for {self.parameters:,} of {self.budget:,} parameters, by excess of forgetting"
+        )
+        lines = [
+            f"  {rank:3d} {self.excess[name]:6.1%}  {name}" for name, rank in self.ranks.items()
+        ]
+        return "\n".join([head, *lines])
+
+
+class _Sketch:
+    """Y and Z of one layer's gradient, added up over backward passes."""
+
+    def __init__(self, Omega: Tensor, Psi: Tensor) -> None:
+        self.Omega, self.Psi = Omega, Psi
+        self.Y = Omega.new_zeros(Psi.shape[1], Omega.shape[1])
+        self.Z = Omega.new_zeros(Psi.shape[0], Omega.shape[0])
+
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        X, DY = (t.reshape(-1, t.shape[-1]).to(self.Y.dtype) for t in (x, dy))
+        self.Y += DY.t() @ (X @ self.Omega)
+        self.Z += (self.Psi @ DY.t()) @ X
+
+    def low_rank(self) -> LowRank:
+        Y, Z, Psi = (t.cpu().double() for t in (self.Y, self.Z, self.Psi))
+        if not (Y.isfinite().all() and Z.isfinite().all()):
+            raise ValueError("a gradient of the sample is not finite: ranks cannot be told from it")
+        Q, _ = torch.linalg.qr(Y)
+        return LowRank(Q, torch.linalg.lstsq(Psi @ Q, Z).solution)
+
+
+def allocate_ranks(
+    model: nn.Module,
+    layers: Mapping[str, tuple[int, int]],
+    forget: Loss,
+    retain: Loss,
+    *,
+    budget: int | None = None,
+    most: int = MAX_BLOCK_RANK,
+    seed: int = 0,
+) -> RankAllocation:
+    """Spend `budget` parameters on ranks, a rank of a layer [N, K] costing N + K.
+
+    Component i of a layer's forget gradient, `σ_i u_i v_iᵀ`, is worth
+
+        max(0, σ_i² / Σ‖G_f‖² − (u_iᵀ G_r v_i)² / Σ‖G_r‖²)        Σ over all layers
+
+    and the components worth most a parameter are taken. Every layer gets at least rank 1. The
+    passes are made in evaluation mode, and hold x of every layer besides what they hold anyway.
+
+    Args:
+        model: holds the layers, none adapted yet; left as it was.
+        layers: name -> [N, K] of the linear layers to be adapted.
+        forget, retain: called once with `model`; give a loss, or several one after the other (as
+            a generator does), whose gradients are added.
+        budget: None: what rank `EVEN` everywhere takes.
+        most: the largest rank of a layer; by default the largest that a block's kernels take.
+
+    Raises:
+        ValueError: the budget does not buy rank 1 for every layer, a gradient is not finite, or a
+            layer passes none on.
+    """
+    costs = {name: N + K for name, (N, K) in layers.items()}
+    budget = EVEN * sum(costs.values()) if budget is None else budget
+    if budget < sum(costs.values()):
+        raise ValueError(
+            f"a budget of {budget:,} parameters does not give {len(layers)} layers rank 1: "
+            f"that takes {sum(costs.values()):,}"
+        )
+    forgotten, kept = (
+        _gradients(model, layers, loss, most + _OVERSAMPLING, seed) for loss in (forget, retain)
+    )
+    worth = components(forgotten, kept, most)
+    ranks = spend(worth, costs, budget)
+    total = sum(float(each.sum()) for each in worth.values()) or 1.0
+    return RankAllocation(
+        ranks,
+        {name: float(each.sum()) / total for name, each in worth.items()},
+        sum(ranks[name] * costs[name] for name in ranks),
+        budget,
+    )
+
+
+def components(
+    forgotten: Mapping[str, LowRank], kept: Mapping[str, LowRank], most: int
+) -> dict[str, Tensor]:
+    """What each of a layer's leading components is worth, see :func:`allocate_ranks`."""
+    all_forgotten = sum(each.energy for each in forgotten.values())
+    all_kept = sum(each.energy for each in kept.values())
+    worth = {}
+    for name, G in forgotten.items():
+        U, sigma, Vt = torch.linalg.svd(G.X, full_matrices=False)
+        U, sigma, Vt = (G.Q @ U)[:, :most], sigma[:most], Vt[:most]
+        R = kept[name]
+        along = ((U.t() @ R.Q) * (Vt @ R.X.t())).sum(1)
+        share = sigma.square() / (all_forgotten or 1.0)
+        worth[name] = (share - along.square() / (all_kept or 1.0)).clamp_min(0)
+    return worth
+
+
+def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Ranks: 1 for every layer, then the components worth most a parameter while they fit."""
+    ranks = dict.fromkeys(worth, 1)
+    left = budget - sum(costs.values())
+    offers = sorted(
+        (-value / costs[name], order, name)
+        for name, values in worth.items()
+        for order, value in enumerate(values.sort(descending=True).values.tolist())
+        if order  # the first is every layer's
+    )
+    for _, _, name in offers:
+        if costs[name] <= left:
+            ranks[name] += 1
+            left -= costs[name]
+    return ranks
+
+
+def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:
+    """The rank that the same parameters buy in every layer."""
+    costs = {name: N + K for name, (N, K) in layers.items()}
+    return sum(ranks[name] * cost for name, cost in costs.items()) / sum(costs.values())
+
+
+def _gradients(
+    model: nn.Module, layers: Mapping[str, tuple[int, int]], loss: Loss, width: int, seed: int
+) -> dict[str, LowRank]:
+    drawn: dict[tuple[Any, ...], Tensor] = {}
+
+    def draw(rows: int, columns: int, like: Tensor) -> Tensor:
+        """The same for layers of the same size: they need not be independent of one another."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = (rows, columns, like.device, dtype)
+        if key not in drawn:
+            generator = torch.Generator().manual_seed(seed)
+            drawn[key] = torch.randn(rows, columns, generator=generator).to(like.device, dtype)
+        return drawn[key]
+
+    sketches: dict[str, _Sketch] = {}
+    for name, (N, K) in layers.items():
+        like = next(model.get_submodule(name).parameters())
+        p = min(width, N, K)
+        sketches[name] = _Sketch(draw(K, p, like), draw(min(2 * p + 1, N), N, like))
+    with _frozen_and_evaluated(model), _sketching(model, sketches), torch.enable_grad():
+        found = loss(model)
+        for each in (found,) if isinstance(found, Tensor) else found:
+            each.backward()
+    return {name: sketch.low_rank() for name, sketch in sketches.items()}
+
+
+@contextmanager
+def _sketching(model: nn.Module, sketches: Mapping[str, _Sketch]) -> Iterator[None]:
+    """Inside it, every backward pass through the layers adds to their sketches."""
+
+    def tracked(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = inputs
+        return (x if x.requires_grad else x.detach().requires_grad_(), *rest)
+
+    def watch(name: str, sketch: _Sketch) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+            if not y.requires_grad:
+                raise ValueError(f"{name} passes no gradient on: give its rank as a number")
+            x = inputs[0].detach()
+            y.register_hook(lambda dy: sketch.add(x, dy))
+
+        return hook
+
+    handles = []
+    try:
+        for name, sketch in sketches.items():
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(tracked))
+            handles.append(layer.register_forward_hook(watch(name, sketch)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen_and_evaluated(model: nn.Module) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,4 @@
+"""One call, forward and backward: checks, the autograd functions, the operators and their engines.
+
+Uses `truth`, `dispatch` and `kernels`.
+"""

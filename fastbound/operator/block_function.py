@@ -1,0 +1,165 @@
+"""Autograd for a whole MLP block with bounded adapters: what is saved, what each gradient is.
+
+    g = gate(x)    u = up(x)    h = f(g) ⊙ u    y = down(h)        plain: y = down(f(up(x)))
+
+Saved are x, g and u (a plain block: its first projection's output), the thin products and
+references to the parameters; h and all else of size [M, N] is made again, or not at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbound.operator import block_ops as mlp_ops
+from fastbound.operator.eager import apply_of
+from fastbound.operator.function import check_operands
+from fastbound.operator.transforms import differentiable_once, rows_alone
+from fastbound.truth import formula as reference
+from fastbound.truth.formula import ACTIVATIONS, Projection
+
+RECOMPUTE = (None, "gate_up")
+_TENSORS = 12  # of one block: weight, bias, A and B of gate, up and down
+_SETTINGS = 5  # scalings, omegas, activation, recompute, backend
+
+
+class _BoundedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *block, _, backend = arguments
+        y, G, U, S, S_down = mlp_ops.mlp_forward(x, *block, backend)
+        return y, G, U, S, S_down
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        y, *saved = _BoundedMLP.apply(rows_alone(info, in_dims, arguments), *arguments[1:])
+        size = info.batch_size
+        parts = [t.unflatten(0, (size, len(t) // size)) for t in saved]
+        return (y, *parts), (0,) * (1 + len(parts))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *arguments = inputs
+        ctx.scalings, ctx.omegas, ctx.activation, recompute, ctx.backend = arguments[_TENSORS:]
+        _, G, U, S, S_down = output
+        ctx.mark_non_differentiable(G, U, S, S_down)
+        ctx.set_materialize_grads(False)
+        kept = (None, None) if recompute else (G, U if arguments[4] is not None else None)
+        ctx.save_for_backward(x, *kept, S, S_down, *arguments[:_TENSORS])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * (1 + _TENSORS + _SETTINGS)
+        if dy is None:
+            return tuple(gradients)
+        need = ctx.needs_input_grad
+        settings = (ctx.scalings, ctx.omegas, ctx.activation, ctx.backend)
+        dx, *factors = mlp_ops.mlp_backward(dy, *ctx.saved_tensors, *settings, need[0])
+        gradients[0] = dx if need[0] else None
+        for position, gradient in zip((3, 4, 7, 8, 11, 12), factors, strict=True):
+            gradients[position] = gradient if need[position] else None
+        return tuple(gradients)
+
+
+_apply = apply_of(_BoundedMLP)
+
+
+def bounded_mlp(
+    x: Tensor,
+    up: Projection,
+    down: Projection,
+    gate: Projection | None = None,
+    *,
+    activation: str = "silu",
+    recompute: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate; each projection bounded.
+
+    Args:
+        x: [..., K], any strides.
+        up, gate: weights [N, K]; ``gate`` None for a plain two-layer block.
+        down: weight [K', N].
+        activation: f, one of "silu", "gelu", "gelu_tanh", "relu".
+        recompute: "gate_up" saves neither g nor u and runs their GEMMs again in backward.
+        backend: as for :func:`fastbound.bounded_linear`.
+
+    Any subset of the projections may be adapted; ranks, alpha and bound may differ. Returns
+    [..., K'] in the compute dtype. Two runs give the same bits.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastbound.bounded_linear` for each projection; an
+            activation or ``recompute`` that is not known; gate and up of different sizes; a down
+            whose columns are not up's rows; a bias that requires grad.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}"
+        )
+    if recompute not in RECOMPUTE:
+        raise ValueError(f'unknown recompute {recompute!r}: choose None or "gate_up"')
+    projections = {"gate": gate, "up": up, "down": down}
+    _check_block(x, projections, backend)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    else:
+        for name, p in projections.items():
+            if p is not None and p.weight.dtype is not x.dtype:
+                raise TypeError(
+                    f"x is {x.dtype} and {name}'s weight is {p.weight.dtype}: cast one of them, "
+                    "or use torch.autocast"
+                )
+    if backend == "reference":
+        with torch.autocast(device_type, enabled=False):
+            cast = {name: _cast(p, x.dtype) for name, p in projections.items()}
+            return reference.bounded_mlp(x, **cast, activation=activation)  # type: ignore[arg-type]
+    first, second = (up, None) if gate is None else (gate, up)
+    block = [first, second, down]
+    tensors = [t for p in block for t in (p[:4] if p is not None else (None,) * 4)]
+    scalings = [1.0 if p is None else float(p.scaling) for p in block]
+    omegas = [1.0 if p is None else float(p.omega) for p in block]
+    y, *_ = _apply(x, *tensors, scalings, omegas, activation, recompute, backend)
+    return y
+
+
+def _check_block(x: Tensor, projections: dict[str, Projection | None], backend: str) -> None:
+    gate, up, down = projections["gate"], projections["up"], projections["down"]
+    if up is None or down is None:
+        raise ValueError("a block needs its projections up and down")
+    if gate is not None and gate.weight.shape != up.weight.shape:
+        raise ValueError(
+            f"gate's weight {list(gate.weight.shape)} and up's {list(up.weight.shape)} differ"
+        )
+    if down.weight.dim() != 2 or down.weight.shape[1] != up.weight.shape[0]:
+        raise ValueError(
+            f"down's weight {list(down.weight.shape)} does not take up's {list(up.weight.shape)}: "
+            "its columns must be up's rows"
+        )
+    hidden = x.new_empty(0, up.weight.shape[0])
+    for name, p in projections.items():
+        if p is None:
+            continue
+        if (p.A is None) != (p.B is None):
+            raise ValueError(f"{name} has only one of A and B: give both, or neither")
+        if p.bias is not None and p.bias.requires_grad:
+            raise ValueError(f"{name}'s bias requires grad, which the block does not compute")
+        A = p.weight.new_empty(1, p.weight.shape[1]) if p.A is None else p.A
+        B = p.weight.new_empty(p.weight.shape[0], 1) if p.B is None else p.B
+        try:
+            source = hidden if name == "down" else x
+            check_operands(source, p.weight, A, B, p.bias, p.scaling, p.omega, backend)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+
+
+def _cast(p: Projection | None, dtype: torch.dtype) -> Projection | None:
+    if p is None:
+        return None
+    bias = None if p.bias is None else p.bias.to(dtype)
+    return p._replace(weight=p.weight.to(dtype), bias=bias)

@@ -1,0 +1,119 @@
+"""The operator's products in PyTorch operations: the CPU path, and what Triton does not take.
+
+Same contract as ``triton_products``: operands in the compute dtype, the rank zero-padded, scaling
+folded into SB, and no [M, N] tensor besides the result. ``keep`` is dropout's mask of the tall
+matrix, as bits (``fastbound/dropout.py``): what it drops is zero in the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastbound.operator.dropout import keep_bits, keep_mask
+from fastbound.truth.formula import wide_dtype
+
+_MASKED_ROWS = 512  # masked at a time, so that the copy of them stays in cache
+
+
+def padded_rank(rank: int) -> int:
+    """The width of SA, SB and S: ``max(16, next power of two)``, what a tensor core can take."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+class TorchProducts:
+    """Every product by ``torch.mm`` and its relatives; each reads its tall operand once."""
+
+    def keep_bits(self, seed: Tensor, M: int, K: int, p: float) -> Tensor:
+        """Dropout's mask of an x [M, K]."""
+        return keep_bits(seed, M, K, p)
+
+    def factors(
+        self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
+    ) -> tuple[Tensor, Tensor]:
+        """SA = sin(omega·A) [R, K] and SB = scaling·sin(omega·B) [N, R], zero beyond the rank."""
+        rank = A.shape[0]
+        SA = A.new_zeros(R, A.shape[1], dtype=dtype)
+        SB = B.new_zeros(B.shape[0], R, dtype=dtype)
+        SA[:rank].copy_(torch.sin(A.to(wide_dtype(A)) * omega))
+        SB[:, :rank].copy_(torch.sin(B.to(wide_dtype(B)) * omega).mul_(scaling))
+        return SA, SB
+
+    def thin(self, T: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``T F``: T [M, K], F [K, R] -> [M, R]."""
+        if keep is None:
+            return torch.mm(T, F)
+        P = T.new_empty(T.shape[0], F.shape[1])
+        for p, masked in _masked(T, keep, P):
+            torch.mm(masked, F, out=p)
+        return P
+
+    def factor_gradient(
+        self,
+        T: Tensor,
+        G: Tensor,
+        P: Tensor,
+        omega: float,
+        scaling: float,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """``scaling·omega·cos(omega·P) ⊙ (Tᵀ G)``: T [M, N], G [M, R], P [N, r] -> [N, r], as P."""
+        if keep is None:
+            raw = _transposed_product(T, G)
+        else:
+            raw = G.new_zeros(T.shape[1], G.shape[1], dtype=wide_dtype(G))
+            for g, masked in _masked(T, keep, G):
+                raw += _transposed_product(masked, g)
+        return _times_cosine(raw[:, : P.shape[1]], P, omega, scaling)
+
+    def thin_and_factor_gradient(
+        self, T: Tensor, F: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """``thin(T, F)`` and ``factor_gradient(T, G, P)``."""
+        return self.thin(T, F), self.factor_gradient(T, G, P, omega, scaling)
+
+    def lowrank_gemm(
+        self,
+        X: Tensor,
+        W: Tensor,
+        S: Tensor,
+        F: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """``X Wᵀ + S Fᵀ + bias``: X [M, K], W [N, K], S [M, R], F [N, R], bias [N] -> [M, N].
+
+        Two products into one tensor by beta = 1. A GPU writes the low-rank one first, so that the
+        large GEMM reads it under its arithmetic; a CPU runs the large one at its bare speed first
+        and finds its output in cache (benchmarks/NOTES.md). ``keep`` masks S Fᵀ.
+        """
+        b = None if bias is None else bias.to(X.dtype)
+        if keep is not None:
+            Y = linear(X, W, b)
+            for s, bits, y in zip(*(t.split(_MASKED_ROWS) for t in (S, keep, Y)), strict=True):
+                y.add_(torch.mm(s, F.t()).mul_(keep_mask(bits, W.shape[0])))
+            return Y
+        if X.device.type == "cpu":
+            return linear(X, W, b).addmm_(S, F.t())
+        Y = torch.mm(S, F.t()) if b is None else torch.addmm(b, S, F.t())
+        return Y.addmm_(X, W.t())
+
+
+def _masked(T: Tensor, keep: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of ``other`` with those of mask ⊙ T, some at a time."""
+    for t, bits, rows in zip(*(t.split(_MASKED_ROWS) for t in (T, keep, other)), strict=True):
+        yield rows, t * keep_mask(bits, T.shape[1])
+
+
+def _transposed_product(T: Tensor, G: Tensor) -> Tensor:
+    """``Tᵀ G``; which operand comes first decides the CPU's inner loop."""
+    halves = T.dtype in (torch.bfloat16, torch.float16)
+    return linear(G.t(), T.t()).t() if halves else torch.mm(T.t(), G)
+
+
+def _times_cosine(raw: Tensor, P: Tensor, omega: float, scaling: float) -> Tensor:
+    wide = wide_dtype(P)
+    return torch.cos(P.to(wide) * omega).mul_(scaling * omega).mul_(raw).to(P.dtype)

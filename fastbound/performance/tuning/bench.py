@@ -1,0 +1,145 @@
+"""The tuner's bench on a real device: compiled, launched, checked and timed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastbound.dispatch.plan import Device, Plan, Tiles
+from fastbound.operator.torch_engine import TorchProducts, padded_rank
+from fastbound.operator.triton_engine import TritonProducts
+from fastbound.performance.block_passes import BlockOperands, operands_at
+from fastbound.performance.compilation import TARGETS
+from fastbound.performance.passes import OMEGA, Candidate, Operands, linear_truth, require_truth
+from fastbound.performance.shapes import Block
+from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.tuning.candidates import Point
+from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
+from fastbound.performance.tuning.tune import Timings
+
+CHECKED_ROWS = 256  # of y and dx; dA and dB are sums over all rows
+
+_Binary = tuple[str, str, int, str]
+
+
+class DeviceBench:
+    """A :class:`fastbound.performance.tuning.tune.Bench`. On a CPU kernels are interpreted: times mean nothing.
+
+    ``say`` is told of what takes long.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        described: Device,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        rounds: int = 15,
+        workers: int | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.device, self.described, self.dtype = device, described, dtype
+        self.rounds, self.say = rounds, say
+        self.workers = min(12, os.cpu_count() or 1) if workers is None else workers
+        self._found: dict[_Binary, str | None] = {}
+        self._point: Point | None = None
+        self._operands: Operands | BlockOperands | None = None
+
+    def faults(
+        self, names: Sequence[str], point: Point, chosen: Sequence[Candidate], deadline: float
+    ) -> list[str | None]:
+        """Each binary is judged once: it differs by rank and a block's form, not by the sizes of
+        aligned shapes.
+        """
+        target = self.described.architecture
+        if target not in TARGETS:
+            return [None] * len(chosen)
+        tasks: dict[_Binary, CompileTask] = {
+            binary: (name, c, point.shape, point.M, point.rank, self.dtype, target)
+            for c in chosen
+            for name in names
+            if (binary := _binary(name, c, point)) not in self._found
+        }
+        found = compile_check(list(tasks.values()), self.workers, deadline, self.say)
+        self._found.update(zip(tasks, found, strict=True))
+        return [self._fault([_binary(name, c, point) for name in names]) for c in chosen]
+
+    def _fault(self, binaries: Sequence[_Binary]) -> str | None:
+        return next((fault for one in binaries if (fault := self._found[one]) is not None), None)
+
+    def sweep(
+        self, name: str, point: Point, chosen: Sequence[Candidate]
+    ) -> Mapping[Candidate, float]:
+        o = self._at(point)
+        rows, dropped = sweep(name, o, point.shape, chosen, self.device, self.rounds)
+        for one in dropped:
+            self.say(f"{one.name}, {one.candidate}: {one.reason}")
+        medians = {row.candidate: row.median for row in rows}
+        return {c: medians[str(c)] for c in chosen if str(c) in medians}
+
+    def strategies(self, point: Point, tiles: Tiles) -> Timings:
+        o = self._at(point)
+        if not isinstance(o, Operands):
+            raise TypeError(f"{point}: strategies are a layer's, and this is a block")
+        truth = linear_truth(o.x, o.dy, o.weight, o.A, o.B, o.scaling, OMEGA, CHECKED_ROWS)
+        steps: dict[str, Callable[[int], object]] = {}
+        faults: dict[str, str] = {}
+        for name in ("fused", "split", "torch"):
+            products: TorchProducts | TritonProducts = TorchProducts()
+            if name != "torch":
+                products = TritonProducts(Plan(name, "tuning", tiles, o.multiprocessors))
+            try:
+                for (result, expected), value in zip(
+                    truth.items(), _forward_and_backward(o, products), strict=True
+                ):
+                    part = value if result in ("dA", "dB") else value[:CHECKED_ROWS]
+                    require_truth(result, part, expected, self.dtype)
+            except ArithmeticError as error:
+                faults[name] = str(error)
+            else:
+                steps[name] = partial(_step, o, products)
+        del truth
+        stopwatch = kernel_stopwatch(self.device)
+        return Timings(interleaved(steps, rounds=self.rounds, stopwatch=stopwatch), faults)
+
+    def _at(self, point: Point) -> Operands | BlockOperands:
+        if self._operands is None or self._point != point:
+            self._operands = None  # freed before the next are made
+            self._operands = operands_at(
+                point.shape,
+                point.M,
+                point.rank,
+                self.dtype,
+                self.device,
+                self.described.multiprocessors,
+            )
+            self._point = point
+        return self._operands
+
+
+def _binary(name: str, candidate: Candidate, point: Point) -> _Binary:
+    form = point.shape.form if isinstance(point.shape, Block) else ""
+    return name, str(candidate), padded_rank(point.rank), form
+
+
+def _step(o: Operands, products: TorchProducts | TritonProducts, turn: int) -> object:
+    return _forward_and_backward(o, products)
+
+
+def _forward_and_backward(
+    o: Operands, products: TorchProducts | TritonProducts
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, dx, dA and dB by the products of a plan, as ``fastbound.operator.ops`` strings them together."""
+    R = o.SA.shape[0]
+    SA, SB = products.factors(o.A, o.B, o.scaling, OMEGA, o.x.dtype, R)
+    S = products.thin(o.x, SA.t())
+    y = products.lowrank_gemm(o.x, o.weight, S, SB, None)
+    SA, SB = products.factors(o.A, o.B, o.scaling, OMEGA, o.x.dtype, R)
+    dS, dB = products.thin_and_factor_gradient(o.dy, SB, S, o.B, OMEGA, o.scaling)
+    dx = products.lowrank_gemm(o.dy, o.weight.t(), dS, SA.t(), None)
+    dA = products.factor_gradient(o.x, dS, o.A.t(), OMEGA, 1.0).t()
+    return y, dx, dA, dB

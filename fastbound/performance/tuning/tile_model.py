@@ -1,0 +1,74 @@
+"""Predicted time of one pass with one tile: good for an order of candidates, not for a figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.performance.prediction import (
+    BF16,
+    FP32,
+    Ceilings,
+    gemm_bytes,
+    parts_of_P,
+    parts_of_Q,
+    parts_of_S,
+)
+from fastbound.performance.shapes import Block, Shape
+
+L2_OVER_MEMORY = 2.0  # assumed bandwidth of L2 in that of memory
+
+
+def tile_seconds(
+    name: str,
+    tile: Tile | GemmTile,
+    shape: Shape | Block,
+    M: int,
+    R: int,
+    ceilings: Ceilings,
+    sms: int,
+) -> float:
+    """Predicted time of a layer's or a block's pass, with factors of padded rank R each.
+
+    Warps and stages are not modelled: tiles that differ in nothing else predict the same.
+    """
+    if isinstance(shape, Block):
+        nbytes, programs = _block_bytes(name, tile, shape, M, R, sms)
+    elif isinstance(tile, GemmTile):
+        wide, depth = (shape.N, shape.K) if name == "gemm forward" else (shape.K, shape.N)
+        # The last wave of tiles takes as long as a full one; a tile's operands come from L2.
+        waves = -(-(-(-M // tile.block_m) * -(-wide // tile.block_n)) // sms)
+        work = 2 * tile.block_m * tile.block_n * (depth + R)
+        loads = BF16 * (tile.block_m + tile.block_n) * depth
+        least = gemm_bytes(shape, M) / ceilings.bandwidth
+        one = max(work / ceilings.flops, loads / (L2_OVER_MEMORY * ceilings.bandwidth))
+        return max(waves * sms * one, least)
+    elif name == "thin":
+        parts, programs = parts_of_S(M, shape.K, R, tile, sms)
+        factor = BF16 * -(-M // tile.block_m) * shape.K * R  # once for each block of rows, from L2
+        nbytes = BF16 * M * shape.K + factor / L2_OVER_MEMORY + 2 * parts
+    else:
+        width = shape.N if name == "reduce dy" else shape.K
+        parts, programs = parts_of_Q(M, width, R, tile, sms)
+        if name == "reduce dy":
+            parts += parts_of_P(M, width, R, tile)
+        nbytes = BF16 * M * width + 2 * parts
+    return nbytes / ceilings.bandwidth * max(1.0, sms / programs)
+
+
+def _block_bytes(name: str, tile: Any, block: Block, M: int, R: int, sms: int) -> tuple[float, int]:
+    """Bytes that count as memory's of one pass over the tall tensors, and how many programs."""
+    from fastbound.kernels.gated import column_blocks, spanned_chunks
+
+    tall = BF16 * M * block.N
+    if name == "activate":  # G, U and H; the factor once for each block of rows, from L2
+        programs = -(-M // tile.block_m)
+        return tall * (2 + block.gated) + BF16 * programs * block.N * R / L2_OVER_MEMORY, programs
+    # DH, G, U, DG and DU. For each block of columns S and DS_down are read and the parts of DS
+    # read and written, in L2; each span of blocks leaves parts in memory, as each chunk does.
+    width = R * (1 + block.gated)
+    columns = column_blocks(block.N, tile)
+    chunks, _ = spanned_chunks(M, block.N, tile, sms)
+    cached = -(-block.N // tile.block_n) * M * (BF16 * (width + R) + 2 * FP32 * width)
+    parts = FP32 * (columns * M * width + chunks * block.N * (width + R))
+    return tall * (3 + 2 * block.gated) + cached / L2_OVER_MEMORY + 2 * parts, columns * chunks

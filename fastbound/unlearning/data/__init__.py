@@ -1,0 +1,4 @@
+"""Rows to forget and to retain: read, checked, encoded and drawn.
+
+Uses `fastbound.errors` alone.
+"""

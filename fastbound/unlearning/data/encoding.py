@@ -1,0 +1,147 @@
+"""Rows to tokens: the template, which tokens are labelled, and the padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbound.errors import InputError
+from fastbound.unlearning.data.rows import Row
+
+IGNORED = -100  # the label that cross-entropy leaves out, here and in transformers
+TEMPLATE = "Question: {question}\nAnswer: {answer}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens.
+
+    Attributes:
+        ids: tokens of prompt, answer and end of text.
+        labels: as `ids` over answer and end of text, `IGNORED` over the prompt.
+        where: the row's file and number.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to one length: three int64 tensors `[rows, length]`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
+        return Batch(*moved)
+
+
+def check_template(template: str) -> None:
+    """Raise `InputError` unless it is "chat" or has {question} and, at its end, {answer}."""
+    if template == "chat":
+        return
+    if template.count("{question}") != 1 or template.count("{answer}") != 1:
+        raise InputError(f"template must hold {{question}} and {{answer}} once each: {template!r}")
+    if not template.endswith("{answer}"):
+        raise InputError(f"template must end in {{answer}}: {template!r}")
+
+
+def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = TEMPLATE) -> Encoded:
+    """Tokens and labels of one row: question tokens are `IGNORED`, the end of text is labelled.
+
+    The whole text is tokenised at once, so that no merge is lost at the boundary; a token that
+    holds part of the answer counts as answer. In a row of plain text every token is labelled.
+
+    Args:
+        row: what to encode.
+        tokenizer: a fast tokenizer of transformers with an end-of-text token.
+        max_length: the most tokens a row may take.
+        template: text with `{question}` and `{answer}`, or `"chat"` for the tokenizer's own
+            chat template (user asks, assistant answers).
+
+    Raises:
+        InputError: the row takes more than `max_length` tokens, or the tokenizer cannot do this.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets: use the fast tokenizer"
+        )
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
+    prompt, special = _prompt(row, tokenizer, template)
+    tokens = tokenizer(
+        prompt + row.answer,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        verbose=False,  # our own message below names the row
+    )
+    ids: list[int] = list(tokens["input_ids"])
+    begin = len(prompt.rstrip())
+    answered = [stop > begin for _, stop in tokens["offset_mapping"]]
+    if not ids or ids[-1] != end or answered[-1]:
+        ids.append(end)
+        answered.append(True)
+    answered[-1] = True
+    if len(ids) > max_length:
+        kind = "the text takes" if row.question is None else "question and answer take"
+        raise InputError(
+            f"{row.where}: {kind} {len(ids)} tokens, more than the {max_length} of max_length: "
+            f"raise it to {len(ids)} or shorten the row"
+        )
+    labels = (i if a else IGNORED for i, a in zip(ids, answered, strict=True))
+    return Encoded(tuple(ids), tuple(labels), row.where)
+
+
+def encode_all(
+    rows: Sequence[Row], tokenizer: Any, *, max_length: int = 256, template: str = TEMPLATE
+) -> list[Encoded]:
+    """`encode` for every row; the first that does not fit is named."""
+    check_template(template)
+    return [encode(row, tokenizer, max_length=max_length, template=template) for row in rows]
+
+
+def collate(rows: Sequence[Encoded], pad: int) -> Batch:
+    """Pad `rows` on the right with token `pad`; padding is masked and never labelled."""
+    length = max(len(row.ids) for row in rows)
+    input_ids = torch.full((len(rows), length), pad)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORED)
+    for i, row in enumerate(rows):
+        used = len(row.ids)
+        input_ids[i, :used] = torch.tensor(row.ids)
+        attention_mask[i, :used] = 1
+        labels[i, :used] = torch.tensor(row.labels)
+    return Batch(input_ids, attention_mask, labels)
+
+
+def padding(tokenizer: Any) -> int:
+    """The token to pad with: the tokenizer's own, else end of text (masked either way)."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def _prompt(row: Row, tokenizer: Any, template: str) -> tuple[str, bool]:
+    """Text before the answer, and whether special tokens are still to be added."""
+    if row.question is None:
+        return "", True
+    if template != "chat":
+        before, _, _ = template.partition("{answer}")
+        return before.replace("{question}", row.question), True
+    if not tokenizer.chat_template:
+        raise InputError('template "chat": the tokenizer has no chat template; give a text one')
+    turns = [{"role": "user", "content": row.question}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
+
+
+def answer_length(row: Encoded) -> int:
+    """How many tokens of the row are to be predicted: the labelled ones after the first."""
+    return sum(label != IGNORED for label in row.labels[1:])

@@ -1,0 +1,49 @@
+"""Where the records of a split come from: a file of a folder, or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbound.errors import InputError
+from fastbound.unlearning.data.rows import SUFFIXES, read_records
+
+Records = list[tuple[str, Mapping[str, Any]]]
+
+
+def check_split(benchmark: str, split: str, known: Sequence[str]) -> None:
+    """Raise `InputError`, with the list, for a split that the benchmark does not have."""
+    if split not in known:
+        raise InputError(f"{benchmark} has no split {split!r}; it has {', '.join(known)}")
+
+
+def records(benchmark: str, split: str, data: str | Path | None, hub: str) -> Records:
+    """Every record of `split` with its file and row number.
+
+    Args:
+        data: folder that holds `split` with one of the suffixes of `load_rows`, a "/" of the split
+            being a subfolder; None takes `hub`.
+        hub: id:config:split.
+    """
+    return read_records(hub if data is None else file_of(benchmark, split, data, SUFFIXES))
+
+
+def file_of(benchmark: str, split: str, data: str | Path, suffixes: Sequence[str]) -> Path:
+    """The file of `split` in the folder `data`, or `InputError` with what the folder holds."""
+    folder = Path(data)
+    if not folder.is_dir():
+        raise InputError(f"data {folder} is not a folder: give the folder of {benchmark}'s files")
+    for suffix in suffixes:
+        path = folder / f"{split}{suffix}"
+        if path.is_file():
+            return path
+    found = sorted(
+        str(path.relative_to(folder).with_suffix(""))
+        for path in folder.rglob("*")
+        if path.suffix in suffixes
+    )
+    raise InputError(
+        f"{folder} has no file {split} ({', '.join(suffixes)}) for {benchmark}; "
+        f"it holds {', '.join(found) or 'no such files'}"
+    )

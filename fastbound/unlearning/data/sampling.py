@@ -1,0 +1,85 @@
+"""Which rows a step sees: a pure function of seed and step, so a resumed run needs no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from fastbound.unlearning.data.encoding import Encoded
+
+
+class Pairing:
+    """Forget rows in a new order each epoch, each paired with a retain row.
+
+    Both sides are endless streams of shuffled passes: every row comes up before any comes again.
+    An epoch is one pass over the forget rows; retain rows go on through their own passes.
+
+    Args:
+        forget, retain: how many rows each side has.
+        batch_size: pairs in a batch of one process.
+        accumulation: batches a step in each process.
+        processes: how many processes take batches side by side.
+        seed: of both shuffles.
+    """
+
+    def __init__(
+        self,
+        forget: int,
+        retain: int,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        processes: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.forget = forget
+        self.retain = retain
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.processes = processes
+        self.seed = seed
+        # Kept per object: a step asks for few passes, in order.
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.processes
+
+    def steps(self, epochs: float) -> int:
+        """Steps that take every forget row `epochs` times, rounded up."""
+        steps = epochs * self.forget / self.pairs_per_step
+        return max(1, math.ceil(steps - 1e-9))  # epochs may be a rounded quotient
+
+    def batch(self, step: int, part: int, process: int = 0) -> tuple[list[int], list[int]]:
+        """Indices of forget and of retain rows of one batch.
+
+        Args:
+            step: from 0.
+            part: which batch of the step, 0 to `accumulation` - 1.
+            process: rank of the process that takes it.
+        """
+        first = ((step * self.accumulation + part) * self.processes + process) * self.batch_size
+        places = range(first, first + self.batch_size)
+        return (
+            [self._at(place, self.forget, side=0) for place in places],
+            [self._at(place, self.retain, side=1) for place in places],
+        )
+
+    def _at(self, place: int, rows: int, side: int) -> int:
+        round_, index = divmod(place, rows)
+        return self._order(rows, side, round_)[index]
+
+    def _shuffled(self, rows: int, side: int, round_: int) -> list[int]:
+        # Its own seed for each pass and side, whatever was drawn before it.
+        generator = torch.Generator().manual_seed((2 * self.seed + side) * 1_000_003 + round_)
+        return torch.randperm(rows, generator=generator).tolist()
+
+
+def evenly(rows: Sequence[Encoded], most: int | None) -> Sequence[Encoded]:
+    """At most so many of `rows`, evenly spaced."""
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]

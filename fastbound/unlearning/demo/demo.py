@@ -1,0 +1,185 @@
+"""The whole story on one small model: it learns the rows, then forgets some, bounded and not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastbound.errors import InputError
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.data.encoding import encode_all, padding
+from fastbound.unlearning.data.rows import Row, check_disjoint
+from fastbound.unlearning.demo.cost import compare_cost
+from fastbound.unlearning.demo.report import Run, write_report
+from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
+from fastbound.unlearning.pretrained import load_pretrained, quiet
+from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, write_json
+from fastbound.unlearning.training.loop import unlearn
+
+_MARKER = "demo.json"
+_MODEL = "model"
+_LEARNED = "learned.json"
+FACTOR = 10.0  # the second learning rate is so many times the first
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What is run: each adapter at `config.lr` and at ten times that, from the same model.
+
+    Attributes:
+        config: of every run but for adapter and rate.
+        small: the small model.
+        adapters: which adapters, in the order of the table.
+        cost_steps: steps timed for the comparison with PEFT's layer.
+    """
+
+    config: UnlearnConfig
+    small: SmallModelConfig = field(default_factory=SmallModelConfig)
+    adapters: Sequence[Literal["bounded", "lora"]] = ("bounded", "lora")
+    cost_steps: int = 15
+
+    def runs(self) -> dict[str, UnlearnConfig]:
+        """Folder name -> settings."""
+        return {
+            f"{adapter}-lr{lr:g}": dataclasses.replace(self.config, adapter=adapter, lr=lr)
+            for lr in (self.config.lr, FACTOR * self.config.lr)
+            for adapter in self.adapters
+        }
+
+
+def demonstrate(
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    demonstration: Demonstration,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> str:
+    """Run it, write `report.json` and `curves.png` to `output`, and return the table.
+
+    A resumed demonstration keeps the model and the runs that are finished, and goes on with the
+    one that was interrupted.
+
+    Raises:
+        InputError: rows, settings or output folder cannot be used.
+        NonFiniteError: a run stopped; the others are kept.
+    """
+    check_disjoint(forget, retain)
+    check_free(output, _MARKER, resume=resume)
+    _begin(output, forget, retain, demonstration)
+    config = demonstration.config
+    learned = _learn([*forget, *retain], demonstration, output / _MODEL, progress)
+    runs = []
+    for name, each in demonstration.runs().items():
+        folder = output / name
+        if not (folder / RESULT).exists():
+            if progress:
+                print(f"{name}:", flush=True)
+            model, tokenizer = load_pretrained(str(output / _MODEL))
+            unlearn(
+                model,
+                tokenizer,
+                forget,
+                retain,
+                each,
+                output=folder,
+                resume=(folder / "run.json").exists(),
+                progress=progress,
+            )
+        runs.append(Run.read(folder))
+    model, tokenizer = load_pretrained(str(output / _MODEL))
+    model.to(_device(config))
+    encoded = {
+        side: encode_all(rows, tokenizer, max_length=config.max_length, template=config.template)
+        for side, rows in (("forget", forget), ("retain", retain))
+    }
+    cost = compare_cost(
+        model,
+        encoded["forget"],
+        encoded["retain"],
+        padding(tokenizer),
+        config,
+        steps=demonstration.cost_steps,
+    )
+    about = {
+        "model": {**asdict(demonstration.small), **learned},
+        "rows": {"forget": len(forget), "retain": len(retain)},
+    }
+    table = write_report(output, runs, about=about, cost=cost)
+    if learned["training_loss"] > demonstration.small.known_loss:
+        table += (
+            f"\n\nThe small model had not learned its rows when it stopped after "
+            f"{learned['epochs']} epochs (loss {learned['training_loss']:.3f})."
+        )
+    return table
+
+
+def _begin(
+    output: Path, forget: Sequence[Row], retain: Sequence[Row], demonstration: Demonstration
+) -> None:
+    identity = {
+        "config": demonstration.config.as_dict(),
+        "small": asdict(demonstration.small),
+        "adapters": list(demonstration.adapters),
+        "rows": [[row.question, row.answer] for row in [*forget, *retain]],
+    }
+    marker = output / _MARKER
+    if not marker.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(marker, identity)
+        return
+    held = read_json(marker)
+    for name, value in identity.items():
+        if held.get(name) != value:
+            raise InputError(
+                f"{output} holds a demonstration with other {name}: resume with the same "
+                "settings and files, or give another output folder"
+            )
+
+
+def _learn(
+    rows: Sequence[Row], demonstration: Demonstration, folder: Path, progress: bool
+) -> dict[str, Any]:
+    """Train the small model into `folder`, in one move, unless it is there; what it took."""
+    if not folder.exists():
+        config = demonstration.config
+        learned = learn(
+            rows,
+            demonstration.small,
+            max_length=config.max_length,
+            template=config.template,
+            seed=config.seed,
+            device=_device(config),
+            progress=progress,
+        )
+        part = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        with quiet():
+            learned.model.save_pretrained(part)
+            learned.tokenizer.save_pretrained(part)
+        write_json(
+            part / _LEARNED,
+            {
+                "parameters": sum(p.numel() for p in learned.model.parameters()),
+                "epochs": learned.epochs,
+                "training_loss": learned.loss,
+                "seconds": round(learned.seconds, 2),
+            },
+        )
+        os.replace(part, folder)
+    return read_json(folder / _LEARNED)
+
+
+def _device(config: UnlearnConfig) -> torch.device:
+    """Where the loop would run: on the accelerator if there is one and it is not refused."""
+    from accelerate import Accelerator
+
+    return torch.device(Accelerator(cpu=config.device == "cpu", mixed_precision="no").device)

@@ -1,0 +1,241 @@
+"""Evaluate one model on one benchmark into a folder, and go on after an interruption.
+
+run.json                   what is evaluated; what `--resume` compares
+pieces.jsonl               values of every finished batch
+eval_log_aggregated.json   TOFU's log (muse_log.json, tdec_log.json for the others)
+summary.json               the metrics, the convention, the environment
+evaluation.png             the plots
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import fastbound
+from fastbound.errors import InputError
+from fastbound.unlearning.data.encoding import Encoded
+from fastbound.unlearning.demo.report import environment
+from fastbound.unlearning.evaluation import BENCHMARKS, score_muse, score_tdec, score_tofu
+from fastbound.unlearning.evaluation import summary as summaries
+from fastbound.unlearning.evaluation.session import Pieces, Session
+from fastbound.unlearning.evaluation.templates import check_family
+from fastbound.unlearning.metrics.conventions import (
+    MUSE_CONVENTIONS,
+    TOFU_CONVENTIONS,
+    check_convention,
+)
+from fastbound.unlearning.metrics.logs import FORGET, losses, read_log
+from fastbound.unlearning.runs.folder import RunFolder, fingerprint, read_json, write_json
+
+LOGS = {"tofu": "eval_log_aggregated.json", "muse": "muse_log.json", "tdec": "tdec_log.json"}
+SPLITS = {"tofu": "forget10", "muse": "news"}
+CONVENTIONS = {
+    "tofu": TOFU_CONVENTIONS,
+    "muse": MUSE_CONVENTIONS,
+    "tdec": ("knowledge-unlearning",),
+}
+SUMMARY = "summary.json"
+PICTURE = "evaluation.png"
+PIECES = "pieces.jsonl"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated, and how; whatever is out of range raises `InputError` at once.
+
+    Attributes:
+        benchmark: "tofu", "muse" or "tdec".
+        split: TOFU's forget split (forget10), MUSE's corpus (news), the name of TDEC's file.
+        data: folder of the benchmark's files; None takes the hub.
+        convention: whose definitions; None takes the benchmark's first.
+        template: family of question and answer templates, for TOFU.
+        batch_size: rows a batch.
+        rows: the first so many of each set; None takes all. TOFU's own code takes 300.
+        n: of EL_n, for TDEC.
+    """
+
+    benchmark: Literal["tofu", "muse", "tdec"]
+    split: str | None = None
+    data: str | None = None
+    convention: str | None = None
+    template: str = "phi"
+    batch_size: int = 16
+    rows: int | None = None
+    n: int = 10
+
+    def __post_init__(self) -> None:
+        if self.benchmark not in BENCHMARKS:
+            raise InputError(
+                f"benchmark must be one of {', '.join(BENCHMARKS)}; got {self.benchmark!r}"
+            )
+        known = CONVENTIONS[self.benchmark]
+        if self.convention is None:
+            object.__setattr__(self, "convention", known[0])
+        check_convention(str(self.convention), known)
+        if self.split is None:
+            if self.benchmark not in SPLITS:
+                raise InputError("tdec needs --split: the name of its file, without csv or npy")
+            object.__setattr__(self, "split", SPLITS[self.benchmark])
+        check_family(self.template)
+        for name in ("batch_size", "n", *(["rows"] if self.rows is not None else [])):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """`model` with an adapter that `fastbound.save_adapter` or PEFT wrote.
+
+    Raises:
+        InputError: the folder holds no adapter, or one for another model.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"adapter {folder} has no adapter_config.json: give an adapter's folder")
+    try:
+        if read_json(path).get("peft_type") == "FASTBOUND":
+            fastbound.load_adapter(model, folder)
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"adapter {folder} cannot be loaded: {error}") from error
+
+
+def evaluate_benchmark(
+    model: nn.Module,
+    tokenizer: Any,
+    config: EvaluationConfig,
+    output: str | Path,
+    *,
+    retain_log: str | Path | Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> str:
+    """Evaluate `model` as it stands, write the files above, and return the table to print.
+
+    Everything that can be refused is refused before the model runs. A resumed evaluation computes
+    only the batches that are not on disk, the same as one run would have.
+
+    Args:
+        retain_log: the log of a model trained without the forget rows: for forget quality, and for
+            the reference of PrivLeak.
+        about: names of model and adapter, compared by `resume` and kept in the summary.
+
+    Raises:
+        InputError: data, logs, tokenizer or output folder cannot be used.
+        NonFiniteError: a loss is not finite.
+    """
+    folder = Path(output)
+    retain = None if retain_log is None else read_log(retain_log)
+    if retain is not None and config.benchmark == "tdec":
+        raise InputError("tdec compares with no other model: leave --retain-log out")
+    prepared, encoded = _prepare(config, tokenizer)
+    if retain is not None:
+        _check_retain(config, retain, prepared)
+    identity = {**_settings(config), **(about or {}), "tokens": fingerprint(encoded)}
+    run = RunFolder(folder, identity, resume=resume)
+    run.begin()
+    session = Session(model, tokenizer, config.batch_size, Pieces(folder / PIECES), progress)
+    with _evaluating(model):
+        log = _score(session, prepared, config)
+    write_json(folder / LOGS[config.benchmark], log)
+    summary, lines = _summarise(config, log, retain, folder)
+    write_json(folder / SUMMARY, _finite({**identity, **summary, "environment": environment()}))
+    return "\n".join([f"{config.benchmark} {config.split}", *lines])
+
+
+def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encoded]]:
+    split, convention = str(config.split), str(config.convention)
+    if config.benchmark == "tofu":
+        sections = score_tofu.prepare(
+            split,
+            config.data,
+            tokenizer,
+            family=config.template,
+            convention=convention,
+            most_rows=config.rows,
+        )
+        return sections, [row for each in sections.values() for row in each.encoded]
+    if config.benchmark == "muse":
+        parts = score_muse.prepare(
+            split, config.data, tokenizer, convention=convention, most_rows=config.rows
+        )
+        return parts, parts.encoded
+    found = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
+    return found, found.encoded
+
+
+def _check_retain(config: EvaluationConfig, retain: Mapping[str, Any], prepared: Any) -> None:
+    """Refuse a retain log that the summary could not use, before minutes of evaluation."""
+    if config.benchmark == "muse":
+        held = {
+            f"privleak, {side}": (len(scores), len(prepared.texts[side]))
+            for side, scores in summaries.membership_scores(retain, "retain log").items()
+        }
+    else:
+        right, _ = losses(retain, FORGET, "retain log")
+        held = {FORGET: (len(right), len(prepared[FORGET].rows))}
+    for part, (theirs, ours) in held.items():
+        if theirs != ours:
+            raise InputError(
+                f"retain log has {theirs} rows in {part}, {config.split} here has {ours}: "
+                "evaluate both models on the same rows"
+            )
+
+
+def _score(session: Session, prepared: Any, config: EvaluationConfig) -> dict[str, Any]:
+    if config.benchmark == "tofu":
+        return score_tofu.score(session, prepared, convention=str(config.convention))
+    if config.benchmark == "muse":
+        return score_muse.score(session, prepared, convention=str(config.convention))
+    return score_tdec.score(session, prepared, n=config.n)
+
+
+def _summarise(
+    config: EvaluationConfig, log: dict[str, Any], retain: Any, folder: Path
+) -> tuple[dict[str, Any], list[str]]:
+    convention, picture = str(config.convention), folder / PICTURE
+    if config.benchmark == "tofu":
+        summary = summaries.summarise_tofu(log, retain, convention)
+        summaries.draw_tofu(picture, log, retain, summary)
+        return summary, summaries.table_tofu(summary)
+    if config.benchmark == "muse":
+        summary = summaries.summarise_muse(log, retain, convention, str(config.split))
+        summaries.draw_muse(picture, log, summary)
+        return summary, summaries.table_muse(summary)
+    summary = summaries.summarise_tdec(log)
+    summaries.draw_tdec(picture, log, summary)
+    return summary, summaries.table_tdec(summary)
+
+
+def _settings(config: EvaluationConfig) -> dict[str, Any]:
+    """Settings that change a value; the data is compared by its tokens."""
+    return {name: value for name, value in vars(config).items() if name != "data"}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: log10 of a p-value of 0 becomes null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,202 @@
+"""One evaluation of one model: batches, progress, and pieces on disk that a killed run keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastbound.errors import NonFiniteError
+from fastbound.unlearning.data.encoding import IGNORED, Encoded, collate, padding
+from fastbound.unlearning.evaluation.generation import continuations
+from fastbound.unlearning.evaluation.templates import end_of_text
+from fastbound.unlearning.forward import forward
+from fastbound.unlearning.metrics.memorisation import exact_memorisation, extraction_strength
+from fastbound.unlearning.metrics.privacy import min_k
+from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores
+
+T = TypeVar("T")
+
+
+class Pieces:
+    """Values of finished batches, one JSON line each, written through to the disk.
+
+    Args:
+        path: the file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._values: dict[tuple[str, int], list[Any]] = {}
+        if path is None or not path.exists():
+            return
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # killed while it was written
+            piece = json.loads(line)
+            self._values[piece["name"], piece["batch"]] = piece["values"]
+            whole += len(line)
+        os.truncate(path, whole)
+
+    def get(self, name: str, batch: int) -> list[Any] | None:
+        return self._values.get((name, batch))
+
+    def put(self, name: str, batch: int, values: list[Any]) -> None:
+        self._values[name, batch] = values
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, "batch": batch, "values": values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@dataclass
+class Session:
+    """A model under evaluation.
+
+    Attributes:
+        model: causal language model of transformers, in eval mode, on its device.
+        tokenizer: its tokenizer.
+        batch_size: rows a batch.
+        pieces: what is finished already.
+        progress: show a bar for each part.
+    """
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+    pieces: Pieces
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self.end = end_of_text(self.tokenizer)
+        self.pad = padding(self.tokenizer)
+
+    def each(
+        self,
+        name: str,
+        items: Sequence[T],
+        compute: Callable[[list[T]], list[Any]],
+        *,
+        length: Callable[[T], int],
+        batch_size: int | None = None,
+    ) -> list[Any]:
+        """`compute` over batches of items of like length, longest first; values in item order.
+
+        Batches depend on the items only, so that a resumed run computes what one run would have.
+        """
+        from tqdm.auto import tqdm
+
+        size = batch_size or self.batch_size
+        order = sorted(range(len(items)), key=lambda i: -length(items[i]))
+        found: list[Any] = [None] * len(items)
+        bar = tqdm(
+            total=len(items), desc=name, disable=not self.progress, unit="row", dynamic_ncols=True
+        )
+        with bar:
+            for batch, start in enumerate(range(0, len(items), size)):
+                places = order[start : start + size]
+                values = self.pieces.get(name, batch)
+                if values is None:
+                    values = compute([items[i] for i in places])
+                    self.pieces.put(name, batch, values)
+                for place, value in zip(places, values, strict=True):
+                    found[place] = value
+                bar.update(len(places))
+        return found
+
+    def answers(self, name: str, rows: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """For each row its mean loss, number of labelled tokens, EM and ES."""
+        return self.each(
+            name,
+            rows,
+            lambda part: [_answer(score) for score in self._scores(part)],
+            length=lambda row: len(row.ids),
+        )
+
+    def first_choices(self, name: str, rows: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """For each row its mean loss, labelled tokens, and the model's first choices for them.
+
+        `correct` says whether all of those are the labels, `text` is what they read as.
+        """
+
+        def compute(part: list[Encoded]) -> list[dict[str, Any]]:
+            scores, logits, labels = self._forward(part)
+            labelled = labels[:, 1:] != IGNORED
+            chosen = [
+                row[at].tolist()
+                for row, at in zip(logits[:, :-1].argmax(-1), labelled, strict=True)
+            ]
+            texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
+            return [
+                {
+                    "loss": score.loss,
+                    "tokens": len(score.correct),
+                    "correct": bool(score.correct.all()),
+                    "text": text,
+                }
+                for score, text in zip(scores, texts, strict=True)
+            ]
+
+        return self.each(name, rows, compute, length=lambda row: len(row.ids))
+
+    def attacks(
+        self, name: str, rows: Sequence[Encoded], *, k: float, convention: str
+    ) -> list[float]:
+        """For each row its Min-K % score; open-unlearning leaves the last token out."""
+
+        def compute(part: list[Encoded]) -> list[float]:
+            scores = self._scores(part)
+            if convention == "open-unlearning":
+                scores = [score.without_end() for score in scores]
+            return [min_k(score.log_probabilities, k, convention=convention) for score in scores]
+
+        return self.each(name, rows, compute, length=lambda row: len(row.ids))
+
+    def texts(self, name: str, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> list[str]:
+        """Greedy continuations as text."""
+
+        def compute(part: list[tuple[Sequence[int], int]]) -> list[str]:
+            new = continuations(
+                self.model, [p for p, _ in part], [m for _, m in part], pad=self.pad, end=self.end
+            )
+            return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+        items = list(zip(prompts, most, strict=True))
+        return self.each(name, items, compute, length=lambda item: len(item[0]))
+
+    def _scores(self, rows: Sequence[Encoded]) -> list[AnswerScore]:
+        return self._forward(rows)[0]
+
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[Encoded]) -> tuple[list[AnswerScore], Tensor, Tensor]:
+        """Scores, logits and labels of a batch; a loss that is not finite is an error."""
+        batch = collate(rows, self.pad).to(self.model.device)
+        logits = forward(self.model, batch.input_ids, batch.attention_mask)
+        scores = answer_scores(logits, batch.labels)
+        for row, score in zip(rows, scores, strict=True):
+            if not math.isfinite(score.loss):
+                raise NonFiniteError(
+                    f"{row.where}: the loss is {score.loss}; the model is broken or overflows in "
+                    f"{self.model.dtype}: try --dtype float32"
+                )
+        return scores, logits, batch.labels
+
+
+def _answer(score: AnswerScore) -> dict[str, Any]:
+    inner = score.without_end().correct
+    return {
+        "loss": score.loss,
+        "tokens": len(score.correct),
+        # An answer that is nothing but its end of text has no token to repeat.
+        "exact_memorisation": exact_memorisation(inner) if len(inner) else None,
+        "extraction_strength": extraction_strength(inner) if len(inner) else None,
+    }

@@ -1,0 +1,156 @@
+"""Question and answer to tokens and labels, as each benchmark's own code does it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastbound.errors import InputError
+from fastbound.unlearning.data.encoding import IGNORED, Encoded, answer_length
+from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around a question and before its answer."""
+
+    question_start: str
+    question_end: str
+    answer: str
+
+
+_QUESTION_ANSWER = Template("Question: ", "\n", "Answer: ")
+FAMILIES = {
+    "llama2": Template("[INST] ", " [/INST]", ""),
+    "phi": _QUESTION_ANSWER,
+    "stablelm": _QUESTION_ANSWER,
+    "pythia": _QUESTION_ANSWER,
+}
+CHAT = "chat"  # the tokenizer's own template
+MAX_LENGTH = 500
+# open-unlearning fixes both, so that tokens do not depend on the day.
+SYSTEM = "You are a helpful assistant."
+DATE = "10 Apr 2025"
+
+
+def check_family(family: str) -> None:
+    """Raise `InputError`, with the list, for a template family that is not known."""
+    if family not in (*FAMILIES, CHAT):
+        raise InputError(f"template must be one of {', '.join((*FAMILIES, CHAT))}; got {family!r}")
+
+
+def encode_answer(
+    question: str,
+    answer: str,
+    where: str,
+    tokenizer: Any,
+    *,
+    family: str = "phi",
+    convention: str = OPEN_UNLEARNING,
+    max_length: int = MAX_LENGTH,
+) -> Encoded:
+    """Tokens with the answer and one end of text labelled.
+
+    The prompt is left out by its own number of tokens, special ones included, as both codes do:
+
+        open-unlearning   the prompt ends with the tag before the answer ("Answer: ")
+        tofu              it ends with the question, so that tag is labelled like the answer
+
+    A text cut at `max_length` has no end of text in TOFU's code and has one in open-unlearning's.
+
+    Raises:
+        InputError: the tokenizer has no end of text, or no label is left after masking.
+    """
+    end = end_of_text(tokenizer)
+    if family == CHAT:
+        ids = _chat(tokenizer, question, answer)
+        prompt = len(_chat(tokenizer, question, None))
+        cut = False
+    else:
+        before, tag = _around(question, family)
+        ids = _tokens(tokenizer, before + tag + answer, max_length)
+        prompt = len(_tokens(tokenizer, _shown(before, tag, convention), max_length))
+        cut = prompt == max_length  # nothing of the answer, though an end of text may follow
+    if convention == OPEN_UNLEARNING:
+        ids = ids if ids and ids[-1] == end else [*ids, end]
+    elif len(ids) < max_length:
+        ids = [*ids, end]
+    labels = [IGNORED] * min(prompt, len(ids)) + ids[prompt:]
+    if cut or all(label == IGNORED for label in labels[1:]):
+        raise InputError(
+            f"{where}: no token of the answer is left to score: its {len(ids)} tokens are all "
+            f"prompt (max_length {max_length}); raise max_length or mend the row"
+        )
+    return Encoded(tuple(ids), tuple(labels), where)
+
+
+def encode_prompt(
+    question: str,
+    tokenizer: Any,
+    *,
+    family: str = "phi",
+    convention: str = OPEN_UNLEARNING,
+    max_length: int = MAX_LENGTH,
+) -> list[int]:
+    """Tokens after which the model is to answer: all that `encode_answer` leaves unlabelled."""
+    if family == CHAT:
+        return _chat(tokenizer, question, None)
+    return _tokens(tokenizer, _shown(*_around(question, family), convention), max_length)
+
+
+class EmptyAnswerWarning(UserWarning):
+    """Answers of which masking leaves the end of text alone: their losses are of that token."""
+
+
+def warn_of_empty_answers(name: str, rows: Sequence[Encoded], end: int) -> None:
+    """Warn where only the end of text of an answer is labelled, with the number and the first."""
+    empty = [row for row in rows if answer_length(row) == 1 and row.labels[-1] == end]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {len(rows)} answers of {name} are nothing but their end of text "
+            f"after masking (first: {empty[0].where}): the tokenizer joins the blank that ends "
+            "the prompt to the answer; take another --template",
+            EmptyAnswerWarning,
+            stacklevel=2,
+        )
+
+
+def end_of_text(tokenizer: Any) -> int:
+    """The end-of-text token, or `InputError` where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
+    return int(tokenizer.eos_token_id)
+
+
+def _around(question: str, family: str) -> tuple[str, str]:
+    check_family(family)
+    template = FAMILIES[family]
+    return template.question_start + question + template.question_end, template.answer
+
+
+def _shown(before: str, tag: str, convention: str) -> str:
+    return before + tag if convention == OPEN_UNLEARNING else before
+
+
+def _tokens(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+
+
+def _chat(tokenizer: Any, question: str, answer: str | None) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InputError(
+            f'template "chat": the tokenizer has no chat template; give {", ".join(FAMILIES)}'
+        )
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    return list(
+        tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=answer is None,
+            return_dict=False,
+            date_string=DATE,
+        )
+    )

@@ -1,0 +1,235 @@
+"""One cell of the map: one adapter at one rate, rank and seed, run and scored."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbound.models.ranks import allocate_ranks
+from fastbound.unlearning.data.encoding import IGNORED, Encoded, collate
+from fastbound.unlearning.forward import forward
+from fastbound.unlearning.lab.adapters import (
+    CLAMP,
+    CLIP,
+    Adapted,
+    adapt,
+    parse_adapter,
+    targets,
+)
+from fastbound.unlearning.losses.functions import answer_tokens, gradient_difference
+from fastbound.unlearning.training.rank_choice import mean_loss
+
+WRONG = 2  # wrong answers a row in the truth ratio
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """Where a cell stands in the grid; ordered seed first, so that whole seeds finish first."""
+
+    seed: int
+    rank: int
+    lr: float
+    adapter: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.adapter}|lr={self.lr:g}|rank={self.rank}|seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """How every cell is run.
+
+    Attributes:
+        steps: of AdamW at a constant rate, without weight decay.
+        batch_size: forget rows a step, and as many retain rows.
+        slope: alpha / rank, the slope of every adapter at zero.
+        log_every: steps between two logged ones.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    slope: float = 2.0
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of the forget rows, of the retain rows, and of retain rows with wrong answers."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    wrong: Sequence[Encoded]
+
+
+def with_wrong_answers(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Each row's question with the answers of the `WRONG` rows after it, row by row."""
+    mixed = []
+    for i, row in enumerate(rows):
+        asked = [t for t, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
+        for k in range(1, WRONG + 1):
+            answer = tuple(t for t in rows[(i + k) % len(rows)].labels if t != IGNORED)
+            mixed.append(Encoded((*asked, *answer), (*[IGNORED] * len(asked), *answer), row.where))
+    return mixed
+
+
+def run_cell(
+    model: nn.Module, rows: Rows, cell: Cell, config: CellConfig, *, pad: int
+) -> dict[str, Any]:
+    """Unlearn with this adapter from `model`, which is changed, and score what is left.
+
+    A run whose loss or gradient stops being finite ends there; `stopped` holds the step, and its
+    scores count as utility 0.
+    """
+    start = time.perf_counter()
+    adapter = parse_adapter(cell.adapter)
+    ranks = _ranks(model, rows, cell, pad) if adapter.adaptive else even_ranks(model, cell.rank)
+    layers = adapt(model, adapter, ranks, alpha=config.slope * cell.rank, seed=cell.seed)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=cell.lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(cell.seed)
+    history: list[dict[str, float]] = []
+    stopped: int | None = None
+    model.train()
+    for step in range(1, config.steps + 1):
+        forget = _draw(rows.forget, config.batch_size, generator)
+        retain = _draw(rows.retain, config.batch_size, generator)
+        batch = collate([*forget, *retain], pad)
+        logits = forward(model, batch.input_ids, batch.attention_mask)
+        loss = gradient_difference(logits, batch.labels, len(forget))
+        optimizer.zero_grad(set_to_none=True)
+        loss.loss.backward()
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(
+                factors, CLIP if adapter.kind == "lora-clip" else math.inf
+            )
+        )
+        if not (math.isfinite(norm) and math.isfinite(float(loss.loss.detach()))):
+            stopped = step
+            break
+        optimizer.step()
+        if adapter.kind == "lora-clamp":
+            with torch.no_grad():
+                for factor in factors:
+                    factor.clamp_(-CLAMP, CLAMP)
+        if step == 1 or step % config.log_every == 0 or step == config.steps:
+            history.append(
+                {
+                    "step": step,
+                    "forget_loss": float(loss.forget),
+                    "retain_loss": float(loss.retain),
+                    "gradient_norm": norm,
+                    **_size(layers),
+                }
+            )
+    scores = score_model(model, rows, pad=pad)
+    if stopped is not None:
+        scores["utility"] = 0.0
+    return {
+        **asdict(cell),
+        "ranks": dict(ranks),
+        **scores,
+        **_size(layers),
+        "largest_gradient_norm": max((line["gradient_norm"] for line in history), default=math.nan),
+        "stopped": stopped,
+        "seconds": round(time.perf_counter() - start, 3),
+        "history": history,
+    }
+
+
+def even_ranks(model: nn.Module, rank: int) -> dict[str, int]:
+    """The same rank for every layer."""
+    return dict.fromkeys(targets(model), rank)
+
+
+def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, int]:
+    """As many parameters as `even_ranks` takes, spread by the gradients of all rows."""
+    shapes = {name: layer.weight.shape for name, layer in targets(model).items()}
+    forget, retain = (
+        mean_loss(each, pad, batch_size=len(each)) for each in (rows.forget, rows.retain)
+    )
+    return allocate_ranks(
+        model,
+        {name: (N, K) for name, (N, K) in shapes.items()},
+        forget,
+        retain,
+        budget=cell.rank * sum(N + K for N, K in shapes.values()),
+        seed=cell.seed,
+    ).ranks
+
+
+def score_model(model: nn.Module, rows: Rows, *, pad: int) -> dict[str, float]:
+    """Utility and its parts on the retain rows, and the loss on both sides.
+
+    - probability: mean over rows of exp(-mean loss of the answer's tokens)
+    - accuracy: mean over rows of the share of answer tokens that are the first choice, given the
+      true ones before
+    - truth_ratio: mean over rows of max(0, 1 - R), R = exp(-mean loss of the wrong answers, each a
+      mean over its tokens) / exp(-mean loss of the right one); the wrong answers are those of the
+      next rows of the file, most of them about the same person
+    - utility: the harmonic mean of these three, 0 if one is 0
+
+    The losses are means over rows of the mean over tokens, nats a token.
+    """
+    forget, forget_right = _score_rows(model, rows.forget, pad)
+    retain, right = _score_rows(model, rows.retain, pad)
+    wrong, _ = _score_rows(model, rows.wrong, pad)
+    ratio = (retain - wrong.view(-1, WRONG).mean(1)).exp()
+    parts = {
+        "probability": float((-retain).exp().mean()),
+        "accuracy": float(right.mean()),
+        "truth_ratio": float((1 - ratio).clamp(min=0).mean()),
+    }
+    return {
+        "forget_loss": float(forget.mean()),
+        "forget_accuracy": float(forget_right.mean()),
+        "retain_loss": float(retain.mean()),
+        **parts,
+        "utility": harmonic_mean(list(parts.values())),
+    }
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """0 if a value is 0 or is no number."""
+    if not all(value > 0 for value in values):
+        return 0.0
+    return len(values) / sum(1 / value for value in values)
+
+
+@torch.no_grad()
+def _score_rows(model: nn.Module, rows: Sequence[Encoded], pad: int) -> tuple[Tensor, Tensor]:
+    """fp64 mean loss and share of right tokens of each row, in the order of `rows`."""
+    model.eval()
+    loss, right = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    for first in range(0, len(order), 32):
+        part = order[first : first + 32]
+        batch = collate([rows[i] for i in part], pad)
+        logits = forward(model, batch.input_ids, batch.attention_mask)
+        tokens = answer_tokens(logits, batch.labels)
+        counts = torch.bincount(tokens.row, minlength=len(part)).double()
+        for total, each in ((loss, tokens.loss), (right, tokens.correct)):
+            sums = torch.zeros(len(part), dtype=torch.float64)
+            total[part] = sums.index_add_(0, tokens.row, each.double()) / counts
+    return loss, right
+
+
+@torch.no_grad()
+def _size(layers: Adapted) -> dict[str, float]:
+    """The largest |ΔW| of any entry and the norm of all ΔW together."""
+    deltas = [layer.delta_weight() for layer in layers.values()]
+    return {
+        "largest_delta": max(float(delta.abs().max()) for delta in deltas),
+        "delta_norm": math.sqrt(sum(float(delta.square().sum()) for delta in deltas)),
+    }
+
+
+def _draw(rows: Sequence[Encoded], count: int, generator: torch.Generator) -> list[Encoded]:
+    order = torch.randperm(len(rows), generator=generator)[:count].tolist()
+    return [rows[i] for i in order]

@@ -1,0 +1,212 @@
+"""Losses of answer tokens from whole logits or in chunks: chosen once a run, with the reason.
+
+Of P positions in a pass, padding and questions included, T are answer tokens. With a vocabulary V
+and width K, whole logits take P·V numbers and the products with the head 4·P·V·K FLOPs, forward and
+backward. Chunks take `CHUNK`·V numbers and 6·T·V·K FLOPs: the logits of a chunk are made again in
+the backward pass, and only answer tokens meet the head. So chunks cost more time where more than
+two thirds of the positions are answer tokens, and less below. liger-kernel does the same work with
+fewer passes over a chunk's logits; its chunks have logits about as large as the hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbound.errors import InputError
+from fastbound.operator.partition import partition
+from fastbound.unlearning.data.encoding import Batch
+from fastbound.unlearning.forward import autocast, forward
+from fastbound.unlearning.losses.chunked import CHUNK, chunked_answer_tokens
+from fastbound.unlearning.losses.functions import AnswerTokens
+from fastbound.unlearning.losses.liger import liger_answer_tokens, liger_chunk, missing
+from fastbound.unlearning.losses.objective import Answers
+
+WHOLE_BYTES = 2**28  # "auto" forms logits up to this size whole
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """How the losses of answer tokens are formed.
+
+    Attributes:
+        form: "whole", "chunked" or "liger", which is chunked by liger-kernel.
+        reason: why.
+        logits_bytes: of the largest tensor of logits in any pass, in the dtype that the head
+            returns; None for a head without float weights.
+        head: the output embedding, where it is made to return losses.
+    """
+
+    form: Literal["whole", "chunked", "liger"]
+    reason: str
+    logits_bytes: int | None = None
+    head: nn.Linear | None = field(default=None, repr=False, compare=False)
+
+    def answers(self, model: nn.Module, batch: Batch) -> Answers:
+        """One pass of `model`, the one chosen for or a wrapper around it."""
+        if self.head is None:
+            logits = forward(model, batch.input_ids, batch.attention_mask)
+            return Answers.of(logits, batch.labels)
+        compute = liger_answer_tokens if self.form == "liger" else chunked_answer_tokens
+        return Answers(_tokens(model, self.head, batch, compute))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"form": self.form, "reason": self.reason, "logits_bytes": self.logits_bytes}
+
+
+WHOLE = CrossEntropy("whole", "asked for")
+
+
+def choose_cross_entropy(
+    setting: str,
+    model: nn.Module,
+    example: Batch,
+    *,
+    positions: int,
+    whole_logits: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> CrossEntropy:
+    """The form for `setting`: "auto", "chunked", "liger" or "whole".
+
+    "auto" takes chunks where whole logits would be larger than `WHOLE_BYTES`, by liger-kernel on a
+    GPU where it is installed, unless something stands in the way: a loss that takes whole logits,
+    or a head that is not a plain linear layer whose outputs are the logits. The latter is seen in
+    one pass over a few tokens of `example`.
+
+    Args:
+        model: as it runs, adapted and spread, on the device of `example`.
+        positions: most tokens of a pass, padding included.
+        whole_logits: names of the losses that take whole logits.
+        dtype: autocast to it; None computes in the model's own.
+
+    Raises:
+        InputError: `setting` is "chunked" or "liger", and something stands in the way.
+    """
+    head = _head(model)
+    row = _row_bytes(head, dtype)
+    whole = None if row is None else positions * row
+    if setting == "whole":
+        return CrossEntropy("whole", "asked for", whole)
+    if setting == "auto" and whole is not None and whole <= WHOLE_BYTES:
+        return CrossEntropy("whole", f"auto, up to {WHOLE_BYTES / 1e6:.0f} MB", whole)
+    no_liger = missing(example.input_ids.device)
+    obstacle = no_liger if setting == "liger" else None
+    obstacle = obstacle or _obstacle(model, head, example, whole_logits, dtype)
+    if obstacle is not None and setting != "auto":
+        raise InputError(f'cross_entropy "{setting}": {obstacle}; use "auto" or "whole"')
+    if obstacle is not None or whole is None or row is None:
+        return CrossEntropy("whole", f"no chunks: {obstacle}", whole)
+    reason = "asked for"
+    if setting == "auto":
+        reason = f"auto, whole logits would take {whole / 1e6:.4g} MB"
+        reason += "" if no_liger is None else f"; {no_liger}"
+    if setting == "liger" or (setting == "auto" and no_liger is None):
+        chunk = liger_chunk(positions, *head.weight.shape)
+        return CrossEntropy("liger", reason, chunk * row, head)
+    return CrossEntropy("chunked", reason, min(CHUNK, positions) * row, head)
+
+
+def _row_bytes(head: Any, dtype: torch.dtype | None) -> int | None:
+    """Of the logits of one position; None where the head has no weights to tell it."""
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return None
+    return len(weight) * (dtype or weight.dtype).itemsize
+
+
+def _head(model: nn.Module) -> Any:
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def _obstacle(
+    model: nn.Module,
+    head: Any,
+    example: Batch,
+    whole_logits: Sequence[str],
+    dtype: torch.dtype | None,
+) -> str | None:
+    """What forbids chunks, or None."""
+    if whole_logits:
+        return f"{' and '.join(whole_logits)} take whole logits"
+    if head is None:
+        return f"{type(model).__name__} names no output embedding (get_output_embeddings)"
+    name = next((n for n, module in model.named_modules() if module is head), "the head")
+    if type(head) is not nn.Linear:
+        return f"{name} is {type(head).__name__}, not a plain nn.Linear"
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return f"{name} has hooks or a forward of its own"
+    return _differs(model, head, name, example, dtype)
+
+
+@torch.no_grad()
+def _differs(
+    model: nn.Module, head: nn.Linear, name: str, example: Batch, dtype: torch.dtype | None
+) -> str | None:
+    """What a pass over a few tokens shows against chunks, or None.
+
+    The head's output is replaced by a ramp that a cap or a scale would bend, however small the
+    logits of these tokens are.
+    """
+    seen: list[tuple[str | None, Tensor]] = []
+
+    def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        problem = None
+        if partition(head.weight) is not None:
+            problem = f"the weight of {name} {partition(head.weight)}"
+        elif not torch.equal(F.linear(inputs[0], head.weight, head.bias), output):
+            problem = f"{name} is more than x @ weight.T + bias"
+        ramp = torch.linspace(-1000, 1000, output.shape[-1]).to(output).expand_as(output)
+        seen.append((problem, ramp))
+        return ramp
+
+    device = example.input_ids.device
+    hook = head.register_forward_hook(replace)
+    training = model.training
+    model.eval()
+    try:
+        with autocast(device, dtype):
+            logits = forward(model, example.input_ids[:1, :8], example.attention_mask[:1, :8])
+    finally:
+        hook.remove()
+        model.train(training)
+    if len(seen) != 1:
+        return f"{name} runs {len(seen)} times in a pass"
+    ((problem, ramp),) = seen
+    if problem is None and not torch.equal(logits, ramp.to(logits.dtype)):
+        return f"{type(model).__name__} changes what {name} returns (a cap or a scale)"
+    return problem
+
+
+def _tokens(
+    model: nn.Module, head: nn.Linear, batch: Batch, compute: Callable[..., AnswerTokens]
+) -> AnswerTokens:
+    """A pass in which the head returns losses of answer tokens, `[1, tokens, 1]`, for logits.
+
+    Inside the head's own call its weight is whole where FSDP2 gathers it, and what leaves the model
+    is what the backward pass starts from, as wrappers expect.
+    """
+    found: list[AnswerTokens] = []
+
+    def losses(hidden: Tensor) -> Tensor:
+        found.append(compute(hidden, head.weight, batch.labels, head.bias))
+        return found[0].loss.view(1, -1, 1)
+
+    with _in_place_of_forward(head, losses):
+        loss = forward(model, batch.input_ids, batch.attention_mask)
+    return found[0]._replace(loss=loss.flatten())
+
+
+@contextlib.contextmanager
+def _in_place_of_forward(module: nn.Module, call: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    vars(module)["forward"] = call
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]

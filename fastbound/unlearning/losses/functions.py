@@ -1,0 +1,193 @@
+"""The losses of unlearning, each a function of one batch's logits or of its rows' likelihoods."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbound.unlearning.data.encoding import IGNORED
+
+
+class AnswerTokens(NamedTuple):
+    """Cross-entropy of each labelled token of a batch.
+
+    Attributes:
+        loss: fp32 (fp64 for fp64 logits) `[tokens]`.
+        correct: bool `[tokens]`, whether the most likely token is the label.
+        row: int64 `[tokens]`, the row of the batch each token stands in.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    row: Tensor
+
+
+class GradientDifference(NamedTuple):
+    """`loss` to minimise, and the two mean cross-entropies in nats a token, detached."""
+
+    loss: Tensor
+    forget: Tensor
+    retain: Tensor
+
+
+def answer_tokens(logits: Tensor, labels: Tensor) -> AnswerTokens:
+    """Cross-entropy of every labelled token given all tokens before it.
+
+    Only the logits of labelled positions are gathered and taken to fp32.
+
+    Args:
+        logits: `[rows, length, vocabulary]`, any float dtype.
+        labels: int64 `[rows, length]`, `IGNORED` where there is nothing to predict.
+    """
+    chosen, targets, row = answer_positions(logits, labels)
+    if chosen.dtype != torch.float64:
+        chosen = chosen.float()
+    loss = F.cross_entropy(chosen, targets, reduction="none")
+    return AnswerTokens(loss, chosen.detach().argmax(-1) == targets, row)
+
+
+def answer_positions(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `states` `[rows, length, width]` those that predict a label, the labels and their rows."""
+    targets = labels[:, 1:]
+    labelled = targets != IGNORED
+    return states[:, :-1][labelled], targets[labelled], labelled.nonzero()[:, 0]
+
+
+def gradient_difference(
+    logits: Tensor,
+    labels: Tensor,
+    forget_rows: int,
+    *,
+    forget_weight: float = 1.0,
+    retain_weight: float = 1.0,
+) -> GradientDifference:
+    """`retain_weight · CE(retain) − forget_weight · CE(forget)` from one forward pass.
+
+    The first `forget_rows` rows of the batch are to be forgotten, the rest retained. Each CE is the
+    mean over its own labelled tokens, so the value and the gradient are those of two separate
+    passes, while the weights are read once. Liu et al. 2022, "Continual learning and private
+    unlearning", as coded in open-unlearning's GradDiff.
+
+    Args:
+        logits: `[rows, length, vocabulary]`.
+        labels: int64 `[rows, length]`; both parts need at least one labelled token.
+        forget_rows: how many rows lead the batch, `1 <= forget_rows < rows`.
+
+    Raises:
+        ValueError: `forget_rows` leaves one part of the batch empty.
+    """
+    if not 1 <= forget_rows < len(labels):
+        raise ValueError(
+            f"forget_rows must leave rows on both sides: 1 <= forget_rows < {len(labels)}, "
+            f"got {forget_rows}"
+        )
+    return weighted_cross_entropy(
+        answer_tokens(logits, labels),
+        (forget_rows, len(labels) - forget_rows),
+        (-forget_weight, retain_weight),
+    )
+
+
+def weighted_cross_entropy(
+    tokens: AnswerTokens, rows: tuple[int, ...], weights: tuple[float, ...]
+) -> GradientDifference:
+    """`Σ_g weights[g] · CE(rows of group g)`, each CE the mean over its group's labelled tokens.
+
+    The groups, forget first and retain second, stand one after the other in the batch.
+    """
+    each = tokens.loss.detach()
+    weight = torch.zeros_like(each)
+    means = []
+    start = 0
+    for count, share in zip(rows, weights, strict=True):
+        inside = (tokens.row >= start) & (tokens.row < start + count)
+        number = inside.sum().to(each.dtype)
+        weight = torch.where(inside, share / number, weight)
+        means.append(torch.where(inside, each, 0).sum() / number)
+        start += count
+    return GradientDifference((weight * tokens.loss).sum(), means[0], means[1])
+
+
+def row_likelihoods(tokens: AnswerTokens, rows: int) -> tuple[Tensor, Tensor]:
+    """Of each row: the sum of its tokens' losses, −log p(answer | question), and their number."""
+    zero = tokens.loss.new_zeros(rows)
+    return (
+        zero.index_add(0, tokens.row, tokens.loss),
+        zero.index_add(0, tokens.row, torch.ones_like(tokens.loss)),
+    )
+
+
+def npo(nll: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Negative preference: `mean(−2/β · log σ(β · (nll − reference)))`.
+
+    Zhang et al. 2024, "Negative preference optimization". Goes to 0 where a row has been
+    forgotten, so it stops by itself; for β to 0 it is gradient ascent and a constant.
+
+    Args:
+        nll: −log p of each row to forget, summed over its answer, `[rows]`.
+        reference: the same of the model before unlearning.
+    """
+    return -F.logsigmoid(beta * (nll - reference)).mean() * 2 / beta
+
+
+def simnpo(nll: Tensor, lengths: Tensor, *, beta: float = 4.5, delta: float = 0.0) -> Tensor:
+    """NPO without a reference: `mean(−2/β · log σ(β · (nll / lengths − δ)))`.
+
+    Fan et al. 2024, "Simplicity prevails". `lengths` counts the answer tokens of each row.
+    """
+    return -F.logsigmoid(beta * (nll / lengths - delta)).mean() * 2 / beta
+
+
+def dpo(
+    wanted: Tensor,
+    wanted_reference: Tensor,
+    unwanted: Tensor,
+    unwanted_reference: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """Preference of an "I don't know" over the answer: `mean(−2/β · log σ(β · margin))`.
+
+    margin = (unwanted − unwanted_reference) − (wanted − wanted_reference), each −log p of a row's
+    answer, summed, `[rows]`. Rafailov et al. 2023; the factor 2 as in open-unlearning.
+    """
+    margin = (unwanted - unwanted_reference) - (wanted - wanted_reference)
+    return -F.logsigmoid(beta * margin).mean() * 2 / beta
+
+
+def ihl(logits: Tensor, labels: Tensor) -> Tensor:
+    """Inverted hinge: `mean(max(0, 1 + p(label) − max over the others p))`, in [0, 2].
+
+    Cha et al. 2024, "Towards robust and parameter-efficient knowledge unlearning" (LoKU): lowers
+    the label only down to the next likely token, and has a bounded gradient.
+
+    Args:
+        logits: `[rows, length, vocabulary]` of the rows to forget.
+        labels: int64 `[rows, length]`.
+    """
+    chosen, targets, _ = answer_positions(logits, labels)
+    p = torch.softmax(chosen if chosen.dtype == torch.float64 else chosen.float(), -1)
+    label = targets.unsqueeze(1)
+    others = p.scatter(1, label, 0.0).amax(1)  # zero is below every probability
+    return (1 + p.gather(1, label).squeeze(1) - others).clamp_min(0).mean()
+
+
+def retain_kl(logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`mean KL(reference ‖ model)` over positions, question tokens included.
+
+    open-unlearning's form, whose mean also counts padding; here `mask` `[rows, length]` leaves it
+    out.
+
+    Args:
+        logits, reference: `[rows, length, vocabulary]` of the rows to retain.
+    """
+    if mask is not None:
+        logits, reference = logits[mask.bool()], reference[mask.bool()]
+    if logits.dtype != torch.float64:
+        logits, reference = logits.float(), reference.float()
+    current = torch.log_softmax(logits, -1).flatten(0, -2)
+    before = torch.log_softmax(reference, -1).flatten(0, -2)
+    return F.kl_div(current, before, reduction="batchmean", log_target=True)

@@ -1,0 +1,54 @@
+"""Cross-entropy from hidden states by liger-kernel's fused kernel, where it is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import torch
+from torch import Tensor
+
+from fastbound.unlearning.losses.functions import AnswerTokens, answer_positions
+
+OLDEST = "0.8.2"  # earlier ones give wrong gradients where tokens weigh differently, and no error
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernel cannot be used, or None."""
+    try:
+        version = importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        return "liger-kernel is not installed"
+    if _numbers(version) < _numbers(OLDEST):
+        return f"liger-kernel {version} is older than {OLDEST}"
+    if device.type != "cuda":
+        return f"liger-kernel needs a GPU, the model is on {device.type}"
+    return None
+
+
+def liger_answer_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> AnswerTokens:
+    """What `chunked_answer_tokens` gives; the losses in fp32.
+
+    As there, only labelled positions meet the head and logits are made again in the backward pass;
+    softmax, loss and their gradient are one kernel that overwrites them.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    chosen, targets, row = answer_positions(hidden, labels)
+    found = liger_fused_linear_cross_entropy(
+        chosen, weight, targets, bias, reduction="none", return_predicted_tokens=True
+    )
+    return AnswerTokens(found.loss, found.predicted_tokens == targets, row)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def liger_chunk(tokens: int, vocabulary: int, width: int) -> int:
+    """Tokens at a time, liger-kernel's own rule: logits about as large as the hidden states."""
+    parts = -(-vocabulary // width)
+    at_least = -(-tokens // parts)
+    return min(tokens, 1 << (at_least - 1).bit_length())

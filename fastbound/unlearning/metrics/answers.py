@@ -1,0 +1,98 @@
+"""How well a model still answers: loss, token accuracy and whole answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastbound.unlearning.data.encoding import Encoded, collate
+from fastbound.unlearning.forward import autocast
+from fastbound.unlearning.losses.cross_entropy import WHOLE, CrossEntropy
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over all answer tokens of the rows evaluated, end of text included.
+
+    Attributes:
+        loss: mean cross-entropy, nats a token.
+        accuracy: share of tokens that are the model's first choice, given the true ones before.
+        exact: share of rows with every token right: those that greedy decoding repeats verbatim.
+        rows: how many rows.
+    """
+
+    loss: float
+    accuracy: float
+    exact: float
+    rows: int
+
+
+def evaluate(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    *,
+    pad: int,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    cross_entropy: CrossEntropy = WHOLE,
+) -> Score:
+    """Score `model` on `rows`, rows of like length together.
+
+    Args:
+        pad: token to pad with.
+        dtype: autocast to it; None computes in the model's own.
+        cross_entropy: from whole logits, or what `choose_cross_entropy` gave for this model.
+    """
+    return score(
+        totals(
+            model,
+            rows,
+            pad=pad,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            cross_entropy=cross_entropy,
+        )
+    )
+
+
+def totals(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    *,
+    pad: int,
+    batch_size: int,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    cross_entropy: CrossEntropy = WHOLE,
+) -> list[float]:
+    """Sums that add up across processes: loss, right tokens, tokens, whole rows, rows."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    sums = [0.0] * 5
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, dtype):
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                batch = collate(part, pad).to(device)
+                tokens = cross_entropy.answers(model, batch).tokens
+                broken = tokens.row[~tokens.correct].unique().numel()
+                sums[0] += float(tokens.loss.sum())
+                sums[1] += float(tokens.correct.sum())
+                sums[2] += tokens.loss.numel()
+                sums[3] += len(part) - broken
+                sums[4] += len(part)
+    finally:
+        model.train(training)
+    return sums
+
+
+def score(sums: Sequence[float]) -> Score:
+    """The score that `totals` add up to."""
+    loss, right, tokens, whole, rows = sums
+    return Score(loss / tokens, right / tokens, whole / rows, int(rows))

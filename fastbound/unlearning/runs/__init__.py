@@ -1,0 +1,4 @@
+"""The folder of a run, and the state that a resumed run needs.
+
+Uses `data`.
+"""

@@ -1,0 +1,4 @@
+"""Gradient difference: adapter, step, loop, and the processes it runs in.
+
+Uses `data`, `losses`, `metrics`, `runs` and fastbound's public names.
+"""

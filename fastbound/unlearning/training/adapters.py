@@ -1,0 +1,130 @@
+"""The two adapters a run can train, behind one interface: fastbound's and PEFT's plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import nn
+
+import fastbound
+from fastbound.errors import InputError
+from fastbound.models.ranks import even_rank
+from fastbound.operator.partition import whole
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.pretrained import quiet
+
+Ranks = int | Mapping[str, int]
+
+
+class Delta(NamedTuple):
+    """The largest |ΔW_ij| of all adapted layers, and that layer's own bound (None for LoRA)."""
+
+    largest: float
+    bound: float | None
+
+
+class Adapter(Protocol):
+    """An adapted model: what to train, how far it has moved, how to keep it."""
+
+    model: nn.Module
+
+    def delta(self) -> Delta: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def disabled(self) -> AbstractContextManager[object]: ...
+
+
+class _Bounded:
+    def __init__(self, model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> None:
+        fastbound.inject(
+            model,
+            ranks,
+            alpha=config.alpha,
+            bound=config.bound,
+            target_modules=config.target_modules,
+        )
+        self.model = model
+
+    @torch.no_grad()
+    def delta(self) -> Delta:
+        layers = [m for m in self.model.modules() if isinstance(m, fastbound.FusedBoundedLinear)]
+        largest = torch.stack([whole(layer.delta_weight().abs().amax()) for layer in layers])
+        index = int(largest.argmax())
+        return Delta(float(largest[index]), layers[index].bound)
+
+    def save(self, folder: Path) -> None:
+        fastbound.save_adapter(self.model, folder)
+
+    def disabled(self) -> AbstractContextManager[object]:
+        return fastbound.disable_adapter(self.model)
+
+
+class _Lora:
+    def __init__(self, model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        layers = target_layers(model, config)
+        rank = ranks if isinstance(ranks, int) else even_rank(ranks, layers)
+        alpha = rank if config.alpha is None else config.alpha
+        settings = LoraConfig(
+            r=round(rank),
+            lora_alpha=cast(int, alpha),  # any number will do: the slope is lora_alpha / r
+            target_modules=list(layers),
+            lora_dropout=0.0,
+            rank_pattern={} if isinstance(ranks, int) else dict(ranks),
+        )
+        with quiet():
+            self.model: nn.Module = get_peft_model(cast(Any, model), settings)
+
+    @torch.no_grad()
+    def delta(self) -> Delta:
+        from peft.tuners.lora import LoraLayer
+
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        deltas = [cast(Any, layer).get_delta_weight("default") for layer in layers]
+        return Delta(float(torch.stack([delta.abs().amax() for delta in deltas]).amax()), None)
+
+    def save(self, folder: Path) -> None:
+        cast(Any, self.model).save_pretrained(folder)
+
+    def disabled(self) -> AbstractContextManager[object]:
+        return cast("AbstractContextManager[object]", cast(Any, self.model).disable_adapter())
+
+
+def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
+    """Put a new adapter on `model`, in place, drawing A from torch's generator; freeze the rest.
+
+    Args:
+        ranks: of every layer, or by name.
+
+    Raises:
+        InputError: the model has no layer that `target_modules` names.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        kind = _Bounded if config.adapter == "bounded" else _Lora
+        return kind(model, config, ranks)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def target_layers(model: nn.Module, config: UnlearnConfig) -> dict[str, tuple[int, int]]:
+    """Names and [N, K] of what `fastbound.inject` adapts; the model is left as it was."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    names = fastbound.inject(
+        model, 1, target_modules=config.target_modules, fuse_mlp=False
+    ).replaced
+    shapes = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        layer = cast(fastbound.FusedBoundedLinear, model.get_submodule(name))
+        shapes[name] = (layer.out_features, layer.in_features)
+        setattr(model.get_submodule(parent), child, layer.to_linear(merge=False))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return shapes

@@ -1,0 +1,317 @@
+"""The training loop: gradient difference through an adapter, on one device or several."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from fastbound.errors import InputError, NonFiniteError
+from fastbound.models.ranks import RankAllocation
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.data.encoding import Encoded
+from fastbound.unlearning.data.rows import Row
+from fastbound.unlearning.data.sampling import Pairing, evenly
+from fastbound.unlearning.losses.objective import Objective
+from fastbound.unlearning.metrics.answers import Score, totals
+from fastbound.unlearning.pretrained import checkpoint_activations
+from fastbound.unlearning.runs.folder import (
+    ADAPTER,
+    RANKS,
+    RESULT,
+    RunFolder,
+    fingerprint,
+    read_json,
+    write_json,
+)
+from fastbound.unlearning.runs.peak_memory import peak_memory, reset_peak_memory
+from fastbound.unlearning.runs.random_state import random_state, set_random_state
+from fastbound.unlearning.training.adapters import Adapter, attach
+from fastbound.unlearning.training.processes import is_sharded, score_together, start_processes
+from fastbound.unlearning.training.rank_choice import choose_ranks
+from fastbound.unlearning.training.result import Evaluation, UnlearnResult
+from fastbound.unlearning.training.sides import Sides, encode_sides
+from fastbound.unlearning.training.step import Training
+
+
+def unlearn(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: str | Path | Sequence[Row],
+    retain: str | Path | Sequence[Row],
+    config: UnlearnConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> UnlearnResult:
+    """Make `model` forget some rows and keep others, by gradient difference through an adapter.
+
+    Minimises `retain_weight · CE(retain) − forget_weight · CE(forget)`, or the sum of
+    `config.losses`, over A and B with AdamW, linear warm-up and decay. Runs on the CPU, on one
+    GPU, or on several processes under `accelerate launch`.
+
+    Args:
+        model: a causal language model of transformers, changed in place.
+        tokenizer: its fast tokenizer.
+        forget, retain: rows, or what `load_rows` takes. They must not share a row.
+        config: settings; None for the defaults.
+        output: folder for log, checkpoints, adapter and result; None keeps nothing.
+        resume: go on from the checkpoint in `output`, to the bits of an uninterrupted run; `model`
+            must be the unadapted one, as for the first start.
+        progress: show a bar with both losses and max|ΔW|.
+
+    Raises:
+        InputError: rows, settings, model or output folder cannot be used; nothing was written.
+        NonFiniteError: loss or gradient stopped being finite. The step is not taken, the
+            checkpoint stays as it was.
+    """
+    config = config or UnlearnConfig()
+    objective = Objective(config.weighted_losses)
+    sides = encode_sides(forget, retain, tokenizer, config, refuse=objective.needs_refusals)
+    return _Run(model, sides, objective, config, output, resume, progress).go()
+
+
+class _Run:
+    """State of one run: what `unlearn` sets up, steps through and takes down."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sides: Sides,
+        objective: Objective,
+        config: UnlearnConfig,
+        output: str | Path | None,
+        resume: bool,
+        progress: bool,
+    ) -> None:
+        self.config = config
+        self.sides = sides
+        self.accelerator = start_processes(config)
+        self.sharded = is_sharded(self.accelerator, config)
+        self.processes: int = self.accelerator.num_processes
+        self.pairing = Pairing(
+            len(sides.forget),
+            len(sides.retain),
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            processes=self.processes,
+            seed=config.seed,
+        )
+        self.steps = self.pairing.steps(config.epochs)
+        each_epoch = self.pairing.steps(1)
+        self.eval_every = config.eval_every or each_epoch
+        self.checkpoint_every = config.checkpoint_every or self.eval_every
+        self.folder = self._folder(output, resume)
+        self.ranks = self._ranks(model, resume)
+        ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
+        self.adapter: Adapter = attach(model, config, ranks)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        self.training = Training(
+            self.adapter, sides, objective, self.pairing, self.accelerator, self.sharded, config
+        )
+        self.step = 0
+        self.history: list[Evaluation] = []
+        self.durations: list[float] = []
+        self.bar = _bar(self.steps, progress and self.accelerator.is_main_process)
+        state = self._begin(resume)
+        if state is not None:
+            self._restore(state)
+
+    def go(self) -> UnlearnResult:
+        reset_peak_memory(self.training.device)
+        self.training.model.train()
+        self.bar.update(self.step)
+        if not self.history:
+            self._evaluate()
+            self._save_checkpoint()
+        stopped = self._stop_reason()
+        while stopped is None:
+            self._take_step()
+            if self.step % self.eval_every == 0 or self.step == self.steps:
+                self._evaluate()
+            stopped = self._stop_reason()
+            if self.step % self.checkpoint_every == 0 or stopped:
+                self._save_checkpoint()
+        self.bar.close()
+        return self._finish(stopped)
+
+    def _take_step(self) -> None:
+        start = time.perf_counter()
+        losses = self.training.gradients(self.step)
+        if not all(map(math.isfinite, losses)):
+            self.bar.close()
+            raise NonFiniteError(self._blame(*losses))
+        rate = self.training.update()
+        self.step += 1
+        seconds = time.perf_counter() - start
+        self.durations.append(seconds)
+        self.bar.update()
+        if self.step % self.config.log_every == 0 or self.step == self.steps:
+            delta = self.adapter.delta()
+            self._log(
+                event="step",
+                step=self.step,
+                forget_loss=losses.forget,
+                retain_loss=losses.retain,
+                lr=rate,
+                grad_norm=losses.grad_norm,
+                largest_delta=delta.largest,
+                seconds=round(seconds, 4),
+            )
+            self.bar.set_postfix_str(
+                f"forget {losses.forget:.3f}, retain {losses.retain:.3f}, "
+                f"max|ΔW| {delta.largest:.3g}"
+            )
+
+    def _evaluate(self) -> None:
+        forget, retain = (
+            self._score(evenly(rows, self.config.eval_rows))
+            for rows in (self.sides.forget, self.sides.retain)
+        )
+        self.history.append(Evaluation(self.step, forget, retain))
+        self._log(event="evaluation", **asdict(self.history[-1]))
+
+    def _score(self, rows: Sequence[Encoded]) -> Score:
+        batch_size = 2 * self.config.batch_size
+        score_rows = functools.partial(
+            totals,
+            self.adapter.model,
+            pad=self.sides.pad,
+            batch_size=batch_size,
+            device=self.training.device,
+            dtype=self.training.dtype,
+            cross_entropy=self.training.cross_entropy,
+        )
+        return score_together(score_rows, rows, batch_size, self.accelerator, self.sharded)
+
+    def _stop_reason(self) -> str | None:
+        last = self.history[-1]
+        config = self.config
+        if last.step == self.step:
+            if config.forget_target is not None and last.forget.loss >= config.forget_target:
+                return "forget_target"
+            if config.retain_limit is not None and last.retain.loss > config.retain_limit:
+                return "retain_limit"
+        return "all steps" if self.step >= self.steps else None
+
+    def _finish(self, stopped: str) -> UnlearnResult:
+        delta = self.adapter.delta()
+        memory, kind = peak_memory(self.training.device)
+        result = UnlearnResult(
+            model=self.adapter.model,
+            config=self.config,
+            history=tuple(self.history),
+            cross_entropy=self.training.cross_entropy,
+            ranks=self.ranks,
+            stopped=stopped,
+            largest_delta=delta.largest,
+            bound=delta.bound,
+            seconds_per_step=statistics.median(self.durations) if self.durations else None,
+            peak_memory=memory,
+            peak_memory_kind=kind,
+        )
+        if self.folder and (self.folder.writes or self.sharded):
+            self.adapter.save(self.folder.path / ADAPTER)
+        if self.folder and self.folder.writes:
+            write_json(self.folder.path / RESULT, result.as_dict())
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _blame(self, forget: float, retain: float, grad_norm: float) -> str:
+        rows = self.sides.where(
+            self.pairing.batch(self.step, part, process)
+            for part in range(self.config.accumulation)
+            for process in range(self.processes)
+        )
+        kept = (
+            f"the checkpoint in {self.folder.path} is intact"
+            if self.folder
+            else "nothing was saved (no output folder)"
+        )
+        return (
+            f"step {self.step + 1} of {self.steps} is not finite: forget loss {forget:.4g}, "
+            f"retain loss {retain:.4g}, gradient norm {grad_norm:.4g}; its batch: "
+            f"{'; '.join(rows)}. The step was not taken, {kept}. Try a lower lr than "
+            f"{self.config.lr:g}, clip=1.0, a smaller alpha or bound, or dtype float32"
+        )
+
+    def _folder(self, output: str | Path | None, resume: bool) -> RunFolder | None:
+        if output is None:
+            if resume:
+                raise InputError("resume needs the output folder of the run to go on with")
+            return None
+        identity = {
+            "config": self.config.as_dict(),
+            "rows": {
+                "forget": fingerprint(self.sides.forget),
+                "retain": fingerprint(self.sides.retain),
+            },
+            "steps": self.steps,
+            "processes": self.processes,
+        }
+        return RunFolder(
+            output, identity, resume=resume, writes=bool(self.accelerator.is_main_process)
+        )
+
+    def _begin(self, resume: bool) -> dict[str, Any] | None:
+        """Mark the folder, once every process has found it free; the state to resume, if any."""
+        self.accelerator.wait_for_everyone()
+        if not self.folder:
+            return None
+        self.folder.begin()
+        if self.ranks is not None:
+            self.folder.keep(RANKS, asdict(self.ranks))
+        return self.folder.load_checkpoint() if resume else None
+
+    def _ranks(self, model: nn.Module, resume: bool) -> RankAllocation | None:
+        """For `rank="auto"`: those of the run to go on with, or new ones."""
+        if self.config.rank != "auto":
+            return None
+        held = self.folder.path / RANKS if self.folder and resume else None
+        if held is not None and held.exists():
+            return RankAllocation(**read_json(held))
+        return choose_ranks(model, self.sides, self.config, self.accelerator)
+
+    def _log(self, **line: Any) -> None:
+        if self.folder:
+            self.folder.log(line)
+
+    def _save_checkpoint(self) -> None:
+        if not self.folder:
+            return
+        from accelerate.utils import gather_object
+
+        self.folder.save_checkpoint(
+            {
+                "step": self.step,
+                **self.training.state(),
+                "random": gather_object([random_state()]),
+                "history": [asdict(each) for each in self.history],
+                "durations": self.durations,
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.training.restore(state)
+        set_random_state(state["random"][self.accelerator.process_index])
+        self.step = state["step"]
+        self.durations = list(state["durations"])
+        self.history = [
+            Evaluation(each["step"], Score(**each["forget"]), Score(**each["retain"]))
+            for each in state["history"]
+        ]
+
+
+def _bar(steps: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=steps, disable=not shown, desc="unlearning", unit="step", dynamic_ncols=True)

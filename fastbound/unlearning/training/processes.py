@@ -1,0 +1,132 @@
+"""The processes of a run: how they start, what each holds of the model, what each batch weighs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastbound
+from fastbound.errors import InputError
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.data.encoding import Encoded
+from fastbound.unlearning.data.sampling import Pairing
+from fastbound.unlearning.metrics.answers import Score, score
+
+
+def start_processes(config: UnlearnConfig) -> Any:
+    from accelerate import Accelerator
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
+    # Autocast is the loop's own: accelerate's would take all logits to fp32.
+    return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+
+
+def end_processes() -> None:
+    """Take the process group down, if there is one: gloo's threads abort a process that ends."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def is_sharded(accelerator: Any, config: UnlearnConfig) -> bool:
+    """Whether the model is spread over the processes; refuses what neither copies nor spreads it.
+
+    Raises InputError.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    kind = str(accelerator.distributed_type.value)
+    # On the CPU accelerate itself would pass over its FSDP settings.
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
+        kind = "FSDP1"
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP1"):
+        raise InputError(
+            f"{kind} of accelerate's configuration is not supported: set fsdp_version: 2, or use "
+            "plain processes, with --shard (shard=True) where a copy of the model does not fit"
+        )
+    if not (config.shard or fsdp):
+        return False
+    if config.adapter != "bounded":
+        raise InputError(f'shard spreads a model with adapter "bounded", got {config.adapter!r}')
+    if accelerator.num_processes < 2:
+        raise InputError("shard needs several processes: start with accelerate launch or torchrun")
+    return True
+
+
+def spread(model: nn.Module, accelerator: Any, sharded: bool) -> Any:
+    """The model as the processes hold it: each a copy, or each a part."""
+    if sharded:
+        return fastbound.shard(model.to(accelerator.device))
+    return accelerator.prepare(model)
+
+
+def gradients_travel(
+    model: Any, accelerator: Any, sharded: bool, now: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """Around a backward pass: whether its gradients are summed over processes, once a step."""
+    if sharded:
+        model.set_requires_gradient_sync(now)
+    elif not now:
+        return accelerator.no_sync(model)
+    return contextlib.nullcontext()
+
+
+def score_together(
+    totals: Callable[[Sequence[Encoded]], list[float]],
+    rows: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Any,
+    sharded: bool,
+) -> Score:
+    """Score `rows`, each process its share of them.
+
+    Args:
+        totals: sums over some rows, `batch_size` in a forward pass.
+    """
+    processes, process = accelerator.num_processes, accelerator.process_index
+    parts = [rows[each::processes] for each in range(processes)]
+    sums = totals(parts[process])
+    if sharded:
+        # Each forward gathers weights from everyone: all make as many as the first.
+        batches = [math.ceil(len(part) / batch_size) for part in parts]
+        for _ in range(batches[0] - batches[process]):
+            totals(rows[:1])
+    if processes > 1:
+        sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device)).tolist()
+    return score(sums)
+
+
+def shares(
+    pairing: Pairing, step: int, process: int, forget: Sequence[int], retain: Sequence[int]
+) -> list[tuple[float, float]]:
+    """For each batch of a process in a step: the weights of its forget and of its retain mean.
+
+    Summed over its batches and averaged over processes, as gradients are, they make the mean over
+    all answer tokens of the step, whoever holds them. Without accumulation, in one process: 1.0.
+
+    Args:
+        forget, retain: answer tokens of each row.
+    """
+    parts, processes = range(pairing.accumulation), range(pairing.processes)
+    tokens = {}
+    for part in parts:
+        for each in processes:
+            to_forget, to_retain = pairing.batch(step, part, each)
+            tokens[part, each] = (
+                sum(forget[i] for i in to_forget),
+                sum(retain[i] for i in to_retain),
+            )
+    all_forget, all_retain = map(sum, zip(*tokens.values(), strict=True))
+    here = [tokens[part, process] for part in parts]
+    return [
+        (len(processes) * to_forget / all_forget, len(processes) * to_retain / all_retain)
+        for to_forget, to_retain in here
+    ]

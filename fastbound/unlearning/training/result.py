@@ -1,0 +1,74 @@
+"""What a run of gradient difference gives back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from fastbound.models.ranks import RankAllocation
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.losses.cross_entropy import CrossEntropy
+from fastbound.unlearning.metrics.answers import Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both sides scored after `step` steps."""
+
+    step: int
+    forget: Score
+    retain: Score
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What a run did; the model it was given now carries the trained adapter.
+
+    Attributes:
+        model: the adapted model (for LoRA PEFT's wrapper around the one given).
+        history: every evaluation, the first before any step, the last after all.
+        cross_entropy: whether the losses came from whole logits or in chunks, and why.
+        ranks: what `rank="auto"` chose and why; None for a rank that was given.
+        stopped: why it ended: "all steps", "forget_target" or "retain_limit".
+        largest_delta, bound: the largest |ΔW_ij| at the end and its layer's bound (None for LoRA).
+        seconds_per_step: median, without evaluations; None for no step in this process.
+        peak_memory: bytes, by `peak_memory_kind`: "device memory" allocated during the steps on
+            CUDA, else the "resident set" of the whole process so far.
+    """
+
+    model: nn.Module
+    config: UnlearnConfig
+    history: tuple[Evaluation, ...]
+    cross_entropy: CrossEntropy
+    ranks: RankAllocation | None
+    stopped: str
+    largest_delta: float
+    bound: float | None
+    seconds_per_step: float | None
+    peak_memory: int
+    peak_memory_kind: str
+
+    @property
+    def before(self) -> Evaluation:
+        return self.history[0]
+
+    @property
+    def after(self) -> Evaluation:
+        return self.history[-1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the model, as JSON values."""
+        return {
+            "config": self.config.as_dict(),
+            "history": [asdict(each) for each in self.history],
+            "cross_entropy": self.cross_entropy.as_dict(),
+            "ranks": None if self.ranks is None else asdict(self.ranks),
+            "stopped": self.stopped,
+            "largest_delta": self.largest_delta,
+            "bound": self.bound,
+            "seconds_per_step": self.seconds_per_step,
+            "peak_memory": self.peak_memory,
+            "peak_memory_kind": self.peak_memory_kind,
+        }

@@ -1,0 +1,94 @@
+"""The encoded rows of a run: to forget, to retain, and "I don't know" where a loss asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastbound.errors import InputError
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.data.encoding import (
+    Batch,
+    Encoded,
+    answer_length,
+    collate,
+    encode_all,
+    padding,
+)
+from fastbound.unlearning.data.rows import Row, check_disjoint, load_rows
+from fastbound.unlearning.losses.objective import refusals
+
+Pairs = tuple[Sequence[int], Sequence[int]]  # numbers of the forget and of the retain rows
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Rows by side; `refused` answers the questions of `forget`, row by row, or is empty.
+
+    Attributes:
+        pad: token to pad with.
+    """
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    refused: Sequence[Encoded]
+    pad: int
+
+    def batch(self, pairs: Pairs) -> tuple[Batch, tuple[int, ...]]:
+        """Rows to forget, to retain and refusals, one after the other, and how many of each."""
+        parts = [[self.forget[i] for i in pairs[0]], [self.retain[i] for i in pairs[1]]]
+        if self.refused:
+            parts.append([self.refused[i] for i in pairs[0]])
+        rows = [row for part in parts for row in part]
+        return collate(rows, self.pad), tuple(map(len, parts))
+
+    def answer_lengths(self) -> tuple[list[int], list[int]]:
+        """Answer tokens of each row to forget and to retain."""
+        forget, retain = (
+            [answer_length(row) for row in side] for side in (self.forget, self.retain)
+        )
+        return forget, retain
+
+    def most_positions(self, batch_size: int) -> int:
+        """Tokens with padding of the largest batch of so many pairs."""
+        sides = [side for side in (self.forget, self.retain, self.refused) if side]
+        return batch_size * len(sides) * max(len(row.ids) for side in sides for row in side)
+
+    def where(self, batches: Iterable[Pairs]) -> list[str]:
+        """Files and numbers of the rows in some batches, those to forget first."""
+        batches = list(batches)
+        rows = [self.forget[i] for pairs in batches for i in pairs[0]]
+        rows += [self.retain[i] for pairs in batches for i in pairs[1]]
+        return [row.where for row in rows]
+
+
+def encode_sides(
+    forget: str | Path | Sequence[Row],
+    retain: str | Path | Sequence[Row],
+    tokenizer: Any,
+    config: UnlearnConfig,
+    *,
+    refuse: bool,
+) -> Sides:
+    """Both sides as tokens; `refuse` adds an "I don't know" for each row to forget.
+
+    Raises:
+        InputError: a side is empty, they share a row, or a row cannot be used.
+    """
+    forget_rows = _rows(forget)
+    retain_rows = _rows(retain)
+    check_disjoint(forget_rows, retain_rows)
+    to_forget, to_retain, refused = (
+        encode_all(rows, tokenizer, max_length=config.max_length, template=config.template)
+        for rows in (forget_rows, retain_rows, refusals(forget_rows) if refuse else ())
+    )
+    return Sides(to_forget, to_retain, refused, padding(tokenizer))
+
+
+def _rows(source: str | Path | Sequence[Row]) -> Sequence[Row]:
+    rows = load_rows(source) if isinstance(source, (str, Path)) else source
+    if not rows:
+        raise InputError("forget and retain need at least one row each")
+    return rows

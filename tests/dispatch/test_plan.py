@@ -1,0 +1,185 @@
+"""Dispatch: pure, never an error, never an invalid tile, and it says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fastbound.kernels.tiles import FEW_ROWS, GemmTile
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastbound
+from fastbound.dispatch.plan import MAX_TRITON_RANK, Device, Plan, filled_tiles, plan, plan_for
+from fastbound.operator.torch_engine import padded_rank
+
+HOPPER = Device("sm_90", 132)
+GPUS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@given(
+    architecture=st.sampled_from([*GPUS, "cpu", "interpreter", "mps", "sm_999", "gfx1201"]),
+    M=st.integers(0, 10**7),
+    N=st.integers(1, 300_000),
+    K=st.integers(1, 300_000),
+    rank=st.integers(1, 512),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_auto_always_has_an_answer_with_valid_tiles(
+    architecture: str, M: int, N: int, K: int, rank: int, dtype: torch.dtype
+) -> None:
+    chosen = plan(Device(architecture, 100), M, N, K, rank, dtype)
+    assert chosen.strategy in ("fused", "split", "torch")
+    assert chosen.reason
+    assert (chosen.tiles is None) == (chosen.strategy == "torch")
+    if chosen.tiles is not None:
+        gemm, thin, reduce = chosen.tiles.gemm, chosen.tiles.thin, chosen.tiles.reduce
+        sizes = [gemm.block_m, gemm.block_n, gemm.block_k, thin.block_m, thin.block_n]
+        sizes += [reduce.block_m, reduce.block_n]
+        assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "rank", "dtype", "strategy", "reason"),
+    [
+        (HOPPER, (8192, 14336, 4096), 16, torch.bfloat16, "fused", "default tiles of sm_90"),
+        (HOPPER, (8192, 14336, 4096), 16, torch.float32, "split", "fp32"),
+        (HOPPER, (8192, 14336, 4096), 16, torch.float64, "torch", "float64"),
+        (HOPPER, (8192, 14336, 4096), 65, torch.bfloat16, "torch", f"up to {MAX_TRITON_RANK}"),
+        (HOPPER, (8192, 14333, 4096), 16, torch.bfloat16, "split", "rows of N 14333"),
+        (HOPPER, (0, 14336, 4096), 16, torch.bfloat16, "torch", "no rows"),
+        (HOPPER, (257, 4096, 4096), 16, torch.bfloat16, "fused", "default tiles of sm_90"),
+        (HOPPER, (256, 4096, 4096), 16, torch.bfloat16, "split", "few rows: too few blocks"),
+        (Device("sm_75", 40), (512, 64, 64), 8, torch.float16, "fused", "default tiles of sm_80"),
+        (Device("cpu"), (64, 64, 64), 8, torch.bfloat16, "torch", "device cpu"),
+    ],
+)
+def test_choices_and_their_reasons(
+    device: Device,
+    shape: tuple[int, int, int],
+    rank: int,
+    dtype: torch.dtype,
+    strategy: str,
+    reason: str,
+) -> None:
+    chosen = plan(device, *shape, rank, dtype)
+    assert chosen.strategy == strategy
+    assert reason in chosen.reason
+
+
+@pytest.mark.parametrize("device", [HOPPER, Device("sm_80", 108), Device("gfx942", 304)], ids=str)
+@given(
+    M=st.integers(512, 100_000),
+    N=st.integers(1024, 50_000),
+    K=st.integers(1024, 50_000),
+    rank=st.integers(1, MAX_TRITON_RANK),
+)
+def test_every_multiprocessor_has_work_from_512_rows_on(
+    device: Device, M: int, N: int, K: int, rank: int
+) -> None:
+    """Of a reduction all of them, of the thin product three quarters: its parts cost a launch."""
+    pytest.importorskip("triton", reason="the launchers cut the rows")
+    from fastbound.kernels.reduce import row_chunks
+    from fastbound.kernels.thin import step_chunks
+
+    tiles = filled_tiles(device, M, (N, K), padded_rank(rank), torch.bfloat16)
+    for width in (N, K):
+        chunks, _ = row_chunks(M, width, tiles.reduce, device.multiprocessors)
+        programs = chunks * -(-width // tiles.reduce.block_n)
+        assert programs >= device.multiprocessors
+    chunks, _ = step_chunks(M, K, tiles.thin, device.multiprocessors)
+    programs = chunks * -(-M // tiles.thin.block_m)
+    most = -(-K // (4 * tiles.thin.block_n)) * -(-M // tiles.thin.block_m)
+    assert programs >= min(0.75 * device.multiprocessors, most)
+
+
+@given(M=st.integers(1, FEW_ROWS), K=st.integers(1, 50_000), sms=st.integers(1, 304))
+def test_few_rows_are_one_launch_and_one_chunk(M: int, K: int, sms: int) -> None:
+    pytest.importorskip("triton", reason="the launchers cut the rows")
+    from fastbound.kernels.reduce import row_chunks
+    from fastbound.kernels.thin import step_chunks
+
+    tiles = filled_tiles(Device("sm_90", sms), M, (K, K), 16, torch.bfloat16)
+    assert step_chunks(M, K, tiles.thin, sms)[0] == 1
+    assert row_chunks(1, K, tiles.reduce, sms)[0] == 1
+
+
+def test_descriptors_only_from_hopper_on() -> None:
+    def descriptors(architecture: str) -> bool:
+        chosen = plan(Device(architecture, 100), 8192, 4096, 4096, 16, torch.bfloat16)
+        assert chosen.tiles is not None
+        return chosen.tiles.gemm.descriptors
+
+    assert [a for a in GPUS if descriptors(a)] == ["sm_90", "sm_100", "sm_120"]
+
+
+def test_a_path_asked_for_by_name_runs_or_says_why_not() -> None:
+    assert plan(HOPPER, 64, 64, 64, 8, torch.bfloat16, "split").strategy == "split"
+    with pytest.raises(ValueError, match='backend="fused" cannot run here: device cpu'):
+        plan(Device("cpu"), 64, 64, 64, 8, torch.bfloat16, "fused")
+    with pytest.raises(ValueError, match="unknown backend 'cublas'"):
+        plan(HOPPER, 64, 64, 64, 8, torch.bfloat16, "cublas")
+
+
+def test_rows_enter_in_powers_of_two() -> None:
+    cpu = torch.device("cpu")
+    assert plan_for(cpu, 1000, 64, 64, 8, torch.float32) is plan_for(
+        cpu, 1024, 64, 64, 8, torch.float32
+    )
+
+
+class TestExplain:
+    def test_names_every_layer_and_the_path_that_runs(self) -> None:
+        model = torch.nn.Sequential(
+            fastbound.FusedBoundedLinear(32, 64, 4),
+            torch.nn.ReLU(),
+            fastbound.FusedBoundedLinear(64, 32, 4, backend="reference"),
+        )
+        explanation = fastbound.explain(model, tokens=128)
+        assert [row.layer for row in explanation] == ["0", "2"]
+        assert [row.plan.strategy for row in explanation] == ["torch", "reference"]
+        text = str(explanation)
+        assert "2 bounded layers at 128 tokens" in text
+        assert "N 64, K 32, rank 4, torch.float32" in text
+        assert 'backend="reference" was asked for' in text
+
+    def test_is_data_too(self) -> None:
+        import json
+
+        data = fastbound.explain(fastbound.FusedBoundedLinear(32, 64, 4)).as_dict()
+        assert json.loads(json.dumps(data))["layers"][0]["plan"]["strategy"] == "torch"
+
+    def test_sees_autocast(self) -> None:
+        layer = fastbound.FusedBoundedLinear(32, 64, 4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert next(iter(fastbound.explain(layer))).dtype == "torch.bfloat16"
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="no bounded adapter in this model"):
+            fastbound.explain(torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
+            fastbound.explain(fastbound.FusedBoundedLinear(2, 2, 1), tokens=0)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "split"])
+def test_a_transposed_weight_has_a_tile_of_its_own(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    from fastbound.kernels.launch import Launch
+
+    from fastbound.operator.triton_engine import TritonProducts
+
+    tiles = filled_tiles(HOPPER, 64, (48, 80), 16, torch.bfloat16)
+    tiles = replace(tiles, gemm=GemmTile(32, 64, 32, 4, 2), gemm_t=GemmTile(64, 32, 32, 4, 2))
+    products = TritonProducts(Plan(strategy, "a test", tiles, 4))
+    taken: list[int] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: taken.append(launch.constants["BLOCK_M"]))
+    x, weight, S = (torch.zeros(*size).bfloat16() for size in ((64, 80), (48, 80), (64, 16)))
+    y, SB, SA = torch.zeros(64, 48).bfloat16(), torch.zeros(48, 16), torch.zeros(80, 16)
+    keep = torch.zeros(64, 3, dtype=torch.int32)  # under dropout split starts in Triton, too
+    products.lowrank_gemm(x, weight, S, SB.bfloat16(), None, keep[:, :2])
+    products.lowrank_gemm(y, weight.t(), S, SA.bfloat16(), None, keep)
+    assert taken == [32, 64]

@@ -1,0 +1,21 @@
+"""Every Python example of docs/ runs as it stands, in the folder of a user."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = [
+    pytest.param(path.name, code, id=f"{path.stem}-{number}")
+    for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    for number, code in enumerate(
+        re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_python_examples_run_as_they_stand(user_folder, page, code):
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})

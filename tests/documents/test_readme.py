@@ -1,0 +1,87 @@
+"""Every command and every example of the README works, or this fails."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    command.strip()
+    for language, lines in BLOCKS
+    if language == "bash"
+    for line in lines.splitlines()
+    for command in line.split("&&")
+]
+
+# What runs each command of the README: a line of .ci/run, a test beside this one, or a test here.
+RUN_BY_CI = {
+    "fastbound unlearn": 'step fastbound unlearn --quick --output "$work/demo"',
+    'pip install -e ".[test]"': 'step pip install --quiet -e ".[test]"',
+    "pytest": "step pytest -n auto --durations=10",
+    "pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json": (
+        'step pytest benchmarks/ --benchmark-only --smoke --benchmark-json "$work/benchmarks.json"'
+    ),
+    "python -m benchmarks.report benchmarks.json": (
+        'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
+    ),
+    "python -m benchmarks.static.traffic": "step python -m benchmarks.static.traffic",
+    "python -m benchmarks.static.model": "step python -m benchmarks.static.model",
+    "fastbound profile --mode mlp": (
+        "step fastbound profile --mode mlp --device cpu --tokens 32,64 --rounds 2"
+        ' --output "$work/profile"'
+    ),
+}
+RUN_BY_TESTS = {
+    "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
+    (
+        "fastbound evaluate --benchmark tofu --split forget10 --model my-model"
+        " --adapter run/adapter --output scores"
+    ): ("unlearning/test_evaluate.py", "test_tofu_from_the_command_line"),
+    "fastbound lab": ("test_stability.py", "test_the_command_writes_summary_and_pictures"),
+    "fastbound tune": (
+        "test_tune.py",
+        "test_the_command_tunes_resumes_and_leaves_what_dispatch_reads",
+    ),
+    "python -m benchmarks.static.compile_report": (
+        "test_compile_report.py",
+        "test_every_kernel_compiles_without_faults",
+    ),
+}
+OWN_TEXT = (
+    "fastbound unlearn --model my-model --forget forget.jsonl --retain retain.jsonl --output run"
+)
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_examples_run_as_they_stand(user_folder, code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_every_command_is_run_somewhere(repository):
+    assert set(COMMANDS) == {*RUN_BY_CI, *RUN_BY_TESTS, OWN_TEXT}
+    steps = (repository / ".ci" / "run").read_text().splitlines()
+    assert set(RUN_BY_CI.values()) <= set(steps)
+    for file, test in RUN_BY_TESTS.values():
+        assert f"def {test}(" in (repository / "tests" / file).read_text()
+
+
+def test_the_command_on_own_text_leaves_what_the_readme_says(user_folder):
+    from fastbound.cli import main
+
+    program, *arguments = shlex.split(OWN_TEXT)
+    assert program == "fastbound"
+    assert not main([*arguments, "--epochs", "2", "--batch-size", "2"])
+    left = {path.relative_to("run").as_posix() for path in Path("run").rglob("*")}
+    named = {"log.jsonl", "report.json", "curves.png", "adapter/adapter_model.safetensors"}
+    assert named <= left

@@ -1,0 +1,82 @@
+"""The block's backward adds to parts of dS in global memory: who reads what was written there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+# In a process of its own: here the kernels may be interpreted.
+_PRINT_IR = """
+import json, sys, torch
+from fastbound.performance.compilation import block_launches, build
+target, gated, rank = sys.argv[1], sys.argv[2] == "gated", int(sys.argv[3])
+launches = block_launches(target, 4096, 14336, 4096, rank, torch.bfloat16, gated=gated)
+stages = build(launches["activate backward"], target).asm
+print(json.dumps({"ttgir": stages["ttgir"], "ptx": stages.get("ptx", "")}))
+"""
+_ACCESS = r"tt\.{}\s+(%[\w#]+).*:\s*tensor<([\dx]+)x!tt\.ptr<f32>, (#\w+)>"
+
+
+def stages(target: str, form: str, rank: int, repository: Path) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", _PRINT_IR, target, form, str(rank)],
+        cwd=repository, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    found: dict[str, str] = json.loads(result.stdout)
+    return found
+
+
+def owners(ir: str, layout: str, shape: str) -> float:
+    """Threads that hold one element of a tensor in a blocked layout."""
+    line = re.search(rf"^{layout} = #ttg\.blocked<\{{(.*)\}}>", ir, re.MULTILINE)
+    assert line is not None, layout
+    counts: dict[str, Any] = {
+        name: [int(v) for v in values.split(",")]
+        for name, values in re.findall(r"(\w+) = \[([\d, ]+)\]", line[1])
+    }
+    names = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
+    covered = [math.prod(sizes) for sizes in zip(*(counts[n] for n in names), strict=True)]
+    lengths = [int(n) for n in shape.split("x")]
+    return math.prod(max(1.0, c / n) for c, n in zip(covered, lengths, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("target", "form", "rank"),
+    [("sm_80", "gated", 16), ("sm_90", "gated", 32), ("sm_90", "plain", 16)],
+)
+def test_each_thread_reads_back_what_it_wrote_itself(
+    target: str, form: str, rank: int, repository: Path
+) -> None:
+    """So the sum does not rest on the order of memory between threads, on NVIDIA at least.
+
+    Loads of the parts and stores to them go through one pointer in one layout that gives each
+    element to one thread; no load is asynchronous or through the read-only cache.
+    """
+    found = stages(target, form, rank, repository)
+    ir = found["ttgir"]
+    loads, stores = (Counter(re.findall(_ACCESS.format(k), ir)) for k in ("load", "store"))
+    assert sum(loads.values()) == (2 if form == "gated" else 1)
+    assert loads <= stores
+    for _, shape, layout in loads:
+        assert owners(ir, layout, shape) == 1
+    assert not re.search(r"async_copy_global_to_local.*!tt\.ptr<f32>", ir)
+    assert "ld.global.nc" not in found["ptx"]
+
+
+def test_a_barrier_stands_between_blocks_of_columns(repository: Path) -> None:
+    """Where waves of 64 give an element to several threads, the barrier orders them."""
+    ir = stages("gfx942", "gated", 16, repository)["ttgir"]
+    assert len(re.findall(r"^ *(?:ttg|gpu)\.barrier", ir, re.MULTILINE)) == 1

@@ -1,0 +1,252 @@
+"""A whole MLP block against the formula in fp64: every activation, form, rank and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastbound.operator.block_function import bounded_mlp
+from fastbound.performance.memory import saved_bytes
+from fastbound.truth import operands as truth
+from fastbound.truth.block import BlockOperands
+from fastbound.truth.block import assert_block_as_exact as check
+from fastbound.truth.formula import ACTIVATIONS
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BACKENDS = ["torch", "fused"]
+FORMS = {"gated": True, "plain": False}
+RANKS = [1, 4, 8, 16, 32]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty() -> Iterator[None]:
+    """What is not written is seen."""
+    with truth.poisoned_empty():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bf16_dot() -> Iterator[None]:
+    """The interpreter's dot takes bf16 as values."""
+    with nullcontext() if GPU else truth.interpreted_bf16():
+        yield
+
+
+Block = partial(BlockOperands, device=DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_matches_fp64(backend: str, gated: bool, activation: str, dtype: torch.dtype) -> None:
+    check(Block((3, 15, 37), 70, (4, 8, 16), dtype, gated=gated), activation, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", FORMS.values(), ids=FORMS)
+def test_relu_matches_fp64(backend: str, gated: bool) -> None:
+    """fp32 only: where g is rounded across 0, two right answers differ by a whole gradient."""
+    block = Block((3, 15, 37), 70, (4, 8, 16), torch.float32, gated=gated)
+    check(block, "relu", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ranks", [(0, 3, 0), (5, 0, 5), (0, 0, 2), (2, 2, 0), (0, 0, 0)])
+def test_any_subset_of_the_projections(backend: str, ranks: tuple[int, int, int]) -> None:
+    check(Block((41, 37), 70, ranks, torch.float32), "silu", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", RANKS)
+def test_every_rank(backend: str, rank: int) -> None:
+    check(Block((41, 37), 70, (rank, rank, rank), torch.float32), "silu", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_matches_fp64_on_any_shape(backend: str, data: st.DataObject) -> None:
+    block = Block(
+        (data.draw(st.integers(8, 150), "M"), data.draw(st.integers(8, 150), "K")),
+        data.draw(st.integers(8, 200), "N"),
+        tuple(data.draw(st.sampled_from([0, *RANKS]), "rank") for _ in range(3)),  # type: ignore[arg-type]
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "dtype"),
+        gated=data.draw(st.booleans(), "gated"),
+        bias=data.draw(st.booleans(), "bias"),
+        magnitude=data.draw(st.sampled_from([0.02, 1.0, 10.0]), "magnitude"),
+        seed=data.draw(st.integers(0, 2**31), "seed"),
+    )
+    check(block, data.draw(st.sampled_from(["silu", "gelu_tanh"]), "activation"), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", FORMS.values(), ids=FORMS)
+def test_recomputing_gives_the_same_bits(backend: str, gated: bool) -> None:
+    block = Block((41, 37), 70, (4, 8, 16), torch.float32, gated=gated)
+    kept = block.run(backend=backend)
+    recomputed = block.run(backend=backend, recompute="gate_up")
+    again = block.run(backend=backend)
+    for name in kept:
+        assert torch.equal(kept[name], again[name]), name
+        assert torch.equal(kept[name], recomputed[name]), name
+
+
+@pytest.mark.parametrize("layout", ["x", "dy", "weights"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_operands(layout: str, backend: str) -> None:
+    block = Block((33, 40), 56, (4, 4, 4), torch.float32)
+    if layout == "weights":
+        for name in ("gate", "up", "down"):
+            p = getattr(block, name)
+            setattr(block, name, p._replace(weight=p.weight.t().contiguous().t()))
+    elif layout == "x":
+        wide = torch.stack([block.x.detach()] * 2, dim=-1).flatten(-2)
+        block.x = wide[..., ::2].requires_grad_()
+    else:
+        block.dy = block.dy.t().contiguous().t()
+    check(block, "silu", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_row(backend: str) -> None:
+    check(Block((1, 37), 70, (16, 16, 16), torch.float32), "silu", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_x(backend: str) -> None:
+    results = Block((0, 12), 20, (2, 2, 2), torch.float32).run(backend=backend)
+    assert results["y"].shape == results["dx"].shape == (0, 12)
+    assert not any(results[name].any() for name in results if name.startswith("d"))
+
+
+@pytest.mark.parametrize(("recompute", "tall"), [(None, 2), ("gate_up", 0)])
+def test_saved_bytes(recompute: str | None, tall: int) -> None:
+    """bf16: x, g and u and three thin products; with recompute x and the thin products."""
+    M, K, N = 64, 96, 256
+    block = Block((M, K), N, (16, 16, 16), torch.bfloat16, bias=False)
+    kept = [t for p in (block.gate, block.up, block.down) for t in p[:4] if t is not None]
+    counted = saved_bytes(
+        lambda: bounded_mlp(block.x, block.up, block.down, block.gate, recompute=recompute), kept
+    )
+    assert counted == 2 * M * (K + tall * N + 3 * 16)
+
+
+def test_autocast_casts_x_and_weights_and_never_the_masters() -> None:
+    block = Block((33, 40), 56, (4, 4, 4), torch.float32, magnitude=8.0)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        results = block.run()
+    assert results["y"].dtype is torch.bfloat16
+    assert results["dx"].dtype is results["dA up"].dtype is torch.float32
+    half = Block((33, 40), 56, (4, 4, 4), torch.bfloat16, magnitude=8.0)
+    torch.testing.assert_close(results["y"], half.run()["y"])
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def poisoned_empty(self) -> None:
+        """Not here: the compiler would trace the patch."""
+
+    @pytest.mark.parametrize("gated", FORMS.values(), ids=FORMS)
+    def test_fullgraph_with_gradients(self, gated: bool) -> None:
+        block = Block((2, 7, 12), 20, (4, 0, 2), torch.float32, gated=gated)
+        compiled = torch.compile(bounded_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+        graph, eager = block.run(compiled), block.run()
+        for name in eager:
+            torch.testing.assert_close(graph[name], eager[name])
+
+    def test_checkpointing(self) -> None:
+        from torch.utils.checkpoint import checkpoint
+
+        block = Block((9, 12), 20, (4, 4, 2), torch.float32)
+
+        def checkpointed(*arguments: object) -> torch.Tensor:
+            return checkpoint(bounded_mlp, *arguments, use_reentrant=False)
+
+        plain, again = block.run(), block.run(checkpointed)
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+    def test_registered_operators_pass_opcheck(self) -> None:
+        block = Block((2, 7, 12), 20, (4, 0, 2), torch.float32)
+        tensors = [
+            None if t is None else t.detach()
+            for p in (block.gate, block.up, block.down)
+            for t in p[:4]
+        ]
+        x = block.x.detach()
+        settings = ([0.1, 1.0, 0.05], [1.3, 1.0, 1.3], "silu", "torch")
+        utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        forward = torch.ops.fastbound.mlp_forward.default
+        torch.library.opcheck(forward, (x, *tensors, *settings), test_utils=utilities)
+        _, G, U, S, S_down = forward(x, *tensors, *settings)
+        backward = (block.dy, x, G, U, S, S_down, *tensors, *settings, True)
+        torch.library.opcheck(
+            torch.ops.fastbound.mlp_backward.default, backward, test_utils=utilities
+        )
+
+
+class TestBadInput:
+    def call(self, *, activation: str = "silu", recompute: str | None = None, **changes) -> None:
+        block = Block((5, 12), 20, (2, 2, 2), torch.float32)
+        for name, change in changes.items():
+            setattr(block, name, getattr(block, name)._replace(**change))
+        bounded_mlp(
+            block.x, block.up, block.down, block.gate, activation=activation, recompute=recompute
+        )
+
+    def test_settings(self) -> None:
+        with pytest.raises(ValueError, match=f"unknown activation 'swish'.*{ACTIVATIONS[0]}"):
+            self.call(activation="swish")
+        with pytest.raises(ValueError, match="unknown recompute 'all'"):
+            self.call(recompute="all")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"gate": {"weight": torch.randn(18, 12)}}, r"gate's weight \[18, 12\] and up's"),
+            ({"down": {"weight": torch.randn(12, 18)}}, r"down's weight \[12, 18\] does not take"),
+            ({"up": {"A": None}}, "up has only one of A and B"),
+            ({"up": {"B": torch.randn(19, 2)}}, r"up: B \[19, 2\] does not match weight"),
+            ({"down": {"bias": torch.randn(12, requires_grad=True)}}, "down's bias requires grad"),
+            (
+                {"gate": {"weight": torch.randn(20, 12, requires_grad=True)}},
+                "gate: weight req",
+            ),
+        ],
+    )
+    def test_projections(self, changes: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            self.call(**changes)
+
+    def test_dtypes(self) -> None:
+        with pytest.raises(TypeError, match=r"x is torch.float32 and down's weight is"):
+            self.call(down={"weight": torch.randn(12, 20, dtype=torch.float64)})
+
+
+def test_launches_of_a_gated_block_with_every_projection_adapted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """19 beside the six GEMMs, of which the second of dx is PyTorch's, onto the first."""
+    pytest.importorskip("triton", reason="the launches are Triton's")
+    from collections import Counter
+
+    from fastbound.kernels.launch import Launch
+
+    launched: Counter[str] = Counter()
+    launch = Launch.run
+
+    def counted(self: Launch) -> None:
+        launched[self.kernel.__name__] += 1
+        launch(self)
+
+    monkeypatch.setattr(Launch, "run", counted)
+    Block((40, 48), 64, (8, 8, 8), torch.float32).run(backend="fused")
+    gemms = launched.pop("_pointer_kernel") + launched.pop("_descriptor_kernel", 0)
+    assert (gemms, launched.total()) == (5, 19), launched

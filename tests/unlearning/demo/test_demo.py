@@ -1,0 +1,78 @@
+"""The demonstration on a tiny scale: its files, its table, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from fastbound.unlearning import InputError, UnlearnConfig
+from fastbound.unlearning.demo.demo import Demonstration, demonstrate
+from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
+
+SMALL = SmallModelConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    heads=2,
+    vocabulary=400,
+    lr=1e-2,
+    batch_size=5,
+    known_loss=0.3,
+)
+CONFIG = UnlearnConfig(lr=1e-3, epochs=4, batch_size=3, rank=2, log_every=2, device="cpu")
+NAMES = ["bounded-lr0.001", "lora-lr0.001", "bounded-lr0.01", "lora-lr0.01"]
+
+
+def test_learns_until_it_knows_the_rows(forget_rows):
+    learned = learn(forget_rows, SMALL, progress=False)
+    assert learned.loss <= SMALL.known_loss and learned.epochs < SMALL.most_epochs
+    hopeless = learn(
+        forget_rows, SmallModelConfig(**{**vars(SMALL), "most_epochs": 2}), progress=False
+    )
+    assert hopeless.epochs == 2 and hopeless.loss > SMALL.known_loss
+
+
+def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, capsys):
+    output = tmp_path / "demo"
+    demonstration = Demonstration(CONFIG, SMALL, cost_steps=1)
+
+    def start(which=demonstration, **kwargs):
+        return demonstrate(forget_rows, retain_rows, which, output, progress=False, **kwargs)
+
+    table = start()
+    report = json.loads((output / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == NAMES
+    for run in report["runs"]:
+        # Every run starts from the same model.
+        assert run["history"][0] == report["runs"][0]["history"][0]
+        assert f"{run['history'][-1]['retain']['loss']:.3f}" in table
+        assert (run["bound"] is None) == run["name"].startswith("lora")
+    assert report["step"]["fused"]["saved_bytes"] > 0 < report["step"]["unfused"]["seconds"]
+    assert report["about"]["model"]["training_loss"] <= 0.3 and "had not learned" not in table
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    with pytest.raises(InputError, match="holds another run: continue it with --resume"):
+        start()
+    with pytest.raises(InputError, match="a demonstration with other config"):
+        start(Demonstration(UnlearnConfig(**{**CONFIG.as_dict(), "seed": 1}), SMALL), resume=True)
+    shutil.rmtree(output / NAMES[2])
+    kept = (output / NAMES[0] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    start(resume=True)
+    again = json.loads((output / "report.json").read_text())
+    assert again["runs"][2]["history"] == report["runs"][2]["history"]
+    found = (output / NAMES[0] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert found == kept
+
+
+def test_says_so_when_the_model_never_knew(forget_rows, retain_rows, tmp_path):
+    brief_model = SmallModelConfig(**{**vars(SMALL), "most_epochs": 1})
+    brief = UnlearnConfig(**{**CONFIG.as_dict(), "epochs": 0.1})
+    table = demonstrate(
+        forget_rows,
+        retain_rows,
+        Demonstration(brief, brief_model, ("bounded",), cost_steps=1),
+        tmp_path / "demo",
+        progress=False,
+    )
+    assert "had not learned its rows when it stopped after 1 epochs" in table

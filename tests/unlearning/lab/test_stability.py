@@ -1,0 +1,229 @@
+"""The stability map: what each adapter computes, a tiny grid end to end, and going on with it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastbound import FusedBoundedLinear
+from fastbound.cli import main
+from fastbound.errors import InputError
+from fastbound.unlearning.data.rows import Row, authors, load_rows
+from fastbound.unlearning.demo.small_model import SmallModelConfig
+from fastbound.unlearning.lab import grid as grids
+from fastbound.unlearning.lab.adapters import KINDS, ComparedLinear, delta_of, parse_adapter
+from fastbound.unlearning.lab.cell import CellConfig, harmonic_mean
+from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
+from fastbound.unlearning.lab.plots import PICTURES, draw
+from fastbound.unlearning.lab.summary import lines_of, ranges_of
+
+TINY = SmallModelConfig(
+    hidden_size=32, intermediate_size=48, layers=1, heads=2, vocabulary=400, lr=1e-2,
+    batch_size=5, most_epochs=40,
+)  # fmt: skip
+GRID = Grid(
+    adapters=("lora", "sine@4"), rates=(1e-2,), seeds=1, model=TINY, cell=CellConfig(steps=12)
+)
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[list[Row], list[Row]]:
+    return load_rows(authors("forget"))[:4], load_rows(authors("retain"))[:6]
+
+
+@pytest.fixture(scope="module")
+def finished(rows, tmp_path_factory):
+    """A folder with a tiny grid that has run, and its cells."""
+    output = tmp_path_factory.mktemp("lab") / "run"
+    return output, run_grid(*rows, GRID, output, workers=1, progress=False)
+
+
+def factors() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    A = 3 * torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    B = 3 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    return A, B
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_delta_is_the_formula_entry_by_entry(kind):
+    A, B = factors()
+    alpha, bound, r = 8.0, 0.3, 4
+    omega = math.sqrt(alpha / bound)
+
+    def entry(n: int, k: int) -> float:
+        pairs = [(float(B[n, i]), float(A[i, k])) for i in range(r)]
+        if kind == "product":
+            return bound * math.sin(alpha / (r * bound) * sum(b * a for b, a in pairs))
+        if kind in ("sine", "tanh"):
+            f = math.sin if kind == "sine" else math.tanh
+            return bound / r * sum(f(omega * b) * f(omega * a) for b, a in pairs)
+        return alpha / r * sum(b * a for b, a in pairs)
+
+    wanted = torch.tensor([[entry(n, k) for k in range(7)] for n in range(5)], dtype=torch.float64)
+    delta = delta_of(kind, A, B, alpha=alpha, bound=bound)
+    torch.testing.assert_close(delta, wanted, rtol=1e-12, atol=1e-12)
+    assert (delta.abs().max() <= bound) == (kind in ("sine", "tanh", "product"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_the_slope_of_lora_at_zero(kind):
+    A, B = (1e-5 * each for each in factors())
+    lora = delta_of("lora", A, B, alpha=8.0, bound=0.3)
+    torch.testing.assert_close(delta_of(kind, A, B, alpha=8.0, bound=0.3), lora, rtol=1e-6, atol=0)
+
+
+def test_the_compared_sine_is_the_fused_layer():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(7, 5), torch.randn(3, 7)
+    fused = FusedBoundedLinear.from_linear(layer, 4, alpha=8.0, bound=0.3)
+    plain = ComparedLinear(layer, "sine", 4, alpha=8.0, bound=0.3)
+    with torch.no_grad():
+        for name, value in zip("AB", factors(), strict=True):
+            getattr(fused.adapter, name).copy_(value)
+            getattr(plain, name).copy_(value)
+    torch.testing.assert_close(plain(x), fused(x))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dora", "unknown adapter 'dora'"),
+        ("lora+ranks+ranks", "unknown adapter"),
+        ("sine+ranks", "sine@FACTOR"),
+        ("lora@4", "lora has no bound"),
+        ("sine", "sine@FACTOR"),
+        ("tanh@-1", "tanh@FACTOR"),
+        ("product@nan", "product@FACTOR"),
+    ],
+)
+def test_an_adapter_that_does_not_exist_is_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_adapter(text)
+
+
+def test_the_bound_is_a_multiple_of_the_weights_rms():
+    weight = torch.tensor([[3.0, -4.0]])
+    assert parse_adapter("sine@2").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
+    assert parse_adapter("sine@alpha").bound(weight, 16.0) == 16.0
+    assert parse_adapter("lora").bound(weight, 16.0) == math.inf
+    assert parse_adapter("sine@2+ranks").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
+
+
+def test_harmonic_mean_is_zero_when_a_part_is():
+    assert harmonic_mean([1.0, 0.5]) == pytest.approx(2 / 3)
+    assert harmonic_mean([1.0, 0.0]) == 0.0
+    assert harmonic_mean([1.0, math.nan]) == 0.0
+
+
+def test_a_cell_forgets_stays_in_its_bound_and_is_written_down(finished):
+    output, cells = finished
+    assert [cell["adapter"] for cell in cells] == ["lora", "sine@4"]
+    before = grids.read_models(output)[0]
+    for cell in cells:
+        assert cell["forget_loss"] > before["forget_loss"] + 1
+        assert cell["stopped"] is None
+        assert [line["step"] for line in cell["history"]] == [1, 10, 12]
+        parts = [cell[name] for name in ("probability", "accuracy", "truth_ratio")]
+        assert cell["utility"] == pytest.approx(harmonic_mean(parts))
+    assert list(read_cells(output)) == [
+        "lora|lr=0.01|rank=8|seed=0",
+        "sine@4|lr=0.01|rank=8|seed=0",
+    ]
+
+
+def test_a_cut_grid_goes_on_where_it_was_and_takes_more_adapters(rows, finished):
+    output, cells = finished
+    held = (output / CELLS).read_text()
+    first, second = held.splitlines(keepends=True)
+    (output / CELLS).write_text(first + second[:40])  # killed while writing
+    assert len(read_cells(output)) == 1
+    wider = Grid(
+        adapters=("lora", "sine@4", "sine@4+ranks"), rates=GRID.rates, seeds=1,
+        model=TINY, cell=GRID.cell,
+    )  # fmt: skip
+    again = run_grid(*rows, wider, output, workers=1, resume=True, progress=False)
+    assert (output / CELLS).read_text().startswith(first)
+    assert [cell["adapter"] for cell in again] == ["lora", "sine@4", "sine@4+ranks"]
+    even, spread = (cell["ranks"] for cell in again[1:])
+    assert set(even.values()) == {8} and len(set(spread.values())) > 1
+    assert sum(even.values()) == sum(spread.values())  # N + K is the same in every layer
+    drop = {"seconds"}
+    for old, new in zip(cells, again, strict=False):
+        assert {k: v for k, v in old.items() if k not in drop} == {
+            k: v for k, v in new.items() if k not in drop
+        }
+
+
+def test_a_folder_with_other_settings_or_without_resume_is_refused(rows, finished):
+    output, _ = finished
+    with pytest.raises(InputError, match="holds another run"):
+        run_grid(*rows, GRID, output, progress=False)
+    other = Grid(adapters=("lora",), model=TINY, cell=CellConfig(steps=13))
+    with pytest.raises(InputError, match="other cell"):
+        run_grid(*rows, other, output, resume=True, progress=False)
+
+
+def test_the_pictures_and_the_summary_come_from_the_cells(finished, tmp_path):
+    _, cells = finished
+    draw(cells, tmp_path)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+    assert [line.seeds for line in lines_of(cells, 400)] == [1, 1]
+
+
+def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
+    def cell(lr, utility, forget_loss):
+        return {
+            "adapter": "sine@4", "rank": 8, "seed": 0, "lr": lr, "utility": utility,
+            "forget_loss": forget_loss, "stopped": None,
+            **dict.fromkeys(
+                ("probability", "accuracy", "truth_ratio", "retain_loss", "largest_delta",
+                 "delta_norm", "largest_gradient_norm"), 1.0,
+            ),
+        }  # fmt: skip
+
+    cells = [cell(1e-3, 0.9, 0.5), cell(3e-3, 0.5, 9), cell(1e-2, 0.6, 9), cell(3e-2, 0.1, 9)]
+    (found,) = ranges_of(lines_of(cells, vocabulary=400))
+    assert (found["holds_from"], found["holds_to"]) == (3e-3, 1e-2)
+    assert found["fold"] == pytest.approx(10 / 3, rel=1e-5)
+    assert found["collapsed"] == [3e-2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adapters", "dora"], "unknown adapter"),
+        (["--lr", "fast"], "--lr must be numbers"),
+        (["--lr", "0"], "lr must be positive"),
+        (["--ranks", ","], "--ranks is empty"),
+        (["--seeds", "0"], "seeds must be positive"),
+        (["--steps", "0"], "steps must be >= 1"),
+        (["--workers", "0"], "workers must be >= 1"),
+        (["--forget", "rows.jsonl"], "together"),
+    ],
+)
+def test_the_command_refuses_bad_flags_and_writes_nothing(flags, message, tmp_path, capsys):
+    output = tmp_path / "lab"
+    assert main(["lab", "--output", str(output), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_command_writes_summary_and_pictures(rows, tmp_path, capsys):
+    for side, some in zip(("forget", "retain"), rows, strict=True):
+        (tmp_path / f"{side}.jsonl").write_text(
+            "".join(json.dumps({"question": r.question, "answer": r.answer}) + "\n" for r in some)
+        )
+    output = tmp_path / "lab"
+    flags = ["--adapters", "lora,sine@1", "--lr", "0.01", "--seeds", "1", "--steps", "5"]
+    files = [f"--{side}={tmp_path / side}.jsonl" for side in ("forget", "retain")]
+    assert main(["lab", "--output", str(output), "--workers", "1", *flags, *files]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert [line["adapter"] for line in summary["lines"]] == ["lora", "sine@1"]
+    assert summary["lines"][1]["mean"]["largest_delta"] > 0
+    assert all((output / name).exists() for name in PICTURES)
+    assert "| sine@1 |" in capsys.readouterr().out

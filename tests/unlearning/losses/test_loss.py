@@ -1,0 +1,115 @@
+"""The signed loss equals two separate passes, and the scores are what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbound
+from fastbound.unlearning import Encoded, collate, encode, gradient_difference
+from fastbound.unlearning.data.encoding import IGNORED, encode_all
+from fastbound.unlearning.metrics import answers as evaluate
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def random_row(length):
+    ids = tuple(torch.randint(3, 64, (length,)).tolist())
+    return Encoded(ids, (IGNORED,) * (length // 3) + ids[length // 3 :], "here")
+
+
+@pytest.mark.parametrize(("forget_weight", "retain_weight"), [(1.0, 1.0), (0.3, 2.0), (0.0, 1.0)])
+def test_one_batch_equals_two_passes(tiny_model, forget_weight, retain_weight):
+    # GPT-2: its norms compute in fp64, where Llama's go through fp32.
+    model = tiny_model("gpt2").double()
+    fastbound.inject(model, 4, bound=0.1, adapter_dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, fastbound.BoundedAdapter):
+            torch.nn.init.normal_(module.B)
+    forget = [random_row(length) for length in (5, 17, 9)]
+    retain = [random_row(length) for length in (12, 4, 20, 6)]
+
+    batch = collate([*forget, *retain], 0)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    together = gradient_difference(
+        logits, batch.labels, 3, forget_weight=forget_weight, retain_weight=retain_weight
+    )
+    together.loss.backward()
+    found = gradients(model)
+
+    model.zero_grad()
+    apart = {}
+    for side, rows in (("forget", forget), ("retain", retain)):
+        part = collate(rows, 0)
+        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
+        apart[side] = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), part.labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
+    loss = retain_weight * apart["retain"] - forget_weight * apart["forget"]
+    loss.backward()
+
+    torch.testing.assert_close(together.loss, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together.forget, apart["forget"].detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(together.retain, apart["retain"].detach(), rtol=1e-12, atol=0)
+    expected = gradients(model)
+    assert found.keys() == expected.keys() and len(found) == 2 * 2 * 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_cross_entropy_is_fp32_for_bf16_logits():
+    logits = torch.randn(2, 5, 50).bfloat16()
+    labels = torch.randint(0, 50, (2, 5))
+    loss = gradient_difference(logits, labels, 1).loss
+    exact = gradient_difference(logits.double(), labels, 1).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("forget_rows", [0, 2, 3])
+def test_refuses_a_batch_with_one_side(forget_rows):
+    with pytest.raises(ValueError, match="1 <= forget_rows < 2"):
+        gradient_difference(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), forget_rows)
+
+
+def test_score_matches_greedy_decoding(new_model, tokenizer, forget_rows):
+    model = new_model().eval()
+    row = encode(forget_rows[0], tokenizer)
+    prompt = len([label for label in row.labels if label == IGNORED])
+    # Trained on one row until greedy decoding repeats it, the score must say so.
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch = collate([row], 0)
+    for _ in range(60):
+        logits = model(input_ids=batch.input_ids).logits
+        loss = F.cross_entropy(logits[0, :-1], batch.labels[0, 1:], ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    others = encode_all(forget_rows[1:], tokenizer)
+    score = evaluate(model, [row, *others], pad=0, batch_size=2)
+    assert score.rows == len(forget_rows)
+    for each in (row, *others):
+        start = sum(label == IGNORED for label in each.labels)
+        generated = model.generate(
+            input_ids=torch.tensor([each.ids[:start]]),
+            max_new_tokens=len(each.ids) - start,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        same = generated[0].tolist() == list(each.ids)
+        assert same == (evaluate(model, [each], pad=0).exact == 1.0)
+    assert score.exact == 1 / len(forget_rows)
+    alone = evaluate(model, [row], pad=0)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids).logits[0, prompt - 1 : -1]
+    expected = F.cross_entropy(logits, torch.tensor(row.ids[prompt:])).item()
+    assert alone.loss == pytest.approx(expected, rel=1e-5) and alone.accuracy == 1.0
+
+
+def test_evaluation_leaves_the_mode_as_it_was(new_model, tokenizer, forget_rows):
+    model = new_model().train()
+    evaluate(model, encode_all(forget_rows, tokenizer), pad=0)
+    assert model.training

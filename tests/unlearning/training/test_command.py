@@ -1,0 +1,175 @@
+"""`fastbound unlearn`: what it writes and prints, and one line for what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbound.cli import main
+from fastbound.unlearning.losses.objective import Objective
+
+
+@pytest.fixture
+def arguments(model_folder, write_rows, forget_rows, retain_rows, tmp_path) -> list[str]:
+    """A short run on the tiny model, into tmp_path/run."""
+    settings = "--epochs 3 --batch-size 3 --rank 2 --lr 1e-2 --log-every 1 --device cpu"
+    return [
+        "unlearn",
+        *("--model", str(model_folder), "--output", str(tmp_path / "run")),
+        *("--forget", str(write_rows("f.jsonl", forget_rows))),
+        *("--retain", str(write_rows("r.jsonl", retain_rows))),
+        *settings.split(),
+    ]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of error, after checking that it is all that was said."""
+    status = main(arguments)
+    said = capsys.readouterr()
+    assert status == 2
+    assert said.err.startswith("error: ") and "Traceback" not in said.err
+    return said.err
+
+
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_writes_adapter_report_and_picture(arguments, tmp_path, capsys, adapter):
+    assert main([*arguments, "--adapter", adapter]) == 0
+    run = tmp_path / "run"
+    report = json.loads((run / "report.json").read_text())
+    (only,) = report["runs"]
+    assert only["config"]["adapter"] == adapter and only["config"]["rank"] == 2
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith(adapter))
+    last = only["history"][-1]
+    assert f"{last['forget']['loss']:.3f}" in row and f"{last['retain']['accuracy']:.1%}" in row
+    assert f"{only['largest_delta']:.3g}" in row
+    assert ("none" in row) == (adapter == "lora")
+
+
+def test_flags_reach_the_run(arguments, tmp_path):
+    flags = (
+        "--alpha 4 --bound 0.05 --warmup 0.5 --clip 1 --accumulation 2 --seed 7 --max-length 99 "
+        "--forget-weight 0.5 --retain-weight 2 --weight-decay 0.01 --eval-every 2 --eval-rows 4 "
+        "--checkpoint-every 2 --forget-target 90 --retain-limit 90 --dtype bfloat16 "
+        "--gradient-checkpointing --target-modules up_proj,down_proj"
+    )
+    assert main([*arguments, *flags.split()]) == 0
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    words = flags.replace(" --gradient-checkpointing", "").split()
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        found = config[flag[2:].replace("-", "_")]
+        expected = value.split(",") if "," in value else value
+        assert found == (type(found)(expected) if isinstance(found, (int, float)) else expected)
+    assert config["gradient_checkpointing"] is True
+
+
+def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
+    assert main([*arguments, "--alpha", "3", "--bound", "alpha"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["runs"][0]["bound"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rank 0", "rank must be a whole number >= 1, got 0"),
+        ("--alpha -2", "alpha must be positive and finite, got -2.0"),
+        ("--bound nan", "bound must be positive and finite, got nan"),
+        (
+            "--bound wide",
+            'a positive number, None, "auto" or a multiple as "2*rms", got',
+        ),
+        ("--adapter dora", "adapter must be one of bounded, lora; got 'dora'"),
+        ("--device tpu", "device must be one of auto, cpu, cuda; got 'tpu'"),
+        ("--target-modules up_porj,", "up_porj"),
+        ("--max-length 8", "max_length: raise it to"),
+        ("--forget nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("--model no/such-model", "model 'no/such-model' cannot be loaded"),
+        ("--quick", "--quick"),
+        ("--template {question}", "template must hold {question} and {answer} once each"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_written(arguments, tmp_path, capsys, flags, message):
+    assert message in refused([*arguments, *flags.split()], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_malformed_row_is_named(arguments, write_rows, tmp_path, capsys):
+    rows = [{"question": "Q?", "answer": "A."}, {"question": "Q?"}]
+    path = write_rows("bad.jsonl", rows)
+    said = refused([*arguments, "--retain", str(path)], capsys)
+    assert said == f"error: {path}, row 2: field 'answer' is missing\n"
+
+
+def test_rows_on_both_sides_are_refused(arguments, tmp_path, capsys):
+    said = refused([*arguments, "--retain", str(tmp_path / "f.jsonl")], capsys)
+    assert "forget and retain share 6 rows" in said
+
+
+def test_one_side_alone_is_refused(arguments, capsys):
+    at = arguments.index("--retain")
+    assert "--retain is missing" in refused(arguments[:at] + arguments[at + 2 :], capsys)
+
+
+def test_folder_of_another_run_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "--resume (resume=True), or give another folder" in refused(arguments, capsys)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_unknown_flags_and_commands_are_one_line(capsys):
+    for wrong in (["unlearn", "--rnak", "3"], ["forget"], [], ["unlearn", "--rank", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_non_finite_loss_is_one_line(arguments, tmp_path, capsys, monkeypatch):
+    honest = Objective.__call__
+
+    def spoiled(*args, **kwargs):
+        result = honest(*args, **kwargs)
+        return result._replace(forget=result.loss / 0)
+
+    monkeypatch.setattr(Objective, "__call__", spoiled)
+    assert main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: step 1 of 6 is not finite") and "Try a lower lr" in said
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+
+
+def test_help_shows_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--model", "--forget", "--retain", "--output", "--bound", "--resume", "--quick"):
+        assert flag in shown
+
+
+def test_reads_real_rows(arguments, data_folder: Path, tmp_path):
+    tofu = data_folder / "tofu"
+    flags = ["--forget", str(tofu / "forget01.jsonl"), "--retain", str(tofu / "retain.jsonl")]
+    assert main([*arguments, *flags, "--max-length", "512", "--epochs", "0.1"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["about"]["rows"] == {"forget": 40, "retain": 300}
+
+
+def test_help_imports_nothing_heavy(repository):
+    code = (
+        "import sys, fastbound.cli\n"
+        "import fastbound.unlearning\n"
+        "heavy = {'transformers', 'peft', 'datasets', 'matplotlib', 'accelerate'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,313 @@
+"""The loop: what it trains, when it stops, what it leaves on disk, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastbound
+from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, unlearn
+from fastbound.unlearning.data.encoding import encode_all
+from fastbound.unlearning.losses.objective import Objective
+from fastbound.unlearning.metrics import answers as evaluate
+
+FAST = UnlearnConfig(lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu")
+
+
+def config(**changes) -> UnlearnConfig:
+    return UnlearnConfig(**{**FAST.as_dict(), **changes})
+
+
+def lines(folder: Path, event: str) -> list[dict]:
+    text = (folder / "log.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, text) if line["event"] == event]
+
+
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_raises_forget_loss_through_the_adapter_alone(
+    new_model, tokenizer, forget_rows, retain_rows, tmp_path, adapter
+):
+    model = new_model()
+    result = unlearn(
+        model,
+        tokenizer,
+        forget_rows,
+        retain_rows,
+        config(adapter=adapter, epochs=30, lr=3e-2),
+        output=tmp_path / "run",
+        progress=False,
+    )
+    assert result.before.forget.loss < 0.2 and result.before.forget.accuracy > 0.98
+    assert result.after.forget.loss > max(3.0, 2 * result.after.retain.loss)
+    assert result.after.forget.accuracy < result.after.retain.accuracy
+    assert result.largest_delta > 0
+    steps = lines(tmp_path / "run", "step")
+    assert [line["step"] for line in steps] == list(range(1, result.after.step + 1))
+    assert steps[-1]["largest_delta"] == result.largest_delta
+    assert steps[0]["lr"] < max(line["lr"] for line in steps) <= 3e-2 and steps[-1]["lr"] < 2e-3
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"run.json", "log.jsonl", "checkpoint.pt", "adapter", "result.json"}
+
+
+def test_frozen_weights_do_not_move(new_model, tokenizer, forget_rows, retain_rows):
+    model = new_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    unlearn(model, tokenizer, forget_rows, retain_rows, FAST, progress=False)
+    after = dict(model.named_parameters())
+    for name, parameter in before.items():
+        assert torch.equal(after[name], parameter), name
+
+
+def test_saved_adapter_reloads_to_the_same_scores(
+    new_model, tokenizer, forget_rows, retain_rows, tmp_path
+):
+    result = unlearn(
+        new_model(), tokenizer, forget_rows, retain_rows, FAST, output=tmp_path, progress=False
+    )
+    fresh = new_model()
+    fastbound.load_adapter(fresh, tmp_path / "adapter")
+    score = evaluate(fresh, encode_all(forget_rows, tokenizer), pad=tokenizer.pad_token_id)
+    assert score.loss == pytest.approx(result.after.forget.loss, rel=1e-6)
+    assert result.bound is not None and result.largest_delta <= result.bound
+
+
+def test_bound_holds_at_an_absurd_rate(new_model, tokenizer, forget_rows, retain_rows):
+    result = unlearn(
+        new_model(), tokenizer, forget_rows, retain_rows, config(lr=1e3), progress=False
+    )
+    assert result.bound is not None and result.largest_delta <= result.bound * (1 + 1e-6)
+    plain = unlearn(
+        new_model(),
+        tokenizer,
+        forget_rows,
+        retain_rows,
+        config(lr=1e3, adapter="lora"),
+        progress=False,
+    )
+    assert plain.bound is None and plain.largest_delta > 100 * result.bound
+
+
+def test_lora_adapts_the_layers_that_inject_would(new_model, tokenizer, forget_rows, retain_rows):
+    names = {}
+    for adapter in ("bounded", "lora"):
+        model = new_model()
+        unlearn(
+            model,
+            tokenizer,
+            forget_rows,
+            retain_rows,
+            config(adapter=adapter, epochs=0.1),
+            progress=False,
+        )
+        kinds = ("FusedBoundedLinear", "Linear")
+        names[adapter] = {
+            name
+            for name, module in model.named_modules()
+            if type(module).__name__ in kinds
+            and any(p.requires_grad for p in module.parameters())
+            and ("adapter" not in name and "lora_" not in name)
+        }
+    assert names["bounded"] == names["lora"] and len(names["lora"]) == 6
+
+
+def test_gradient_checkpointing_changes_nothing(new_model, tokenizer, forget_rows, retain_rows):
+    results = [
+        unlearn(
+            new_model(),
+            tokenizer,
+            forget_rows,
+            retain_rows,
+            config(gradient_checkpointing=on),
+            progress=False,
+        )
+        for on in (False, True)
+    ]
+    assert results[0].after == results[1].after
+    assert results[0].largest_delta == results[1].largest_delta > 0
+
+
+def test_a_step_is_one_mean_over_its_tokens_however_it_is_cut(
+    new_model, tokenizer, forget_rows, retain_rows, monkeypatch
+):
+    taken = []
+
+    def keep(optimizer, *args, **kwargs):
+        taken.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep)
+
+    def first_gradient(batch_size, accumulation):
+        taken.clear()
+        model = new_model()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        settings = config(accumulation=accumulation, batch_size=batch_size, epochs=0.1)
+        unlearn(model, tokenizer, forget_rows, retain_rows, settings, progress=False)
+        return taken[0]
+
+    whole = first_gradient(4, 1)
+    assert any(gradient.abs().max() > 0 for gradient in whole)
+    for gradient, cut in zip(whole, first_gradient(1, 4), strict=True):
+        torch.testing.assert_close(cut, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"forget_target": 3.0}, "forget_target"),
+        ({"retain_limit": 0.1}, "retain_limit"),
+        ({}, None),
+    ],
+)
+def test_stops_early_and_says_why(new_model, tokenizer, forget_rows, retain_rows, settings, reason):
+    result = unlearn(
+        new_model(),
+        tokenizer,
+        forget_rows,
+        retain_rows,
+        config(epochs=30, eval_every=2, **settings),
+        progress=False,
+    )
+    assert result.stopped == (reason or "all steps")
+    if reason == "forget_target":
+        assert result.after.forget.loss >= 3.0 > result.history[-2].forget.loss
+    assert (result.after.step < 60) == (reason is not None)
+
+
+def test_non_finite_loss_keeps_the_checkpoint_and_names_the_batch(
+    new_model, tokenizer, forget_rows, retain_rows, tmp_path, monkeypatch
+):
+    honest, seen = Objective.__call__, []
+
+    def spoiled(*args, **kwargs):
+        result = honest(*args, **kwargs)
+        seen.append(1)
+        return result._replace(loss=result.loss * math.nan) if len(seen) == 4 else result
+
+    monkeypatch.setattr(Objective, "__call__", spoiled)
+    with pytest.raises(NonFiniteError) as caught:
+        unlearn(
+            new_model(),
+            tokenizer,
+            forget_rows,
+            retain_rows,
+            config(checkpoint_every=1),
+            output=tmp_path,
+            progress=False,
+        )
+    message = str(caught.value)
+    assert "step 4 of 8" in message and "Try a lower lr than 0.01" in message
+    assert "authors_forget.jsonl, row" in message and "authors_retain.jsonl, row" in message
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in state["adapter"].values())
+    monkeypatch.undo()
+    resumed = unlearn(
+        new_model(),
+        tokenizer,
+        forget_rows,
+        retain_rows,
+        config(checkpoint_every=1),
+        output=tmp_path,
+        resume=True,
+        progress=False,
+    )
+    assert resumed.after.step == 8
+
+
+def test_folder_of_another_run_is_refused(new_model, tokenizer, forget_rows, retain_rows, tmp_path):
+    def start(settings=FAST, **kwargs):
+        return unlearn(
+            new_model(),
+            tokenizer,
+            forget_rows,
+            retain_rows,
+            settings,
+            output=tmp_path / "run",
+            progress=False,
+            **kwargs,
+        )
+
+    first = start()
+    kept = (tmp_path / "run" / "log.jsonl").read_text()
+    with pytest.raises(InputError, match="holds another run: continue it with --resume"):
+        start()
+    with pytest.raises(InputError, match=r"holds a run with config.lr 0.01, this one has 0.02"):
+        start(config(lr=0.02), resume=True)
+    assert start(resume=True).after == first.after
+    assert (tmp_path / "run" / "log.jsonl").read_text() == kept
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        unlearn(
+            new_model(),
+            tokenizer,
+            forget_rows,
+            retain_rows,
+            FAST,
+            output=tmp_path / "other",
+            progress=False,
+        )
+
+
+def test_nothing_is_written_when_no_layer_matches(
+    new_model, tokenizer, forget_rows, retain_rows, tmp_path
+):
+    model = new_model()
+    with pytest.raises(InputError, match="target_modules"):
+        unlearn(
+            model,
+            tokenizer,
+            forget_rows,
+            retain_rows,
+            config(target_modules=["up_porj"]),
+            output=tmp_path / "run",
+            progress=False,
+        )
+    assert not (tmp_path / "run").exists()
+    assert all(type(m) is not fastbound.FusedBoundedLinear for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number >= 1, got 0"),
+        ({"alpha": -1.0}, "alpha must be positive and finite, got -1.0"),
+        ({"bound": math.nan}, "bound must be positive and finite, got nan"),
+        ({"bound": math.inf}, "bound must be positive and finite, got inf"),
+        ({"bound": "tight"}, "or a multiple as .*, got 'tight'"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"warmup": 1.5}, "warmup is a share"),
+        ({"adapter": "dora"}, "adapter must be one of bounded, lora; got 'dora'"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
+        ({"weight_decay": -0.1}, "weight_decay must be >= 0"),
+        ({"seed": -1}, "seed must lie in"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_once(changes, message):
+    with pytest.raises(InputError, match=message):
+        config(**changes)
+
+
+def test_bfloat16_autocast_keeps_masters_in_fp32(new_model, tokenizer, forget_rows, retain_rows):
+    model: nn.Module = new_model()
+    result = unlearn(
+        model, tokenizer, forget_rows, retain_rows, config(dtype="bfloat16"), progress=False
+    )
+    assert result.after.forget.loss > result.before.forget.loss
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_cuda_is_an_error(new_model, tokenizer, forget_rows, retain_rows):
+    with pytest.raises(InputError, match="sees no CUDA device"):
+        unlearn(
+            new_model(), tokenizer, forget_rows, retain_rows, config(device="cuda"), progress=False
+        )
