@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: the packages, and that `kernels/` must not be one itself.
 
-The folder kernels/ is installed as fastbound.kernels, which no list of found packages holds. With an `__init__.py` the folder would be an importable
-top-level `kernels` in every checkout, and transformers, which looks for Hugging Face's package of
-that name, fails to load its models.
+The folder kernels/ is installed as fastbound.kernels, which no search for packages finds. With an
+`__init__.py` it would be an importable top-level `kernels` in every checkout, and transformers,
+which looks for Hugging Face's package of that name, fails to load its models.
 """
 
 from pathlib import Path

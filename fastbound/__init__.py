@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbound.peft.hook import register_with_peft
+from fastbound.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastbound.layers.adapter import BoundedAdapter
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from fastbound.models.storage import load_adapter, save_adapter
     from fastbound.operator.function import bounded_linear
     from fastbound.peft.method import BoundedConfig, BoundedLayer, BoundedModel
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BoundedAdapter",

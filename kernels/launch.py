@@ -1,10 +1,26 @@
-"""A launch as a value: run here, or compiled for a GPU that is not."""
+"""A launch as a value: run here, recorded, or compiled for a GPU that is not there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+
+_record: ContextVar[list[Launch] | None] = ContextVar("fastbound_record", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches made inside, in order: collected, not run, so meta tensors will do."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
 
 
 class Launch(NamedTuple):
@@ -23,8 +39,15 @@ class Launch(NamedTuple):
     registers: int | None = None
 
     def run(self) -> None:
-        """Launch on the current stream; nothing to do for an empty grid."""
+        """Launch on the current stream; nothing to do for an empty grid.
+
+        Inside :func:`recorded` the launch joins the list instead.
+        """
         if 0 in self.grid:
+            return
+        launches = _record.get()
+        if launches is not None:
+            launches.append(self)
             return
         # The default of floating-point fusion changes between Triton releases: said explicitly.
         self.kernel[self.grid](

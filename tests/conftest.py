@@ -49,8 +49,8 @@ def data_folder() -> Path:
 
 @pytest.fixture
 def bf16_in_the_interpreter() -> Iterator[None]:
-    """Where Triton's interpreter runs, its dot takes bf16 as values; see fastbound.truth.operands."""
-    from fastbound.truth.operands import interpreted_bf16
+    """Where Triton's interpreter runs, its dot takes bf16 as values; see truth.interpreter."""
+    from fastbound.truth.interpreter import interpreted_bf16
 
     pytest.importorskip("triton", reason="the kernels need Triton")
     with nullcontext() if torch.cuda.is_available() else interpreted_bf16():

@@ -22,18 +22,18 @@ from fastbound.kernels.tiles import GemmTile
 from torch import Tensor
 
 import fastbound
-from fastbound.dispatch.plan import default_tiles, describe, interpreting, plan_for
-from fastbound.operator.torch_engine import padded_rank
-from fastbound.truth.block import BlockOperands, assert_block_as_exact
-from fastbound.truth.operands import (
+from fastbound.dispatch.defaults import default_tiles, padded_rank
+from fastbound.dispatch.device import describe
+from fastbound.dispatch.plan import plan_for, plan_key
+from fastbound.operator.block_function import bounded_mlp
+from fastbound.truth.exactness import (
     assert_as_exact_as_the_formula,
+    assert_block_as_exact,
     assert_same_bits,
     assert_within_rounding,
-    interpreted_bf16,
-    operands,
-    poisoned_empty,
-    run,
 )
+from fastbound.truth.interpreter import interpreted_bf16, interpreting, poisoned_empty
+from fastbound.truth.operands import BlockOperands, layer_operands, run
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RANKS = (1, 3, 8, 16, 24, 64)
@@ -80,7 +80,7 @@ class OperatorCase:
 
     def check(self, device: torch.device) -> None:
         dtype = DTYPES[self.dtype]
-        o = operands(self.shape, self.N, self.rank, dtype, bias=self.bias, device=device)
+        o = layer_operands(self.shape, self.N, self.rank, dtype, bias=self.bias, device=device)
         if self.layout == "expanded dy":
             o = replace(o, dy=torch.ones((), dtype=dtype, device=device).expand(o.dy.shape))
         elif self.layout != "contiguous":
@@ -117,10 +117,12 @@ class BlockCase:
             (self.M, self.K), self.N, ranks, DTYPES[self.dtype], gated=self.gated, device=device
         )
         activation, backend = self.activation, self.backend
-        assert_block_as_exact(block, activation, backend=backend)
-        first = block.run(activation=activation, backend=backend)
+        assert_block_as_exact(block, bounded_mlp, activation, backend=backend)
+        first = block.run(bounded_mlp, activation=activation, backend=backend)
         for recompute in (None, "gate_up"):
-            again = block.run(activation=activation, backend=backend, recompute=recompute)
+            again = block.run(
+                bounded_mlp, activation=activation, backend=backend, recompute=recompute
+            )
             for name in first:
                 assert_same_bits(first[name], again[name], name)
 
@@ -151,7 +153,7 @@ class GemmCase:
         F = draw(R, N).t() if self.transposed else draw(N, R)
         bias = None if self.transposed else draw(N)
         first, second = (
-            lowrank_gemm(X, W, S, F, bias, self.tile, describe(device.type).multiprocessors)
+            lowrank_gemm(X, W, S, F, bias, self.tile, describe(device).multiprocessors)
             for _ in range(2)
         )
         x, w, s, f = (t.double() for t in (X, W, S, F))
@@ -208,7 +210,7 @@ class TallCase:
         from fastbound.kernels.thin import thin
 
         dtype, M, N, R = DTYPES[self.dtype], self.M, self.N, padded_rank(self.rank)
-        chosen = plan_for(device, M, N, N, self.rank, dtype, "fused")
+        chosen = plan_for(plan_key(device, M, N, N, self.rank, dtype, "fused"))
         if chosen.tiles is None:
             raise Unavailable(chosen.reason)
         draw = _drawer(device, dtype)
@@ -331,7 +333,7 @@ def _block_cases() -> Iterator[Check]:
 
 
 def _gemm_cases(device: torch.device) -> Iterator[Check]:
-    architecture = describe(device.type).architecture
+    architecture = describe(device).architecture
     small = GemmTile(64, 64, 32, 4, 3)
     for dtype in ("bf16", "fp16", "fp32"):
         tiles = default_tiles(architecture, 4096, 16, DTYPES[dtype])
@@ -428,7 +430,7 @@ def _drawer(
 
 
 def _assert_relative(name: str, got: Tensor, expected: Tensor) -> None:
-    """Relative Frobenius error: bf16 operands leave a few thousandths; NaN never passes."""
+    """Relative Frobenius error: bf16 layer_operands leave a few thousandths; NaN never passes."""
     error = float((got.double() - expected).norm() / expected.norm())
     if not error <= 2**-6:
         raise AssertionError(f"{name}: relative error {error:.2e}, more than {2**-6:.2e}")

@@ -264,7 +264,7 @@ STAGES: Mapping[str, Callable[[Session, float], None]] = {
 
 def check(options: Options) -> Session:
     """Run the stages within the budget, each with its share of what is left."""
-    from fastbound.truth.operands import interpreted_bf16
+    from fastbound.truth.interpreter import interpreted_bf16
 
     session = Session(options, facts(options.device))
     session.say(f"{session.facts.device}, torch {torch.__version__}, {session.facts.commit}")

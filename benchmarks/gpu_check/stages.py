@@ -28,8 +28,9 @@ from benchmarks.rivals.cases import (
 )
 from benchmarks.rivals.layer import COMPETITORS, Competitor
 from benchmarks.rivals.measuring import Measurement, measure
-from fastbound.dispatch.plan import Tiles, plan_for
-from fastbound.operator.block_ops import block_plan
+from fastbound.dispatch.defaults import Tiles
+from fastbound.dispatch.plan import plan_for, plan_key
+from fastbound.operator.block_ops import block_key
 from fastbound.performance.block_passes import BLOCK_PASSES, BlockOperands, kernels_of, operands_at
 from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import (
@@ -271,9 +272,9 @@ def _operands(
 def _plan(device: torch.device, shape: Shape | Block, M: int, rank: int) -> tuple[Tiles, int]:
     sizes = (device, M, shape.N, shape.K)
     if isinstance(shape, Block):
-        found = block_plan(*sizes, (rank,), DTYPES[DTYPE], "fused", shape.form)
+        found = plan_for(block_key(*sizes, (rank,), DTYPES[DTYPE], "fused", shape.form))
     else:
-        found = plan_for(*sizes, rank, DTYPES[DTYPE], "fused")
+        found = plan_for(plan_key(*sizes, rank, DTYPES[DTYPE], "fused"))
     if found.tiles is None:
         raise ValueError(f"dispatch gives no tiles for {shape} at {M} tokens on {device}")
     return found.tiles, found.multiprocessors

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.rivals.cases import SMOKE_BLOCKS, SMOKE_SHAPES, SMOKE_TOKENS
-from fastbound.dispatch.plan import describe
+from fastbound.dispatch.device import describe
 from fastbound.dispatch.tables import software
 from fastbound.performance.prediction import Ceilings, datasheet_of
 from fastbound.performance.profiling.profile import (
@@ -47,7 +47,7 @@ def tuned(session: Session, deadline: float) -> None:
     ceilings = datasheet_of(facts.device)
     if measured is not None:
         ceilings = Ceilings(measured.flops, measured.bandwidth)
-    described = describe(options.device.type, options.device.index)
+    described = describe(options.device)
     machine = Machine(described, facts.device, ceilings, software())
     bench = DeviceBench(
         options.device,

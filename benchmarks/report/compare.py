@@ -1,4 +1,4 @@
-"""Whether one saved run is slower than another: python -m benchmarks.report.compare BEFORE.json AFTER.json
+"""Whether one saved run is slower: `python -m benchmarks.report.compare BEFORE.json AFTER.json`.
 
 Compares ratios, never times: a layer over the frozen layer of its own run, and of a gpu_check file
 also a kernel over the ceilings of its own run, and every length of its profiles. Exit status 1

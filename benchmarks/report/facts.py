@@ -48,9 +48,9 @@ class Facts:
 
 def facts(device: torch.device) -> Facts:
     """Of the current process and ``device``."""
-    from fastbound.dispatch.plan import describe
+    from fastbound.dispatch.device import describe
 
-    described = describe(device.type)
+    described = describe(device)
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return Facts(

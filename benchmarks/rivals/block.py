@@ -21,10 +21,11 @@ from benchmarks.rivals.cases import Block
 from benchmarks.rivals.layer import Competitor, Layer, bf16_only, no_compiler
 from fastbound import bounded_linear
 from fastbound.dispatch.entries import block_form
+from fastbound.dispatch.plan import plan_for
 from fastbound.operator.block_function import bounded_mlp
-from fastbound.operator.block_ops import block_plan
+from fastbound.operator.block_ops import block_key
 from fastbound.performance.profiling import baselines
-from fastbound.truth import formula as reference
+from fastbound.truth import formula
 from fastbound.truth.formula import Projection, apply_activation
 
 TRUTH_ROWS = 1024  # taken at a time in fp64: the truth of 32k tokens must not fill the card
@@ -89,7 +90,7 @@ class BlockProblem:
         outputs, gradients = [], []
         for start in range(0, last, TRUTH_ROWS):
             part = x[start : start + TRUTH_ROWS].detach().double().requires_grad_()
-            y = reference.bounded_mlp(part, **wide, activation=self.activation)
+            y = formula.bounded_mlp(part, **wide, activation=self.activation)
             wanted = (part, *factors.values()) if adapted else (part,)
             dx, *found = torch.autograd.grad(y, wanted, dy[start : start + TRUTH_ROWS].double())
             for name, gradient in zip(factors, found, strict=False):
@@ -134,7 +135,8 @@ def fused(
         N, K = weight.shape
         ranks = tuple(p.A.shape[0] for p in projections.values() if p.A is not None)
         form = block_form(problem.activation, "gate" in projections)
-        plan = block_plan(weight.device, problem.M, N, K, ranks, weight.dtype, chosen, form)
+        key = block_key(weight.device, problem.M, N, K, ranks, weight.dtype, chosen, form)
+        plan = plan_for(key)
         forward = partial(
             bounded_mlp,
             **projections,
@@ -197,9 +199,9 @@ def peft_projection(p: Projection, adapter_dtype: torch.dtype) -> nn.Module:
 def compiled(problem: BlockProblem) -> Layer:
     """`torch.compile` of the plain formula."""
     torch.compiler.reset()  # one case must not recompile, or go dynamic, on account of another
-    formula = torch.compile(reference.bounded_mlp, fullgraph=True, dynamic=False)
+    compiled = torch.compile(formula.bounded_mlp, fullgraph=True, dynamic=False)
     projections, trained = problem.trainable()
-    forward = partial(formula, **projections, activation=problem.activation)
+    forward = partial(compiled, **projections, activation=problem.activation)
     return Layer(forward, trained, "torch.compile of fastbound.truth.formula")
 
 

@@ -1,6 +1,6 @@
 """The recorded durations of an interleaved measurement, handed to pytest-benchmark.
 
-Its loop times one function at a time, so it gets what `fastbound.performance.timing.interleaved` has measured:
+Its loop times one function at a time, so it gets what `performance.timing.interleaved` measured:
 `recorded_time` is its timer and `playback` its function, and its statistics, JSON and comparisons
 then work on exactly those samples.
 """

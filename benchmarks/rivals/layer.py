@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import fastbound
-from fastbound.dispatch.plan import describe, plan, plan_for
+from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.performance.passes import linear_truth
 from fastbound.performance.profiling import baselines
-from fastbound.truth import formula as reference
+from fastbound.truth import formula
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def operator(backend: str) -> Callable[[Problem], Layer]:
         weight, (N, K) = problem.weight, problem.weight.shape
         chosen = backend if weight.is_cuda else "auto"
         A, B = trainable(problem)
-        path = plan_for(weight.device, problem.M, N, K, A.shape[0], weight.dtype, chosen).strategy
+        key = plan_key(weight.device, problem.M, N, K, A.shape[0], weight.dtype, chosen)
+        path = plan_for(key).strategy
 
         def forward(x: Tensor) -> Tensor:
             return fastbound.bounded_linear(
@@ -99,7 +100,7 @@ def needs_gpu(device_type: str, dtype: torch.dtype) -> str | None:
     """`split` on a CPU would be `fused` measured twice: both are the torch path."""
     if device_type != "cpu":
         return None
-    auto = plan(describe(device_type), 1024, 1024, 1024, 16, dtype, "auto")
+    auto = plan_for(plan_key(torch.device(device_type), 1024, 1024, 1024, 16, dtype))
     return f"on a CPU `fused` is the {auto.strategy} path already"
 
 
@@ -174,11 +175,11 @@ def bf16_only(device_type: str, dtype: torch.dtype) -> str | None:
 def compiled(problem: Problem) -> Layer:
     """`torch.compile` of the plain formula."""
     torch.compiler.reset()  # one case must not recompile, or go dynamic, on account of another
-    formula = torch.compile(reference.bounded_linear, fullgraph=True, dynamic=False)
+    compiled = torch.compile(formula.bounded_linear, fullgraph=True, dynamic=False)
     A, B = trainable(problem)
 
     def forward(x: Tensor) -> Tensor:
-        return formula(x, problem.weight, A, B, scaling=problem.scaling, omega=problem.omega)
+        return compiled(x, problem.weight, A, B, scaling=problem.scaling, omega=problem.omega)
 
     return Layer(forward, (A, B), "torch.compile of fastbound.truth.formula")
 

@@ -1,4 +1,4 @@
-"""Predicted time of each pass of an MLP block, nothing measured: `python -m benchmarks.static.block_floor`.
+"""Predicted time of each pass of a block: `python -m benchmarks.static.block_floor`.
 
 A pass takes the larger of its operations over the compute ceiling and its bytes over the bandwidth
 ceiling; passes follow one another and nothing overlaps. Launches and the factors' own bytes are
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from benchmarks.report.rows import markdown_table
 from benchmarks.rivals.cases import MODEL_BLOCKS, Block
 from benchmarks.static.floor import GPU, GPU_CEILINGS, TYPICAL_TOKENS
-from fastbound.dispatch.plan import Device
+from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import BF16, RANK, Ceilings, Pass
 
 # Passes outside the GEMMs over [M, K] and [M, N] in bf16, forward and backward together, of a gated

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report.rows import markdown_table
-from fastbound.dispatch.plan import Device
+from fastbound.dispatch.device import Device
 from fastbound.performance.block_passes import BLOCK_PASSES
 from fastbound.performance.compilation import TARGETS, Compiled
 from fastbound.performance.passes import PASSES

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from benchmarks.report.rows import markdown_table
 from benchmarks.rivals.cases import CPU_SHAPES, CPU_TOKENS, MODEL_SHAPES
-from fastbound.dispatch.plan import Device
+from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import (
     RANK,
     STRATEGIES,

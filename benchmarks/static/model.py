@@ -1,8 +1,8 @@
 """Predicted against measured, for every shape and strategy: `python -m benchmarks.static.model`.
 
-The prediction is `fastbound.performance.prediction`'s: passes one after the other, each the longer of its
-operations and its bytes at the ceilings. Files of gpu_check bring their own measured ceilings and
-times; without any the ceilings are those of a datasheet, which nothing passes.
+The prediction is that of `performance.prediction`: passes one after the other, each the longer of
+its operations and its bytes at the ceilings. Files of gpu_check bring their own measured ceilings
+and times; without any the ceilings are those of a datasheet, which nothing passes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.report.facts import ROOT
 from benchmarks.report.readme import read_checks
 from benchmarks.report.rows import markdown_table
 from benchmarks.static import block_floor as mlp_floor
-from fastbound.dispatch.plan import Device
+from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import (
     DATASHEET,
     RANK,

@@ -1,4 +1,4 @@
-"""Counted memory traffic of one adapted layer and one MLP block: `python -m benchmarks.static.traffic`.
+"""Counted traffic of one adapted layer and one block: `python -m benchmarks.static.traffic`.
 
 Nothing is timed. Every kernel launch and every PyTorch operation is metered (see meter.py) at one
 small size whose tiles divide it, and what is found there in passes, that is in units of a tensor's
@@ -24,8 +24,8 @@ from benchmarks.rivals.cases import MODEL_BLOCKS, Block, Shape
 from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, make_problem
 from benchmarks.static.meter import Meter, Moved, Region, Step
 from fastbound import bounded_linear
-from fastbound.dispatch.plan import Device, filled_tiles
-from fastbound.operator.torch_engine import padded_rank
+from fastbound.dispatch.defaults import filled_tiles, padded_rank
+from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import FP32, linear_workspaces
 
 M, K, N, RANK = 128, 256, 384, 16

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fastbound.dispatch.device import SHARED_LIMIT
 from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.truth.formula import ACTIVATIONS
 
@@ -19,8 +20,6 @@ def block_form(activation: str, gated: bool) -> str:
 
 
 FORMS = tuple(block_form(name, gated) for name in ACTIVATIONS for gated in (True, False))
-
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes for one block
 
 
 @dataclass(frozen=True)

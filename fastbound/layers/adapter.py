@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.dispatch.plan import BACKENDS
-from fastbound.operator.addition import bounded_addition
 from fastbound.operator.dropout import check_dropout
-from fastbound.operator.function import bounded_linear
-from fastbound.truth import formula as reference
+from fastbound.operator.function import bounded_addition, bounded_linear
+from fastbound.truth import formula
 
 
 class BoundedAdapter(nn.Module):
@@ -112,7 +111,7 @@ class BoundedAdapter(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
-        return reference.delta_weight(self.A, self.B, scaling=self.scaling, omega=self.omega)
+        return formula.delta_weight(self.A, self.B, scaling=self.scaling, omega=self.omega)
 
     def get_extra_state(self) -> Tensor:
         """(alpha, bound) as fp64, so that a state dict carries the bound it was trained under."""

@@ -9,15 +9,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fastbound.dispatch.device import describe
 from fastbound.dispatch.entries import block_form
-from fastbound.dispatch.plan import Plan, describe, plan_for
+from fastbound.dispatch.plan import Plan, plan_key
 from fastbound.layers.forms import activation_name
 from fastbound.layers.linear import Adapted, FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP, sizes
 from fastbound.layers.over_base import BoundedOverBase
 from fastbound.models.injection import adapted_blocks, unfused_reason
-from fastbound.operator.addition import addition_plan
-from fastbound.operator.block_ops import block_plan
+from fastbound.operator.block_ops import block_key
+from fastbound.operator.engine import engine_for
 from fastbound.operator.partition import GATHER, gathered_modules, partition
 
 
@@ -104,9 +105,10 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
 
     The compute dtype is autocast's where autocast is on at the call, else the weight's. x is taken
     to be contiguous; one whose address or strides TMA cannot take goes through pointers. What a
-    block does is looked up now: a hook set on one of its layers since then shows here. A layer over
-    its base is "split": the base computes x Wᵀ, and the low-rank term is accumulated into its
-    output, into a new tensor under torch.compile and where the base has hooks.
+    block does is looked up now: a hook set on one of its layers since then shows here. Over a base,
+    which computes x Wᵀ itself, the plan is that of the low-rank term, "split" or "torch": it is
+    accumulated into the base's output, into a new tensor under torch.compile and where the base
+    has hooks.
 
     Raises ValueError for tokens below 1 and for a model without bounded layers.
     """
@@ -148,11 +150,11 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     K, N = sizes(first)
     if form.packed:
         N //= 2
-    ranks = tuple(layer.adapter.rank for layer in layers)
+    ranks = [layer.adapter.rank for layer in layers]
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
-    return block_plan(weight.device, tokens, N, K, ranks, dtype, backend, named)
+    return engine_for(block_key(weight.device, tokens, N, K, ranks, dtype, backend, named)).plan
 
 
 def _explain_layer(
@@ -172,7 +174,7 @@ def _explain_layer(
     if plan is None:
         plan = _layer_plan(layer, where, tokens, dtype, gathered)
     rank = max((adapter.rank for adapter in active), default=0)
-    device = describe(where.type, where.index).architecture
+    device = describe(where).architecture
     shape = (layer.out_features, layer.in_features)
     return LayerExplanation(name, shape, rank, str(dtype), device, plan, block)
 
@@ -192,12 +194,12 @@ def _layer_plan(
     adapter = active[0]
     shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
     if injected or (obstacle is None and not over_base):
-        return plan_for(device, *shape)
+        return engine_for(plan_key(device, *shape)).plan
     reason = f"it {obstacle}, so the base layer runs and each adapter is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
-    plan = addition_plan(device, *shape)
-    return replace(plan, strategy="split", reason=f"{reason}; {plan.reason}")
+    plan = engine_for(plan_key(device, *shape, over_base=True)).plan
+    return replace(plan, reason=f"{reason}; {plan.reason}")
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

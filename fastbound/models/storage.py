@@ -20,7 +20,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastbound import __version__
 from fastbound.layers.adapter import check_settings
 from fastbound.layers.conversion import convert, refusal
 from fastbound.layers.linear import FusedBoundedLinear
@@ -34,6 +33,7 @@ from fastbound.models.injection import (
 )
 from fastbound.models.patterns import lookup
 from fastbound.operator.partition import is_dtensor, like, whole
+from fastbound.version import __version__
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -13,23 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbound.operator import block_ops as mlp_ops
-from fastbound.operator.eager import apply_of
-from fastbound.operator.function import check_operands
-from fastbound.operator.transforms import differentiable_once, rows_alone
-from fastbound.truth import formula as reference
+from fastbound.operator.autograd import apply_of, differentiable_once, rows_alone
+from fastbound.operator.block_ops import mlp_backward, mlp_forward
+from fastbound.operator.call import BlockCall, Term, autocast_to, check_operands
+from fastbound.truth import formula
 from fastbound.truth.formula import ACTIVATIONS, Projection
 
 RECOMPUTE = (None, "gate_up")
-_TENSORS = 12  # of one block: weight, bias, A and B of gate, up and down
-_SETTINGS = 5  # scalings, omegas, activation, recompute, backend
 
 
 class _BoundedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        *block, _, backend = arguments
-        y, G, U, S, S_down = mlp_ops.mlp_forward(x, *block, backend)
+    def forward(x: Tensor, recompute: str | None, *call: Any) -> tuple[Tensor, ...]:
+        y, G, U, S, S_down = mlp_forward(x, *call)
         return y, G, U, S, S_down
 
     @staticmethod
@@ -43,27 +39,30 @@ class _BoundedMLP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *arguments = inputs
-        ctx.scalings, ctx.omegas, ctx.activation, recompute, ctx.backend = arguments[_TENSORS:]
+        x, recompute, *call = inputs
+        *tensors, scalings, omegas, activation, backend = call
+        ctx.settings = (scalings, omegas, activation, backend)
         _, G, U, S, S_down = output
         ctx.mark_non_differentiable(G, U, S, S_down)
         ctx.set_materialize_grads(False)
-        kept = (None, None) if recompute else (G, U if arguments[4] is not None else None)
-        ctx.save_for_backward(x, *kept, S, S_down, *arguments[:_TENSORS])
+        gated = BlockCall.of(call).up is not None
+        kept = (None, None) if recompute else (G, U if gated else None)
+        ctx.save_for_backward(x, *kept, S, S_down, *tensors)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * (1 + _TENSORS + _SETTINGS)
-        if dy is None:
-            return tuple(gradients)
         need = ctx.needs_input_grad
-        settings = (ctx.scalings, ctx.omegas, ctx.activation, ctx.backend)
-        dx, *factors = mlp_ops.mlp_backward(dy, *ctx.saved_tensors, *settings, need[0])
-        gradients[0] = dx if need[0] else None
-        for position, gradient in zip((3, 4, 7, 8, 11, 12), factors, strict=True):
-            gradients[position] = gradient if need[position] else None
-        return tuple(gradients)
+        if dy is None:
+            return (None,) * len(need)
+        x, G, U, S, S_down, *tensors = ctx.saved_tensors
+        call = (*tensors, *ctx.settings)
+        dx, *factors = mlp_backward(dy, x, G, U, S, S_down, need[0], *call)
+        gradients: list[Tensor | None] = [dx, None]  # of x and recompute
+        for dA, dB in zip(factors[::2], factors[1::2], strict=True):
+            gradients += [None, None, dA, dB]  # of a projection's weight, bias, A and B
+        gradients += [None] * len(ctx.settings)
+        return tuple(g if wanted else None for g, wanted in zip(gradients, need, strict=True))
 
 
 _apply = apply_of(_BoundedMLP)
@@ -105,9 +104,9 @@ def bounded_mlp(
         raise ValueError(f'unknown recompute {recompute!r}: choose None or "gate_up"')
     projections = {"gate": gate, "up": up, "down": down}
     _check_block(x, projections, backend)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    dtype = autocast_to(x)
+    if dtype is not None:
+        x = x.to(dtype)
     else:
         for name, p in projections.items():
             if p is not None and p.weight.dtype is not x.dtype:
@@ -116,15 +115,12 @@ def bounded_mlp(
                     "or use torch.autocast"
                 )
     if backend == "reference":
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             cast = {name: _cast(p, x.dtype) for name, p in projections.items()}
-            return reference.bounded_mlp(x, **cast, activation=activation)  # type: ignore[arg-type]
+            return formula.bounded_mlp(x, **cast, activation=activation)  # type: ignore[arg-type]
     first, second = (up, None) if gate is None else (gate, up)
-    block = [first, second, down]
-    tensors = [t for p in block for t in (p[:4] if p is not None else (None,) * 4)]
-    scalings = [1.0 if p is None else float(p.scaling) for p in block]
-    omegas = [1.0 if p is None else float(p.omega) for p in block]
-    y, *_ = _apply(x, *tensors, scalings, omegas, activation, recompute, backend)
+    call = BlockCall(first, second, down, activation, backend)
+    y, *_ = _apply(x, recompute, *call.flat())
     return y
 
 
@@ -153,7 +149,8 @@ def _check_block(x: Tensor, projections: dict[str, Projection | None], backend: 
         B = p.weight.new_empty(p.weight.shape[0], 1) if p.B is None else p.B
         try:
             source = hidden if name == "down" else x
-            check_operands(source, p.weight, A, B, p.bias, p.scaling, p.omega, backend)
+            term = Term(A, B, p.scaling, p.omega, backend)
+            check_operands(source, term, weight=p.weight, bias=p.bias)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
 

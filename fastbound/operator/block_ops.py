@@ -9,104 +9,69 @@ two of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fastbound.dispatch.defaults import padded_rank
 from fastbound.dispatch.entries import block_form
-from fastbound.dispatch.plan import Plan, plan_for
-from fastbound.operator.eager import direct
-from fastbound.operator.ops import check_storage, rows, rows_as_of, scope
-from fastbound.operator.torch_block_engine import TorchMLPProducts
-from fastbound.operator.torch_engine import padded_rank
+from fastbound.dispatch.plan import PlanKey, plan_key
+from fastbound.operator.autograd import direct
+from fastbound.operator.call import BLOCK_SCHEMA, BlockCall, Factors
+from fastbound.operator.engine import engine_for
+from fastbound.operator.ops import check_storage, given, library, rows, rows_as_of, scope
+from fastbound.truth.formula import Projection
 
-if TYPE_CHECKING:
-    from fastbound.operator.triton_block_engine import TritonMLPProducts
-
-_PROJECTION = "Tensor? {0}_weight, Tensor? {0}_bias, Tensor? {0}_A, Tensor? {0}_B"
-_BLOCK = ", ".join(_PROJECTION.format(name) for name in ("gate", "up", "down"))
-_SETTINGS = "float[] scalings, float[] omegas, str activation, str backend"
-
-# Kept for the life of the process: a collected Library leaves dangling operators behind.
-_library = torch.library.Library("fastbound", "FRAGMENT")
-_library.define(
-    f"mlp_forward(Tensor x, {_BLOCK}, {_SETTINGS})"
+library.define(
+    f"mlp_forward(Tensor x, {BLOCK_SCHEMA})"
     " -> (Tensor y, Tensor G, Tensor U, Tensor S, Tensor S_down)"
 )
-_library.define(
-    f"mlp_backward(Tensor dy, Tensor x, Tensor? G, Tensor? U, Tensor S, Tensor S_down, {_BLOCK},"
+library.define(
+    "mlp_backward(Tensor dy, Tensor x, Tensor? G, Tensor? U, Tensor S, Tensor S_down, bool need_dx,"
     # No list of tensors: torch.func.vmap takes none from an operator.
-    f" {_SETTINGS}, bool need_dx) -> (Tensor dx, Tensor dA_gate, Tensor dB_gate,"
+    f" {BLOCK_SCHEMA}) -> (Tensor dx, Tensor dA_gate, Tensor dB_gate,"
     " Tensor dA_up, Tensor dB_up, Tensor dA_down, Tensor dB_down)"
 )
 
 
-class Factors(NamedTuple):
-    """One projection, made ready: weight [N, K] in the compute dtype, SA [R, K] and SB [N, R]."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor | None
-    B: Tensor | None
-    SA: Tensor | None
-    SB: Tensor | None
-    scaling: float
-    omega: float
-
-
-def block_plan(
+def block_key(
     device: torch.device,
     M: int,
     N: int,
     K: int,
-    ranks: tuple[int, ...],
+    ranks: Sequence[int],
     dtype: torch.dtype,
     backend: str,
     form: str,
-) -> Plan:
-    """The plan of a block: that of a layer of twice its widest rank, as two stand side by side.
+) -> PlanKey:
+    """The key of a block: that of a layer of twice its widest rank, as two stand side by side.
 
     ``form`` is its :func:`fastbound.dispatch.entries.block_form`.
     """
     R = padded_rank(max(ranks, default=1))
-    return plan_for(device, M, N, K, 2 * R, dtype, backend, form)
+    return plan_key(device, M, N, K, 2 * R, dtype, backend, form=form)
 
 
 class _Block:
     """The operands of one call, in the compute dtype, and the engine that the plan names."""
 
-    def __init__(
-        self,
-        X: Tensor,
-        tensors: tuple[Tensor | None, ...],
-        scalings: list[float],
-        omegas: list[float],
-        activation: str,
-        backend: str,
-    ) -> None:
-        gate, up, down = tensors[0:4], tensors[4:8], tensors[8:12]
-        ranks = tuple(t[2].shape[0] for t in (gate, up, down) if t[2] is not None)
-        self.R = padded_rank(max(ranks, default=1))
-        weight = _given(gate[0])
-        N, K = weight.shape
-        form = block_form(activation, up[0] is not None)
-        plan = block_plan(X.device, X.shape[0], N, K, ranks, X.dtype, backend, form)
-        self.products = _products(plan)
-        self.gate, self.up, self.down = (
-            None if t[0] is None else self._ready(t, X.dtype, scalings[i], omegas[i])
-            for i, t in enumerate((gate, up, down))
-        )
+    def __init__(self, X: Tensor, call: BlockCall) -> None:
+        self.R = call.R
+        N, K = call.gate.weight.shape
+        form = block_form(call.activation, call.up is not None)
+        settings = (call.ranks, X.dtype, call.backend, form)
+        self.engine = engine_for(block_key(X.device, X.shape[0], N, K, *settings))
+        self.gate, self.down = self._ready(call.gate, X.dtype), self._ready(call.down, X.dtype)
+        self.up = None if call.up is None else self._ready(call.up, X.dtype)
 
-    def _ready(
-        self, tensors: tuple[Tensor | None, ...], dtype: torch.dtype, scaling: float, omega: float
-    ) -> Factors:
-        weight, bias, A, B = tensors
+    def _ready(self, p: Projection, dtype: torch.dtype) -> Factors:
         SA = SB = None
-        if A is not None and B is not None:
-            SA, SB = self.products.factors(A, B, scaling, omega, dtype, self.R)
-        return Factors(_given(weight).to(dtype), bias, A, B, SA, SB, scaling, omega)
+        if p.A is not None and p.B is not None:
+            SA, SB = self.engine.factors(p.A, p.B, p.scaling, p.omega, dtype, self.R)
+        return Factors(p.weight.to(dtype), p.bias, p.A, p.B, SA, SB, p.scaling, p.omega)
 
     def first(self) -> list[Factors]:
         """gate and up, or a plain block's only first projection."""
@@ -119,37 +84,37 @@ class _Block:
             return None
         return adapted[0] if len(adapted) == 1 else torch.cat(adapted)
 
-    def preactivations(self, X: Tensor, S: Tensor) -> list[Tensor]:
+    def preactivations(self, X: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
         """G, and U where there is one: x Wᵀ + S SBᵀ + b, each with its columns of S."""
         made, column = [], 0
         for p in self.first():
             part = None if p.SB is None else S[:, column : column + self.R]
             column += 0 if p.SB is None else self.R
-            made.append(_gemm(self.products, X, p.weight, part, p.SB, p.bias))
-        return made
+            made.append(self.gemm(X, p.weight, part, p.SB, p.bias))
+        return made[0], made[1] if len(made) > 1 else None
+
+    def gemm(
+        self, X: Tensor, W: Tensor, S: Tensor | None, F: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """``X Wᵀ + S Fᵀ + bias``, without the low-rank term where a projection is not adapted."""
+        if S is None or F is None:
+            return linear(X, W, None if bias is None else bias.to(X.dtype))
+        return self.engine.lowrank_gemm(X, W, S, F, bias)
 
 
-def _forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, scalings, omegas, activation, backend = _unpack(arguments)
-    check_storage(x, *tensors)
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = BlockCall.of(arguments)
+    check_storage(x, *call.tensors())
     with scope(x):
         X = rows(x)
-        block = _Block(X, tensors, scalings, omegas, activation, backend)
-        products, down = block.products, _given_projection(block.down)
-        SA = block.stacked_SA()
-        S = X.new_empty(X.shape[0], 0) if SA is None else products.thin(X, SA.t())
-        G, *rest = block.preactivations(X, S)
-        U = rest[0] if rest else None
-        H, S_down = products.activate(G, U, down.SA, activation)
-        Y = _gemm(products, H, down.weight, S_down, down.SB, down.bias)
-        empty = X.new_empty(0)
-        return (
-            rows_as_of(x, Y),
-            G,
-            empty if U is None else U,
-            S,
-            empty if S_down is None else S_down,
-        )
+        block = _Block(X, call)
+        down, SA = block.down, block.stacked_SA()
+        S = X.new_empty(X.shape[0], 0) if SA is None else block.engine.thin(X, SA.t())
+        G, U = block.preactivations(X, S)
+        H, S_down = block.engine.activate(G, U, down.SA, call.activation)
+        Y = block.gemm(H, down.weight, S_down, down.SB, down.bias)
+        U, S_down = (X.new_empty(0) if t is None else t for t in (U, S_down))
+        return rows_as_of(x, Y), G, U, S, S_down
 
 
 def _backward(
@@ -159,57 +124,50 @@ def _backward(
     U: Tensor | None,
     S: Tensor,
     S_down: Tensor,
-    *arguments: object,
+    need_dx: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *settings, need_dx = arguments
-    tensors, scalings, omegas, activation, backend = _unpack(tuple(settings))
-    check_storage(dy, x, G, U, S, S_down, *tensors)
+    call = BlockCall.of(arguments)
+    check_storage(dy, x, G, U, S, S_down, *call.tensors())
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
-        block = _Block(X, tensors, scalings, omegas, activation, backend)
-        products, down = block.products, _given_projection(block.down)
-        gate, up = _given_projection(block.gate), block.up
+        block = _Block(X, call)
+        engine, gate, up, down = block.engine, block.gate, block.up, block.down
         if G is None:
-            G, *rest = block.preactivations(X, S)
-            U = rest[0] if rest else None
+            G, U = block.preactivations(X, S)
         DS_down = dB_down = None
         if down.B is not None:
-            DS_down, dB_down = products.thin_and_factor_gradient(
-                DY, _given(down.SB), S_down, down.B, down.omega, down.scaling
+            DS_down, dB_down = engine.thin_and_factor_gradient(
+                DY, given(down.SB), S_down, down.B, down.omega, down.scaling
             )
         SA_down = None if down.SA is None else down.SA.t()
-        DH = _gemm(products, DY, down.weight.t(), DS_down, SA_down, None)
-        DG, DU, DS, dB_gate, dB_up, dA_down = products.activate_backward(
-            DH, G, U, S, DS_down, gate, up, down, activation, block.R
+        DH = block.gemm(DY, down.weight.t(), DS_down, SA_down, None)
+        DG, DU, DS, dB_gate, dB_up, dA_down = engine.activate_backward(
+            DH, G, U, S, DS_down, gate, up, down, call.activation, block.R
         )
         del DH
-        dA_gate, dA_up = products.stacked_factor_gradients(X, DS, gate, up, block.R)
+        dA_gate, dA_up = engine.stacked_factor_gradients(X, DS, gate, up, block.R)
         dx = dy.new_empty(0)
         if need_dx:
             SA = block.stacked_SA()
-            SA_t = None if SA is None else SA.t()
-            DX = _gemm(products, DG, gate.weight.t(), DS, SA_t, None)
+            DX = block.gemm(DG, gate.weight.t(), DS, None if SA is None else SA.t(), None)
             if up is not None:
-                DX.addmm_(_given(DU), up.weight)
+                DX.addmm_(given(DU), up.weight)
             dx = rows_as_of(dy, DX)
     gradients = (dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down)
     return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
 
 
-def _fake_forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, *_ = _unpack(arguments)
-    gate, up, down = tensors[0:4], tensors[4:8], tensors[8:12]
-    M, N = x.numel() // x.shape[-1], _given(gate[0]).shape[0]
-    ranks = [t[2].shape[0] for t in (gate, up, down) if t[2] is not None]
-    R = padded_rank(max(ranks, default=1))
-    width = R * sum(t[2] is not None for t in (gate, up))
-    empty = x.new_empty(0)
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = BlockCall.of(arguments)
+    M, N = x.numel() // x.shape[-1], call.gate.weight.shape[0]
+    width = call.R * sum(p is not None and p.A is not None for p in (call.gate, call.up))
     return (
-        x.new_empty(*x.shape[:-1], _given(down[0]).shape[0]),
+        x.new_empty(*x.shape[:-1], call.down.weight.shape[0]),
         x.new_empty(M, N),
-        empty if up[0] is None else x.new_empty(M, N),
+        x.new_empty(0) if call.up is None else x.new_empty(M, N),
         x.new_empty(M, width),
-        empty.new_empty(0) if down[2] is None else x.new_empty(M, R),
+        x.new_empty(0) if call.down.A is None else x.new_empty(M, call.R),
     )
 
 
@@ -220,64 +178,20 @@ def _fake_backward(
     U: Tensor | None,
     S: Tensor,
     S_down: Tensor,
-    *arguments: object,
+    need_dx: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *settings, need_dx = arguments
-    tensors, *_ = _unpack(tuple(settings))
-    factors = [tensors[i] for i in (2, 3, 6, 7, 10, 11)]
+    projections = BlockCall.of(arguments).projections()
+    factors = [f for p in projections for f in ((None, None) if p is None else (p.A, p.B))]
     dx = dy.new_empty(*dy.shape[:-1], x.shape[-1]) if need_dx else dy.new_empty(0)
     return dx, *(dy.new_empty(0) if f is None else torch.empty_like(f) for f in factors)
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("mlp_forward", _forward, _device)
-    _library.impl("mlp_backward", _backward, _device)
-torch.library.register_fake("fastbound::mlp_forward", _fake_forward, lib=_library)
-torch.library.register_fake("fastbound::mlp_backward", _fake_backward, lib=_library)
+    library.impl("mlp_forward", _forward, _device)
+    library.impl("mlp_backward", _backward, _device)
+torch.library.register_fake("fastbound::mlp_forward", _fake_forward, lib=library)
+torch.library.register_fake("fastbound::mlp_backward", _fake_backward, lib=library)
 
 mlp_forward = direct(torch.ops.fastbound.mlp_forward.default, _forward)
 mlp_backward = direct(torch.ops.fastbound.mlp_backward.default, _backward)
-
-_torch_products = TorchMLPProducts()
-
-
-def _products(plan: Plan) -> TorchMLPProducts | TritonMLPProducts:
-    if plan.strategy == "torch":
-        return _torch_products
-    from fastbound.operator.triton_block_engine import TritonMLPProducts
-
-    return TritonMLPProducts(plan)
-
-
-def _gemm(
-    products: TorchMLPProducts | TritonMLPProducts,
-    X: Tensor,
-    W: Tensor,
-    S: Tensor | None,
-    F: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """``X Wᵀ + S Fᵀ + bias``, without the low-rank term where the projection is not adapted."""
-    if S is None or F is None:
-        return linear(X, W, None if bias is None else bias.to(X.dtype))
-    return products.lowrank_gemm(X, W, S, F, bias)
-
-
-def _unpack(
-    arguments: tuple[object, ...],
-) -> tuple[tuple[Tensor | None, ...], list[float], list[float], str, str]:
-    """The twelve tensors of the block, then scalings, omegas, activation and backend."""
-    scalings, omegas, activation, backend = arguments[12:]
-    return arguments[:12], scalings, omegas, activation, backend  # type: ignore[return-value]
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise RuntimeError("fastbound::mlp: a weight or a saved tensor is missing")
-    return tensor
-
-
-def _given_projection(projection: Factors | None) -> Factors:
-    if projection is None:
-        raise RuntimeError("fastbound::mlp: a block needs its first and its last projection")
-    return projection

@@ -1,9 +1,10 @@
 """Autograd for the bounded linear operator: what is saved, what each gradient is.
 
-S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ
-dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)
-dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)        db = Σ dy
+S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ        or  y = result + S (s·sin ωB)ᵀ
+dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)               or  dx = dS sin(ωA)
+dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)           db = Σ dy      dresult = dy
 
+``result`` is what another layer, the base, made of x: it stays a closed box, and the term is added.
 With dropout, x in S and in dA is mask ⊙ x, dS sin(ωA) is masked too, and s is s / (1 - p). The mask
 is made again from its seed: neither it nor mask ⊙ x is saved.
 """
@@ -15,13 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbound.dispatch.plan import BACKENDS
 from fastbound.operator import ops
+from fastbound.operator.autograd import (
+    apply_of,
+    differentiable_once,
+    nothing_intercepts,
+    plain,
+    rows_alone,
+)
+from fastbound.operator.call import Term, autocast_to, check_operands
 from fastbound.operator.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
-from fastbound.operator.eager import apply_of
-from fastbound.operator.partition import GATHER, partition
-from fastbound.operator.transforms import differentiable_once, rows_alone
-from fastbound.truth import formula as reference
+from fastbound.truth import formula
+
+# Nodes of the autograd graph that keep no reference to what they returned.
+_VIEWS = frozenset({"AsStridedBackward0", "UnsafeViewBackward0", "ViewBackward0"})
+_KEEP_NO_RESULT = frozenset(
+    {
+        "AddBackward0",
+        "AddmmBackward0",
+        "LinearBackward0",
+        "MatMul4BitBackward",
+        "MatMul8bitFpBackward",
+        "MatMul8bitLtBackward",
+        "MmBackward0",
+        "ToCopyBackward0",
+    }
+)
 
 
 class _BoundedLinear(torch.autograd.Function):
@@ -30,17 +50,18 @@ class _BoundedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        scaling: float,
-        omega: float,
-        backend: str,
-        seed: Tensor | None,
-        dropout: float,
+        result: Tensor | None,
+        in_place: bool,
+        *adapter: Any,
     ) -> tuple[Tensor, Tensor]:
-        y, S = ops.forward(x, weight, bias, A, B, scaling, omega, backend, seed, dropout)
+        if result is not None and in_place:
+            S = ops.add_in_place(x, result, *adapter)
+            # The same memory as a tensor of this node's own. mark_dirty would make the graph copy
+            # dy where result is a view, which a linear layer's is for any x of three dimensions.
+            return result.detach(), S
+        y, S = ops.forward(x, weight, bias, result, *adapter)
         return y, S
 
     @staticmethod
@@ -53,54 +74,34 @@ class _BoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, A, B, bias, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout = inputs
+        x, weight, bias, _, _, *adapter = inputs
+        A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout = adapter
         _, S = output
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
+        ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        _, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        _, _, _, _, _, need_dA, need_dB, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B, seed)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 10
-        x, S, weight, A, B, seed = ctx.saved_tensors
-        need_dx, _, need_dA, need_dB, need_db, *_ = ctx.needs_input_grad
-        dx = dA = dB = db = None
-        if need_dx or need_dA or need_dB:
-            dx, dA, dB = ops.backward(
-                dy,
-                x,
-                S,
-                weight,
-                A,
-                B,
-                ctx.scaling,
-                ctx.omega,
-                ctx.backend,
-                seed,
-                ctx.dropout,
-                need_dx,
-                need_dA,
-                need_dB,
-            )
-        if need_db:
-            rows = dy.reshape(-1, dy.shape[-1])
-            db = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return (
-            dx if need_dx else None,
-            None,
-            dA if need_dA else None,
-            dB if need_dB else None,
-            db,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        dx = db = dresult = dA = dB = None
+        if dy is not None:
+            x, S, weight, A, B, seed = ctx.saved_tensors
+            need_dx, _, need_db, need_dresult, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+            if need_dx or need_dA or need_dB:
+                term = Term(A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout)
+                made = ops.backward(dy, x, S, weight, ctx.dtype, need_dx, need_dA, need_dB, *term)
+                needs = (need_dx, need_dA, need_dB)
+                dx, dA, dB = (g if need else None for g, need in zip(made, needs, strict=True))
+            if need_db:
+                rows = dy.reshape(-1, dy.shape[-1])
+                wide = torch.promote_types(dy.dtype, torch.float32)
+                db = rows.sum(0, dtype=wide).to(ctx.bias_dtype)
+            dresult = dy if need_dresult else None
+        return dx, None, db, dresult, None, dA, dB, *(None,) * (len(Term._fields) - 2)
 
 
 _apply = apply_of(_BoundedLinear)
@@ -145,84 +146,113 @@ def bounded_linear(
             grad, a tensor that is spread over processes or has no storage, a scaling or omega that
             is not finite, a dropout outside 0 <= p < 1, an unknown backend.
     """
-    check_operands(x, weight, A, B, bias, scaling, omega, backend)
-    seed = draw_seed(x.device) if check_dropout(dropout) else None
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    elif x.dtype is not weight.dtype:
+    term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout))
+    check_operands(x, term, weight=weight, bias=bias)
+    if autocast_to(x) is None and x.dtype is not weight.dtype:
         raise TypeError(
             f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use torch.autocast"
         )
-    if backend == "reference":
-        with torch.autocast(device_type, enabled=False):
-            dtype = x.dtype
-            b = None if bias is None else bias.to(dtype)
-            keep = None
-            if seed is not None:
-                M, K = x.numel() // x.shape[-1], x.shape[-1]
-                keep = keep_mask(keep_bits(seed, M, K, dropout), K).view(x.shape)
-                scaling = scaling / keep_rate(dropout)
-            return reference.bounded_linear(
-                x, weight.to(dtype), A, B, b, scaling=scaling, omega=omega, keep=keep
-            )
-    y, _ = _apply(
-        x, weight, A, B, bias, float(scaling), float(omega), backend, seed, float(dropout)
-    )
+    return _call(x, weight, bias, None, False, term)
+
+
+def bounded_addition(
+    result: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float = 1.0,
+    omega: float = 1.0,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    give_up: bool = False,
+) -> Tensor:
+    """``y = result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, result being a base's output.
+
+    Args:
+        result: [..., N], what the base layer made of x; any floating dtype.
+        x: [..., K], what went into the base layer; its dtype need not be result's.
+        A, B: [r, K] and [N, r], trained; any floating dtype, fp32 advised.
+        scaling, omega: as for :func:`fastbound.bounded_linear`.
+        backend: as there, but not "fused".
+        dropout: as there.
+        give_up: the caller has no further use for ``result``: y may take its memory, where
+            :func:`can_write_into` finds that safe.
+
+    Returns:
+        y [..., N] in result's dtype. S = x sin(omega·A)ᵀ is computed in x's compute dtype
+        (autocast's where autocast is on, else x's own), S (s·sin omega·B)ᵀ in result's; both
+        accumulate in fp32 (fp64 for fp64). The gradient is differentiable once.
+
+    Raises:
+        TypeError: a tensor that is not floating.
+        ValueError: shapes that do not match, tensors on different devices, a DTensor, a scaling or
+            omega that is not finite, a dropout outside 0 <= p < 1, a backend that is unknown or
+            "fused".
+    """
+    term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout))
+    check_operands(x, term, result=result)
+    in_place = give_up and plain(x, A, B) and can_write_into(result, x)
+    return _call(x, None, None, result, in_place, term)
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    in_place: bool,
+    term: Term,
+) -> Tensor:
+    """The checked call: dropout's seed drawn, x cast as autocast says."""
+    if term.dropout:
+        term = term._replace(seed=draw_seed(x.device))
+    dtype = autocast_to(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    if term.backend == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return _by_the_formula(x, weight, bias, result, term)
+    y, _ = _apply(x, weight, bias, result, in_place, *term)
     return y
 
 
-def check_operands(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    omega: float,
-    backend: str,
-) -> None:
-    """Raise what :func:`bounded_linear` documents, before any work is done."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    # Not math.isfinite: torch.compile traces this with symbolic floats. inf - inf is a NaN.
-    if scaling - scaling != 0 or omega - omega != 0:
-        raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
-    device = x.device
-    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
-        if tensor is None:
-            continue
-        spread = partition(tensor)
-        if spread is not None:
-            raise ValueError(f"{name} {spread}: {GATHER}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no storage: load it first")
-    if weight.dim() != 2 or A.dim() != 2 or B.dim() != 2 or x.dim() < 1:
-        raise ValueError(
-            "expected x [..., K], weight [N, K], A [r, K], B [N, r]; got "
-            f"x {list(x.shape)}, weight {list(weight.shape)}, A {list(A.shape)}, B {list(B.shape)}"
+def _by_the_formula(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, term: Term
+) -> Tensor:
+    A, B, scaling, omega, _, seed, dropout = term
+    keep = None
+    if seed is not None:
+        M, K = x.numel() // x.shape[-1], x.shape[-1]
+        keep = keep_mask(keep_bits(seed, M, K, dropout), K).view(x.shape)
+        scaling = scaling / keep_rate(dropout)
+    if weight is None:
+        return formula.bounded_addition(
+            ops.given(result), x, A, B, scaling=scaling, omega=omega, keep=keep
         )
-    (N, K), (rank, K_of_A), (N_of_B, rank_of_B) = weight.shape, A.shape, B.shape
-    if x.shape[-1] != K:
-        raise ValueError(f"x {list(x.shape)} does not match weight {list(weight.shape)}: K differs")
-    if rank < 1:
-        raise ValueError(f"rank must be >= 1, got A {list(A.shape)}")
-    if K_of_A != K:
-        raise ValueError(f"A {list(A.shape)} does not match weight {list(weight.shape)}: K differs")
-    if N_of_B != N:
-        raise ValueError(f"B {list(B.shape)} does not match weight {list(weight.shape)}: N differs")
-    if rank_of_B != rank:
-        raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
-        raise ValueError(
-            f"bias {list(bias.shape)} does not match weight {list(weight.shape)}: expected [{N}]"
-        )
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires grad, but the operator returns no gradient for it: "
-            "call weight.requires_grad_(False), or train it through a plain layer"
-        )
+    b = None if bias is None else bias.to(x.dtype)
+    return formula.bounded_linear(
+        x, weight.to(x.dtype), A, B, b, scaling=scaling, omega=omega, keep=keep
+    )
+
+
+def can_write_into(result: Tensor, x: Tensor) -> bool:
+    """Whether y may take result's memory, as far as the tensors themselves can tell.
+
+    No: under torch.compile, functorch or a dispatch mode (selective checkpointing keeps outputs);
+    for a subclass, a parameter or a leaf that is trained; for a part of a larger tensor, an
+    expanded one or x itself; and where the node that made it may keep it for its backward.
+    """
+    if not nothing_intercepts() or type(result) is not Tensor:
+        return False
+    storage = result.untyped_storage()
+    if not result.is_contiguous() or storage.nbytes() != result.numel() * result.itemsize:
+        return False
+    if storage.data_ptr() == x.untyped_storage().data_ptr():
+        return False
+    node: Any = result.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    if node is None:
+        return not result.requires_grad
+    return node.name() in _KEEP_NO_RESULT

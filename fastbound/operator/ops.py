@@ -1,5 +1,7 @@
 """Registered operators ``fastbound::forward`` and ``fastbound::backward``: one composition.
 
+    y  = x Wᵀ + b + S SBᵀ      or, where a base made x Wᵀ + b,      y = result + S SBᵀ
+
 The products (factors, thin, low-rank GEMM, gradient reductions) come from Triton or from PyTorch as
 the plan says. The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export
 and fake tensors see their shapes only.
@@ -9,127 +11,118 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbound.dispatch.plan import plan_for
-from fastbound.dispatch.tables import row_bucket
+from fastbound.dispatch.plan import plan_key
+from fastbound.operator.autograd import direct
+from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
 from fastbound.operator.dropout import keep_rate
-from fastbound.operator.eager import direct
-from fastbound.operator.torch_engine import TorchProducts, padded_rank
-
-if TYPE_CHECKING:
-    from fastbound.operator.triton_engine import TritonProducts
+from fastbound.operator.engine import Engine, engine_for
 
 # Kept for the life of the process: a collected Library leaves dangling operators behind.
-_library = torch.library.Library("fastbound", "DEF")
-_library.define(
-    "forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B,"
-    " float scaling, float omega, str backend,"
-    " Tensor? seed=None, float dropout=0.0) -> (Tensor y, Tensor S)"
+library = torch.library.Library("fastbound", "DEF")
+library.define(
+    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? result,"
+    f" {TERM_SCHEMA}) -> (Tensor y, Tensor S)"
 )
-_library.define(
-    "backward(Tensor dy, Tensor? x, Tensor? S, Tensor weight, Tensor A, Tensor B,"
-    " float scaling, float omega, str backend, Tensor? seed, float dropout,"
-    " bool need_dx, bool need_dA, bool need_dB)"
+library.define(
+    "backward(Tensor dy, Tensor? x, Tensor? S, Tensor? weight, ScalarType dtype,"
+    f" bool need_dx, bool need_dA, bool need_dB, {TERM_SCHEMA})"
     " -> (Tensor dx, Tensor dA, Tensor dB)"
 )
 
 
 def _forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    omega: float,
-    backend: str,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
+    result: Tensor | None,
+    *adapter: Any,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    check_storage(x, weight, bias, A, B)
+    term = Term(*adapter)
+    check_storage(x, weight, bias, result, term.A, term.B)
     with scope(x):
         X = rows(x)
-        products, R = _products(X, weight, A, backend), padded_rank(A.shape[0])
-        keep, scaling = kept(products, seed, dropout, X.shape[0], X.shape[1], scaling)
-        SA, SB = products.factors(A, B, scaling, omega, X.dtype, R)
-        S = products.thin(X, SA.t(), keep)
-        return rows_as_of(x, products.lowrank_gemm(X, _cast(weight, X.dtype), S, SB, bias)), S
+        engine = _engine(X, term, over_base=weight is None)
+        keep, scaling = kept(engine, term, X.shape[0])
+        SA, SB = engine.factors(term.A, term.B, scaling, term.omega, X.dtype, term.R)
+        S = engine.thin(X, SA.t(), keep)
+        if weight is not None:
+            return rows_as_of(x, engine.lowrank_gemm(X, _cast(weight, X.dtype), S, SB, bias)), S
+        base = given(result)
+        if base.dtype is not X.dtype:  # SB once more, from the masters: never rounded twice
+            _, SB = engine.factors(term.A, term.B, scaling, term.omega, base.dtype, term.R)
+        # One product with beta = 1 reads the base's result once and writes y once.
+        if in_place:
+            base.view(-1, base.shape[-1]).addmm_(S.to(base.dtype), SB.t())
+            return base, S
+        return rows_as_of(base, torch.addmm(rows(base), S.to(base.dtype), SB.t())), S
 
 
 def _backward(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    omega: float,
-    backend: str,
-    seed: Tensor | None,
-    dropout: float,
+    weight: Tensor | None,
+    dtype: torch.dtype,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
+    *adapter: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dtype`` is x's; over a base dy's is that of the base's result."""
+    term = Term(*adapter)
+    A, B, omega = term.A, term.B, term.omega
     dx = dA = dB = None
     check_storage(dy, x, S, weight, A, B)
     with scope(dy):
         DY = rows(dy)
-        products, R = _products(DY, weight, A, backend), padded_rank(A.shape[0])
-        M, K = DY.shape[0], weight.shape[1]
-        keep, scaling = kept(products, seed, dropout, M, K, scaling)
-        SA, SB = products.factors(A, B, scaling, omega, DY.dtype, R)
-        DS, dB = dS_and_dB(products, DY, SB, S, B, scaling, omega, need_dx or need_dA, need_dB)
+        engine = _engine(DY, term, over_base=weight is None)
+        keep, scaling = kept(engine, term, DY.shape[0])
+        SA, SB = engine.factors(A, B, scaling, omega, DY.dtype, term.R)
+        S = None if S is None else _cast(S, DY.dtype)
+        DS, dB = dS_and_dB(engine, DY, SB, S, B, scaling, omega, need_dx or need_dA, need_dB)
+        if dtype is not DY.dtype:
+            DS = None if DS is None else DS.to(dtype)
+            SA, _ = engine.factors(A, B, scaling, omega, dtype, term.R) if need_dx else (SA, SB)
         if need_dx:
-            W = _cast(weight, DY.dtype)
-            DX = products.lowrank_gemm(DY, W.t(), given(DS), SA.t(), None, keep)
+            if weight is None:
+                DX = engine.lowrank_product(given(DS), SA.t(), keep)
+            else:
+                W = _cast(weight, DY.dtype)
+                DX = engine.lowrank_gemm(DY, W.t(), given(DS), SA.t(), None, keep)
             dx = rows_as_of(dy, DX)
         if need_dA:
             X = rows(given(x))
-            dA = products.factor_gradient(X, given(DS), A.t(), omega, 1.0, keep).t()
+            dA = engine.factor_gradient(X, given(DS), A.t(), omega, 1.0, keep).t()
     return dx, dA, dB
 
 
 def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    omega: float,
-    backend: str,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, *adapter: Any
 ) -> tuple[Tensor, Tensor]:
-    M = x.numel() // x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(M, padded_rank(A.shape[0]))
+    term = Term(*adapter)
+    y = x.new_empty(*x.shape[:-1], term.B.shape[0]) if result is None else torch.empty_like(result)
+    return y, x.new_empty(x.numel() // x.shape[-1], term.R)
 
 
 def _fake_backward(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    omega: float,
-    backend: str,
-    seed: Tensor | None,
-    dropout: float,
+    weight: Tensor | None,
+    dtype: torch.dtype,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
+    *adapter: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_dx else dy.new_empty(0)
+    A, B, *_ = adapter
+    dx = dy.new_empty(*dy.shape[:-1], A.shape[1], dtype=dtype) if need_dx else dy.new_empty(0)
     dA = torch.empty_like(A) if need_dA else dy.new_empty(0)
     dB = torch.empty_like(B) if need_dB else dy.new_empty(0)
     return dx, dA, dB
@@ -147,36 +140,29 @@ def with_empty(
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", with_empty(_backward), _device)
-torch.library.register_fake("fastbound::forward", _fake_forward, lib=_library)
-torch.library.register_fake("fastbound::backward", _fake_backward, lib=_library)
-
-torch_only = TorchProducts()
+    library.impl("forward", _forward, _device)
+    library.impl("backward", with_empty(_backward), _device)
+torch.library.register_fake("fastbound::forward", _fake_forward, lib=library)
+torch.library.register_fake("fastbound::backward", _fake_backward, lib=library)
 
 forward = direct(torch.ops.fastbound.forward.default, _forward)
 backward = direct(torch.ops.fastbound.backward.default, _backward)
 
 
-def _products(X: Tensor, weight: Tensor, A: Tensor, backend: str) -> TorchProducts | TritonProducts:
-    N, K = weight.shape
-    return _planned(X.device, row_bucket(X.shape[0]), N, K, A.shape[0], X.dtype, backend)
+def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
+    """:func:`forward` over a base's ``result``, into its memory; returns S. Eager calls only."""
+    return _forward(x, None, None, result, *adapter, in_place=True)[1]
 
 
-@lru_cache(maxsize=4096)
-def _planned(
-    device: torch.device, M: int, N: int, K: int, rank: int, dtype: torch.dtype, backend: str
-) -> TorchProducts | TritonProducts:
-    plan = plan_for(device, M, N, K, rank, dtype, backend)
-    if plan.strategy == "torch":
-        return torch_only
-    from fastbound.operator.triton_engine import TritonProducts
-
-    return TritonProducts(plan)
+def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
+    """For a tall matrix T [M, ·], in whose dtype the products are computed."""
+    A, B = term.A, term.B
+    shape = (B.shape[0], A.shape[1], A.shape[0], T.dtype, term.backend)
+    return engine_for(plan_key(T.device, T.shape[0], *shape, over_base=over_base))
 
 
 def dS_and_dB(
-    products: TorchProducts | TritonProducts,
+    engine: Engine,
     DY: Tensor,
     SB: Tensor,
     S: Tensor | None,
@@ -188,10 +174,10 @@ def dS_and_dB(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Those that are needed; for both dy is read once."""
     if not need_dB:
-        return (products.thin(DY, SB) if need_dS else None), None
+        return (engine.thin(DY, SB) if need_dS else None), None
     if not need_dS:
-        return None, products.factor_gradient(DY, given(S), B, omega, scaling)
-    return products.thin_and_factor_gradient(DY, SB, given(S), B, omega, scaling)
+        return None, engine.factor_gradient(DY, given(S), B, omega, scaling)
+    return engine.thin_and_factor_gradient(DY, SB, given(S), B, omega, scaling)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -207,27 +193,21 @@ def rows_as_of(x: Tensor, Y: Tensor) -> Tensor:
     return Y if x.dim() == 2 else Y.view(*x.shape[:-1], Y.shape[1]).detach()
 
 
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype is dtype else weight.to(dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def kept(
-    products: TorchProducts | TritonProducts,
-    seed: Tensor | None,
-    dropout: float,
-    M: int,
-    K: int,
-    scaling: float,
-) -> tuple[Tensor | None, float]:
+def kept(engine: Engine, term: Term, M: int) -> tuple[Tensor | None, float]:
     """Dropout's mask as bits, and scaling / (1 - p): S then is that of mask ⊙ x, not divided."""
-    if seed is None:
-        return None, scaling
-    return products.keep_bits(seed, M, K, dropout), scaling / keep_rate(dropout)
+    if term.seed is None:
+        return None, term.scaling
+    keep = engine.keep_bits(term.seed, M, term.A.shape[1], term.dropout)
+    return keep, term.scaling / keep_rate(term.dropout)
 
 
 def scope(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off (operands are in the compute dtype already) and x's device the current one."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_to(x) is not None
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     if not autocast and not elsewhere:
         return nullcontext()
@@ -242,17 +222,17 @@ def scope(x: Tensor) -> AbstractContextManager[object]:
 def check_storage(*tensors: Tensor | None) -> None:
     """Raise for a tensor whose memory was given back, before a kernel is handed its address, 0."""
     for tensor in tensors:
-        if tensor is not None and not tensor.data_ptr() and tensor.numel():
-            raise RuntimeError(
-                f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
-                "it has not gathered it for this module. Make the module that owns it, or one "
-                "around it, the unit that is gathered"
-            )
+        if tensor is None or tensor.data_ptr() or not tensor.numel() or tensor.is_meta:
+            continue
+        raise RuntimeError(
+            f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
+            "it has not gathered it for this module. Make the module that owns it, or one "
+            "around it, the unit that is gathered"
+        )
 
 
 def given(saved: Tensor | None) -> Tensor:
+    """A tensor that must be there: a weight, a base's result, or what a gradient needs."""
     if saved is None:
-        raise RuntimeError(
-            "fastbound::backward: a tensor that the requested gradient needs is missing"
-        )
+        raise RuntimeError("fastbound: a tensor that the requested result needs is missing")
     return saved

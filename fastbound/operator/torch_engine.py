@@ -1,6 +1,6 @@
 """The operator's products in PyTorch operations: the CPU path, and what Triton does not take.
 
-Same contract as ``triton_products``: operands in the compute dtype, the rank zero-padded, scaling
+Same contract as ``triton_engine``: operands in the compute dtype, the rank zero-padded, scaling
 folded into SB, and no [M, N] tensor besides the result. ``keep`` is dropout's mask of the tall
 matrix, as bits (``fastbound/dropout.py``): what it drops is zero in the product.
 """
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fastbound.dispatch.plan import Plan
+from fastbound.operator.call import Factors
 from fastbound.operator.dropout import keep_bits, keep_mask
-from fastbound.truth.formula import wide_dtype
+from fastbound.truth.formula import apply_activation, wide_dtype
 
 _MASKED_ROWS = 512  # masked at a time, so that the copy of them stays in cache
 
 
-def padded_rank(rank: int) -> int:
-    """The width of SA, SB and S: ``max(16, next power of two)``, what a tensor core can take."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-class TorchProducts:
+class TorchEngine:
     """Every product by ``torch.mm`` and its relatives; each reads its tall operand once."""
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self.plan = plan or Plan("torch", "PyTorch's products were asked for")
 
     def keep_bits(self, seed: Tensor, M: int, K: int, p: float) -> Tensor:
         """Dropout's mask of an x [M, K]."""
@@ -75,6 +75,14 @@ class TorchProducts:
         """``thin(T, F)`` and ``factor_gradient(T, G, P)``."""
         return self.thin(T, F), self.factor_gradient(T, G, P, omega, scaling)
 
+    def lowrank_product(self, S: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``S Fᵀ``: S [M, R], F [N, R] -> [M, N]; ``keep`` masks it."""
+        Y = torch.mm(S, F.t())
+        if keep is not None:
+            for y, bits in _rows_at_a_time(Y, keep):
+                y.mul_(keep_mask(bits, F.shape[0]))
+        return Y
+
     def lowrank_gemm(
         self,
         X: Tensor,
@@ -93,7 +101,7 @@ class TorchProducts:
         b = None if bias is None else bias.to(X.dtype)
         if keep is not None:
             Y = linear(X, W, b)
-            for s, bits, y in zip(*(t.split(_MASKED_ROWS) for t in (S, keep, Y)), strict=True):
+            for s, bits, y in _rows_at_a_time(S, keep, Y):
                 y.add_(torch.mm(s, F.t()).mul_(keep_mask(bits, W.shape[0])))
             return Y
         if X.device.type == "cpu":
@@ -101,11 +109,94 @@ class TorchProducts:
         Y = torch.mm(S, F.t()) if b is None else torch.addmm(b, S, F.t())
         return Y.addmm_(X, W.t())
 
+    # An MLP block beyond its layers.
+
+    def activate(
+        self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """H = f(G) ⊙ U [M, N] and H SAᵀ [M, R]."""
+        H = apply_activation(G, activation)
+        if U is not None:
+            H.mul_(U)
+        return H, None if SA is None else self.thin(H, SA.t())
+
+    def activate_backward(
+        self,
+        DH: Tensor,
+        G: Tensor,
+        U: Tensor | None,
+        S: Tensor,
+        DS_down: Tensor | None,
+        gate: Factors,
+        up: Factors | None,
+        down: Factors,
+        activation: str,
+        R: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """DG, DU, [DS_G | DS_U], and the gradients of B of gate and up and of A of down.
+
+        Writes over DH, which nothing else holds.
+        """
+        H = apply_activation(G, activation)
+        DU = None
+        if U is not None:
+            DU = DH * H
+            H.mul_(U)
+            DH.mul_(U)
+        dA_down = None
+        if down.A is not None and DS_down is not None:
+            dA_down = self.factor_gradient(H, DS_down, down.A.t(), down.omega, 1.0).t()
+        del H
+        DG = activation_backward(DH, G, activation)
+        parts: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        for p, D in ((gate, DG), (up, DU)):
+            if p is None or D is None or p.B is None or p.SB is None:
+                gradients.append(None)
+                continue
+            column = R * len(parts)
+            part, gradient = self.thin_and_factor_gradient(
+                D, p.SB, S[:, column : column + R], p.B, p.omega, p.scaling
+            )
+            parts.append(part)
+            gradients.append(gradient)
+        DS = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] if parts else None
+        return DG, DU, DS, gradients[0], gradients[1], dA_down
+
+    def stacked_factor_gradients(
+        self, X: Tensor, DS: Tensor | None, gate: Factors, up: Factors | None, R: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of A of gate and up."""
+        gradients: list[Tensor | None] = []
+        column = 0
+        for p in (gate, up):
+            if p is None or p.A is None or DS is None:
+                gradients.append(None)
+                continue
+            part = DS[:, column : column + R]
+            gradients.append(self.factor_gradient(X, part, p.A.t(), p.omega, 1.0).t())
+            column += R
+        return gradients[0], gradients[1]
+
+
+def activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
+    """``dy ⊙ f'(x)``."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy, x)
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, x, 0)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(dy, x, approximate=approximate)
+
 
 def _masked(T: Tensor, keep: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of ``other`` with those of mask ⊙ T, some at a time."""
-    for t, bits, rows in zip(*(t.split(_MASKED_ROWS) for t in (T, keep, other)), strict=True):
+    for t, bits, rows in _rows_at_a_time(T, keep, other):
         yield rows, t * keep_mask(bits, T.shape[1])
+
+
+def _rows_at_a_time(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(_MASKED_ROWS) for t in tensors), strict=True)
 
 
 def _transposed_product(T: Tensor, G: Tensor) -> Tensor:

@@ -8,24 +8,40 @@ from torch import Tensor
 from fastbound.dispatch.plan import Plan
 from fastbound.kernels.dropout import keep_bits
 from fastbound.kernels.factors import factors
+from fastbound.kernels.gated import (
+    column_blocks,
+    launch_activation,
+    launch_activation_backward,
+    spanned_chunks,
+)
 from fastbound.kernels.lowrank_gemm import is_transposed, lowrank_gemm
-from fastbound.kernels.reduce import reduce, thin_and_reduce
+from fastbound.kernels.reduce import (
+    factor_gradient,
+    launch_finish,
+    reduce,
+    reduced_parts,
+    thin_and_reduce,
+)
 from fastbound.kernels.thin import thin
+from fastbound.kernels.tiles import GemmTile
+from fastbound.operator.call import Factors
 from fastbound.operator.dropout import ROUNDS, threshold
-from fastbound.operator.torch_engine import TorchProducts
+from fastbound.operator.torch_engine import TorchEngine
 
 
-class TritonProducts:
-    """The products of :class:`~fastbound.operator.torch_engine.TorchProducts`, one launcher each."""
+class TritonEngine:
+    """The products of :class:`~fastbound.operator.torch_engine.TorchEngine`, one launcher each."""
 
     def __init__(self, plan: Plan) -> None:
         if plan.tiles is None:
             raise ValueError(f'a plan with strategy "{plan.strategy}" holds no tiles')
+        self.plan = plan
         self._thin, self._reduce = plan.tiles.thin, plan.tiles.reduce
         self._gemm, self._gemm_t = plan.tiles.gemm, plan.tiles.gemm_t
+        self._activate, self._gated = plan.tiles.activate, plan.tiles.gated
         self._fused = plan.strategy == "fused"
         self._multiprocessors = plan.multiprocessors
-        self._torch = TorchProducts()
+        self._torch = TorchEngine()
 
     def keep_bits(self, seed: Tensor, M: int, K: int, p: float) -> Tensor:
         return keep_bits(seed, M, K, threshold(p), ROUNDS)
@@ -54,6 +70,15 @@ class TritonProducts:
     ) -> tuple[Tensor, Tensor]:
         return thin_and_reduce(T, F, G, P, omega, scaling, self._reduce, self._multiprocessors)
 
+    def lowrank_product(self, S: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
+        if keep is None:
+            return self._torch.lowrank_product(S, F)
+        return self._start(S, F, keep, self._gemm_t)
+
+    def _start(self, S: Tensor, F: Tensor, keep: Tensor, tile: GemmTile) -> Tensor:
+        """S Fᵀ masked: where the GEMM starts, and K = 0."""
+        return lowrank_gemm(S[:, :0], F[:, :0], S, F, None, tile, self._multiprocessors, keep)
+
     def lowrank_gemm(
         self,
         X: Tensor,
@@ -68,5 +93,81 @@ class TritonProducts:
             return lowrank_gemm(X, W, S, F, bias, tile, self._multiprocessors, keep)
         if keep is None:
             return self._torch.lowrank_gemm(X, W, S, F, bias)
-        start = (X[:, :0], W[:, :0], S, F, bias, tile, self._multiprocessors, keep)
-        return lowrank_gemm(*start).addmm_(X, W.t())
+        return self._start(S, F, keep, tile).addmm_(X, W.t())
+
+    # An MLP block beyond its layers.
+
+    def activate(
+        self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        H = torch.empty_like(G)
+        F = None if SA is None else SA.t()
+        R = 16 if SA is None else SA.shape[0]
+        P = None if F is None else torch.empty(G.shape[0], R, dtype=G.dtype, device=G.device)
+        launch_activation(G, U, F, H, P, activation, R, self._activate).run()
+        return H, P
+
+    def activate_backward(
+        self,
+        DH: Tensor,
+        G: Tensor,
+        U: Tensor | None,
+        S: Tensor,
+        DS_down: Tensor | None,
+        gate: Factors,
+        up: Factors | None,
+        down: Factors,
+        activation: str,
+        R: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        M, N = G.shape
+        tile = self._gated
+        chunks, chunk = spanned_chunks(M, N, tile, self._multiprocessors)
+        SB_up = None if up is None else up.SB
+        width = R * ((gate.SB is not None) + (SB_up is not None))
+
+        def workspace(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=G.device)
+
+        DG = torch.empty_like(G)
+        DU = None if U is None else torch.empty_like(U)
+        P = workspace(column_blocks(N, tile) if width else 0, M, width)
+        QG, QU, QD = (
+            workspace(0 if absent else chunks, N, R)
+            for absent in (gate.SB is None, SB_up is None, DS_down is None)
+        )
+        launch_activation_backward(
+            DH, G, U, S if width else None, DS_down, gate.SB, SB_up, DG, DU, P, QG, QU, QD,
+            activation, R, chunk, chunks, tile,
+        ).run()  # fmt: skip
+        DS = None
+        if width:
+            DS = torch.empty(M, width, dtype=G.dtype, device=G.device)
+            for column in range(0, width, R):
+                part = slice(column, column + R)
+                launch_finish(P[:, :, part], DS[:, part]).run()
+        dB_gate = dB_up = dA_down = None
+        if gate.B is not None:
+            dB_gate = factor_gradient(QG, gate.B, gate.omega, gate.scaling)
+        if up is not None and up.B is not None:
+            dB_up = factor_gradient(QU, up.B, up.omega, up.scaling)
+        if down.A is not None:
+            dA_down = factor_gradient(QD, down.A.t(), down.omega, 1.0).t()
+        return DG, DU, DS, dB_gate, dB_up, dA_down
+
+    def stacked_factor_gradients(
+        self, X: Tensor, DS: Tensor | None, gate: Factors, up: Factors | None, R: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if DS is None:
+            return None, None
+        Q = reduced_parts(X, None, DS, None, self._reduce, self._multiprocessors)
+        gradients: list[Tensor | None] = []
+        column = 0
+        for p in (gate, up):
+            if p is None or p.A is None:
+                gradients.append(None)
+                continue
+            part = Q[:, :, column : column + R]
+            gradients.append(factor_gradient(part, p.A.t(), p.omega, 1.0).t())
+            column += R
+        return gradients[0], gradients[1]

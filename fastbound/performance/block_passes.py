@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastbound.dispatch.defaults import padded_rank
 from fastbound.kernels.gated import (
     column_blocks,
     launch_activation,
@@ -15,7 +16,6 @@ from fastbound.kernels.gated import (
     spanned_chunks,
 )
 from fastbound.kernels.reduce import launch_finish
-from fastbound.operator.torch_engine import padded_rank
 from fastbound.performance.passes import (
     OMEGA,
     PASSES,

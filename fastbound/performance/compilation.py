@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastbound.dispatch.entries import SHARED_LIMIT
-from fastbound.dispatch.plan import Device, plan
-from fastbound.operator.torch_engine import padded_rank
+from fastbound.dispatch.defaults import padded_rank
+from fastbound.dispatch.device import SHARED_LIMIT, Device
+from fastbound.dispatch.plan import PlanKey, plan
 
 if TYPE_CHECKING:
     from fastbound.kernels.launch import Launch
@@ -123,7 +123,7 @@ def layer_launches(
     from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
 
     device = Device(target_name, TARGETS[target_name].multiprocessors)
-    chosen = plan(device, M, N, K, rank, dtype, "fused")
+    chosen = plan(PlanKey(device, M, N, K, rank, dtype, "fused"))
     tiles, size = chosen.tiles, chosen.multiprocessors
     if tiles is None:
         raise ValueError(f"nothing to compile: {chosen.reason}")
@@ -189,7 +189,7 @@ def block_launches(
     block = Block("any", K, N, activation, gated, bias=False)
     R = padded_rank(rank)
     device = Device(target_name, TARGETS[target_name].multiprocessors)
-    chosen = plan(device, M, N, K, 2 * R, dtype, "fused")
+    chosen = plan(PlanKey(device, M, N, K, 2 * R, dtype, "fused"))
     tiles, size = chosen.tiles, chosen.multiprocessors
     if tiles is None:
         raise ValueError(f"nothing to compile: {chosen.reason}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbound.dispatch.plan import Tiles
+from fastbound.dispatch.defaults import Tiles, padded_rank
 from fastbound.kernels.factors import launch_factors
 from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
@@ -22,7 +22,6 @@ from fastbound.kernels.reduce import (
 )
 from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
 from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.operator.torch_engine import padded_rank
 from fastbound.performance.shapes import Shape
 
 OMEGA = 1.5

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastbound.dispatch.plan import Device, filled_tiles
+from fastbound.dispatch.defaults import filled_tiles, padded_rank
+from fastbound.dispatch.device import Device
 from fastbound.kernels.tiles import Tile
-from fastbound.operator.torch_engine import padded_rank
 from fastbound.performance.shapes import Shape
 
 BF16, FP32 = 2, 4  # bytes of an element of an operand and of a workspace

@@ -47,10 +47,33 @@ def bounded_linear(
     The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype. ``keep``, a
     mask like x, is dropout's: the low-rank term then takes x zeroed where it is False.
     """
+    term = _lowrank_term(x, A, B, omega, keep, x.dtype)
+    return linear(x, weight, bias) + scaling * term
+
+
+def bounded_addition(
+    result: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float = 1.0,
+    omega: float = 1.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """``result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, in result's dtype.
+
+    As :func:`bounded_linear`, whose x Wᵀ + b is ``result`` [..., N] here.
+    """
+    return result + scaling * _lowrank_term(x, A, B, omega, keep, result.dtype)
+
+
+def _lowrank_term(
+    x: Tensor, A: Tensor, B: Tensor, omega: float, keep: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     SA = torch.sin(omega * A.to(wide_dtype(A))).to(x.dtype)  # [r, K]
-    SB = torch.sin(omega * B.to(wide_dtype(B))).to(x.dtype)  # [N, r]
-    kept = x if keep is None else x * keep
-    return linear(x, weight, bias) + scaling * linear(linear(kept, SA), SB)
+    SB = torch.sin(omega * B.to(wide_dtype(B))).to(dtype)  # [N, r]
+    return linear(linear(x if keep is None else x * keep, SA).to(dtype), SB)
 
 
 def wide_dtype(P: Tensor) -> torch.dtype:

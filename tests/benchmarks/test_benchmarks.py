@@ -33,7 +33,7 @@ from benchmarks.static import floor
 from fastbound.performance import prediction as time_model
 from fastbound.performance.memory import saved_bytes
 from fastbound.performance.timing import interleaved
-from fastbound.truth import formula as reference
+from fastbound.truth import formula
 
 CPU = torch.device("cpu")
 TINY = Case(Shape("tiny", "up", 24, 40), 32, "bfloat16", rank=4)
@@ -243,7 +243,7 @@ def test_a_block_without_one_adapter_fails(projection: str) -> None:
         projections, trained = problem.trainable()
         projections[projection] = projections[projection]._replace(scaling=0.0)
         forward = functools.partial(
-            reference.bounded_mlp, **projections, activation=problem.activation
+            formula.bounded_mlp, **projections, activation=problem.activation
         )
         return Layer(forward, trained, "incomplete")
 
@@ -267,7 +267,7 @@ def test_truths_of_a_block_sum_over_all_rows_and_keep_the_first() -> None:
         for name, p in problem.projections.items()
     }
     x64 = x.detach().double().requires_grad_()
-    y = reference.bounded_mlp(x64, **wide, activation="gelu")
+    y = formula.bounded_mlp(x64, **wide, activation="gelu")
     factors = [factor for p in wide.values() for factor in (p.A, p.B)]
     dx, *gradients = torch.autograd.grad(y, (x64, *factors), dy.double())
     whole = [y[:300], dx[:300], *gradients]

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbound
-from fastbound.dispatch.plan import MAX_TRITON_RANK, Device, Plan, filled_tiles, plan, plan_for
-from fastbound.operator.torch_engine import padded_rank
+from fastbound.dispatch.defaults import filled_tiles, padded_rank
+from fastbound.dispatch.device import Device
+from fastbound.dispatch.plan import MAX_TRITON_RANK, Plan, plan_key
+from fastbound.operator.engine import engine_for
+from tests.support.plans import planned
 
 HOPPER = Device("sm_90", 132)
 GPUS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
@@ -30,7 +33,7 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def test_auto_always_has_an_answer_with_valid_tiles(
     architecture: str, M: int, N: int, K: int, rank: int, dtype: torch.dtype
 ) -> None:
-    chosen = plan(Device(architecture, 100), M, N, K, rank, dtype)
+    chosen = planned(Device(architecture, 100), M, N, K, rank, dtype)
     assert chosen.strategy in ("fused", "split", "torch")
     assert chosen.reason
     assert (chosen.tiles is None) == (chosen.strategy == "torch")
@@ -64,7 +67,7 @@ def test_choices_and_their_reasons(
     strategy: str,
     reason: str,
 ) -> None:
-    chosen = plan(device, *shape, rank, dtype)
+    chosen = planned(device, *shape, rank, dtype)
     assert chosen.strategy == strategy
     assert reason in chosen.reason
 
@@ -108,7 +111,7 @@ def test_few_rows_are_one_launch_and_one_chunk(M: int, K: int, sms: int) -> None
 
 def test_descriptors_only_from_hopper_on() -> None:
     def descriptors(architecture: str) -> bool:
-        chosen = plan(Device(architecture, 100), 8192, 4096, 4096, 16, torch.bfloat16)
+        chosen = planned(Device(architecture, 100), 8192, 4096, 4096, 16, torch.bfloat16)
         assert chosen.tiles is not None
         return chosen.tiles.gemm.descriptors
 
@@ -116,18 +119,17 @@ def test_descriptors_only_from_hopper_on() -> None:
 
 
 def test_a_path_asked_for_by_name_runs_or_says_why_not() -> None:
-    assert plan(HOPPER, 64, 64, 64, 8, torch.bfloat16, "split").strategy == "split"
+    assert planned(HOPPER, 64, 64, 64, 8, torch.bfloat16, "split").strategy == "split"
     with pytest.raises(ValueError, match='backend="fused" cannot run here: device cpu'):
-        plan(Device("cpu"), 64, 64, 64, 8, torch.bfloat16, "fused")
+        planned(Device("cpu"), 64, 64, 64, 8, torch.bfloat16, "fused")
     with pytest.raises(ValueError, match="unknown backend 'cublas'"):
-        plan(HOPPER, 64, 64, 64, 8, torch.bfloat16, "cublas")
+        planned(HOPPER, 64, 64, 64, 8, torch.bfloat16, "cublas")
 
 
 def test_rows_enter_in_powers_of_two() -> None:
     cpu = torch.device("cpu")
-    assert plan_for(cpu, 1000, 64, 64, 8, torch.float32) is plan_for(
-        cpu, 1024, 64, 64, 8, torch.float32
-    )
+    few, more = (plan_key(cpu, M, 64, 64, 8, torch.float32) for M in (1000, 1024))
+    assert engine_for(few) is engine_for(more)
 
 
 class TestExplain:
@@ -170,11 +172,11 @@ def test_a_transposed_weight_has_a_tile_of_its_own(
     pytest.importorskip("triton", reason="the kernels need Triton")
     from fastbound.kernels.launch import Launch
 
-    from fastbound.operator.triton_engine import TritonProducts
+    from fastbound.operator.triton_engine import TritonEngine
 
     tiles = filled_tiles(HOPPER, 64, (48, 80), 16, torch.bfloat16)
     tiles = replace(tiles, gemm=GemmTile(32, 64, 32, 4, 2), gemm_t=GemmTile(64, 32, 32, 4, 2))
-    products = TritonProducts(Plan(strategy, "a test", tiles, 4))
+    products = TritonEngine(Plan(strategy, "a test", tiles, 4))
     taken: list[int] = []
     monkeypatch.setattr(Launch, "run", lambda launch: taken.append(launch.constants["BLOCK_M"]))
     x, weight, S = (torch.zeros(*size).bfloat16() for size in ((64, 80), (48, 80), (64, 16)))

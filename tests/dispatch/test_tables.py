@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 import fastbound
 from fastbound.dispatch import tables as plan_tables
+from fastbound.dispatch.device import Device, describe
 from fastbound.dispatch.entries import FORMS, BlockEntry, Entry
-from fastbound.dispatch.plan import Device, describe, plan, plan_for
+from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.dispatch.tables import PlanTable, find_table, read_table, software, write_table
 from tests.support.models import Gated
+from tests.support.plans import planned
 
 HOPPER = Device("sm_90", 132)
 GEMM = GemmTile(128, 128, 64, 8, 4, descriptors=True)
@@ -76,8 +78,8 @@ def test_a_table_is_read_as_it_was_written(folder: Path) -> None:
 
 def test_an_entry_decides_strategy_and_tiles_and_says_where_from(folder: Path) -> None:
     table = read_table(folder / "sm_90.json")
-    chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
-    default = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16)
+    chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
+    default = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16)
     assert chosen.strategy == "split" and default.strategy == "fused"
     assert chosen.tiles is not None and default.tiles is not None
     assert chosen.tiles == replace(
@@ -116,9 +118,9 @@ def test_a_block_takes_its_own_two_tiles_from_an_entry_of_its_form(
     asked = {"M": 8192, "N": 14336, "K": 4096, "rank": 32, "dtype": torch.bfloat16}
     asked = {**asked, "form": "gated silu", **change}
     table = read_table(folder / "sm_90.json")
-    default = plan(HOPPER, **asked, backend="fused").tiles
+    default = planned(HOPPER, **asked, backend="fused").tiles
     for backend in ("auto", "fused"):
-        chosen = plan(HOPPER, **asked, backend=backend, table=table)
+        chosen = planned(HOPPER, **asked, backend=backend, table=table)
         assert default is not None and chosen.tiles is not None
         own = f"; activate and gated measured 2026-01-03 on a card: {BLOCK}, in {table.path}"
         assert chosen.reason.endswith(own) is found
@@ -136,23 +138,23 @@ def test_a_block_without_an_entry_near_says_that_its_own_tiles_are_the_defaults(
     path = folder / "sm_90.json"
     write_table(path, replace(TABLE, entries=(replace(ENTRY, R=32),), blocks=()))
     asked = (8192, 14336, 4096, 32, torch.bfloat16)
-    chosen = plan(HOPPER, *asked, table=read_table(path), form="gated silu")
+    chosen = planned(HOPPER, *asked, table=read_table(path), form="gated silu")
     assert chosen.reason.startswith("measured 2026-01-02 on a card: N 14336")
     assert f"; activate and gated by default: no such block near in {path}" in chosen.reason
-    assert "gated" not in plan(HOPPER, *asked, table=read_table(path)).reason
+    assert "gated" not in planned(HOPPER, *asked, table=read_table(path)).reason
 
 
 def test_the_nearest_block_answers() -> None:
     far = replace(BLOCK, M=2048, activate=Tile(16, 64, 4, 1))
     table = replace(TABLE, blocks=(far, BLOCK))
-    asked = (14336, 4096, 32, torch.bfloat16, "fused", table, "gated silu")
+    asked = (14336, 4096, 32, torch.bfloat16, "fused", "gated silu")
     for M, entry in ((8192, BLOCK), (2000, far)):
-        chosen = plan(HOPPER, M, *asked).tiles
+        chosen = planned(HOPPER, M, *asked, table=table).tiles
         assert chosen is not None and chosen.activate == entry.activate
 
 
 def test_a_path_asked_for_by_name_takes_the_measured_tiles() -> None:
-    chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, "fused", TABLE)
+    chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, "fused", table=TABLE)
     assert chosen.strategy == "fused"
     assert chosen.tiles is not None and (chosen.tiles.gemm, chosen.tiles.gemm_t) == (GEMM, GEMM_T)
 
@@ -174,15 +176,15 @@ def test_a_path_asked_for_by_name_takes_the_measured_tiles() -> None:
 )
 def test_only_shapes_near_an_entry_are_answered_by_it(change: dict[str, Any], found: bool) -> None:
     asked = {"M": 8192, "N": 14336, "K": 4096, "rank": 16, "dtype": torch.bfloat16, **change}
-    assert ("measured" in plan(HOPPER, **asked, table=TABLE).reason) is found
+    assert ("measured" in planned(HOPPER, **asked, table=TABLE).reason) is found
 
 
 def test_the_nearest_of_several_entries_answers() -> None:
     far = replace(ENTRY, M=2048, strategy="torch")
     table = PlanTable("sm_90", "a card", 132, (far, ENTRY))
     asked = (14336, 4096, 16, torch.bfloat16)
-    assert plan(HOPPER, 8192, *asked, table=table).strategy == "split"
-    few = plan(HOPPER, 1500, *asked, table=table)
+    assert planned(HOPPER, 8192, *asked, table=table).strategy == "split"
+    few = planned(HOPPER, 1500, *asked, table=table)
     assert (few.strategy, few.tiles) == ("torch", None)
 
 
@@ -243,7 +245,7 @@ def test_any_shape_gets_a_plan_from_any_table(
 ) -> None:
     table = PlanTable(architecture, "a card", 100, tuple(entries), Path("table.json"))
     table = replace(table, blocks=tuple(blocks))
-    chosen = plan(Device(architecture, 100), M, N, K, rank, dtype, table=table, form=form)
+    chosen = planned(Device(architecture, 100), M, N, K, rank, dtype, table=table, form=form)
     assert chosen.strategy in ("fused", "split", "torch") and chosen.reason
     assert (chosen.tiles is None) == (chosen.strategy == "torch")
     if chosen.tiles is not None:
@@ -308,8 +310,8 @@ def test_a_damaged_table_is_named_and_the_default_used(
     with pytest.warns(UserWarning, match="plan table not used"):
         table = find_table("sm_90", 132, [folder])
     assert table is not None
-    chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
-    assert chosen.tiles == plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16).tiles
+    chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
+    assert chosen.tiles == planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16).tiles
     assert chosen.reason.startswith("default tiles of sm_90 (plan table not used: ")
     assert message in chosen.reason
 
@@ -338,7 +340,7 @@ def test_the_first_folder_goes_before_and_a_damaged_one_gives_way(
     with pytest.warns(UserWarning):
         second = find_table("sm_90", 132, [mine, folder])
     assert second is not None
-    chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=second)
+    chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=second)
     assert chosen.strategy == "split"
     assert str(folder) in chosen.reason and str(mine) in chosen.reason
     assert find_table("sm_80", 108, [mine, folder]) is None
@@ -347,7 +349,7 @@ def test_the_first_folder_goes_before_and_a_damaged_one_gives_way(
 def test_a_table_of_other_versions_is_used_and_they_are_said(folder: Path) -> None:
     write_table(folder / "sm_90.json", replace(TABLE, versions={"triton": "3.0.1"}))
     table = find_table("sm_90", 132, [folder])
-    chosen = plan(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
+    chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
     assert chosen.strategy == "split"
     assert "(measured with triton 3.0.1, here is " in chosen.reason
 
@@ -362,12 +364,12 @@ def explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """What `explain` prints with a table in the user's folder, on its GPU: the lookup, whole."""
     from fastbound.dispatch import plan as plan_module
     from fastbound.models import explanation
-    from fastbound.operator import ops
+    from fastbound.operator.engine import engine_for
 
     monkeypatch.setattr(plan_tables, "user_folder", lambda: folder)
     for module in (explanation, plan_module):
         monkeypatch.setattr(module, "describe", lambda *device: HOPPER)
-    caches = (plan_tables.table_for, plan_module._cached_plan, ops._planned)
+    caches = (plan_tables.table_for, engine_for)
 
     def text(table: PlanTable, module: torch.nn.Module, tokens: int) -> str:
         write_table(folder / "sm_90.json", table)
@@ -411,5 +413,7 @@ def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
 
 
 def test_a_cpu_looks_for_no_table() -> None:
-    assert describe("cpu").architecture in ("cpu", "interpreter")
-    assert plan_for(torch.device("cpu"), 64, 64, 64, 8, torch.bfloat16).strategy == "torch"
+    assert describe(torch.device("cpu")).architecture in ("cpu", "interpreter")
+    assert (
+        plan_for(plan_key(torch.device("cpu"), 64, 64, 64, 8, torch.bfloat16)).strategy == "torch"
+    )

@@ -38,18 +38,21 @@ RUN_BY_CI = {
     ),
 }
 RUN_BY_TESTS = {
-    "pip install .": ("test_packaging.py", "test_installed_from_the_folder"),
+    "pip install .": ("documents/test_packaging.py", "test_installed_from_the_folder"),
     (
         "fastbound evaluate --benchmark tofu --split forget10 --model my-model"
         " --adapter run/adapter --output scores"
-    ): ("unlearning/test_evaluate.py", "test_tofu_from_the_command_line"),
-    "fastbound lab": ("test_stability.py", "test_the_command_writes_summary_and_pictures"),
+    ): ("unlearning/evaluation/test_evaluate.py", "test_tofu_from_the_command_line"),
+    "fastbound lab": (
+        "unlearning/lab/test_stability.py",
+        "test_the_command_writes_summary_and_pictures",
+    ),
     "fastbound tune": (
-        "test_tune.py",
+        "performance/tuning/test_tune.py",
         "test_the_command_tunes_resumes_and_leaves_what_dispatch_reads",
     ),
     "python -m benchmarks.static.compile_report": (
-        "test_compile_report.py",
+        "benchmarks/static/test_compile_report.py",
         "test_every_kernel_compiles_without_faults",
     ),
 }

@@ -15,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.operands import assert_as_exact_as_the_formula, operands, run
+from fastbound.truth import interpreter
+from fastbound.truth.exactness import assert_as_exact_as_the_formula
+from fastbound.truth.operands import layer_operands, run
 
 pytest.importorskip(
     "triton", reason="the kernels need Triton, which has no build for this platform"
@@ -29,9 +31,8 @@ from fastbound.kernels import thin as thin_kernel
 from fastbound.kernels.tiles import GemmTile, Tile
 
 from fastbound import bounded_linear
-from fastbound.operator.torch_engine import padded_rank
-from fastbound.truth import operands as truth
-from fastbound.truth.operands import assert_within_rounding
+from fastbound.dispatch.defaults import padded_rank
+from fastbound.truth.exactness import assert_within_rounding
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -43,14 +44,14 @@ ODD = [(1, 1, 1), (33, 65, 17), (70, 31, 100), (129, 64, 96), (64, 130, 257)]
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
     """What is not written is seen."""
-    with truth.poisoned_empty():
+    with interpreter.poisoned_empty():
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def bf16_dot() -> Iterator[None]:
     """The interpreter's dot takes bf16 as values."""
-    with nullcontext() if GPU else truth.interpreted_bf16():
+    with nullcontext() if GPU else interpreter.interpreted_bf16():
         yield
 
 
@@ -225,13 +226,13 @@ class TestThroughAutograd:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("backend", ["fused", "split"])
     def test_matches_fp64_at_every_rank(self, rank: int, dtype: torch.dtype, backend: str) -> None:
-        o = operands((3, 15, 67), 129, rank, dtype, device=DEVICE)
+        o = layer_operands((3, 15, 67), 129, rank, dtype, device=DEVICE)
         assert_as_exact_as_the_formula(o, bounded_linear, backend=backend)
 
     @settings(deadline=None, max_examples=40)
     @given(data=st.data())
     def test_matches_fp64_on_any_shape(self, data: st.DataObject) -> None:
-        o = operands(
+        o = layer_operands(
             (data.draw(st.integers(1, 300), "M"), data.draw(st.integers(1, 300), "K")),
             data.draw(st.integers(1, 300), "N"),
             data.draw(st.sampled_from(RANKS), "rank"),
@@ -249,7 +250,7 @@ class TestThroughAutograd:
     def test_strided_operands(self, layout: str) -> None:
         from dataclasses import replace
 
-        o = operands((45, 64), 96, 8, torch.float32, device=DEVICE)
+        o = layer_operands((45, 64), 96, 8, torch.float32, device=DEVICE)
         if layout == "expanded dy":
             o = replace(o, dy=torch.ones(1, 1, device=DEVICE).expand(45, 96))
         else:
@@ -258,7 +259,7 @@ class TestThroughAutograd:
         assert_as_exact_as_the_formula(o, bounded_linear, backend="fused")
 
     def test_two_runs_give_the_same_bits(self) -> None:
-        o = operands((100, 96), 160, 8, torch.float16, device=DEVICE)
+        o = layer_operands((100, 96), 160, 8, torch.float16, device=DEVICE)
         first, second = (run(o, bounded_linear, backend="fused") for _ in range(2))
         for name in first:
             assert torch.equal(first[name], second[name]), name
@@ -279,12 +280,14 @@ class TestThroughAutograd:
 
         monkeypatch.setattr(Launch, "run", counted)
         run(
-            operands((40, 48), 64, 8, torch.float32, device=DEVICE), bounded_linear, backend=backend
+            layer_operands((40, 48), 64, 8, torch.float32, device=DEVICE),
+            bounded_linear,
+            backend=backend,
         )
         assert len(launched) == count, launched
 
     def test_empty_x(self) -> None:
-        o = operands((0, 12), 20, 4, torch.float32, device=DEVICE)
+        o = layer_operands((0, 12), 20, 4, torch.float32, device=DEVICE)
         results = run(o, bounded_linear, backend="fused")
         assert results["y"].shape == (0, 20)
         assert not results["dA"].any() and not results["dB"].any()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import fastbound
 from fastbound import bounded_linear
-from fastbound.truth import formula as reference
-from tests.support.operands import assert_as_exact_as_the_formula, operands
+from fastbound.truth import formula
+from fastbound.truth.exactness import assert_as_exact_as_the_formula
+from fastbound.truth.operands import layer_operands
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "split", "fused"]
@@ -31,14 +32,14 @@ def by_autocast(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_base_with_every_adapter(backend, dtype, adapter_dtype, bf16_in_the_interpreter):
-    o = operands((7, 33), 29, 5, dtype, adapter_dtype=adapter_dtype)
+    o = layer_operands((7, 33), 29, 5, dtype, adapter_dtype=adapter_dtype)
     assert_as_exact_as_the_formula(o, bounded_linear, backend=backend)
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_as_if_x_came_in_its_dtype(dtype, base_dtype):
-    o = operands((7, 32), 24, 5, base_dtype)
+    o = layer_operands((7, 32), 24, 5, base_dtype)
     settings = {"scaling": o.scaling, "omega": o.omega}
     for leaf in (o.A, o.B, o.bias):
         leaf.requires_grad_()
@@ -56,8 +57,8 @@ def test_autocast_computes_as_if_x_came_in_its_dtype(dtype, base_dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masters_are_not_rounded_before_the_sine(backend, bf16_in_the_interpreter):
     """At arguments near 20 a bf16 master is off by up to 0.06: the sine would be another one."""
-    o = operands((16, 32), 32, 8, torch.bfloat16, bias=False, magnitude=10.0, omega=2.0)
-    truth = reference.bounded_linear(
+    o = layer_operands((16, 32), 32, 8, torch.bfloat16, bias=False, magnitude=10.0, omega=2.0)
+    truth = formula.bounded_linear(
         *(t.double() for t in (o.x, o.weight, o.A, o.B)), scaling=o.scaling, omega=o.omega
     )
     rounded = replace(o, A=o.A.bfloat16().float(), B=o.B.bfloat16().float())

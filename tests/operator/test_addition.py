@@ -11,9 +11,13 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastbound
-from fastbound.operator.addition import addition_plan, bounded_addition, can_write_into
-from fastbound.truth import formula as reference
-from tests.support.operands import Operands, assert_as_exact_as_the_formula, operands, run
+from fastbound.dispatch.device import Device
+from fastbound.dispatch.plan import plan_key
+from fastbound.operator.engine import engine_for
+from fastbound.operator.function import bounded_addition, can_write_into
+from fastbound.truth import formula
+from fastbound.truth.exactness import assert_as_exact_as_the_formula
+from fastbound.truth.operands import LayerOperands, layer_operands, run
 
 
 def over_linear(x, weight, A, B, bias=None, **settings) -> torch.Tensor:
@@ -25,18 +29,18 @@ def over_linear(x, weight, A, B, bias=None, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("rank", [1, 4, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_as_exact_as_the_formula(dtype, rank, backend, give_up):
-    o = operands((2, 19, 33), 41, rank, dtype)
+    o = layer_operands((2, 19, 33), 41, rank, dtype)
     assert_as_exact_as_the_formula(o, over_linear, backend=backend, give_up=give_up)
 
 
 @pytest.mark.parametrize("shape", [(33,), (0, 33), (2, 3, 5, 33)])
 def test_any_number_of_rows_and_bf16(shape):
-    o = operands(shape, 41, 3, torch.bfloat16)
+    o = layer_operands(shape, 41, 3, torch.bfloat16)
     assert_as_exact_as_the_formula(o, over_linear, give_up=True)
 
 
 def test_gradcheck_in_fp64():
-    o = operands((5, 7), 6, 3, torch.float64, adapter_dtype=torch.float64)
+    o = layer_operands((5, 7), 6, 3, torch.float64, adapter_dtype=torch.float64)
     result = torch.randn(5, 6, dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (result, o.x, o.A, o.B)]
     torch.autograd.gradcheck(
@@ -47,13 +51,13 @@ def test_gradcheck_in_fp64():
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("result_dtype", [torch.float32, torch.bfloat16])
 def test_result_keeps_its_dtype_and_gradients_come_in_each_tensors_own(x_dtype, result_dtype):
-    o = operands((6, 9), 11, 3, torch.float32)
+    o = layer_operands((6, 9), 11, 3, torch.float32)
     result = torch.randn(6, 11).to(result_dtype).requires_grad_()
     x, A, B = (t.clone().requires_grad_() for t in (o.x.to(x_dtype), o.A, o.B))
     y = bounded_addition(result, x, A, B, scaling=o.scaling, omega=o.omega)
     assert y.dtype is result_dtype
     y.backward(o.dy.to(result_dtype))
-    term = reference.bounded_linear(
+    term = formula.bounded_linear(
         x.double(), torch.zeros(11, 9).double(), A.double(), B.double(), scaling=0.7, omega=1.3
     )
     expected = torch.autograd.grad(term, (x, A, B), o.dy.to(result_dtype).double())
@@ -68,7 +72,7 @@ def test_result_keeps_its_dtype_and_gradients_come_in_each_tensors_own(x_dtype, 
 
 
 def test_autocast_casts_x_and_neither_the_masters_nor_the_result():
-    o = operands((6, 9), 11, 3, torch.float32)
+    o = layer_operands((6, 9), 11, 3, torch.float32)
     base = torch.randn(6, 11)
     with torch.autocast("cpu", torch.bfloat16):
         y = bounded_addition(base, o.x, o.A, o.B, scaling=o.scaling, omega=o.omega)
@@ -77,7 +81,7 @@ def test_autocast_casts_x_and_neither_the_masters_nor_the_result():
 
 
 def test_saved_are_x_and_the_thin_product_only():
-    o = operands((64, 32), 48, 4, torch.float32)
+    o = layer_operands((64, 32), 48, 4, torch.float32)
     saved = []
     A, B = o.A.clone().requires_grad_(), o.B.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -88,12 +92,12 @@ def test_saved_are_x_and_the_thin_product_only():
 class TestInPlace:
     """With give_up=True, y takes the memory of a result that nobody else can need."""
 
-    def made(self, shape: tuple[int, ...] = (2, 5, 9)) -> tuple[torch.Tensor, Operands]:
-        o = operands(shape, 11, 3, torch.float32)
+    def made(self, shape: tuple[int, ...] = (2, 5, 9)) -> tuple[torch.Tensor, LayerOperands]:
+        o = layer_operands(shape, 11, 3, torch.float32)
         x = o.x.clone().requires_grad_()
-        return linear(x, o.weight, o.bias), Operands(**{**vars(o), "x": x})
+        return linear(x, o.weight, o.bias), LayerOperands(**{**vars(o), "x": x})
 
-    def add(self, result: torch.Tensor, o: Operands, **settings) -> torch.Tensor:
+    def add(self, result: torch.Tensor, o: LayerOperands, **settings) -> torch.Tensor:
         A = o.A.clone().requires_grad_()
         return bounded_addition(result, o.x, A, o.B, **{"give_up": True, **settings})
 
@@ -155,7 +159,7 @@ class TestInPlace:
 
 @pytest.mark.parametrize("give_up", [False, True])
 def test_compiles_whole_with_dynamic_rows(give_up):
-    o = operands((4, 9), 11, 3, torch.float32)
+    o = layer_operands((4, 9), 11, 3, torch.float32)
 
     def function(x, A, B):
         result = linear(x, o.weight, o.bias)
@@ -173,18 +177,16 @@ def test_compiles_whole_with_dynamic_rows(give_up):
 def test_registered_operators_pass_opcheck():
     operators = torch.ops.fastbound
     result, x = torch.randn(5, 11), torch.randn(5, 9)
-    A, B = torch.randn(3, 9), torch.randn(11, 3)
+    term = (torch.randn(3, 9), torch.randn(11, 3), 0.7, 1.3, "torch", None, 0.0)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    settings = (x, A, B, 0.7, 1.3, "torch", None, 0.0)
-    torch.library.opcheck(operators.add_forward.default, (result, *settings), test_utils=tests)
-    torch.library.opcheck(operators.add_forward_.default, (result, *settings), test_utils=tests)
-    backward = (torch.randn(5, 11), x, torch.randn(5, 16), A, B, torch.float32)
-    backward += (0.7, 1.3, "torch", None, 0.0, True, True, True)
-    torch.library.opcheck(operators.add_backward.default, backward, test_utils=tests)
+    forward = (x, None, None, result, *term)
+    torch.library.opcheck(operators.forward.default, forward, test_utils=tests)
+    backward = (torch.randn(5, 11), x, torch.randn(5, 16), None, torch.float32, True, True, True)
+    torch.library.opcheck(operators.backward.default, (*backward, *term), test_utils=tests)
 
 
 def test_dropout_is_the_operators_own():
-    o = operands((37, 24), 20, 4, torch.float32)
+    o = layer_operands((37, 24), 20, 4, torch.float32)
 
     def same_seed(function):
         def call(*tensors, **settings):
@@ -202,25 +204,25 @@ def test_dropout_is_the_operators_own():
 
 def test_the_products_are_tritons_where_they_can_run_and_never_fused():
     cpu = torch.device("cpu")
-    assert addition_plan(cpu, 64, 32, 32, 4, torch.float32, "split").strategy == "split"
-    assert addition_plan(cpu, 64, 32, 32, 4, torch.float32).strategy == "torch"
-    with mock.patch(
-        "fastbound.dispatch.plan.describe",
-        return_value=fastbound.dispatch.plan.Device("sm_90", 132),
-    ):
+
+    def plan(N, dtype, backend="auto"):
+        return engine_for(plan_key(cpu, 64, N, 32, 4, dtype, backend, over_base=True)).plan
+
+    assert plan(32, torch.float32, "split").strategy == "split"
+    assert plan(32, torch.float32).strategy == "torch"
+    with mock.patch("fastbound.dispatch.plan.describe", return_value=Device("sm_90", 132)):
         for dtype in (torch.bfloat16, torch.float32):
-            plan = addition_plan(cpu, 64, 33, 32, 4, dtype)
-            assert plan.strategy == "split" and plan.tiles is not None
+            assert plan(33, dtype).strategy == "split" and plan(33, dtype).tiles is not None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"result": torch.zeros(4, 11)}, "differ in their rows"),
-        ({"result": torch.zeros(5, 12)}, "do not match"),
-        ({"A": torch.zeros(3, 8)}, "do not match"),
-        ({"B": torch.zeros(11, 4)}, "do not match"),
-        ({"A": torch.zeros(0, 9), "B": torch.zeros(11, 0)}, "expected result"),
+        ({"result": torch.zeros(5, 12)}, r"B \[11, 3\] does not match result \[5, 12\]"),
+        ({"A": torch.zeros(3, 8)}, r"A \[3, 8\] does not match x \[5, 9\]"),
+        ({"B": torch.zeros(11, 4)}, r"B \[11, 4\] does not match A \[3, 9\]"),
+        ({"A": torch.zeros(0, 9), "B": torch.zeros(11, 0)}, "rank must be >= 1"),
         ({"x": torch.zeros(5, 9, device="meta")}, "meta|is on"),
         ({"omega": float("nan")}, "must be finite"),
         ({"backend": "fused"}, "computes x Wᵀ itself"),

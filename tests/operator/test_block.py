@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.performance.memory import saved_bytes
-from fastbound.truth import operands as truth
-from fastbound.truth.block import BlockOperands
-from fastbound.truth.block import assert_block_as_exact as check
+from fastbound.truth import interpreter
+from fastbound.truth.exactness import assert_block_as_exact
 from fastbound.truth.formula import ACTIVATIONS
+from fastbound.truth.operands import BlockOperands
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -28,18 +28,22 @@ RANKS = [1, 4, 8, 16, 32]
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
     """What is not written is seen."""
-    with truth.poisoned_empty():
+    with interpreter.poisoned_empty():
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def bf16_dot() -> Iterator[None]:
     """The interpreter's dot takes bf16 as values."""
-    with nullcontext() if GPU else truth.interpreted_bf16():
+    with nullcontext() if GPU else interpreter.interpreted_bf16():
         yield
 
 
 Block = partial(BlockOperands, device=DEVICE)
+
+
+def check(block: BlockOperands, activation: str, **settings: object) -> None:
+    assert_block_as_exact(block, bounded_mlp, activation, **settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,9 +95,9 @@ def test_matches_fp64_on_any_shape(backend: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("gated", FORMS.values(), ids=FORMS)
 def test_recomputing_gives_the_same_bits(backend: str, gated: bool) -> None:
     block = Block((41, 37), 70, (4, 8, 16), torch.float32, gated=gated)
-    kept = block.run(backend=backend)
-    recomputed = block.run(backend=backend, recompute="gate_up")
-    again = block.run(backend=backend)
+    kept = block.run(bounded_mlp, backend=backend)
+    recomputed = block.run(bounded_mlp, backend=backend, recompute="gate_up")
+    again = block.run(bounded_mlp, backend=backend)
     for name in kept:
         assert torch.equal(kept[name], again[name]), name
         assert torch.equal(kept[name], recomputed[name]), name
@@ -122,7 +126,7 @@ def test_one_row(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_x(backend: str) -> None:
-    results = Block((0, 12), 20, (2, 2, 2), torch.float32).run(backend=backend)
+    results = Block((0, 12), 20, (2, 2, 2), torch.float32).run(bounded_mlp, backend=backend)
     assert results["y"].shape == results["dx"].shape == (0, 12)
     assert not any(results[name].any() for name in results if name.startswith("d"))
 
@@ -142,11 +146,11 @@ def test_saved_bytes(recompute: str | None, tall: int) -> None:
 def test_autocast_casts_x_and_weights_and_never_the_masters() -> None:
     block = Block((33, 40), 56, (4, 4, 4), torch.float32, magnitude=8.0)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        results = block.run()
+        results = block.run(bounded_mlp)
     assert results["y"].dtype is torch.bfloat16
     assert results["dx"].dtype is results["dA up"].dtype is torch.float32
     half = Block((33, 40), 56, (4, 4, 4), torch.bfloat16, magnitude=8.0)
-    torch.testing.assert_close(results["y"], half.run()["y"])
+    torch.testing.assert_close(results["y"], half.run(bounded_mlp)["y"])
 
 
 class TestCompile:
@@ -158,7 +162,7 @@ class TestCompile:
     def test_fullgraph_with_gradients(self, gated: bool) -> None:
         block = Block((2, 7, 12), 20, (4, 0, 2), torch.float32, gated=gated)
         compiled = torch.compile(bounded_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
-        graph, eager = block.run(compiled), block.run()
+        graph, eager = block.run(compiled), block.run(bounded_mlp)
         for name in eager:
             torch.testing.assert_close(graph[name], eager[name])
 
@@ -170,7 +174,7 @@ class TestCompile:
         def checkpointed(*arguments: object) -> torch.Tensor:
             return checkpoint(bounded_mlp, *arguments, use_reentrant=False)
 
-        plain, again = block.run(), block.run(checkpointed)
+        plain, again = block.run(bounded_mlp), block.run(checkpointed)
         assert all(torch.equal(plain[name], again[name]) for name in plain)
 
     def test_registered_operators_pass_opcheck(self) -> None:
@@ -186,7 +190,7 @@ class TestCompile:
         forward = torch.ops.fastbound.mlp_forward.default
         torch.library.opcheck(forward, (x, *tensors, *settings), test_utils=utilities)
         _, G, U, S, S_down = forward(x, *tensors, *settings)
-        backward = (block.dy, x, G, U, S, S_down, *tensors, *settings, True)
+        backward = (block.dy, x, G, U, S, S_down, True, *tensors, *settings)
         torch.library.opcheck(
             torch.ops.fastbound.mlp_backward.default, backward, test_utils=utilities
         )
@@ -247,6 +251,6 @@ def test_launches_of_a_gated_block_with_every_projection_adapted(
         launch(self)
 
     monkeypatch.setattr(Launch, "run", counted)
-    Block((40, 48), 64, (8, 8, 8), torch.float32).run(backend="fused")
+    Block((40, 48), 64, (8, 8, 8), torch.float32).run(bounded_mlp, backend="fused")
     gemms = launched.pop("_pointer_kernel") + launched.pop("_descriptor_kernel", 0)
     assert (gemms, launched.total()) == (5, 19), launched

@@ -14,10 +14,10 @@ import fastbound
 from fastbound import bounded_linear
 from fastbound.operator import dropout
 from fastbound.performance.memory import saved_bytes
-from fastbound.truth import formula as reference
-from fastbound.truth import operands as truth
+from fastbound.truth import formula, interpreter
+from fastbound.truth.exactness import assert_as_exact_as_the_formula
+from fastbound.truth.operands import LayerOperands, layer_operands, run
 from tests.support.models import Gated
-from tests.support.operands import assert_as_exact_as_the_formula, operands, run
 
 BACKENDS = ["torch", "split", "fused", "reference"]
 P = 0.3
@@ -27,7 +27,7 @@ P = 0.3
 def bf16_dot() -> Iterator[None]:
     """The interpreter's dot takes bf16 as values."""
     pytest.importorskip("triton", reason="the kernels need Triton")
-    with truth.interpreted_bf16():
+    with interpreter.interpreted_bf16():
         yield
 
 
@@ -35,18 +35,18 @@ def mask(M: int, K: int, p: float, seed: int = 0) -> Tensor:
     return dropout.keep_mask(dropout.keep_bits(torch.tensor([seed]), M, K, p), K)
 
 
-def dropped(o: truth.Operands, p: float, seed: int) -> Callable[..., Tensor]:
+def dropped(o: LayerOperands, p: float, seed: int) -> Callable[..., Tensor]:
     """The formula with the mask of the next call after ``torch.manual_seed(seed)``."""
     torch.manual_seed(seed)
     M, K = o.x.reshape(-1, o.x.shape[-1]).shape
     bits = dropout.keep_bits(dropout.draw_seed(o.x.device), M, K, p)
     keep = dropout.keep_mask(bits, K).view(o.x.shape)
 
-    def formula(*arguments: Tensor, scaling: float, omega: float) -> Tensor:
+    def masked(*arguments: Tensor, scaling: float, omega: float) -> Tensor:
         scaling /= dropout.keep_rate(p)
-        return reference.bounded_linear(*arguments, scaling=scaling, omega=omega, keep=keep)
+        return formula.bounded_linear(*arguments, scaling=scaling, omega=omega, keep=keep)
 
-    return formula
+    return masked
 
 
 def seeded(seed: int, *arguments: Tensor, **settings: object) -> Tensor:
@@ -107,7 +107,7 @@ class TestMask:
 def test_forward_and_every_gradient_take_one_mask(backend: str, dtype: torch.dtype) -> None:
     """On sizes of more than one tile; the torch path's rows are more than it masks at once."""
     shape, N = ((2, 70, 136), 72) if backend in ("split", "fused") else ((2, 300, 65), 40)
-    o = operands(shape, N, 5, dtype)
+    o = layer_operands(shape, N, 5, dtype)
     formula = dropped(o, P, seed=4)
     ours = partial(seeded, 4, dropout=P, backend=backend)
     assert_as_exact_as_the_formula(o, ours, formula)
@@ -115,14 +115,14 @@ def test_forward_and_every_gradient_take_one_mask(backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("backend", ["split", "fused"])
 def test_odd_sizes_and_wide_ranks(backend: str) -> None:
-    o = operands((71, 67), 35, 40, torch.float32)
+    o = layer_operands((71, 67), 35, 40, torch.float32)
     formula = dropped(o, 0.5, seed=1)
     assert_as_exact_as_the_formula(o, partial(seeded, 1, dropout=0.5, backend=backend), formula)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_call_draws_from_the_default_generator(backend: str) -> None:
-    o = operands((40, 32), 24, 4, torch.float32)
+    o = layer_operands((40, 32), 24, 4, torch.float32)
     function = partial(bounded_linear, dropout=P, backend=backend)
     torch.manual_seed(9)
     first, other = run(o, function), run(o, function)
@@ -133,14 +133,14 @@ def test_each_call_draws_from_the_default_generator(backend: str) -> None:
 
 
 def test_the_mean_over_calls_is_the_operator_without_dropout() -> None:
-    o = operands((6, 16), 12, 4, torch.float64).to(torch.float64)
+    o = layer_operands((6, 16), 12, 4, torch.float64).to(torch.float64)
     ys = torch.stack([run(o, partial(bounded_linear, dropout=P))["y"] for _ in range(1500)])
     error = (ys.mean(0) - run(o, bounded_linear)["y"]).abs()
     assert (error < 5.5 * ys.std(0) / 1500**0.5).all()
 
 
 def test_gradcheck_in_fp64() -> None:
-    o = operands((5, 9), 7, 3, torch.float64, adapter_dtype=torch.float64)
+    o = layer_operands((5, 9), 7, 3, torch.float64, adapter_dtype=torch.float64)
     weight = o.weight.double()
     inputs = [t.double().requires_grad_() for t in (o.x, o.A, o.B, o.bias)]
 
@@ -153,7 +153,7 @@ def test_gradcheck_in_fp64() -> None:
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 def test_saves_a_seed_and_no_mask(backend: str) -> None:
     M, K, N = 128, 96, 256
-    o = operands((M, K), N, 16, torch.bfloat16, bias=False)
+    o = layer_operands((M, K), N, 16, torch.bfloat16, bias=False)
     x, A, B = (t.requires_grad_() for t in (o.x, o.A, o.B))
 
     def call() -> Tensor:
@@ -183,7 +183,7 @@ def test_checkpointing_makes_the_same_mask_again(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_without_a_graph_break_to_the_same_bits(backend: str) -> None:
-    o = operands((2, 7, 12), 10, 4, torch.float32)
+    o = layer_operands((2, 7, 12), 10, 4, torch.float32)
     function = partial(bounded_linear, dropout=P)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     torch.manual_seed(5)
@@ -198,7 +198,7 @@ def test_compiles_without_a_graph_break_to_the_same_bits(backend: str) -> None:
 @pytest.mark.parametrize("take", ["operator", "layer", "from_linear", "inject", "block"])
 def test_a_dropout_out_of_range_is_refused_before_anything_changes(p: object, take: str) -> None:
     linear, block = torch.nn.Linear(6, 4), Gated(K=6, N=10)
-    o = operands((3, 6), 4, 2, torch.float32)
+    o = layer_operands((3, 6), 4, 2, torch.float32)
     calls: dict[str, Callable[[], object]] = {
         "operator": lambda: bounded_linear(o.x, o.weight, o.A, o.B, dropout=p),
         "layer": lambda: fastbound.FusedBoundedLinear(6, 4, 2, dropout=p),

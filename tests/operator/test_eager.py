@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbound import bounded_linear
-from fastbound.operator import eager, ops
+from fastbound.operator import autograd, ops
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.truth.formula import Projection
 
@@ -67,7 +67,7 @@ def test_an_eager_call_meets_no_operator(
         raise AssertionError("the operator was called")
 
     for name in ("forward", "backward"):
-        monkeypatch.setattr(ops, name, eager.direct(fail, getattr(ops, f"_{name}")))
+        monkeypatch.setattr(ops, name, autograd.direct(fail, getattr(ops, f"_{name}")))
     assert len(gradients(*operands)) == 3
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fastbound import bounded_linear
 from fastbound.performance.memory import saved_bytes
-from fastbound.truth import formula as reference
-from tests.support.operands import assert_as_exact_as_the_formula, operands, run
+from fastbound.truth import formula
+from fastbound.truth.exactness import assert_as_exact_as_the_formula
+from fastbound.truth.operands import layer_operands, run
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = [1, 3, 4, 8, 16, 24, 64]
@@ -19,13 +20,13 @@ RANKS = [1, 3, 4, 8, 16, 24, 64]
 @pytest.mark.parametrize("rank", [*RANKS, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_fp64_at_every_rank(rank: int, dtype: torch.dtype) -> None:
-    o = operands((5, 13, 67), 129, rank, dtype)
+    o = layer_operands((5, 13, 67), 129, rank, dtype)
     assert_as_exact_as_the_formula(o, bounded_linear, backend="torch")
 
 
 def test_fp64_agrees_with_the_formula_in_fp64() -> None:
-    o = operands((5, 13, 67), 129, 8, torch.float64).to(torch.float64)
-    ours, truth = run(o, bounded_linear), run(o, reference.bounded_linear)
+    o = layer_operands((5, 13, 67), 129, 8, torch.float64).to(torch.float64)
+    ours, truth = run(o, bounded_linear), run(o, formula.bounded_linear)
     for name in truth:
         torch.testing.assert_close(ours[name], truth[name], rtol=1e-12, atol=1e-12)
 
@@ -37,7 +38,7 @@ def test_matches_fp64_on_any_shape(data: st.DataObject) -> None:
     leading = data.draw(st.lists(st.integers(1, 7), min_size=0, max_size=2), "leading")
     rows = data.draw(st.lists(size, max_size=1), "rows")
     K, N = data.draw(size, "K"), data.draw(size, "N")
-    o = operands(
+    o = layer_operands(
         (*leading, *rows, K),
         N,
         data.draw(st.sampled_from(RANKS), "rank"),
@@ -69,7 +70,7 @@ STRIDES = {"transposed": _transposed, "every other column": _every_other}
 def test_strided_operands_give_the_same_bits_as_contiguous_ones(operand: str, layout: str) -> None:
     from dataclasses import replace
 
-    o = operands((3, 11, 40), 56, 8, torch.float32)
+    o = layer_operands((3, 11, 40), 56, 8, torch.float32)
     strided = replace(o, **{operand: STRIDES[layout](getattr(o, operand))})
     assert not getattr(strided, operand).is_contiguous()
     assert_as_exact_as_the_formula(strided, bounded_linear, backend="torch")
@@ -77,7 +78,7 @@ def test_strided_operands_give_the_same_bits_as_contiguous_ones(operand: str, la
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_the_factors_come_in_their_own_dtype(adapter_dtype: torch.dtype) -> None:
-    o = operands((9, 32), 24, 4, torch.bfloat16, adapter_dtype=adapter_dtype)
+    o = layer_operands((9, 32), 24, 4, torch.bfloat16, adapter_dtype=adapter_dtype)
     results = run(o, bounded_linear, backend="torch")
     assert results["dA"].dtype == results["dB"].dtype == adapter_dtype
     assert_as_exact_as_the_formula(o, bounded_linear, backend="torch")
@@ -85,7 +86,7 @@ def test_gradients_of_the_factors_come_in_their_own_dtype(adapter_dtype: torch.d
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck_in_fp64(backend: str) -> None:
-    o = operands((4, 7), 5, 3, torch.float64, adapter_dtype=torch.float64)
+    o = layer_operands((4, 7), 5, 3, torch.float64, adapter_dtype=torch.float64)
     inputs = [t.double().requires_grad_() for t in (o.x, o.A, o.B, o.bias)]
 
     def function(x, A, B, bias):
@@ -97,7 +98,7 @@ def test_gradcheck_in_fp64(backend: str) -> None:
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    o = operands((64, 96), 160, 8, torch.bfloat16)
+    o = layer_operands((64, 96), 160, 8, torch.bfloat16)
     first, second = (run(o, bounded_linear, backend="torch") for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -105,7 +106,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 12), (3, 0, 12), (12,)])
 def test_empty_and_one_dimensional_x(shape: tuple[int, ...]) -> None:
-    o = operands(shape, 20, 4, torch.float32)
+    o = layer_operands(shape, 20, 4, torch.float32)
     results = run(o, bounded_linear)
     assert results["y"].shape == (*shape[:-1], 20)
     assert results["dx"].shape == shape
@@ -117,7 +118,7 @@ def test_empty_and_one_dimensional_x(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("needs", ["x", "A", "B", "xA", "xB", "AB", "bias"])
 def test_only_the_gradients_asked_for_are_computed(needs: str) -> None:
-    o = operands((6, 10), 14, 4, torch.float64).to(torch.float64)
+    o = layer_operands((6, 10), 14, 4, torch.float64).to(torch.float64)
     names = ["bias"] if needs == "bias" else list(needs)
     tensors = {"x": o.x, "A": o.A, "B": o.B, "bias": o.bias}
     for name in names:
@@ -126,7 +127,7 @@ def test_only_the_gradients_asked_for_are_computed(needs: str) -> None:
         tensors["x"], o.weight, tensors["A"], tensors["B"], tensors["bias"], scaling=0.7, omega=1.3
     )
     got = torch.autograd.grad(y, [tensors[name] for name in names], o.dy)
-    truth = run(o, reference.bounded_linear)
+    truth = run(o, formula.bounded_linear)
     for name, gradient in zip(names, got, strict=True):
         torch.testing.assert_close(gradient, truth["db" if name == "bias" else f"d{name}"])
 
@@ -136,7 +137,7 @@ def test_saved_bytes_are_x_and_the_thin_product_and_peft_keeps_more() -> None:
     from fastbound.performance.profiling.baselines import peft_linear
 
     M, K, N, rank = 128, 96, 256, 16
-    o = operands((M, K), N, rank, torch.bfloat16, bias=False)
+    o = layer_operands((M, K), N, rank, torch.bfloat16, bias=False)
     x, A, B = (t.requires_grad_() for t in (o.x, o.A, o.B))
 
     fused = saved_bytes(lambda: bounded_linear(x, o.weight, A, B), [o.weight, A, B])
@@ -153,7 +154,7 @@ def test_saved_bytes_are_x_and_the_thin_product_and_peft_keeps_more() -> None:
 
 
 def test_backward_twice_over_a_retained_graph() -> None:
-    o = operands((8, 12), 10, 4, torch.float32)
+    o = layer_operands((8, 12), 10, 4, torch.float32)
     x, A, B = (t.requires_grad_() for t in (o.x, o.A, o.B))
     y = bounded_linear(x, o.weight, A, B)
     first = torch.autograd.grad(y, (x, A, B), o.dy, retain_graph=True)
@@ -162,7 +163,7 @@ def test_backward_twice_over_a_retained_graph() -> None:
 
 
 def test_second_derivative_is_refused_not_wrong() -> None:
-    o = operands((8, 12), 10, 4, torch.float32)
+    o = layer_operands((8, 12), 10, 4, torch.float32)
     x, dy = o.x.requires_grad_(), o.dy.requires_grad_()
     y = bounded_linear(x, o.weight, o.A, o.B)
     (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
@@ -173,16 +174,16 @@ def test_second_derivative_is_refused_not_wrong() -> None:
 class TestAutocast:
     def test_casts_x_and_never_the_masters(self) -> None:
         """Masters that bf16 would round to one value must still differ."""
-        o = operands((33, 48), 40, 4, torch.float32, magnitude=8.0)
+        o = layer_operands((33, 48), 40, 4, torch.float32, magnitude=8.0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = bounded_linear(o.x, o.weight, o.A, o.B, o.bias, scaling=0.7, omega=1.3)
-        half = operands((33, 48), 40, 4, torch.bfloat16, magnitude=8.0)
+        half = layer_operands((33, 48), 40, 4, torch.bfloat16, magnitude=8.0)
         expected = bounded_linear(half.x, half.weight, o.A, o.B, half.bias, scaling=0.7, omega=1.3)
         assert y.dtype is torch.bfloat16
         torch.testing.assert_close(y, expected)
 
     def test_gradients_reach_fp32_leaves(self) -> None:
-        o = operands((33, 48), 40, 4, torch.float32)
+        o = layer_operands((33, 48), 40, 4, torch.float32)
         x, A, B = (t.requires_grad_() for t in (o.x, o.A, o.B))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = bounded_linear(x, o.weight, A, B)
@@ -190,7 +191,7 @@ class TestAutocast:
         assert [g.dtype for g in gradients] == [torch.float32] * 3
 
     def test_fp64_is_left_alone(self) -> None:
-        o = operands((4, 6), 5, 2, torch.float64)
+        o = layer_operands((4, 6), 5, 2, torch.float64)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert bounded_linear(o.x, o.weight, o.A, o.B).dtype is torch.float64
 
@@ -198,14 +199,14 @@ class TestAutocast:
 class TestCompile:
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_fullgraph_with_gradients_and_dynamic_rows(self, backend: str) -> None:
-        o = operands((2, 7, 12), 10, 4, torch.float32)
+        o = layer_operands((2, 7, 12), 10, 4, torch.float32)
 
         @torch.compile(fullgraph=True, dynamic=True, backend=backend)
         def function(x, A, B):
             return bounded_linear(x, o.weight, A, B, o.bias, scaling=0.7, omega=1.3).relu()
 
         for rows in (7, 11):
-            r = operands((2, rows, 12), 10, 4, torch.float32)
+            r = layer_operands((2, rows, 12), 10, 4, torch.float32)
             x, A, B = (t.requires_grad_() for t in (r.x, o.A, o.B))
             got = torch.autograd.grad(function(x, A, B), (x, A, B), r.dy)
             eager = bounded_linear(x, o.weight, A, B, o.bias, scaling=0.7, omega=1.3).relu()
@@ -229,14 +230,14 @@ class TestCompile:
             torch.testing.assert_close(a, b)
 
     def test_registered_operators_pass_opcheck(self) -> None:
-        o = operands((2, 7, 12), 10, 4, torch.float32)
+        o = layer_operands((2, 7, 12), 10, 4, torch.float32)
         utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         dropout = (torch.tensor([7]), 0.25)
-        arguments = (o.x, o.weight, o.bias, o.A, o.B, 0.7, 1.3, "torch", *dropout)
+        term = (o.A, o.B, 0.7, 1.3, "torch", *dropout)
+        arguments = (o.x, o.weight, o.bias, None, *term)
         torch.library.opcheck(torch.ops.fastbound.forward.default, arguments, test_utils=utilities)
         _, S = torch.ops.fastbound.forward(*arguments)
-        saved = (o.x, S, o.weight, o.A, o.B)
-        backward = (o.dy, *saved, 0.7, 1.3, "torch", *dropout, True, True, True)
+        backward = (o.dy, o.x, S, o.weight, torch.float32, True, True, True, *term)
         torch.library.opcheck(torch.ops.fastbound.backward.default, backward, test_utils=utilities)
 
     def test_export_with_a_dynamic_dimension(self) -> None:
@@ -251,7 +252,7 @@ class TestCompile:
 
 class TestBadInput:
     def call(self, **changes: object) -> None:
-        o = operands((5, 12), 10, 4, torch.float32)
+        o = layer_operands((5, 12), 10, 4, torch.float32)
         arguments = {"x": o.x, "weight": o.weight, "A": o.A, "B": o.B, "bias": o.bias} | changes
         bounded_linear(**arguments)
 

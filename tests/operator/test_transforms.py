@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import fastbound
 from fastbound import bounded_linear
 from fastbound.operator.block_function import bounded_mlp
-from fastbound.truth import formula as reference
+from fastbound.truth import formula
 from fastbound.truth.formula import Projection
 
 torch.manual_seed(0)
@@ -24,17 +24,17 @@ DOWN = torch.randn(12, 10, dtype=torch.float64)
 OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (
         lambda x, A, B: bounded_linear(x, W, A, B),
-        lambda x, A, B: reference.bounded_linear(x, W, A, B),
+        lambda x, A, B: formula.bounded_linear(x, W, A, B),
     ),
     "plain block": (
         lambda x, A, B: bounded_mlp(x, Projection(W, None, A, B), Projection(DOWN)),
-        lambda x, A, B: reference.bounded_mlp(x, Projection(W, None, A, B), Projection(DOWN)),
+        lambda x, A, B: formula.bounded_mlp(x, Projection(W, None, A, B), Projection(DOWN)),
     ),
     "gated block": (
         lambda x, A, B: bounded_mlp(
             x, Projection(W, None, A, B), Projection(DOWN), Projection(W / 2)
         ),
-        lambda x, A, B: reference.bounded_mlp(
+        lambda x, A, B: formula.bounded_mlp(
             x, Projection(W, None, A, B), Projection(DOWN), Projection(W / 2)
         ),
     ),

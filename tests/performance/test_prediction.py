@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.report import rows as report
 from benchmarks.report.readme import read_checks, readme_section
 from benchmarks.static import model
-from fastbound.dispatch.plan import Device
+from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import (
     BF16,
     DATASHEET,

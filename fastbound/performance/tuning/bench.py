@@ -9,9 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastbound.dispatch.plan import Device, Plan, Tiles
-from fastbound.operator.torch_engine import TorchProducts, padded_rank
-from fastbound.operator.triton_engine import TritonProducts
+from fastbound.dispatch.defaults import Tiles, padded_rank
+from fastbound.dispatch.device import Device
+from fastbound.dispatch.plan import Plan
+from fastbound.operator.torch_engine import TorchEngine
+from fastbound.operator.triton_engine import TritonEngine
 from fastbound.performance.block_passes import BlockOperands, operands_at
 from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import OMEGA, Candidate, Operands, linear_truth, require_truth
@@ -27,7 +29,7 @@ _Binary = tuple[str, str, int, str]
 
 
 class DeviceBench:
-    """A :class:`fastbound.performance.tuning.tune.Bench`. On a CPU kernels are interpreted: times mean nothing.
+    """The :class:`~.tune.Bench` of a device. On a CPU kernels are interpreted: times mean nothing.
 
     ``say`` is told of what takes long.
     """
@@ -89,9 +91,9 @@ class DeviceBench:
         steps: dict[str, Callable[[int], object]] = {}
         faults: dict[str, str] = {}
         for name in ("fused", "split", "torch"):
-            products: TorchProducts | TritonProducts = TorchProducts()
+            products: TorchEngine | TritonEngine = TorchEngine()
             if name != "torch":
-                products = TritonProducts(Plan(name, "tuning", tiles, o.multiprocessors))
+                products = TritonEngine(Plan(name, "tuning", tiles, o.multiprocessors))
             try:
                 for (result, expected), value in zip(
                     truth.items(), _forward_and_backward(o, products), strict=True
@@ -126,14 +128,14 @@ def _binary(name: str, candidate: Candidate, point: Point) -> _Binary:
     return name, str(candidate), padded_rank(point.rank), form
 
 
-def _step(o: Operands, products: TorchProducts | TritonProducts, turn: int) -> object:
+def _step(o: Operands, products: TorchEngine | TritonEngine, turn: int) -> object:
     return _forward_and_backward(o, products)
 
 
 def _forward_and_backward(
-    o: Operands, products: TorchProducts | TritonProducts
+    o: Operands, products: TorchEngine | TritonEngine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, dx, dA and dB by the products of a plan, as ``fastbound.operator.ops`` strings them together."""
+    """y, dx, dA and dB by the products of a plan, as ``operator.ops`` strings them together."""
     R = o.SA.shape[0]
     SA, SB = products.factors(o.A, o.B, o.scaling, OMEGA, o.x.dtype, R)
     S = products.thin(o.x, SA.t())

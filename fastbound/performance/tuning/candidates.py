@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastbound.dispatch.defaults import Tiles, default_tiles, filled_tiles, padded_rank
+from fastbound.dispatch.device import Device
 from fastbound.dispatch.entries import fits
-from fastbound.dispatch.plan import MAX_BLOCK_RANK, Device, Tiles, default_tiles, filled_tiles
+from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.operator.torch_engine import padded_rank
 from fastbound.performance.passes import Candidate, default_candidate
 from fastbound.performance.prediction import Ceilings
 from fastbound.performance.shapes import Block, Shape

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from fastbound.dispatch.plan import describe
+    from fastbound.dispatch.device import describe
     from fastbound.dispatch.tables import software, user_folder
     from fastbound.performance.prediction import datasheet_of
     from fastbound.performance.tuning.bench import DeviceBench
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastbound.performance.tuning.tune import start_table, tune
 
     device = torch.device("cuda", torch.cuda.current_device())
-    described = describe(device.type, device.index)
+    described = describe(device)
     name = torch.cuda.get_device_name(device)
     machine = Machine(described, name, datasheet_of(name), software())
     path = arguments.output or user_folder() / f"{described.architecture}.json"

@@ -18,10 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
+from fastbound.dispatch.defaults import Tiles, padded_rank
 from fastbound.dispatch.entries import BlockEntry, Entry
-from fastbound.dispatch.plan import Tiles
 from fastbound.dispatch.tables import PlanTable, read_table, require_same_gpu, write_table
-from fastbound.operator.torch_engine import padded_rank
 from fastbound.performance.passes import Candidate
 from fastbound.performance.shapes import Block
 from fastbound.performance.tuning.candidates import Machine, Point, shortlist

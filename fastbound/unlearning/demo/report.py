@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastbound
 from fastbound.models.ranks import RankAllocation
 from fastbound.unlearning.demo.cost import Comparison
+from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import RESULT, read_json, replace, write_json
 
 REPORT = "report.json"
@@ -69,20 +65,6 @@ def write_report(
     )
     draw(folder / PICTURE, runs)
     return "\n".join([*table(runs), *cost_lines(cost)])
-
-
-def environment() -> dict[str, Any]:
-    """What the figures were taken on."""
-    cuda = torch.cuda.is_available()
-    return {
-        "fastbound": fastbound.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
 
 
 def table(runs: Sequence[Run]) -> list[str]:

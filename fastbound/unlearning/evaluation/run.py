@@ -22,7 +22,6 @@ from torch import nn
 import fastbound
 from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import Encoded
-from fastbound.unlearning.demo.report import environment
 from fastbound.unlearning.evaluation import BENCHMARKS, score_muse, score_tdec, score_tofu
 from fastbound.unlearning.evaluation import summary as summaries
 from fastbound.unlearning.evaluation.session import Pieces, Session
@@ -33,6 +32,7 @@ from fastbound.unlearning.metrics.conventions import (
     check_convention,
 )
 from fastbound.unlearning.metrics.logs import FORGET, losses, read_log
+from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import RunFolder, fingerprint, read_json, write_json
 
 LOGS = {"tofu": "eval_log_aggregated.json", "muse": "muse_log.json", "tdec": "tdec_log.json"}

@@ -25,12 +25,13 @@ from benchmarks.report import compare, facts
 from benchmarks.report import rows as report
 from benchmarks.report.summary import summary
 from benchmarks.rivals.calls import measure_calls
-from fastbound.dispatch.plan import Device, plan
+from fastbound.dispatch.device import Device
 from fastbound.performance.block_passes import BLOCK_PASSES
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.performance.passes import PASSES, default_candidate
 from fastbound.performance.tuning import sweep as tile_sweep
 from fastbound.performance.tuning.candidates import candidates
+from tests.support.plans import planned
 
 CPU = torch.device("cpu")
 
@@ -270,7 +271,7 @@ def test_the_cases_of_a_gpu_cover_what_they_must() -> None:
 
 
 def test_the_first_candidate_of_a_sweep_is_the_default_and_none_is_there_twice() -> None:
-    chosen = plan(Device("sm_90", 132), 8192, 14336, 4096, 16, torch.bfloat16, "fused").tiles
+    chosen = planned(Device("sm_90", 132), 8192, 14336, 4096, 16, torch.bfloat16, "fused").tiles
     assert chosen is not None
     for name in (*PASSES, *BLOCK_PASSES):
         found = candidates(name, chosen)

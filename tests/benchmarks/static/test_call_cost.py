@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the launches are Triton's")
 
 from benchmarks.static import call_cost
-from fastbound.dispatch.plan import interpreting
+from fastbound.truth.interpreter import interpreting
 
 
 @pytest.mark.skipif(

@@ -37,7 +37,7 @@ from benchmarks.static.traffic import (
     N,
     Passes,
 )
-from fastbound.dispatch.plan import Device
+from fastbound.dispatch.device import Device
 from fastbound.performance import prediction as time_model
 from fastbound.performance.shapes import Shape
 

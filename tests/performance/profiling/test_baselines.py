@@ -245,6 +245,7 @@ def test_missing_private_surface_names_the_peft_version(monkeypatch: pytest.Monk
 
 
 def test_importing_baselines_does_not_import_peft() -> None:
-    code = "import sys, fastbound.performance.profiling.baselines; print({'peft', 'transformers'} & set(sys.modules))"
+    code = "import sys, fastbound.performance.profiling.baselines"
+    code += "; print({'peft', 'transformers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbound.cli import main
-from fastbound.dispatch.plan import Device, Tiles, default_tiles, plan
+from fastbound.dispatch.defaults import Tiles, default_tiles
+from fastbound.dispatch.device import Device
 from fastbound.dispatch.tables import find_table, read_table
 from fastbound.performance.block_passes import BLOCK_PASSES
 from fastbound.performance.passes import PASSES, Candidate
@@ -34,6 +35,7 @@ from fastbound.performance.tuning.candidates import (
 )
 from fastbound.performance.tuning.tile_model import tile_seconds
 from fastbound.performance.tuning.tune import TIMED, Timings, best_strategy, start_table, tune
+from tests.support.plans import planned
 
 HOPPER = Machine(Device("sm_90", 132), "a card", DATASHEET["h100"], {"torch": "1", "triton": "2"})
 LLAMA = linear_shapes("llama-3-8b")
@@ -95,7 +97,7 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert len(tuned.table.blocks) == len(TODO) - len(LAYERS) == 2
     table = find_table("sm_90", 132, [tmp_path])
     shape = LLAMA[0]
-    chosen = plan(HOPPER.device, 8192, shape.N, shape.K, 16, torch.bfloat16, table=table)
+    chosen = planned(HOPPER.device, 8192, shape.N, shape.K, 16, torch.bfloat16, table=table)
     assert chosen.strategy == "fused" and "on a card" in chosen.reason
     assert chosen.tiles is not None
     assert str(chosen.tiles.gemm).startswith("256x128x64")
@@ -109,11 +111,11 @@ def test_a_block_then_runs_with_its_own_tiles(tmp_path: Path) -> None:
     run(FakeBench(fastest="64x128"), path)  # a tile of the forward's list alone
     run(FakeBench(fastest="32x32"), tmp_path / "other.json")  # and of the backward's
     asked = (8192, BLOCK.N, BLOCK.K, 32, torch.bfloat16, "fused")
-    default = plan(HOPPER.device, *asked).tiles
+    default = planned(HOPPER.device, *asked).tiles
     assert default is not None
     for name, kind, other in (("sm_90", "activate", "gated"), ("other", "gated", "activate")):
         table = read_table(tmp_path / f"{name}.json")
-        chosen = plan(HOPPER.device, *asked, table, form="gated silu").tiles
+        chosen = planned(HOPPER.device, *asked, table=table, form="gated silu").tiles
         assert chosen is not None
         tile = str(getattr(chosen, kind))
         assert tile.startswith("64x128" if kind == "activate" else "32x32")
@@ -129,7 +131,7 @@ def test_every_pass_is_timed_with_the_default_first(tmp_path: Path) -> None:
     for name, point, chosen in bench.swept:
         rank, form = (32, BLOCK.form) if point.shape == BLOCK else (16, None)
         asked = (point.M, point.shape.N, point.shape.K, rank, torch.bfloat16, "fused")
-        dispatched = plan(HOPPER.device, *asked, form=form).tiles
+        dispatched = planned(HOPPER.device, *asked, form=form).tiles
         assert point.default_tiles(HOPPER.device, torch.bfloat16) == dispatched
         kind = next(kind for kind, names in point.kinds.items() if name in names)
         assert chosen[0].tile == getattr(dispatched, kind)

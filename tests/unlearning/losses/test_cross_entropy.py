@@ -11,13 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbound
 from fastbound.performance.memory import saved_bytes
-from fastbound.unlearning import InputError, UnlearnConfig, unlearn
+from fastbound.unlearning import InputError, UnlearnConfig, evaluate, unlearn
 from fastbound.unlearning.data.encoding import IGNORED, Batch, encode_all
 from fastbound.unlearning.losses import cross_entropy
 from fastbound.unlearning.losses.chunked import CHUNK
 from fastbound.unlearning.losses.cross_entropy import WHOLE, choose_cross_entropy
 from fastbound.unlearning.losses.objective import Objective
-from fastbound.unlearning.metrics import answers as evaluate
 from fastbound.unlearning.training.loop import _Run
 from tests.support.models import stir
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fastbound
-from fastbound.unlearning import Encoded, collate, encode, gradient_difference
+from fastbound.unlearning import Encoded, collate, encode, evaluate, gradient_difference
 from fastbound.unlearning.data.encoding import IGNORED, encode_all
-from fastbound.unlearning.metrics import answers as evaluate
 
 
 def gradients(model):

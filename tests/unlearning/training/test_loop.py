@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import fastbound
-from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, unlearn
+from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate, unlearn
 from fastbound.unlearning.data.encoding import encode_all
 from fastbound.unlearning.losses.objective import Objective
-from fastbound.unlearning.metrics import answers as evaluate
 
 FAST = UnlearnConfig(lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu")
 

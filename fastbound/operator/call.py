@@ -1,0 +1,180 @@
+"""One call: what an adapter brings, what a block is made of, and the checks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbound.dispatch.defaults import padded_rank
+from fastbound.dispatch.plan import BACKENDS
+from fastbound.operator.partition import GATHER, partition
+from fastbound.truth.formula import Projection
+
+# How the registered operators take them.
+TERM_SCHEMA = (
+    "Tensor A, Tensor B, float scaling, float omega, str backend,"
+    " Tensor? seed=None, float dropout=0.0"
+)
+BLOCK_SCHEMA = (
+    ", ".join(
+        f"Tensor? {name}_weight, Tensor? {name}_bias, Tensor? {name}_A, Tensor? {name}_B"
+        for name in ("gate", "up", "down")
+    )
+    + ", float[] scalings, float[] omegas, str activation, str backend"
+)
+
+
+class Term(NamedTuple):
+    """The low-rank term ``scaling · (drop(x) sin(omega·A)ᵀ) sin(omega·B)ᵀ`` of one call.
+
+    A [r, K], B [N, r]. ``seed`` is None where nothing is dropped; else ``dropout`` is p.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    omega: float
+    backend: str = "auto"
+    seed: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def R(self) -> int:
+        """The width of SA, SB and S."""
+        return padded_rank(self.A.shape[0])
+
+
+class BlockCall(NamedTuple):
+    """An MLP block's projections and settings, in the order in which the operators take them.
+
+    ``gate`` is a plain block's first projection, and its ``up`` is None.
+    """
+
+    gate: Projection
+    up: Projection | None
+    down: Projection
+    activation: str
+    backend: str = "auto"
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> BlockCall:
+        """From the flat arguments that :meth:`flat` makes."""
+        *tensors, scalings, omegas, activation, backend = arguments
+        gate, up, down = (
+            None
+            if tensors[4 * i] is None
+            else Projection(*tensors[4 * i : 4 * i + 4])._replace(scaling=s, omega=omega)
+            for i, (s, omega) in enumerate(zip(scalings, omegas, strict=True))
+        )
+        if gate is None or down is None:
+            raise RuntimeError("fastbound::mlp: a block needs its first and its last projection")
+        return cls(gate, up, down, activation, backend)
+
+    def flat(self) -> tuple[Any, ...]:
+        """Twelve tensors, scalings, omegas, activation and backend: what autograd can see into."""
+        three = self.projections()
+        tensors = [t for p in three for t in ((None,) * 4 if p is None else p[:4])]
+        scalings = [1.0 if p is None else float(p.scaling) for p in three]
+        omegas = [1.0 if p is None else float(p.omega) for p in three]
+        return (*tensors, scalings, omegas, self.activation, self.backend)
+
+    def projections(self) -> tuple[Projection, Projection | None, Projection]:
+        """gate, up and down."""
+        return self.gate, self.up, self.down
+
+    def tensors(self) -> list[Tensor]:
+        """All that the block holds."""
+        return [t for p in self.projections() if p is not None for t in p[:4] if t is not None]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the adapted projections."""
+        return tuple(p.A.shape[0] for p in self.projections() if p is not None and p.A is not None)
+
+    @property
+    def R(self) -> int:
+        """The width that the thin products share: the largest padded rank."""
+        return padded_rank(max(self.ranks, default=1))
+
+
+class Factors(NamedTuple):
+    """One projection, made ready: weight [N, K] in the compute dtype, SA [R, K] and SB [N, R]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    SA: Tensor | None
+    SB: Tensor | None
+    scaling: float
+    omega: float
+
+
+def autocast_to(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast, where it is on, casts x; None elsewhere."""
+    if x.dtype is torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def check_operands(
+    x: Tensor,
+    term: Term,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    result: Tensor | None = None,
+) -> None:
+    """Raise what the operator documents of a call with a weight, or with a base's result."""
+    if term.backend not in BACKENDS:
+        raise ValueError(f"unknown backend {term.backend!r}: choose one of {', '.join(BACKENDS)}")
+    # Not math.isfinite: torch.compile traces this with symbolic floats. inf - inf is a NaN.
+    if term.scaling - term.scaling != 0 or term.omega - term.omega != 0:
+        raise ValueError(f"scaling and omega must be finite, got {term.scaling} and {term.omega}")
+    A, B = term.A, term.B
+    named = {"x": x, "weight": weight, "A": A, "B": B, "bias": bias, "result": result}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        spread = partition(tensor)
+        if spread is not None:
+            raise ValueError(f"{name} {spread}: {GATHER}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no storage: load it first")
+    kind, base = ("weight [N, K]", weight) if result is None else ("result [..., N]", result)
+    wrong_dims = (
+        A.dim() != 2 or B.dim() != 2 or x.dim() < 1 or (weight is not None and weight.dim() != 2)
+    )
+    if base is None or base.dim() < 1 or wrong_dims:
+        shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in named.items() if t is not None)
+        raise ValueError(f"expected x [..., K], {kind}, A [r, K], B [N, r]; got {shapes}")
+    at = f"{kind.split()[0]} {list(base.shape)}"
+    K, (rank, K_of_A), (N_of_B, rank_of_B) = x.shape[-1], A.shape, B.shape
+    N = base.shape[0] if weight is not None else base.shape[-1]
+    if weight is not None and weight.shape[1] != K:
+        raise ValueError(f"x {list(x.shape)} does not match {at}: K differs")
+    if result is not None and result.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"x {list(x.shape)} and {at} differ in their rows")
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got A {list(A.shape)}")
+    if K_of_A != K:
+        other = f"x {list(x.shape)}" if weight is None else at
+        raise ValueError(f"A {list(A.shape)} does not match {other}: K differs")
+    if N_of_B != N:
+        raise ValueError(f"B {list(B.shape)} does not match {at}: N differs")
+    if rank_of_B != rank:
+        raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
+        raise ValueError(f"bias {list(bias.shape)} does not match {at}: expected [{N}]")
+    if weight is not None and weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but the operator returns no gradient for it: "
+            "call weight.requires_grad_(False), or train it through a plain layer"
+        )
