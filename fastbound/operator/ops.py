@@ -35,7 +35,7 @@ library.define(
 )
 
 
-def _forward(
+def compute_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -63,7 +63,7 @@ def _forward(
         return rows_as_of(base, torch.addmm(rows(base), S.to(base.dtype), SB.t())), S
 
 
-def _backward(
+def compute_backward(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
@@ -140,18 +140,18 @@ def with_empty(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("forward", _forward, _device)
-    library.impl("backward", with_empty(_backward), _device)
+    library.impl("forward", compute_forward, _device)
+    library.impl("backward", with_empty(compute_backward), _device)
 torch.library.register_fake("fastbound::forward", _fake_forward, lib=library)
 torch.library.register_fake("fastbound::backward", _fake_backward, lib=library)
 
-forward = direct(torch.ops.fastbound.forward.default, _forward)
-backward = direct(torch.ops.fastbound.backward.default, _backward)
+forward = direct(torch.ops.fastbound.forward.default, compute_forward)
+backward = direct(torch.ops.fastbound.backward.default, compute_backward)
 
 
 def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
     """:func:`forward` over a base's ``result``, into its memory; returns S. Eager calls only."""
-    return _forward(x, None, None, result, *adapter, in_place=True)[1]
+    return compute_forward(x, None, None, result, *adapter, in_place=True)[1]
 
 
 def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
