@@ -157,8 +157,11 @@ def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
 def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
     """For a tall matrix T [M, ·], in whose dtype the products are computed."""
     A, B = term.A, term.B
-    shape = (B.shape[0], A.shape[1], A.shape[0], T.dtype, term.backend)
-    return engine_for(plan_key(T.device, T.shape[0], *shape, over_base=over_base))
+    rank, K = A.shape
+    key = plan_key(
+        T.device, T.shape[0], B.shape[0], K, rank, T.dtype, term.backend, None, over_base
+    )
+    return engine_for(key)
 
 
 def dS_and_dB(

@@ -57,7 +57,7 @@ class Directions(NamedTuple):
 def recording(device: Device) -> Iterator[list[Call]]:
     """Collects what is called inside over meta tensors, planned as on ``device``."""
     with pretending(device), recorded() as launches:
-        calls: list[Call] = launches  # type: ignore[assignment]
+        calls: list[Call] = launches
         with _Operations(calls):
             yield calls
 
@@ -118,8 +118,7 @@ def block_calls(
     with recording(device) as forward:
         _, G, U, S, S_down = block_ops.compute_forward(x, *call)
     with recording(device) as backward:
-        U = U if gated else None
-        block_ops.compute_backward(dy, x, G, U, S, S_down, True, *call)
+        block_ops.compute_backward(dy, x, G, U if gated else None, S, S_down, True, *call)
     return Directions(forward, backward)
 
 
