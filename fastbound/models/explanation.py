@@ -204,9 +204,14 @@ def _layer_plan(
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
-        return torch.get_autocast_dtype(device.type)
-    return dtype
+    # Autocast knows no meta device.
+    if (
+        dtype is torch.float64
+        or device.type == "meta"
+        or not torch.is_autocast_enabled(device.type)
+    ):
+        return dtype
+    return torch.get_autocast_dtype(device.type)
 
 
 def _tile_lines(plan: Plan, in_block: bool) -> Iterator[str]:
