@@ -89,19 +89,19 @@ class BoundedAdapter(nn.Module):
         give_up: bool = False,
     ) -> Tensor:
         """x [..., K], weight [N, K], bias [N] -> [..., N]; or a ``result`` for weight and bias."""
-        settings: dict[str, Any] = {
+        term: dict[str, Any] = {
             "scaling": self.scaling,
             "omega": self.omega,
             "backend": self.backend,
             "dropout": self.dropout if self.training else 0.0,
         }
         if result is not None:
-            return bounded_addition(result, x, self.A, self.B, give_up=give_up, **settings)
+            return bounded_addition(result, x, self.A, self.B, give_up=give_up, **term)
         if weight is None:
             raise ValueError(
                 "the adapter needs a weight to fuse with, or a base's result to add to"
             )
-        return bounded_linear(x, weight, self.A, self.B, bias, **settings)
+        return bounded_linear(x, weight, self.A, self.B, bias, **term)
 
     def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
         """result + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ, for a ``result`` [..., N] that a base made of x.

@@ -1,4 +1,4 @@
-"""One linear layer for another: which can be replaced, and the replacing, all or nothing."""
+"""One layer for another: which linear ones can be adapted, and the replacing, all or nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def refusal(model: nn.Module, name: str) -> str | None:
 
 
 def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
-    """Replace the named layers by `adapted(layer, settings[name])`.
+    """Adapt the named layers: fused with their weight, or over the layer where it must be.
 
     Freezes all other parameters. All layers are made before the first is put in place; when one
     refuses its settings, the model is left as it was.
@@ -62,7 +62,8 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
     try:
         for name, each in settings.items():
             layer = model.get_submodule(name)
-            made[layer] = adapted(layer, each)
+            kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
+            made[layer] = kind.with_settings(layer, each)
     except BaseException:
         for parameter in trained:  # the layers made so far have frozen the weights they share
             parameter.requires_grad_(True)
@@ -70,12 +71,6 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
     for parameter in trained:
         parameter.requires_grad_(False)
     swap(model, made)
-
-
-def adapted(layer: nn.Module, settings: AdapterSettings) -> FusedBoundedLinear:
-    """The layer with its adapter: fused with its weight, or over the layer where it must be."""
-    kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
-    return kind.with_settings(layer, settings)
 
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

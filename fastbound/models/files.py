@@ -153,7 +153,7 @@ def _names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end)]
 
 
-def of_model(model: nn.Module) -> dict[str, str | None]:
+def model_fields(model: nn.Module) -> dict[str, str | None]:
     """What both configs say of the model.
 
     ``task_type`` is PEFT's word for what it is, which its AutoPeftModelForCausalLM asks for;

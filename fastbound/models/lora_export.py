@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastbound.layers.base import Adapted
 from fastbound.models.adapted import adapted_layers
-from fastbound.models.files import encoded, of_model, unwrapped, write_adapter
+from fastbound.models.files import encoded, model_fields, unwrapped, write_adapter
 from fastbound.truth.formula import wide_dtype
 
 
@@ -53,7 +53,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     first = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
-        **of_model(model),
+        **model_fields(model),
         "r": first.adapter.rank,
         "lora_alpha": first.adapter.bound,
         "lora_dropout": 0.0,

@@ -20,7 +20,7 @@ from fastbound.models.files import (
     PEFT_TYPE,
     SavedLayer,
     encoded,
-    of_model,
+    model_fields,
     read_adapter,
     tensor_key,
     unwrapped,
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     data = encoded(tensors)
     config = {
         "peft_type": PEFT_TYPE,
-        **of_model(model),
+        **model_fields(model),
         "format_version": FORMAT_VERSION,
         "fastbound_version": __version__,
         "r": statistics.mode(layer.rank for layer in layers.values()),

@@ -119,7 +119,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
                         "NaNs detected in the merged weights. "
                         f"The adapter {name} seems to be broken"
                     )
-                self._set_weight(merged)
+                self.base_layer.weight.data = merged
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.fastbound_ab:
-                self._set_weight(self._moved_weight(name, -1))
+                self.base_layer.weight.data = self._moved_weight(name, -1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the layout of the base weight."""
@@ -146,9 +146,6 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
                 "can be merged: load the model without quantisation first"
             )
         return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
-
-    def _set_weight(self, weight: Tensor) -> None:
-        self.base_layer.weight.data = weight
 
     def __repr__(self) -> str:
         return "fastbound." + super().__repr__()
