@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """None: benchmarks run one at a time, in this process, or they would measure each other."""
+    return 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[CASES] = {}
