@@ -51,7 +51,7 @@ RUN_BY_TESTS = {
         "performance/tuning/test_tune.py",
         "test_the_command_tunes_resumes_and_leaves_what_dispatch_reads",
     ),
-    "python -m benchmarks.static.compile_report": (
+    "python -m benchmarks.compile_report": (
         "benchmarks/static/test_compile_report.py",
         "test_every_kernel_compiles_without_faults",
     ),
