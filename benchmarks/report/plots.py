@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.rows import MIB, Row
+from benchmarks.report.rows import MIB, BenchmarkRow
 from fastbound.performance.profiling import report as profile_report
 
 COLOURS = {
@@ -19,7 +19,7 @@ COLOURS = {
 OTHER = "#999999"
 
 
-def draw(device: str, rows: Sequence[Row], output: Path, stem: str) -> list[Path]:
+def draw(device: str, rows: Sequence[BenchmarkRow], output: Path, stem: str) -> list[Path]:
     """Write `<stem>-time.png` and `<stem>-saved.png` into `output` and return their paths.
 
     The first shows the cases that have a frozen layer to compare with, and is left out if none has.
@@ -62,7 +62,7 @@ def _save(figure: Any, title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
+def _time_over_floor(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
     """A row of panels per shape, a column per direction; the line at 1 is the frozen layer."""
     shapes = _unique([row.shape for row in rows])
     directions = _unique([row.direction for row in rows])
@@ -89,7 +89,7 @@ def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
     _save(figure, f"Time over the frozen layer, {device}", path)
 
 
-def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
+def _lines_over_tokens(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
     for name in _unique([row.competitor for row in rows]):
         points = sorted((row for row in rows if row.competitor == name), key=lambda row: row.M)
         tokens = [row.M for row in points]
@@ -111,7 +111,7 @@ def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) 
     axes.grid(axis="y", alpha=0.3)
 
 
-def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
+def _bars(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
     names = [row.competitor for row in rows]
     ratios = [row.median / floor[row.M] for row in rows]
     below = [(row.median - row.q1) / floor[row.M] for row in rows]
@@ -128,7 +128,7 @@ def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
     axes.set_xlabel("time / frozen")
 
 
-def _saved_bytes(device: str, rows: Sequence[Row], path: Path) -> None:
+def _saved_bytes(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
     """Bytes per token: one panel per shape, at its largest number of tokens."""
     shapes = _unique([row.shape for row in rows])
     figure, panels = _panel_grid(len(shapes), 1, 7.0, 2.4)
