@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from benchmarks.gpu_check.session import Session, Step
 from benchmarks.report.rows import BenchmarkRow
 from benchmarks.rivals.calls import measure_calls
 from benchmarks.rivals.cases import (
@@ -25,7 +26,7 @@ from benchmarks.rivals.cases import (
     Shape,
 )
 from benchmarks.rivals.competitors import BLOCK_COMPETITORS, LAYER_COMPETITORS, Competitor
-from benchmarks.rivals.measuring import Measurement, measure
+from benchmarks.rivals.measuring import Measurement, described, measure
 from fastbound.dispatch.defaults import Tiles
 from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_ops import block_key
@@ -41,9 +42,6 @@ from fastbound.performance.passes import (
 from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.performance.tuning.candidates import candidates
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_check.session import Session, Step
 
 LEFT_OUT = "compiled"  # minutes of compiling, case by case
 FIRST_TOKENS = (8192, 1024, 32768)
@@ -138,25 +136,8 @@ def _compared(
 def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[BenchmarkRow]:
     for direction, seconds in measurement.samples.items():
         q1, median, q3 = quartiles(seconds)
-        yield BenchmarkRow(
-            model=case.shape.model,
-            projection=case.shape.projection,
-            M=case.M,
-            K=case.shape.K,
-            N=case.shape.N,
-            rank=case.rank,
-            dtype=case.dtype,
-            direction=direction,
-            competitor=name,
-            path=measurement.path,
-            saved_bytes=measurement.saved_bytes,
-            peak_bytes=measurement.peak_bytes,
-            median=median,
-            q1=q1,
-            q3=q3,
-            min=min(seconds),
-            rounds=len(seconds),
-        )
+        stats = {"median": median, "q1": q1, "q3": q3, "min": min(seconds), "rounds": len(seconds)}
+        yield BenchmarkRow.of(described(case, name, direction, measurement), stats)
 
 
 def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,23 @@ def measure(
         name, direction = key.split(" ")
         results[name].samples[direction] = seconds
     return results
+
+
+def described(
+    case: Case, competitor: str, direction: str, measurement: Measurement
+) -> dict[str, Any]:
+    """All of a benchmark's row but the statistics."""
+    return {
+        **asdict(case.shape),
+        "M": case.M,
+        "rank": case.rank,
+        "dtype": case.dtype,
+        "direction": direction,
+        "competitor": competitor,
+        "path": measurement.path,
+        "saved_bytes": measurement.saved_bytes,
+        "peak_bytes": measurement.peak_bytes,
+    }
 
 
 def _steps(

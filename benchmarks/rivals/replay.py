@@ -7,7 +7,7 @@ its function, and its statistics, JSON and comparisons then work on exactly thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 from benchmarks.report.rows import BenchmarkRow
 from benchmarks.rivals.cases import Case
 from benchmarks.rivals.competitors import Competitor
-from benchmarks.rivals.measuring import Measurement
+from benchmarks.rivals.measuring import Measurement, described
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,7 @@ def replayed(
         raise measurement.failure
     samples = measurement.samples[direction]
     benchmark.group = f"{case} {direction}"
-    benchmark.extra_info.update(
-        asdict(case.shape),
-        M=case.M,
-        rank=case.rank,
-        dtype=case.dtype,
-        direction=direction,
-        competitor=competitor_name,
-        path=measurement.path,
-        saved_bytes=measurement.saved_bytes,
-        peak_bytes=measurement.peak_bytes,
-    )
+    benchmark.extra_info.update(described(case, competitor_name, direction, measurement))
     benchmark.pedantic(playback, setup=play(samples), rounds=len(samples))
     if benchmark.enabled:
         rows.append(BenchmarkRow.of(benchmark.extra_info, benchmark.stats.stats.as_dict()))
