@@ -6,7 +6,7 @@ compared bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -124,6 +124,15 @@ class BlockCase:
         _assert_same(run(o, call), run(o, call), run(o, call, recompute="gate_up"))
 
 
+def _assert_kernels(
+    launch: Callable[[], tuple[Tensor, ...]], truths: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Each result against its truth and the sum of magnitudes behind it; the same bits twice."""
+    for (expected, terms), got, again in zip(truths, launch(), launch(), strict=True):
+        assert_within_rounding(got, expected, terms)
+        assert_same_bits(got, again)
+
+
 @dataclass(frozen=True)
 class GemmCase:
     """X Wᵀ + S Fᵀ + bias by one tile; ``transposed`` is the gradient of x."""
@@ -147,16 +156,14 @@ class GemmCase:
         W = draw(K, N).t() if self.transposed else draw(N, K)
         F = draw(R, N).t() if self.transposed else draw(N, R)
         bias = None if self.transposed else draw(N)
-        first, second = (
-            lowrank_gemm(X, W, S, F, bias, self.tile, describe(device).multiprocessors)
-            for _ in range(2)
-        )
         x, w, s, f = (t.double() for t in (X, W, S, F))
         expected, terms = x @ w.T + s @ f.T, x.abs() @ w.abs().T + s.abs() @ f.abs().T
         if bias is not None:
             expected, terms = expected + bias.double(), terms + bias.double().abs()
-        assert_within_rounding(first, expected, terms)
-        assert_same_bits(first, second)
+        programs = describe(device).multiprocessors
+        _assert_kernels(
+            lambda: (lowrank_gemm(X, W, S, F, bias, self.tile, programs),), [(expected, terms)]
+        )
 
 
 @dataclass(frozen=True)
@@ -201,28 +208,25 @@ class TallCase:
     def check(self, device: torch.device) -> None:
         dtype, M, N, R = DTYPES[self.dtype], self.M, self.N, padded_rank(self.rank)
         chosen = plan_for(plan_key(device, M, N, N, self.rank, dtype, "fused"))
-        if chosen.tiles is None:
+        tiles = chosen.tiles
+        if tiles is None:
             raise Unavailable(chosen.reason)
         draw = drawing(dtype, device=device)
         T, F, G = draw(M, N), draw(N, R), draw(M, R)
         angle = draw(N, self.rank).float()
-        arguments = (angle, 1.3, 0.7, chosen.tiles.reduce, chosen.multiprocessors)
-        first, second = (
-            (
-                thin(T, F, chosen.tiles.thin, chosen.multiprocessors),
-                *thin_and_reduce(T, F, G, *arguments),
-                reduce(T, G, *arguments),
-            )
-            for _ in range(2)
-        )
+        arguments = (angle, 1.3, 0.7, tiles.reduce, chosen.multiprocessors)
         t, f, g = T.double(), F.double(), G[:, : self.rank].double()
         cosine = 0.7 * 1.3 * torch.cos((angle * 1.3).double())
         product, products = t @ f, t.abs() @ f.abs()
         gradient, gradients = cosine * (t.T @ g), cosine.abs() * (t.abs().T @ g.abs())
-        truths = ((product, products), (product, products), *[(gradient, gradients)] * 2)
-        for (expected, terms), got, again in zip(truths, first, second, strict=True):
-            assert_within_rounding(got, expected, terms)
-            assert_same_bits(got, again)
+        _assert_kernels(
+            lambda: (
+                thin(T, F, tiles.thin, chosen.multiprocessors),
+                *thin_and_reduce(T, F, G, *arguments),
+                reduce(T, G, *arguments),
+            ),
+            [(product, products)] * 2 + [(gradient, gradients)] * 2,
+        )
 
 
 @dataclass(frozen=True)
