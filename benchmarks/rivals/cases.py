@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastbound.performance.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape
-from fastbound.truth.operands import BlockOperands, LayerOperands, block_operands, layer_operands
+from fastbound.truth.operands import Operands, block_operands, layer_operands
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -26,7 +26,7 @@ class Case:
     def __str__(self) -> str:
         return f"{self.shape}-{self.M}-{self.dtype}-r{self.rank}"
 
-    def operands(self, device: torch.device) -> LayerOperands | BlockOperands:
+    def operands(self, device: torch.device) -> Operands:
         """Random: y of unit variance, each adapter's output about as large as the frozen one's."""
         shape, rank = self.shape, self.rank
         x, N, dtype = (self.M, shape.K), shape.N, DTYPES[self.dtype]

@@ -25,9 +25,8 @@ from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.block_ops import block_key
 from fastbound.performance.profiling import baselines
 from fastbound.truth.formula import Projection
-from fastbound.truth.operands import BlockOperands, LayerOperands
+from fastbound.truth.operands import BlockOperands, Operands
 
-Operands = LayerOperands | BlockOperands
 Linear = Callable[[Tensor], Tensor]
 
 

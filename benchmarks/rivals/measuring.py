@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.cases import Case
-from benchmarks.rivals.competitors import Competitor, Contender, Operands
+from benchmarks.rivals.competitors import Competitor, Contender
 from fastbound.performance.memory import peak_bytes, saved_bytes
 from fastbound.performance.timing import interleaved, stopwatch_for
 from fastbound.truth.exactness import CORRECT, exact, require_truth
-from fastbound.truth.operands import drawing
+from fastbound.truth.operands import Operands, drawing
 
 DIRECTIONS = ("forward", "forward+backward")
 WARMUP_ROUNDS = 3  # on a CPU, where a round takes seconds, one: the check warms up once more

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from benchmarks.report.rows import MIB, markdown_table
 from benchmarks.rivals.cases import LLAMA_1K, MODEL_BLOCKS, Block, Case
-from benchmarks.rivals.competitors import FROZEN, Build, Operands, operator, peft, peft_projection
+from benchmarks.rivals.competitors import FROZEN, Build, operator, peft, peft_projection
 from fastbound.performance.memory import saved_bytes
+from fastbound.truth.operands import Operands
 
 BLOCKS = (LLAMA_1K, *(b for b in MODEL_BLOCKS if b.model in ("gpt-neo-125m", "phi-1.5")))
 TOKENS = 16

@@ -16,7 +16,6 @@ from benchmarks.rivals.competitors import (
     LAYER_COMPETITORS,
     Competitor,
     Contender,
-    Operands,
 )
 from benchmarks.rivals.measuring import measure
 from benchmarks.rivals.products import PRODUCTS, product_operands
@@ -24,7 +23,7 @@ from benchmarks.rivals.replay import play, playback, recorded_time
 from fastbound.performance import prediction as time_model
 from fastbound.performance.memory import saved_bytes
 from fastbound.truth import formula
-from fastbound.truth.operands import LayerOperands
+from fastbound.truth.operands import LayerOperands, Operands
 
 CPU = torch.device("cpu")
 TINY = Case(Shape("tiny", "up", 24, 40), 32, "bfloat16", rank=4)
