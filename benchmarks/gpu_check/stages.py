@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from benchmarks.report.rows import Row
-from benchmarks.rivals.block import MLP_COMPETITORS
+from benchmarks.gpu_check.session import Session, Step
+from benchmarks.report.rows import BenchmarkRow
 from benchmarks.rivals.calls import measure_calls
 from benchmarks.rivals.cases import (
     DTYPES,
@@ -26,8 +25,8 @@ from benchmarks.rivals.cases import (
     Case,
     Shape,
 )
-from benchmarks.rivals.layer import COMPETITORS, Competitor
-from benchmarks.rivals.measuring import Measurement, measure
+from benchmarks.rivals.competitors import BLOCK_COMPETITORS, LAYER_COMPETITORS, Competitor
+from benchmarks.rivals.measuring import Measurement, described, measure
 from fastbound.dispatch.defaults import Tiles
 from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_ops import block_key
@@ -40,12 +39,9 @@ from fastbound.performance.passes import (
     default_candidate,
     factors,
 )
-from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.performance.tuning.candidates import candidates
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_check.session import Session, Step
 
 LEFT_OUT = "compiled"  # minutes of compiling, case by case
 FIRST_TOKENS = (8192, 1024, 32768)
@@ -91,12 +87,18 @@ def benchmark_steps(session: Session) -> list[Step]:
     calls = [small] if tiny else [small, replace(single[0], M=1024)]
 
     return [
-        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in first),
+        *(
+            (f"layer {case}", partial(_compared, session, case, LAYER_COMPETITORS))
+            for case in first
+        ),
         *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in single),
         *((f"calls {case}", partial(_call_rows, session, case)) for case in calls),
-        *((f"block {case}", partial(_compared, session, case, MLP_COMPETITORS)) for case in blocks),
+        *(
+            (f"block {case}", partial(_compared, session, case, BLOCK_COMPETITORS))
+            for case in blocks
+        ),
         *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in blocks),
-        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in rest),
+        *((f"layer {case}", partial(_compared, session, case, LAYER_COMPETITORS)) for case in rest),
     ]
 
 
@@ -131,28 +133,11 @@ def _compared(
     return {"rows": rows, "skipped": skipped}
 
 
-def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[Row]:
+def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[BenchmarkRow]:
     for direction, seconds in measurement.samples.items():
-        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
-        yield Row(
-            model=case.shape.model,
-            projection=case.shape.projection,
-            M=case.M,
-            K=case.shape.K,
-            N=case.shape.N,
-            rank=case.rank,
-            dtype=case.dtype,
-            direction=direction,
-            competitor=name,
-            path=measurement.path,
-            saved_bytes=measurement.saved_bytes,
-            peak_bytes=measurement.peak_bytes,
-            median=median,
-            q1=q1,
-            q3=q3,
-            min=min(seconds),
-            rounds=len(seconds),
-        )
+        q1, median, q3 = quartiles(seconds)
+        stats = {"median": median, "q1": q1, "q3": q3, "min": min(seconds), "rounds": len(seconds)}
+        yield BenchmarkRow.of(described(case, name, direction, measurement), stats)
 
 
 def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
@@ -182,7 +167,7 @@ def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
     samples = interleaved(steps, rounds=rounds, stopwatch=kernel_stopwatch(device))
     rows = []
     for name, seconds in samples.items():
-        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        q1, median, q3 = quartiles(seconds)
         flops, nbytes = work[name]
         least = None if session.ceilings is None else session.ceilings.seconds(flops, nbytes)
         rows.append(

@@ -15,16 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report.rows import MIB, markdown_table
-from benchmarks.rivals.block import (
-    BlockProblem,
-    frozen,
-    fused,
-    make_block_problem,
-    peft,
-    peft_projection,
-)
-from benchmarks.rivals.cases import LLAMA_1K, MODEL_BLOCKS, Block
+from benchmarks.rivals.cases import LLAMA_1K, MODEL_BLOCKS, Block, Case
+from benchmarks.rivals.competitors import FROZEN, Build, operator, peft, peft_projection
 from fastbound.performance.memory import saved_bytes
+from fastbound.truth.operands import Operands
 
 BLOCKS = (LLAMA_1K, *(b for b in MODEL_BLOCKS if b.model in ("gpt-neo-125m", "phi-1.5")))
 TOKENS = 16
@@ -61,29 +55,28 @@ def hugging_face(block: Block) -> tuple[nn.Module, dict[str, str]]:
     return module.to(torch.bfloat16).requires_grad_(False), names
 
 
-def _hf_frozen(block: Block, problem: BlockProblem) -> tuple[Callable[[Tensor], Tensor], Any]:
+Column = Callable[[Block, Operands], tuple[Callable[[Tensor], Tensor], Any]]
+
+
+def _hf_frozen(block: Block, o: Operands) -> tuple[Callable[[Tensor], Tensor], Any]:
     module, _ = hugging_face(block)
     return module, module.parameters()
 
 
-def _hf_peft(
-    adapter_dtype: torch.dtype,
-) -> Callable[[Block, BlockProblem], tuple[Callable[[Tensor], Tensor], Any]]:
-    def build(block: Block, problem: BlockProblem) -> tuple[Callable[[Tensor], Tensor], Any]:
+def _hf_peft(adapter_dtype: torch.dtype) -> Column:
+    def build(block: Block, o: Operands) -> tuple[Callable[[Tensor], Tensor], Any]:
         module, names = hugging_face(block)
         for name, attribute in names.items():
-            setattr(module, attribute, peft_projection(problem.projections[name], adapter_dtype))
+            setattr(module, attribute, peft_projection(o.projections[name], adapter_dtype))
         return module, module.parameters()
 
     return build
 
 
-def _plain(
-    make: Callable[[BlockProblem], Any],
-) -> Callable[[Block, BlockProblem], tuple[Callable[[Tensor], Tensor], Any]]:
-    def build(block: Block, problem: BlockProblem) -> tuple[Callable[[Tensor], Tensor], Any]:
-        layer = make(problem)
-        return layer.forward, (*problem.frozen, *layer.trained)
+def _plain(make: Build) -> Column:
+    def build(block: Block, o: Operands) -> tuple[Callable[[Tensor], Tensor], Any]:
+        contender = make(o)
+        return contender.forward, (*o.frozen, *contender.trained)
 
     return build
 
@@ -91,9 +84,9 @@ def _plain(
 # HF is transformers' block itself; the others are the formula with PyTorch's fused activation.
 COLUMNS = {
     "frozen HF": _hf_frozen,
-    "frozen": _plain(frozen),
-    "fused": _plain(fused()),
-    "fused, recompute": _plain(fused(recompute="gate_up")),
+    "frozen": _plain(FROZEN.build),
+    "fused": _plain(operator()),
+    "fused, recompute": _plain(operator(recompute="gate_up")),
     "peft_bf16": _plain(peft(torch.bfloat16)),
     "peft_fp32": _plain(peft(torch.float32)),
     "peft_fp32 HF": _hf_peft(torch.float32),
@@ -105,8 +98,8 @@ def saved(block: Block, column: str) -> Saved:
     """What one column keeps of a block on bf16 x."""
     found = []
     for tokens in (TOKENS, 2 * TOKENS):
-        problem = make_block_problem(block, tokens, RANK, torch.bfloat16, torch.device("cpu"))
-        forward, parameters = COLUMNS[column](block, problem)
+        o = Case(block, tokens, "bfloat16", RANK).operands(torch.device("cpu"))
+        forward, parameters = COLUMNS[column](block, o)
         x = torch.ones(tokens, block.K, dtype=torch.bfloat16, requires_grad=True)
         found.append(saved_bytes(partial(forward, x), parameters))
     per_token = (found[1] - found[0]) / TOKENS

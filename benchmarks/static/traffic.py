@@ -12,18 +12,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.report.rows import MIB, markdown_table
-from benchmarks.rivals.block import MLP_COMPETITORS, fused, make_block_problem, per_layer
-from benchmarks.rivals.cases import MODEL_BLOCKS, Block, Shape
-from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, make_problem
+from benchmarks.rivals.cases import MODEL_BLOCKS, Block, Case, Shape
+from benchmarks.rivals.competitors import (
+    BLOCK_COMPETITORS,
+    LAYER_COMPETITORS,
+    Competitor,
+    operator,
+    per_layer,
+)
 from benchmarks.static.meter import Meter, Moved, Region, Step
-from fastbound import bounded_linear
 from fastbound.dispatch.defaults import filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import FP32, linear_workspaces
@@ -31,6 +33,7 @@ from fastbound.performance.prediction import FP32, linear_workspaces
 M, K, N, RANK = 128, 256, 384, 16
 DTYPE = torch.bfloat16
 GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
+LAYER = Shape("traffic", "layer", K, N)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
 DIRECTIONS = ("forward", "backward")
 RIVALS = ("frozen", "peft_bf16", "peft_fp32")
@@ -131,12 +134,20 @@ class Counted:
         }
 
 
-def count(layer: Layer, frozen: Sequence[Tensor], x: Tensor, dy: Tensor) -> Counted:
-    """Meter one forward and one backward of a layer whose weights are ``frozen``."""
-    with Meter(frozen) as forward:
-        y = layer.forward(x)
-    with Meter(frozen) as backward:
-        dx, *_ = torch.autograd.grad(y, (x, *layer.trained), dy)
+# By their kernels in Triton's interpreter, which a CPU takes only where it is told to.
+FUSED = Competitor("fused", operator(forced=True))
+PER_LAYER = Competitor("per_layer", per_layer(forced=True))
+
+
+def counted(shape: Shape | Block, competitor: Competitor = FUSED) -> Counted:
+    """Meter one forward and one backward of a layer or a block."""
+    o = Case(shape, M, str(DTYPE).removeprefix("torch."), RANK).operands(torch.device("cpu"))
+    contender, x, dy = competitor.build(o), o.leaves().x, o.dy
+    weights = [p.weight for p in o.projections.values()]
+    with Meter(weights) as forward:
+        y = contender.forward(x)
+    with Meter(weights) as backward:
+        dx, *_ = torch.autograd.grad(y, (x, *contender.trained), dy)
     regions = {"x": Region.of(x), "y": Region.of(y), "dy": Region.of(dy), "dx": Region.of(dx)}
     for step in (*forward.steps, *backward.steps):
         for argument, name in _NAMES.get(step.name, {}).items():
@@ -145,39 +156,6 @@ def count(layer: Layer, frozen: Sequence[Tensor], x: Tensor, dy: Tensor) -> Coun
             if region not in regions.values():
                 regions.setdefault(name, region)
     return Counted({"forward": forward.steps, "backward": backward.steps}, regions)
-
-
-def linear_traffic(competitor: Competitor | None = None) -> Counted:
-    """One layer's: of a competitor, by default the fused operator in Triton's interpreter."""
-    problem = make_problem(M, K, N, RANK, DTYPE, torch.device("cpu"))
-    if competitor is not None:
-        layer = competitor.build(problem)
-    else:
-        A, B = (t.clone().requires_grad_() for t in (problem.A, problem.B))
-        forward = partial(
-            bounded_linear,
-            weight=problem.weight,
-            A=A,
-            B=B,
-            scaling=problem.scaling,
-            omega=problem.omega,
-            backend="fused",
-        )
-        layer = Layer(forward, (A, B), "fused")
-    return count(layer, [problem.weight], *_inputs(N))
-
-
-def block_traffic(block: Block, competitor: Competitor | None = None) -> Counted:
-    """One MLP block's, as :func:`linear_traffic`."""
-    problem = make_block_problem(block, M, RANK, DTYPE, torch.device("cpu"))
-    layer = fused("fused")(problem) if competitor is None else competitor.build(problem)
-    return count(layer, [p.weight for p in problem.projections.values()], *_inputs(K))
-
-
-def _inputs(width: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(M, K, generator=generator).to(DTYPE).requires_grad_()
-    return x, torch.randn(M, width, generator=generator).to(DTYPE)
 
 
 # Tables
@@ -258,13 +236,15 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
 
     llama = next(block for block in MODEL_BLOCKS if block.model == "llama-3-8b")
     phi = next(block for block in MODEL_BLOCKS if block.model == "phi-1.5")
-    linear = {"fused": linear_traffic()} | {
-        c.name: linear_traffic(c) for c in COMPETITORS if c.name in RIVALS
+    linear = {
+        c.name: counted(LAYER, c)
+        for c in (FUSED, *(c for c in LAYER_COMPETITORS if c.name in RIVALS))
     }
     gated, plain = (
-        {"fused": block_traffic(block)}
-        | {"per_layer": block_traffic(block, Competitor("per_layer", per_layer("fused")))}
-        | {c.name: block_traffic(block, c) for c in MLP_COMPETITORS if c.name in RIVALS}
+        {
+            c.name: counted(block, c)
+            for c in (FUSED, PER_LAYER, *(c for c in BLOCK_COMPETITORS if c.name in RIVALS))
+        }
         for block in (GATED, PLAIN)
     )
     setting = f"M={rows}, {architecture} tiles, {sms} multiprocessors, r={RANK}"

@@ -26,10 +26,6 @@ from fastbound.performance.shapes import Shape
 
 OMEGA = 1.5
 
-# Relative Frobenius error above which a result is not the operator's: about ten times what the
-# roundings of its dtype explain, a tenth of what a forgotten sine or factor costs.
-CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-12}
-
 
 @dataclass(frozen=True)
 class Operands:
@@ -136,38 +132,6 @@ def make_operands(
         torch.mm(operands.x, operands.SA.t(), out=operands.S)
         torch.mm(operands.dy, operands.SB, out=operands.dS)
     return operands
-
-
-def linear_truth(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    omega: float,
-    rows: int,
-) -> dict[str, Tensor]:
-    """fp64 y and dx (their first ``rows``), dA and dB (of all rows)."""
-    x, dy, weight = x.detach().double(), dy.double(), weight.double()
-    A, B = omega * A.double(), omega * B.double()
-    sin_A, sin_B = A.sin(), scaling * B.sin()
-    S, dS = x @ sin_A.T, dy @ sin_B
-    return {
-        "y": x[:rows] @ weight.T + S[:rows] @ sin_B.T,
-        "dx": dy[:rows] @ weight + dS[:rows] @ sin_A,
-        "dA": omega * A.cos() * (dS.T @ x),
-        "dB": scaling * omega * B.cos() * (dy.T @ S),
-    }
-
-
-def require_truth(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """Raise ArithmeticError where a result is off by more than :data:`CORRECT` of its dtype."""
-    error = float((value.double() - truth).norm() / truth.norm())
-    if not error <= CORRECT[dtype]:
-        raise ArithmeticError(
-            f"{name} is off by {error:.2e} (relative), more than {CORRECT[dtype]:.2e}"
-        )
 
 
 def factors(o: Operands) -> list[Kernel]:

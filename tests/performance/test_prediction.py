@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="workspaces are those of Triton's tiles")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.report import rows as report
+from benchmarks.report import __main__ as report
 from benchmarks.report.readme import read_checks, readme_section
 from benchmarks.static import model
 from fastbound.dispatch.device import Device

@@ -16,12 +16,14 @@ from fastbound.operator.torch_engine import TorchEngine
 from fastbound.operator.triton_engine import TritonEngine
 from fastbound.performance.block_passes import BlockOperands, operands_at
 from fastbound.performance.compilation import TARGETS
-from fastbound.performance.passes import OMEGA, Candidate, Operands, linear_truth, require_truth
+from fastbound.performance.passes import OMEGA, Candidate, Operands
 from fastbound.performance.shapes import Block
 from fastbound.performance.timing import interleaved, kernel_stopwatch
 from fastbound.performance.tuning.candidates import Point
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
 from fastbound.performance.tuning.tune import Timings
+from fastbound.truth.exactness import CORRECT, exact, require_truth
+from fastbound.truth.operands import LayerOperands
 
 CHECKED_ROWS = 256  # of y and dx; dA and dB are sums over all rows
 
@@ -87,7 +89,8 @@ class DeviceBench:
         o = self._at(point)
         if not isinstance(o, Operands):
             raise TypeError(f"{point}: strategies are a layer's, and this is a block")
-        truth = linear_truth(o.x, o.dy, o.weight, o.A, o.B, o.scaling, OMEGA, CHECKED_ROWS)
+        layer = LayerOperands(o.x, o.weight, o.A, o.B, None, o.dy, o.scaling, OMEGA)
+        truth = exact(layer, slice(0, CHECKED_ROWS))
         steps: dict[str, Callable[[int], object]] = {}
         faults: dict[str, str] = {}
         for name in ("fused", "split", "torch"):
@@ -99,7 +102,7 @@ class DeviceBench:
                     truth.items(), _forward_and_backward(o, products), strict=True
                 ):
                     part = value if result in ("dA", "dB") else value[:CHECKED_ROWS]
-                    require_truth(result, part, expected, self.dtype)
+                    require_truth(result, part, expected, CORRECT[self.dtype])
             except ArithmeticError as error:
                 faults[name] = str(error)
             else:

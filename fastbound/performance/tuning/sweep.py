@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from statistics import quantiles
 
 import torch
 
@@ -20,7 +19,7 @@ from fastbound.performance.compilation import TARGETS, Compiled, compile_launch
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.performance.passes import FLOORS, Candidate, Kernel, Operands, results
 from fastbound.performance.shapes import Block, Shape
-from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 
 # Largest relative difference from the default tile's result: rounding in another order.
 SAME = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2**-12}
@@ -173,8 +172,8 @@ def _rows(
     name: str, shape: Shape | Block, M: int, default: str, samples: Mapping[str, Sequence[float]]
 ) -> list[TileRow]:
     """Fastest first."""
-    quartiles = {key: quantiles(taken, n=4, method="inclusive") for key, taken in samples.items()}
-    floor = quartiles[FLOOR][1] if FLOOR in quartiles else None
+    found = {key: quartiles(taken) for key, taken in samples.items()}
+    floor = found[FLOOR][1] if FLOOR in found else None
     rows = [
         TileRow(
             name=name,
@@ -186,9 +185,9 @@ def _rows(
             q1=q1,
             q3=q3,
             rounds=len(samples[key]),
-            over_default=median / quartiles[default][1],
+            over_default=median / found[default][1],
             over_floor=None if floor is None else median / floor,
         )
-        for key, (q1, median, q3) in quartiles.items()
+        for key, (q1, median, q3) in found.items()
     ]
     return sorted(rows, key=lambda row: row.median)

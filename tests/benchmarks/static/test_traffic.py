@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.rivals.block import MLP_COMPETITORS, per_layer
 from benchmarks.rivals.cases import Block
-from benchmarks.rivals.layer import COMPETITORS, Competitor
+from benchmarks.rivals.competitors import BLOCK_COMPETITORS, FROZEN, LAYER_COMPETITORS
 from benchmarks.static import block_floor as mlp_floor
 from benchmarks.static import traffic
 from benchmarks.static.meter import Meter, Region
@@ -162,17 +161,17 @@ class TestMeterOfOperations:
 
 @pytest.fixture(scope="module")
 def linear() -> Counted:
-    return traffic.linear_traffic()
+    return traffic.counted(traffic.LAYER)
 
 
 @pytest.fixture(scope="module")
 def gated() -> Counted:
-    return traffic.block_traffic(GATED)
+    return traffic.counted(GATED)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Counted:
-    return traffic.block_traffic(PLAIN)
+    return traffic.counted(PLAIN)
 
 
 def sizes(counted: Counted, kernel: str, argument: str) -> list[int]:
@@ -257,8 +256,7 @@ class TestBlock:
             assert counted.written(M * K) == {counted.regions[name] for name in names}
 
     def test_moves_less_than_the_frozen_block_in_tall_tensors(self, gated: Counted) -> None:
-        frozen = next(c for c in traffic.MLP_COMPETITORS if c.name == "frozen")
-        bare = traffic.block_traffic(GATED, frozen)
+        bare = traffic.counted(GATED, FROZEN)
 
         def moved(counted: Counted) -> int:
             return sum(
@@ -288,7 +286,8 @@ class TestBlock:
 
 @pytest.mark.parametrize("name", ["frozen", "addmm", "peft_bf16", "peft_fp32"])
 def test_the_floor_counts_the_passes_that_are_made(name: str) -> None:
-    counted = traffic.linear_traffic(next(c for c in COMPETITORS if c.name == name))
+    competitor = next(c for c in LAYER_COMPETITORS if c.name == name)
+    counted = traffic.counted(traffic.LAYER, competitor)
     assert per_element(counted) == time_model.traffic(name)
 
 
@@ -309,8 +308,8 @@ def test_the_floor_counts_the_fused_passes(linear: Counted) -> None:
 @pytest.mark.parametrize("name", ["frozen", "fused", "addmm", "peft_bf16", "peft_fp32"])
 def test_the_bytes_of_the_time_model_are_those_that_are_moved(name: str, linear: Counted) -> None:
     """In all: tall tensors, the weight once for each GEMM, and the workspaces of the reductions."""
-    rivals = {c.name: c for c in COMPETITORS}
-    counted = linear if name == "fused" else traffic.linear_traffic(rivals[name])
+    rivals = {c.name: c for c in LAYER_COMPETITORS}
+    counted = linear if name == "fused" else traffic.counted(traffic.LAYER, rivals[name])
     tall_and_weight = sum(
         count(direction, elements)
         for direction in DIRECTIONS
@@ -332,9 +331,8 @@ def test_the_bytes_of_the_time_model_are_those_that_are_moved(name: str, linear:
 @pytest.mark.parametrize("block", [GATED, PLAIN], ids=["gated", "plain"])
 @pytest.mark.parametrize("name", mlp_floor.TALL_PASSES)
 def test_the_floor_of_a_block_counts_the_passes_that_are_made(name: str, block: Block) -> None:
-    own = {"fused": None, "per_layer": Competitor("per_layer", per_layer("fused"))}
-    rivals = {c.name: c for c in MLP_COMPETITORS}
-    counted = traffic.block_traffic(block, own[name] if name in own else rivals[name])
+    rivals = {c.name: c for c in (*BLOCK_COMPETITORS, traffic.FUSED, traffic.PER_LAYER)}
+    counted = traffic.counted(block, rivals[name])
     found = tuple(
         sum(counted.bytes_outside(d, M * width) for d in DIRECTIONS) / (M * width * DTYPE.itemsize)
         for width in (K, N)
