@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastbound.performance.block_passes import BLOCK_PASSES, BlockOperands, kernels_of, operands_at
 
 from benchmarks.gpu_check.session import Session, Step
 from benchmarks.report.rows import BenchmarkRow
@@ -30,7 +31,6 @@ from benchmarks.rivals.measuring import Measurement, described, measure
 from fastbound.dispatch.defaults import Tiles
 from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_ops import block_key
-from fastbound.performance.block_passes import BLOCK_PASSES, BlockOperands, kernels_of, operands_at
 from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import (
     FLOORS,

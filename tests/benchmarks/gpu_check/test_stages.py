@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from fastbound.kernels.tiles import Tile
+from fastbound.performance.block_passes import BLOCK_PASSES
 
 from benchmarks.rivals.cases import SMOKE_SHAPES
 from fastbound.dispatch.device import Device
-from fastbound.performance.block_passes import BLOCK_PASSES
 from fastbound.performance.passes import PASSES, Candidate, default_candidate, make_operands, thin
 from fastbound.performance.tuning import sweep as tile_sweep
 from fastbound.performance.tuning.candidates import candidates
