@@ -8,28 +8,29 @@ own size, holds at any size. GEMMs stand apart: a tiled GEMM reads its operands 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from fastbound.kernels.gated import SPAN
 from torch import Tensor
 
 from benchmarks.report.rows import MIB, markdown_table
 from benchmarks.rivals.block import MLP_COMPETITORS, fused, make_block_problem, per_layer
-from benchmarks.rivals.cases import MODEL_BLOCKS, Block, Shape
+from benchmarks.rivals.cases import Block, Shape
 from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, make_problem
-from benchmarks.static.meter import Meter, Moved, Region, Step
+from benchmarks.static import in_the_interpreter
+from benchmarks.static.meter import Meter, Moved, Step
+from benchmarks.static.recorded import DTYPE, calls_of
 from fastbound import bounded_linear
-from fastbound.dispatch.defaults import filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
-from fastbound.performance.prediction import FP32, linear_workspaces
+from fastbound.performance.prediction import Region, kernel_name, operands
+from fastbound.performance.recorder import Directions
+from fastbound.performance.shapes import block_of, linear_shapes
 
 M, K, N, RANK = 128, 256, 384, 16
-DTYPE = torch.bfloat16
 GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
 DIRECTIONS = ("forward", "backward")
@@ -42,8 +43,8 @@ _NAMES = {
 }
 
 
-class Passes(NamedTuple):
-    """Reads and writes in units of the tensor's size."""
+class Accesses(NamedTuple):
+    """Reads and writes of a tensor, in units of its size."""
 
     read: float
     written: float
@@ -52,28 +53,28 @@ class Passes(NamedTuple):
         return f"{self.read:.3g} / {self.written:.3g}"
 
 
-Ideal = dict[str, tuple[Passes, Passes]]
+Ideal = dict[str, tuple[Accesses, Accesses]]
 
 # One read of a tall operand for each thin product that needs it and no GEMM can give, one write for
 # what only an activation kernel makes; y and dx come from GEMMs whole. (forward, backward)
-NOTHING = Passes(0, 0)
+NOTHING = Accesses(0, 0)
 IDEAL_LINEAR = {
-    "x": (Passes(1, 0), Passes(1, 0)),
+    "x": (Accesses(1, 0), Accesses(1, 0)),
     "y": (NOTHING, NOTHING),
-    "dy": (NOTHING, Passes(1, 0)),
+    "dy": (NOTHING, Accesses(1, 0)),
     "dx": (NOTHING, NOTHING),
 }
 IDEAL_PLAIN = {
     **IDEAL_LINEAR,
-    "g": (Passes(1, 0), Passes(1, 0)),
-    "act": (Passes(0, 1), NOTHING),
-    "dact": (NOTHING, Passes(1, 0)),
-    "dg": (NOTHING, Passes(0, 1)),
+    "g": (Accesses(1, 0), Accesses(1, 0)),
+    "act": (Accesses(0, 1), NOTHING),
+    "dact": (NOTHING, Accesses(1, 0)),
+    "dg": (NOTHING, Accesses(0, 1)),
 }
 IDEAL_GATED = {
     **IDEAL_PLAIN,
-    "u": (Passes(1, 0), Passes(1, 0)),
-    "du": (NOTHING, Passes(0, 1)),
+    "u": (Accesses(1, 0), Accesses(1, 0)),
+    "du": (NOTHING, Accesses(0, 1)),
 }
 
 
@@ -90,15 +91,15 @@ class Counted:
             if step.gemm is gemm and region in step.moved:
                 yield step.moved[region]
 
-    def passes(self, direction: str, name: str) -> Passes:
+    def accesses(self, direction: str, name: str) -> Accesses:
         """Reads and writes of a tensor outside the GEMMs."""
         nbytes, moved = self.regions[name].nbytes, list(self._moved(direction, name, False))
-        return Passes(sum(m.read for m in moved) / nbytes, sum(m.written for m in moved) / nbytes)
+        return Accesses(sum(m.read for m in moved) / nbytes, sum(m.written for m in moved) / nbytes)
 
-    def gemms(self, direction: str, name: str) -> Passes:
+    def gemms(self, direction: str, name: str) -> Accesses:
         """How many GEMMs read and how many write a tensor, whatever its tiles read again."""
         moved = list(self._moved(direction, name, True))
-        return Passes(sum(m.read > 0 for m in moved), sum(m.written > 0 for m in moved))
+        return Accesses(sum(m.read > 0 for m in moved), sum(m.written > 0 for m in moved))
 
     def bytes_outside(self, direction: str, elements: int) -> int:
         """Bytes read and written outside the GEMMs in all tensors of so many elements."""
@@ -194,7 +195,7 @@ def passes_table(counted: Counted, ideal: Ideal) -> str:
         line = [name, size]
         for direction, one in zip(DIRECTIONS, best, strict=True):
             line += [
-                str(counted.passes(direction, name)),
+                str(counted.accesses(direction, name)),
                 str(one),
                 str(counted.gemms(direction, name)),
             ]
@@ -221,43 +222,28 @@ def comparison_table(rivals: dict[str, Counted], at: Shape | Block) -> str:
     return markdown_table(head, lines)
 
 
-def block_workspaces(
-    rows: int, block: Block, rank: int, architecture: str, sms: int
-) -> dict[str, int]:
-    """Bytes of each workspace of one block's backward, every projection adapted."""
-    from fastbound.kernels.gated import column_blocks, spanned_chunks
-    from fastbound.kernels.launch import blocks
-    from fastbound.kernels.reduce import row_chunks
-
-    K, N, R = block.K, block.N, padded_rank(rank)
-    first = 2 if block.gated else 1  # projections that read x
-    tiles = filled_tiles(Device(architecture, sms), rows, (N, K), 2 * R, DTYPE)
-    chunks_K = row_chunks(rows, K, tiles.reduce, sms)[0]
-    chunks_N = spanned_chunks(rows, N, tiles.gated, sms)[0]
-    return {
-        "down: dS parts": FP32 * blocks(K, tiles.reduce.block_n) * rows * R,
-        "down: dB parts": FP32 * chunks_K * K * R,
-        "activation: dS parts": FP32 * column_blocks(N, tiles.gated) * rows * first * R,
-        "activation: dB and dA parts": FP32 * chunks_N * N * (first + 1) * R,
-        "dA parts": FP32 * chunks_K * K * first * R,
-    }
+def workspaces(calls: Directions) -> list[tuple[str, int]]:
+    """What one launch leaves in parts [parts, ., R] for a later one to add up: name and bytes."""
+    found: dict[int, tuple[str, int]] = {}
+    for launch in calls.launches:
+        for argument, tensor in operands(launch):
+            if tensor.dim() == 3:
+                region, size = Region.of(tensor), list(tensor.shape)
+                part = f"{kernel_name(launch)}: {argument} {size}"
+                found.setdefault(region.storage, (part, region.nbytes))
+    return list(found.values())
 
 
-def workspace_table(found: dict[str, int], tall: int, name: str) -> str:
+def workspace_table(found: Sequence[tuple[str, int]], tall: int, name: str) -> str:
     """Each workspace and its share of one tall bf16 tensor of ``tall`` elements."""
-    total = {**found, "together": sum(found.values())}
-    lines = [
-        [part, f"{n / MIB:.1f}", f"{n / (tall * DTYPE.itemsize):.1%}"] for part, n in total.items()
-    ]
+    total = [*found, ("together", sum(nbytes for _, nbytes in found))]
+    lines = [[part, f"{n / MIB:.1f}", f"{n / (tall * DTYPE.itemsize):.1%}"] for part, n in total]
     return markdown_table(["workspace", "MiB", f"share of {name}"], lines)
 
 
 def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> str:
     """Everything `python -m benchmarks.static.traffic` prints, as NOTES.md holds it."""
-    from fastbound.kernels.gated import SPAN
-
-    llama = next(block for block in MODEL_BLOCKS if block.model == "llama-3-8b")
-    phi = next(block for block in MODEL_BLOCKS if block.model == "phi-1.5")
+    llama, phi = block_of("llama-3-8b"), block_of("phi-1.5")
     linear = {"fused": linear_traffic()} | {
         c.name: linear_traffic(c) for c in COMPETITORS if c.name in RIVALS
     }
@@ -268,8 +254,10 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
         for block in (GATED, PLAIN)
     )
     setting = f"M={rows}, {architecture} tiles, {sms} multiprocessors, r={RANK}"
-    layer_parts = linear_workspaces(rows, (llama.K, llama.N), RANK, architecture, sms)
-    block_parts = block_workspaces(rows, llama, RANK, architecture, sms)
+    gate, device = linear_shapes("llama-3-8b")[0], Device(architecture, sms)
+    layer_parts, block_parts = (
+        workspaces(calls_of("fused", place, rows, RANK, device)) for place in (gate, llama)
+    )
     return "\n\n".join(
         [
             f"Counted at M={M}, K={K}, N={N}, r={RANK}, bf16, in Triton's interpreter and from "
@@ -287,12 +275,13 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
             "A plain block (gelu_tanh); g is the first projection's output:",
             passes_table(plain["fused"], IDEAL_PLAIN),
             comparison_table(plain, phi),
-            f"Workspaces of Llama-3-8B's gate or up, arithmetic from the tiles: {setting}:",
+            "Workspaces of Llama-3-8B's gate or up, from its recorded launches (P holds parts of a "
+            f"thin product, Q of a factor's gradient): {setting}:",
             workspace_table(layer_parts, rows * llama.N, "dy"),
             "Of its whole block:",
             workspace_table(block_parts, rows * llama.N, "dact"),
-            "Each is written once and read once, but for the activation's dS parts: a program adds "
-            f"{SPAN} blocks of columns to its own, one after the other, in cache.",
+            "Each is written once and read once, but for P of the activation's backward: a program "
+            f"adds {SPAN} blocks of columns to its own, one after the other, in cache.",
         ]
     )
 
@@ -315,13 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(document(options.rows, options.multiprocessors, options.architecture))
 
 
-def in_the_interpreter(module: str) -> None:
-    """Start `python -m module` anew in Triton's interpreter: chosen before kernels are imported."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        command = [sys.executable, "-m", module, *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-
-
 if __name__ == "__main__":
-    in_the_interpreter("benchmarks.static.traffic")
+    in_the_interpreter()
     main()

@@ -30,7 +30,8 @@ from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, Problem, mak
 from benchmarks.rivals.measuring import measure
 from benchmarks.rivals.products import PRODUCTS, make_operands
 from benchmarks.static import floor
-from fastbound.performance import prediction as time_model
+from benchmarks.static.recorded import ratio
+from fastbound.performance import prediction
 from fastbound.performance.memory import saved_bytes
 from fastbound.performance.timing import interleaved
 from fastbound.truth import formula
@@ -180,15 +181,15 @@ def test_saved_bytes_counts_storages_once_and_leaves_parameters_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["frozen", "fused", "addmm", "peft_bf16", "peft_fp32"])
-def test_saved_bytes_of_a_layer_are_those_of_the_floor_table(name: str) -> None:
+def test_saved_bytes_of_a_layer_are_those_of_x_and_S(name: str) -> None:
     M, K, N, rank = 64, 48, 80, 16
     problem = make_problem(M, K, N, rank, torch.bfloat16, CPU)
     layer = next(c for c in COMPETITORS if c.name == name).build(problem)
     x = torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)
-    expected = time_model.saved_bytes(name, Shape("m", "p", K, N), M, rank)
+    itemsize = {"frozen": 0, "peft_fp32": 4}.get(name, 2)
+    expected = itemsize * M * (K + rank)
     if name.startswith("peft"):
-        # Beyond the table, per factor: sin(ωP) in the dtype of P, and ωP for the sine's backward.
-        itemsize = 2 if name == "peft_bf16" else 4
+        # Per factor besides: sin(ωP) in the dtype of P, and ωP for the sine's backward.
         expected += 2 * itemsize * rank * (K + N)
     assert saved_bytes(lambda: layer.forward(x), [problem.weight, *layer.trained]) == expected
 
@@ -301,16 +302,15 @@ def test_every_form_of_a_product_is_that_product(product: str) -> None:
 
 def test_floor_counts_operations_and_bytes() -> None:
     shape, M = Shape("m", "p", 4096, 14336), 8192
-    assert time_model.gemm_flops(shape, M) == 2 * 8192 * 4096 * 14336
-    assert time_model.gemm_bytes(shape, M) == 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
-    compute = time_model.Ceilings(flops=1.0, bandwidth=float("inf"))
-    memory = time_model.Ceilings(flops=float("inf"), bandwidth=1.0)
-    assert time_model.gemm_seconds(shape, M, compute) == time_model.gemm_flops(shape, M)
-    assert time_model.gemm_seconds(shape, M, memory) == time_model.gemm_bytes(shape, M)
-    assert time_model.predicted_ratio("frozen", shape, M, floor.GPU_CEILINGS) == 1
+    assert prediction.gemm_flops(shape, M) == 2 * 8192 * 4096 * 14336
+    assert prediction.gemm_bytes(shape, M) == 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
+    compute = prediction.Ceilings(flops=1.0, bandwidth=float("inf"))
+    memory = prediction.Ceilings(flops=float("inf"), bandwidth=1.0)
+    assert prediction.gemm_seconds(shape, M, compute) == prediction.gemm_flops(shape, M)
+    assert prediction.gemm_seconds(shape, M, memory) == prediction.gemm_bytes(shape, M)
+    assert ratio("frozen", shape, M, floor.GPU_CEILINGS) == 1
 
 
 def test_notes_hold_the_floor_that_the_script_prints(repository: Path) -> None:
     notes = (repository / "benchmarks" / "NOTES.md").read_text()
-    printed = floor.document(floor.GPU_CEILINGS)
-    assert printed in notes, "run `python -m benchmarks.static.notes`"
+    assert floor.layers_document() in notes, "run `python -m benchmarks.static.notes`"
