@@ -12,16 +12,7 @@ from collections.abc import Sequence
 from benchmarks.report.rows import markdown_table
 from benchmarks.rivals.cases import CPU_SHAPES, CPU_TOKENS, MODEL_BLOCKS, MODEL_SHAPES
 from benchmarks.static.recorded import GPU, predictions, ratio, rivals_of
-from fastbound.performance.prediction import (
-    RANK,
-    Ceilings,
-    Prediction,
-    adapter_flops,
-    gemm_bytes,
-    gemm_flops,
-    gemm_seconds,
-    seconds,
-)
+from fastbound.performance.prediction import RANK, Ceilings, Prediction, seconds
 from fastbound.performance.shapes import Block, Shape, block_of
 
 TOKENS = (1024, 8192, 32768)
@@ -45,27 +36,21 @@ def floor_table(
 ) -> str:
     """Operations and bytes at M, the floor's time at each of `tokens`, predicted ratios at M."""
 
-    def milliseconds(shape: Shape, M: int) -> str:
-        taken = gemm_seconds(shape, M, ceilings)
-        by_memory = taken > gemm_flops(shape, M) / ceilings.flops
-        return f"{taken * 1e3:.3f}" + (" (memory)" if by_memory else "")
+    def gemm(shape: Shape, M: int) -> Prediction:
+        return predictions("frozen", shape, M)[0]
 
     times = [f"ms @ {count}" for count in tokens]
     lines = []
     for shape in shapes:
-        flops, moved = gemm_flops(shape, M), gemm_bytes(shape, M)
-        lines.append(
-            [
-                str(shape),
-                f"{shape.K}->{shape.N}",
-                f"{flops / 1e9:.1f}",
-                f"{moved / 1e6:.0f}",
-                f"{flops / moved:.0f}",
-                f"{adapter_flops(shape, M) / (2 * flops):.2%}",
-                *(milliseconds(shape, count) for count in tokens),
-                *(f"{ratio(name, shape, M, ceilings):.2f}" for name in rivals),
-            ]
-        )
+        one = gemm(shape, M)
+        adapted = sum(each.flops for each in predictions("addmm", shape, M))
+        line = [str(shape), f"{shape.K}->{shape.N}", f"{one.flops / 1e9:.1f}"]
+        line += [f"{one.nbytes / 1e6:.0f}", f"{one.flops / one.nbytes:.0f}"]
+        line.append(f"{adapted / (2 * one.flops) - 1:.2%}")
+        for count in tokens:
+            bound = " (memory)" if gemm(shape, count).bound_by(ceilings) == "memory" else ""
+            line.append(f"{gemm(shape, count).seconds(ceilings) * 1e3:.3f}{bound}")
+        lines.append([*line, *(f"{ratio(name, shape, M, ceilings):.2f}" for name in rivals)])
     head = ["layer", "K->N", "GFLOP", "MB", "FLOP/B", "adapter", *times, *rivals]
     return markdown_table(head, lines)
 

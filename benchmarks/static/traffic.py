@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,23 +19,25 @@ from fastbound.kernels.gated import SPAN
 from torch import Tensor
 
 from benchmarks.report.rows import MIB, markdown_table
-from benchmarks.rivals.block import MLP_COMPETITORS, fused, make_block_problem, per_layer
+from benchmarks.rivals.block import fused, make_block_problem
 from benchmarks.rivals.cases import Block, Shape
-from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, make_problem
+from benchmarks.rivals.layer import Competitor, Layer, make_problem
 from benchmarks.static import in_the_interpreter
 from benchmarks.static.meter import Meter, Moved, Step
 from benchmarks.static.recorded import DTYPE, calls_of
 from fastbound import bounded_linear
 from fastbound.dispatch.device import Device
-from fastbound.performance.prediction import Region, kernel_name, operands
+from fastbound.performance.prediction import Region, kernel_name, moved, operands
 from fastbound.performance.recorder import Directions
 from fastbound.performance.shapes import block_of, linear_shapes
 
 M, K, N, RANK = 128, 256, 384, 16
 GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
+A_PRIME = 8191  # of tokens: no other tensor has as many elements as a tall one
 DIRECTIONS = ("forward", "backward")
-RIVALS = ("frozen", "peft_bf16", "peft_fp32")
+LAYER_RIVALS = ("fused", "frozen", "peft_fp32", "peft_bf16")
+BLOCK_RIVALS = ("fused", "per_layer", "frozen", "peft_fp32", "peft_bf16")
 
 # What a kernel's arguments hold, for tensors that no caller sees.
 _NAMES = {
@@ -100,26 +103,6 @@ class Counted:
         """How many GEMMs read and how many write a tensor, whatever its tiles read again."""
         moved = list(self._moved(direction, name, True))
         return Accesses(sum(m.read > 0 for m in moved), sum(m.written > 0 for m in moved))
-
-    def bytes_outside(self, direction: str, elements: int) -> int:
-        """Bytes read and written outside the GEMMs in all tensors of so many elements."""
-        return sum(
-            moved.read + moved.written
-            for step in self.steps[direction]
-            if not step.gemm
-            for region, moved in step.moved.items()
-            if region.elements == elements
-        )
-
-    def bytes_in_gemms(self, direction: str, elements: int) -> int:
-        """The same for GEMMs, each reading and writing a tensor once."""
-        return sum(
-            region.nbytes * ((moved.read > 0) + (moved.written > 0))
-            for step in self.steps[direction]
-            if step.gemm
-            for region, moved in step.moved.items()
-            if region.elements == elements
-        )
 
     def written(self, elements: int) -> set[Region]:
         """The tensors of so many elements, or more, that anything writes."""
@@ -203,22 +186,38 @@ def passes_table(counted: Counted, ideal: Ideal) -> str:
     return markdown_table(head, lines)
 
 
-def comparison_table(rivals: dict[str, Counted], at: Shape | Block) -> str:
-    """Passes over all tall tensors together, in units of one in bf16 (fp32 counts twice)."""
+def tall_passes(
+    name: str, place: Shape | Block, M: int = A_PRIME
+) -> dict[tuple[str, str, bool], float]:
+    """Passes of a competitor over all tall tensors together, from its recorded calls.
+
+    By direction, by width K or N, and by whether a GEMM makes them, each of whose operands moves
+    once; in units of one pass in bf16, so that fp32 counts twice.
+    """
+    calls = calls_of(name, place, M)
+    found = dict.fromkeys(product(DIRECTIONS, "KN", (False, True)), 0.0)
+    for direction in DIRECTIONS:
+        for call in getattr(calls, direction):
+            regions = moved(call)
+            gemm = place.N * place.K in [region.elements for region in regions]
+            for width in "KN":
+                tall = M * getattr(place, width)
+                nbytes = sum(region.nbytes for region in regions if region.elements == tall)
+                found[direction, width, gemm] += nbytes / (tall * DTYPE.itemsize)
+    return found
+
+
+def comparison_table(names: Sequence[str], place: Shape | Block) -> str:
+    """Passes of each, outside the GEMMs and together."""
     head = ["", *(f"{direction} [M, {d}]" for direction in DIRECTIONS for d in "KN")]
-    head += ["with GEMMs K + N", f"KiB a token, {at.model}"]
+    head += ["with GEMMs K + N", f"KiB per token, {place.model}"]
     lines = []
-    for name, counted in rivals.items():
-        outside, total = [], [0, 0]
-        for direction in DIRECTIONS:
-            for i, width in enumerate((K, N)):
-                unit = M * width * DTYPE.itemsize
-                found = counted.bytes_outside(direction, M * width)
-                outside.append(found / unit)
-                total[i] += (found + counted.bytes_in_gemms(direction, M * width)) // unit
-        moved = DTYPE.itemsize * (total[0] * at.K + total[1] * at.N)
-        cells = [*(f"{n:g}" for n in outside), f"{total[0]} + {total[1]}", f"{moved / 1024:.0f}"]
-        lines.append([name, *cells])
+    for name in names:
+        found = tall_passes(name, place)
+        K, N = (sum(n for (_, width, _), n in found.items() if width == each) for each in "KN")
+        nbytes = DTYPE.itemsize * (K * place.K + N * place.N)
+        outside = [f"{passes:g}" for (_, _, gemm), passes in found.items() if not gemm]
+        lines.append([name, *outside, f"{K:g} + {N:g}", f"{nbytes / 1024:.0f}"])
     return markdown_table(head, lines)
 
 
@@ -243,38 +242,29 @@ def workspace_table(found: Sequence[tuple[str, int]], tall: int, name: str) -> s
 
 def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> str:
     """Everything `python -m benchmarks.static.traffic` prints, as NOTES.md holds it."""
-    llama, phi = block_of("llama-3-8b"), block_of("phi-1.5")
-    linear = {"fused": linear_traffic()} | {
-        c.name: linear_traffic(c) for c in COMPETITORS if c.name in RIVALS
-    }
-    gated, plain = (
-        {"fused": block_traffic(block)}
-        | {"per_layer": block_traffic(block, Competitor("per_layer", per_layer("fused")))}
-        | {c.name: block_traffic(block, c) for c in MLP_COMPETITORS if c.name in RIVALS}
-        for block in (GATED, PLAIN)
-    )
+    llama, phi, gate = block_of("llama-3-8b"), block_of("phi-1.5"), linear_shapes("llama-3-8b")[0]
+    device = Device(architecture, sms)
     setting = f"M={rows}, {architecture} tiles, {sms} multiprocessors, r={RANK}"
-    gate, device = linear_shapes("llama-3-8b")[0], Device(architecture, sms)
     layer_parts, block_parts = (
         workspaces(calls_of("fused", place, rows, RANK, device)) for place in (gate, llama)
     )
     return "\n\n".join(
         [
-            f"Counted at M={M}, K={K}, N={N}, r={RANK}, bf16, in Triton's interpreter and from "
-            f"PyTorch's operations ({versions()}). First a table of `fused`: reads / writes "
-            "outside the GEMMs, in units of the tensor; `GEMMs` is how many GEMMs read / write it, "
-            "whose tiles read it again by design. Then all competitors: passes over all tall "
+            f"First a table of `fused`, counted at M={M}, K={K}, N={N}, r={RANK}, bf16, in "
+            "Triton's interpreter: reads / writes outside the GEMMs, in units of the tensor; "
+            "`GEMMs` is how many GEMMs read / write it, whose tiles read it again by design. Then "
+            f"all competitors, from their recorded calls ({versions()}): passes over all tall "
             "tensors together outside the GEMMs, in units of one in bf16 (fp32 counts twice), and "
             "with GEMMs that move each operand once.",
             "One layer, K to N:",
-            passes_table(linear["fused"], IDEAL_LINEAR),
-            comparison_table(linear, llama),
+            passes_table(linear_traffic(), IDEAL_LINEAR),
+            comparison_table(LAYER_RIVALS, gate),
             "A gated block (silu), every projection adapted:",
-            passes_table(gated["fused"], IDEAL_GATED),
-            comparison_table(gated, llama),
+            passes_table(block_traffic(GATED), IDEAL_GATED),
+            comparison_table(BLOCK_RIVALS, llama),
             "A plain block (gelu_tanh); g is the first projection's output:",
-            passes_table(plain["fused"], IDEAL_PLAIN),
-            comparison_table(plain, phi),
+            passes_table(block_traffic(PLAIN), IDEAL_PLAIN),
+            comparison_table(BLOCK_RIVALS, phi),
             "Workspaces of Llama-3-8B's gate or up, from its recorded launches (P holds parts of a "
             f"thin product, Q of a factor's gradient): {setting}:",
             workspace_table(layer_parts, rows * llama.N, "dy"),

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastbound.kernels.launch import Launch
 from fastbound.performance.recorder import Call
-from fastbound.performance.shapes import Shape
 
 BF16, FP32 = 2, 4  # bytes of an element of an operand and of a workspace
 RANK = 16
@@ -86,18 +85,23 @@ class Prediction(NamedTuple):
 
 def prediction_of(call: Call) -> Prediction:
     """Of a kernel's launch or of a PyTorch operation, over real or meta tensors."""
-    tensors = operands(call)
-    moved = [Region.of(tensor) for _, tensor in tensors]
     if isinstance(call, Launch):
         name, flops = kernel_name(call), _launch_flops(call)
     else:
         name, flops = call.name, 0
-        read, written = ({Region.of(t) for _, t in some} for some in (call.read, call.written))
-        moved += read & written
         if name in PRODUCTS:
             flops = 2 * call.written[0][1].numel() * call.read[-1][1].shape[-2]
-    sizes = " ".join(str(list(tensor.shape)) for _, tensor in tensors[:2])
-    return Prediction(f"{name} {sizes}", flops, sum(region.nbytes for region in moved))
+    sizes = " ".join(str(list(tensor.shape)) for _, tensor in operands(call)[:2])
+    return Prediction(f"{name} {sizes}", flops, sum(region.nbytes for region in moved(call)))
+
+
+def moved(call: Call) -> list[Region]:
+    """What a call moves: each of its tensors once, and twice what an operation adds onto."""
+    regions = [Region.of(tensor) for _, tensor in operands(call)]
+    if isinstance(call, Launch):
+        return regions
+    read, written = ({Region.of(tensor) for _, tensor in some} for some in call[1:])
+    return [*regions, *(read & written)]
 
 
 def operands(call: Call) -> list[tuple[str, Tensor]]:
@@ -150,23 +154,3 @@ def _launch_flops(launch: Launch) -> int:
 def seconds(predictions: Iterable[Prediction], ceilings: Ceilings) -> float:
     """One after the other."""
     return sum(one.seconds(ceilings) for one in predictions)
-
-
-def gemm_flops(shape: Shape, M: int) -> int:
-    """Operations of x Wᵀ, and of dy W: 2·M·N·K."""
-    return 2 * M * shape.N * shape.K
-
-
-def gemm_bytes(shape: Shape, M: int, itemsize: int = BF16) -> int:
-    """Bytes of x, W and y, each moved once."""
-    return itemsize * (M * shape.K + shape.N * shape.K + M * shape.N)
-
-
-def gemm_seconds(shape: Shape, M: int, ceilings: Ceilings) -> float:
-    """The bare GEMM, forward or dx, at the ceilings."""
-    return Prediction("GEMM", gemm_flops(shape, M), gemm_bytes(shape, M)).seconds(ceilings)
-
-
-def adapter_flops(shape: Shape, M: int, rank: int = RANK) -> int:
-    """Operations the adapter adds: two thin products forward, four backward."""
-    return 6 * M * rank * (shape.K + shape.N)

@@ -30,9 +30,9 @@ from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, Problem, mak
 from benchmarks.rivals.measuring import measure
 from benchmarks.rivals.products import PRODUCTS, make_operands
 from benchmarks.static import floor
-from benchmarks.static.recorded import ratio
-from fastbound.performance import prediction
+from benchmarks.static.recorded import predictions, ratio
 from fastbound.performance.memory import saved_bytes
+from fastbound.performance.prediction import Ceilings
 from fastbound.performance.timing import interleaved
 from fastbound.truth import formula
 
@@ -302,12 +302,12 @@ def test_every_form_of_a_product_is_that_product(product: str) -> None:
 
 def test_floor_counts_operations_and_bytes() -> None:
     shape, M = Shape("m", "p", 4096, 14336), 8192
-    assert prediction.gemm_flops(shape, M) == 2 * 8192 * 4096 * 14336
-    assert prediction.gemm_bytes(shape, M) == 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
-    compute = prediction.Ceilings(flops=1.0, bandwidth=float("inf"))
-    memory = prediction.Ceilings(flops=float("inf"), bandwidth=1.0)
-    assert prediction.gemm_seconds(shape, M, compute) == prediction.gemm_flops(shape, M)
-    assert prediction.gemm_seconds(shape, M, memory) == prediction.gemm_bytes(shape, M)
+    forward, dx = predictions("frozen", shape, M)
+    for gemm in (forward, dx):
+        assert gemm.flops == 2 * 8192 * 4096 * 14336
+        assert gemm.nbytes == 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
+        assert gemm.seconds(Ceilings(flops=1.0, bandwidth=float("inf"))) == gemm.flops
+        assert gemm.seconds(Ceilings(flops=float("inf"), bandwidth=1.0)) == gemm.nbytes
     assert ratio("frozen", shape, M, floor.GPU_CEILINGS) == 1
 
 

@@ -26,8 +26,6 @@ from fastbound.performance.prediction import (
     FP32,
     Ceilings,
     Prediction,
-    gemm_flops,
-    gemm_seconds,
     operands,
     prediction_of,
     seconds,
@@ -60,8 +58,9 @@ def test_any_shape_has_a_time_at_or_above_the_floor(
 
 def test_a_layer_takes_the_sum_of_its_calls() -> None:
     ceilings = Ceilings(flops=1e12, bandwidth=1e9)
-    frozen = seconds(predicted("frozen", LLAMA, M), ceilings)
-    assert frozen == 2 * gemm_seconds(LLAMA, M, ceilings)
+    gemm, dx = predicted("frozen", LLAMA, M)
+    frozen = seconds((gemm, dx), ceilings)
+    assert frozen == 2 * gemm.seconds(ceilings)
     for name in NAMES:
         whole = sum(one.seconds(ceilings) for one in predicted(name, LLAMA, M))
         assert ratio(name, LLAMA, M, ceilings) == whole / frozen
@@ -98,7 +97,7 @@ def test_every_competitor_does_the_same_arithmetic(name: str) -> None:
     thin = 2 * M * RANK * (LLAMA.K + LLAMA.N)
     flops = sum(one.flops for one in predicted(name, LLAMA, M))
     adapter = 0 if name == "frozen" else 3 * thin
-    assert flops == 2 * gemm_flops(LLAMA, M) + adapter
+    assert flops == 4 * M * LLAMA.N * LLAMA.K + adapter
 
 
 @pytest.mark.parametrize("gated", [True, False])

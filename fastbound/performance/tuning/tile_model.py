@@ -8,7 +8,7 @@ from fastbound.kernels.gated import column_blocks, spanned_chunks
 from fastbound.kernels.reduce import row_chunks
 from fastbound.kernels.thin import step_chunks
 from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.performance.prediction import BF16, FP32, Ceilings, gemm_bytes
+from fastbound.performance.prediction import BF16, FP32, Ceilings
 from fastbound.performance.shapes import Block, Shape
 
 L2_OVER_MEMORY = 2.0  # assumed bandwidth of L2 in that of memory
@@ -35,7 +35,7 @@ def tile_seconds(
         waves = -(-(-(-M // tile.block_m) * -(-wide // tile.block_n)) // sms)
         work = 2 * tile.block_m * tile.block_n * (depth + R)
         loads = BF16 * (tile.block_m + tile.block_n) * depth
-        least = gemm_bytes(shape, M) / ceilings.bandwidth
+        least = BF16 * (M * wide + wide * depth + M * depth) / ceilings.bandwidth
         one = max(work / ceilings.flops, loads / (L2_OVER_MEMORY * ceilings.bandwidth))
         return max(waves * sms * one, least)
     elif name == "thin":
