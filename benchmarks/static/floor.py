@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from benchmarks.report.rows import markdown_table
 from benchmarks.rivals.cases import CPU_SHAPES, CPU_TOKENS, MODEL_BLOCKS, MODEL_SHAPES
-from benchmarks.static.recorded import GPU, predictions, ratio, rivals_of
+from benchmarks.static.recorded import GPU, predictions, ratio, rivals_of, versions
 from fastbound.performance.prediction import RANK, Ceilings, Prediction, seconds
 from fastbound.performance.shapes import Block, Shape, block_of
 
@@ -100,8 +100,8 @@ def layers_document(ceilings: Ceilings = GPU_CEILINGS) -> str:
             "of the operations; `ms @ M` the bare GEMM at the ceilings, all bound by compute "
             "unless marked. The last columns predict forward plus backward over the frozen "
             f"layer's at M={TYPICAL_TOKENS}, from the calls that each records over tensors without "
-            f"memory: {RULE}. Tiles and workspaces are those of {GPU.architecture} on "
-            f"{GPU.multiprocessors} multiprocessors.",
+            f"memory ({versions()}): {RULE}. Tiles and workspaces are those of "
+            f"{GPU.architecture} on {GPU.multiprocessors} multiprocessors.",
             floor_table(MODEL_SHAPES, TYPICAL_TOKENS, TOKENS, ceilings, rivals_of(MODEL_SHAPES[0])),
             f"The CPU's cases, at {CPU_CEILINGS.flops / 1e9:g} GFLOP/s and "
             f"{CPU_CEILINGS.bandwidth / 1e9:g} GB/s, assumed for two cores; `torch` is the path "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from itertools import chain
 
 import torch
@@ -128,3 +129,8 @@ def ratio(
         seconds(predictions(each, place, M, rank, device), ceilings) for each in (name, "frozen")
     )
     return found / floor
+
+
+def versions() -> str:
+    """What the calls of PEFT and of PyTorch's own operations depend on."""
+    return f"torch {torch.__version__.split('+')[0]}, PEFT {version('peft')}"

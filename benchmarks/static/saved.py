@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
+from importlib.metadata import version
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.report.rows import MIB, markdown_table
 from benchmarks.rivals.block import frozen, fused, peft, peft_projection
 from benchmarks.rivals.cases import LLAMA_1K
 from benchmarks.rivals.layer import COMPETITORS, Layer
+from benchmarks.static import recorded
 from benchmarks.static.floor import TYPICAL_TOKENS
 from benchmarks.static.recorded import blank_problem
 from fastbound.performance.memory import saved_bytes
@@ -148,13 +150,7 @@ def document() -> str:
 
 def versions() -> str:
     """What the counts of the rivals depend on."""
-    import peft
-    import transformers
-
-    torch_version = torch.__version__.split("+")[0]
-    return (
-        f"torch {torch_version}, transformers {transformers.__version__}, PEFT {peft.__version__}"
-    )
+    return f"transformers {version('transformers')}, {recorded.versions()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,8 +1,9 @@
 """Counted traffic of one adapted layer and one block: `python -m benchmarks.static.traffic`.
 
-Nothing is timed. Every kernel launch and every PyTorch operation is metered (see meter.py) at one
-small size whose tiles divide it, and what is found there in passes, that is in units of a tensor's
-own size, holds at any size. GEMMs stand apart: a tiled GEMM reads its operands several times.
+Nothing is timed. The fused operator is metered (see meter.py) at one small size whose tiles divide
+it: what is found there in passes, that is in units of a tensor's own size, holds at any size. GEMMs
+stand apart: a tiled GEMM reads its operands several times. What the competitors move, and the
+workspaces, are those of recorded calls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.rivals.cases import Block, Shape
 from benchmarks.rivals.layer import Competitor, Layer, make_problem
 from benchmarks.static import in_the_interpreter
 from benchmarks.static.meter import Meter, Moved, Step
-from benchmarks.static.recorded import DTYPE, calls_of
+from benchmarks.static.recorded import DTYPE, calls_of, rivals_of, versions
 from fastbound import bounded_linear
 from fastbound.dispatch.device import Device
 from fastbound.performance.prediction import Region, kernel_name, moved, operands
@@ -36,8 +37,6 @@ GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
 A_PRIME = 8191  # of tokens: no other tensor has as many elements as a tall one
 DIRECTIONS = ("forward", "backward")
-LAYER_RIVALS = ("fused", "frozen", "peft_fp32", "peft_bf16")
-BLOCK_RIVALS = ("fused", "per_layer", "frozen", "peft_fp32", "peft_bf16")
 
 # What a kernel's arguments hold, for tensors that no caller sees.
 _NAMES = {
@@ -207,12 +206,12 @@ def tall_passes(
     return found
 
 
-def comparison_table(names: Sequence[str], place: Shape | Block) -> str:
-    """Passes of each, outside the GEMMs and together."""
+def comparison_table(place: Shape | Block) -> str:
+    """Passes of each competitor, outside the GEMMs and together."""
     head = ["", *(f"{direction} [M, {d}]" for direction in DIRECTIONS for d in "KN")]
     head += ["with GEMMs K + N", f"KiB per token, {place.model}"]
     lines = []
-    for name in names:
+    for name in ("frozen", *rivals_of(place)):
         found = tall_passes(name, place)
         K, N = (sum(n for (_, width, _), n in found.items() if width == each) for each in "KN")
         nbytes = DTYPE.itemsize * (K * place.K + N * place.N)
@@ -258,13 +257,13 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
             "with GEMMs that move each operand once.",
             "One layer, K to N:",
             passes_table(linear_traffic(), IDEAL_LINEAR),
-            comparison_table(LAYER_RIVALS, gate),
+            comparison_table(gate),
             "A gated block (silu), every projection adapted:",
             passes_table(block_traffic(GATED), IDEAL_GATED),
-            comparison_table(BLOCK_RIVALS, llama),
+            comparison_table(llama),
             "A plain block (gelu_tanh); g is the first projection's output:",
             passes_table(block_traffic(PLAIN), IDEAL_PLAIN),
-            comparison_table(BLOCK_RIVALS, phi),
+            comparison_table(phi),
             "Workspaces of Llama-3-8B's gate or up, from its recorded launches (P holds parts of a "
             f"thin product, Q of a factor's gradient): {setting}:",
             workspace_table(layer_parts, rows * llama.N, "dy"),
@@ -274,13 +273,6 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
             f"adds {SPAN} blocks of columns to its own, one after the other, in cache.",
         ]
     )
-
-
-def versions() -> str:
-    """What the counts of PEFT and of PyTorch's own operations depend on."""
-    import peft
-
-    return f"torch {torch.__version__.split('+')[0]}, PEFT {peft.__version__}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rivals.cases import LLAMA_1K, Block
-from benchmarks.static import floor, notes, saved
+from benchmarks.static import floor, notes, recorded, saved
 from fastbound.performance.shapes import MODEL_SHAPES, Shape
 
 THIN = 3 * 16 * 2  # bytes a token of S of gate, up and down, bf16 and rank 16
@@ -66,6 +66,8 @@ def test_notes_hold_the_saved_bytes_that_the_script_prints(repository: Path) -> 
 def test_notes_hold_the_floor_of_blocks_that_the_script_prints(repository: Path) -> None:
     pytest.importorskip("triton", reason="the workspaces are those of Triton's tiles")
     text = (repository / "benchmarks" / "NOTES.md").read_text()
+    if recorded.versions() not in text:
+        pytest.skip(f"NOTES.md records the calls of other versions than {recorded.versions()}")
     assert floor.blocks_document() in text, "run `python -m benchmarks.static.notes`"
 
 
