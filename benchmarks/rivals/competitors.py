@@ -98,7 +98,7 @@ def _strategy(o: Operands, backend: str) -> str:
     if isinstance(o, BlockOperands):
         form = block_form(o.activation, o.gate is not None)
         return plan_for(block_key(*sizes, ranks, o.x.dtype, backend, form)).strategy
-    return plan_for(plan_key(*sizes, *ranks, o.x.dtype, backend)).strategy
+    return plan_for(plan_key(*sizes, ranks[0], o.x.dtype, backend)).strategy
 
 
 def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:

@@ -1,4 +1,4 @@
-"""The passes of a layer and of an MLP block: each is one call of an engine, timed as dispatch runs it.
+"""The passes of a layer and of an MLP block: each is one call of an engine.
 
 What a tile is chosen for is a whole pass, its workspaces and the launches that finish it included.
 """

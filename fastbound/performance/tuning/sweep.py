@@ -10,13 +10,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fastbound.dispatch.defaults import Tiles, default_tiles, padded_rank
+from fastbound.operator.engine import Engine
 from fastbound.performance.compilation import TARGETS, Compiled, compile_launch
 from fastbound.performance.isolation import Broken, isolated
-from fastbound.performance.passes import Candidate, operands_at, passes_of
+from fastbound.performance.passes import Candidate, Pass, operands_at, passes_of
 from fastbound.performance.shapes import Block, Shape
 from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.truth.interpreter import poisoned_empty
@@ -128,7 +130,7 @@ def sweep(
     the default too. ``tiles`` are those of the other passes.
     """
     work = passes_of(o)[name]
-    expected = work.reference()
+    expected = work.reference()  # in the same dtype: fp64 copies would not fit beside the operands
     steps: dict[str, Callable[[int], object]] = {}
     dropped: list[Dropped] = []
     for candidate in chosen:
@@ -136,17 +138,23 @@ def sweep(
             engine = candidate.engine(name, tiles, multiprocessors)
             with poisoned_empty():
                 _check(work.run(engine), expected)
+        except torch.OutOfMemoryError:
+            raise  # of the operands, not of the tile: the whole shape is left out
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
             dropped.append(Dropped(name, str(candidate), reason))
         else:
-            steps[str(candidate)] = lambda turn, engine=engine: work.run(engine)
-    if work.floor() is not None:
+            steps[str(candidate)] = partial(_run, work, engine)
+    if steps and work.floor() is not None:
         steps[FLOOR] = lambda turn: work.floor()
     for step in steps.values():
         step(0)
     samples = interleaved(steps, rounds=rounds, stopwatch=kernel_stopwatch(device))
     return _rows(name, shape, o.x.shape[0], str(chosen[0]), samples), dropped
+
+
+def _run(work: Pass, engine: Engine, turn: int) -> object:
+    return work.run(engine)
 
 
 def _check(produced: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
