@@ -134,6 +134,7 @@ def test_the_sdist_can_be_built_from(distributions):
     assert not any(name.startswith("kernels/__init__") for name in names)
 
 
+@pytest.mark.slow
 def test_installed_from_the_folder(checkout, fresh_environment, tmp_path):
     install(fresh_environment, ".", cwd=shutil.copytree(checkout, tmp_path / "copy"))
     names = modules_of(checkout / "kernels")
@@ -148,6 +149,7 @@ def test_installed_from_the_folder(checkout, fresh_environment, tmp_path):
     assert "unlearn" in run([script, "--help"], cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_installed_editable(checkout, fresh_environment, tmp_path):
     copy = shutil.copytree(checkout, tmp_path / "copy")
     install(fresh_environment, "-e", ".", cwd=copy)
@@ -158,6 +160,7 @@ def test_installed_editable(checkout, fresh_environment, tmp_path):
         assert {found[name] for name in names} == {copy / "kernels" / f"{n}.py" for n in names}
 
 
+@pytest.mark.slow
 def test_a_bare_checkout(checkout, fresh_environment, tmp_path):
     names = modules_of(checkout / "kernels")
     here = origins(fresh_environment, names, cwd=checkout)
@@ -190,6 +193,7 @@ def test_llama_loads_at_the_root_without_hugging_face_kernels(repository, tmp_pa
     assert out.split()[0] == "False"
 
 
+@pytest.mark.slow
 def test_llama_loads_at_the_root_with_hugging_face_kernels(repository, tmp_path):
     from transformers.utils.import_utils import KERNELS_MIN_VERSION
 

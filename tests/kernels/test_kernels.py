@@ -229,6 +229,7 @@ class TestThroughAutograd:
         o = layer_operands((3, 15, 67), 129, rank, dtype, device=DEVICE)
         assert_as_exact_as_the_formula(o, bounded_linear, backend=backend)
 
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=40)
     @given(data=st.data())
     def test_matches_fp64_on_any_shape(self, data: st.DataObject) -> None:

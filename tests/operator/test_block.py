@@ -75,6 +75,7 @@ def test_every_rank(backend: str, rank: int) -> None:
     check(Block((41, 37), 70, (rank, rank, rank), torch.float32), "silu", backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())

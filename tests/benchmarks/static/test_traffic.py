@@ -359,6 +359,7 @@ def test_the_bytes_of_a_blocks_predictions_are_those_that_are_moved(
     assert_recorded_is_metered(calls, counted, in_order=name != "per_layer")
 
 
+@pytest.mark.slow
 def test_notes_hold_the_traffic_that_the_script_prints(repository: Path) -> None:
     notes = (repository / "benchmarks" / "NOTES.md").read_text()
     if traffic.versions() not in notes:

@@ -146,6 +146,7 @@ def test_muse(finished, evaluate_arguments, tmp_path, capsys, convention):
     assert (run / "evaluation.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_tdec_agrees_with_the_plain_definitions(finished, new_model, tokenizer, evaluation_data):
     log = read(finished("tdec")[0] / LOGS["tdec"])
     model = new_model().eval()
@@ -199,7 +200,13 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("which", "batches"), [("tofu", 1), ("tofu", 7), ("muse", 2), ("tdec", 1), ("tdec", 3)]
+    ("which", "batches"),
+    [
+        ("tofu", 1),
+        ("muse", 2),
+        ("tdec", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tofu", 7), ("tdec", 3))),
+    ],
 )
 def test_a_killed_evaluation_resumes_to_the_same_log(
     finished, evaluate_arguments, tmp_path, monkeypatch, capsys, which, batches
