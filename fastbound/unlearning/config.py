@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fastbound.errors import InputError
 from fastbound.layers.bounds import rms_factor
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
+from fastbound.unlearning.losses.objective import Objective, check_losses
 
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -126,16 +127,12 @@ class UnlearnConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be >= 0 and finite, got {value}")
         if self.losses is not None:
-            from fastbound.unlearning.losses.objective import check_losses
-
             object.__setattr__(self, "losses", check_losses(self.losses))
             if (self.forget_weight, self.retain_weight) != (1.0, 1.0):
                 raise InputError(
                     "give weights in losses, or as forget_weight and retain_weight, not both"
                 )
         if self.cross_entropy in ("chunked", "liger"):
-            from fastbound.unlearning.losses.objective import Objective
-
             taking = Objective(self.weighted_losses).whole_logits
             if taking:
                 raise InputError(
