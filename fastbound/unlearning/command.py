@@ -16,7 +16,7 @@ from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.report import Run, write_report
 from fastbound.unlearning.demo.small_model import SmallModelConfig
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free
 from fastbound.unlearning.training.loop import unlearn
 from fastbound.unlearning.training.processes import end_processes

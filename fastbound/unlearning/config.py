@@ -42,7 +42,7 @@ class UnlearnConfig:
         forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
         losses: name -> weight, to minimise another sum than gradient difference; the names are
             gradient_ascent, retain, npo, simnpo, ihl, kl, idk and dpo, see
-            `fastbound.unlearning.losses.functions`. None is
+            `fastbound.unlearning.losses`. None is
             `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
         max_length: the most tokens of a row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.

@@ -19,7 +19,7 @@ from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.cost import compare_cost
 from fastbound.unlearning.demo.report import Run, write_report
 from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
-from fastbound.unlearning.pretrained import load_pretrained, quiet
+from fastbound.unlearning.model import load_pretrained, quiet
 from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, write_json
 from fastbound.unlearning.training.loop import unlearn
 

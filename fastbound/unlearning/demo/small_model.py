@@ -12,8 +12,8 @@ from torch import nn
 
 from fastbound.unlearning.data.encoding import TEMPLATE, collate, encode_all, padding
 from fastbound.unlearning.data.rows import Row
-from fastbound.unlearning.forward import forward
-from fastbound.unlearning.losses.functions import answer_tokens
+from fastbound.unlearning.losses import answer_tokens
+from fastbound.unlearning.model import forward
 
 
 @dataclass(frozen=True)

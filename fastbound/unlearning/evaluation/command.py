@@ -22,7 +22,7 @@ from fastbound.unlearning.evaluation.run import (
 from fastbound.unlearning.evaluation.templates import EmptyAnswerWarning
 from fastbound.unlearning.metrics import SameModelWarning
 from fastbound.unlearning.metrics.logs import read_log
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free
 
 

@@ -33,7 +33,7 @@ from fastbound.unlearning.lab.cell import (
     score_model,
     with_wrong_answers,
 )
-from fastbound.unlearning.pretrained import load_pretrained, quiet
+from fastbound.unlearning.model import load_pretrained, quiet
 from fastbound.unlearning.runs.folder import check_free, read_json, write_json
 
 MARKER = "lab.json"
