@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.report.facts import ROOT, Facts, facts
+from fastbound.files import replace_files
 
 if TYPE_CHECKING:
     from benchmarks.gpu_check.ceilings import Measured
@@ -95,9 +96,7 @@ class Session:
             "failures": self.failures,
             **self.results,
         }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(self.path)
+        replace_files({self.path: (json.dumps(content, indent=1) + "\n").encode()})
 
 
 def correctness(session: Session, deadline: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.rows import MIB, Row
+from fastbound.figures import new_figure, save_figure
 from fastbound.performance.profiling import report as profile_report
 
 COLOURS = {
@@ -24,9 +25,6 @@ def draw(device: str, rows: Sequence[Row], output: Path, stem: str) -> list[Path
 
     The first shows the cases that have a frozen layer to compare with, and is left out if none has.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     with_floor = {(row.case, row.direction) for row in rows if row.competitor == "frozen"}
     compared = [row for row in rows if (row.case, row.direction) in with_floor]
     paths = []
@@ -42,32 +40,17 @@ def _unique(values: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib import pyplot
-
-    return pyplot.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows),
-        squeeze=False,
-        layout="constrained",
-    )
-
-
-def _save(figure: Any, title: str, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
 def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
     """A row of panels per shape, a column per direction; the line at 1 is the frozen layer."""
     shapes = _unique([row.shape for row in rows])
     directions = _unique([row.direction for row in rows])
     several = len({row.M for row in rows}) > 1
-    figure, panels = _panel_grid(len(shapes), len(directions), 5.6, 3.2 if several else 2.6)
+    figure, panels = new_figure(
+        len(shapes),
+        len(directions),
+        (5.6 * len(directions), (3.2 if several else 2.6) * len(shapes)),
+        framed=True,
+    )
     for i, shape in enumerate(shapes):
         for j, direction in enumerate(directions):
             members = [row for row in rows if (row.shape, row.direction) == (shape, direction)]
@@ -86,7 +69,8 @@ def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
         )
-    _save(figure, f"Time over the frozen layer, {device}", path)
+    figure.suptitle(f"Time over the frozen layer, {device}")
+    save_figure(figure, path)
 
 
 def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
@@ -131,7 +115,7 @@ def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
 def _saved_bytes(device: str, rows: Sequence[Row], path: Path) -> None:
     """Bytes per token: one panel per shape, at its largest number of tokens."""
     shapes = _unique([row.shape for row in rows])
-    figure, panels = _panel_grid(len(shapes), 1, 7.0, 2.4)
+    figure, panels = new_figure(len(shapes), 1, (7.0, 2.4 * len(shapes)), framed=True)
     for shape, (axes,) in zip(shapes, panels, strict=True):
         members = [row for row in rows if row.shape == shape]
         M = max(row.M for row in members)
@@ -143,4 +127,5 @@ def _saved_bytes(device: str, rows: Sequence[Row], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_title(f"{shape}, M={M}", fontsize=9)
         axes.set_xlabel("MiB saved for backward, parameters left out")
-    _save(figure, f"Saved for backward, {device}", path)
+    figure.suptitle(f"Saved for backward, {device}")
+    save_figure(figure, path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import rms_factor
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
 from fastbound.unlearning.losses.objective import Objective, check_losses
@@ -111,17 +111,17 @@ class UnlearnConfig:
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("lr", "epochs"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("alpha", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                positive(name, getattr(self, name))
         if isinstance(self.bound, str):
             try:
                 rms_factor(self.bound)
             except ValueError as error:
                 raise InputError(str(error)) from error
         elif self.bound is not None:
-            _positive("bound", self.bound)
+            positive("bound", self.bound)
         for name in ("weight_decay", "forget_weight", "retain_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -170,8 +170,3 @@ def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
 def _at_least_one(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, (bool, str)) or not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} must be positive and finite, got {value!r}")

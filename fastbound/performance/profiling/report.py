@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbound.figures import new_figure, save_figure
 from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, ProfilePoint
 
 FORMAT = "fastbound profile 1"
@@ -149,19 +150,8 @@ def write(profile: Profile, folder: Path) -> None:
 
 def draw(profile: Profile, path: Path) -> None:
     """A row for each place: time over the frozen module, and memory, against the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     places = profile.places
-    figure, panels = pyplot.subplots(
-        len(places),
-        2,
-        figsize=(11, 1.3 + 3.5 * len(places)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, panels = new_figure(len(places), 2, (11, 1.3 + 3.5 * len(places)))
     for place, (left, right) in zip(places, panels, strict=True):
         lengths = sorted({p.tokens for p in profile.points if p.place == place})
         left.set_title(
@@ -185,8 +175,6 @@ def draw(profile: Profile, path: Path) -> None:
             axes.set_xticks(lengths, [length(M) for M in lengths])
             axes.minorticks_off()
             axes.set_xlabel("tokens")
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
@@ -194,8 +182,7 @@ def draw(profile: Profile, path: Path) -> None:
         f"{profile.rounds} interleaved rounds with quartiles",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_time(axes: Any, name: str, points: Sequence[ProfilePoint]) -> None:
