@@ -253,6 +253,12 @@ def test_importing_fastbound_imports_nothing_heavy(repository):
     assert loaded_after("import fastbound", repository) == set()
 
 
+def test_the_help_imports_nothing_heavy(repository):
+    show = "import fastbound.cli\ntry: fastbound.cli.main(['--help'])\nexcept SystemExit: pass"
+    assert "torch" not in loaded_after(show, repository)
+    assert not set(HEAVY) & loaded_after(show, repository)
+
+
 def test_using_every_public_name_leaves_the_model_libraries_out(repository):
     peft = {"BoundedConfig", "BoundedLayer", "BoundedModel"}  # these are PEFT's classes
     names = sorted(set(fastbound.__all__) - peft)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastbound.unlearning import Row, authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 
 TINY = SmallModelConfig(
     hidden_size=32,

@@ -25,7 +25,7 @@ from fastbound.unlearning.evaluation.run import (
 from fastbound.unlearning.evaluation.score_tdec import first_choices, prefix_continuations
 from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.metrics.logs import FORGET, SECTIONS
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 
 PNG = b"\x89PNG"
 

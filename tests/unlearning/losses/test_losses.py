@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fastbound
-from fastbound.unlearning import InputError, Row, UnlearnConfig, unlearn
+from fastbound.unlearning import InputError, Row, UnlearnConfig, losses, unlearn
 from fastbound.unlearning.data.encoding import Batch
-from fastbound.unlearning.losses import functions as losses
 from fastbound.unlearning.losses.objective import LOSSES, Answers, Objective, refusals
 
 # The original functions ran in fp32.
