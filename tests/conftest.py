@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastbound.truth import interpreter
+
 # Before anything imports triton, which reads it once: kernels then run on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,12 +50,17 @@ def data_folder() -> Path:
 
 
 @pytest.fixture
-def bf16_in_the_interpreter() -> Iterator[None]:
-    """Where Triton's interpreter runs, its dot takes bf16 as values; see truth.interpreter."""
-    from fastbound.truth.interpreter import interpreted_bf16
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty gives NaN, so an element that a kernel does not write fails the comparison."""
+    with interpreter.poisoned_empty():
+        yield
 
+
+@pytest.fixture(scope="module")
+def interpreted_bf16() -> Iterator[None]:
+    """Where Triton's interpreter runs, it takes bf16 as values; see truth.interpreter."""
     pytest.importorskip("triton", reason="the kernels need Triton")
-    with nullcontext() if torch.cuda.is_available() else interpreted_bf16():
+    with nullcontext() if torch.cuda.is_available() else interpreter.interpreted_bf16():
         yield
 
 

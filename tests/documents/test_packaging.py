@@ -97,10 +97,6 @@ def origins(python: Path, names: list[str], cwd: Path, **environment: str) -> di
     return {name: Path(path) for name, path in map(str.split, lines.splitlines())}
 
 
-def test_kernels_is_no_package_of_its_own(repository):
-    assert not (repository / "kernels" / "__init__.py").exists()
-
-
 def test_a_build_stops_when_kernels_became_a_package(checkout, tmp_path):
     copy = shutil.copytree(checkout, tmp_path / "copy")
     (copy / "kernels" / "__init__.py").touch()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -14,32 +12,15 @@ from hypothesis import strategies as st
 
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.performance.memory import saved_bytes
-from fastbound.truth import interpreter
 from fastbound.truth.exactness import assert_block_as_exact
 from fastbound.truth.formula import ACTIVATIONS
 from fastbound.truth.operands import BlockOperands, block_operands, run
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "fused"]
 FORMS = {"gated": True, "plain": False}
 RANKS = [1, 4, 8, 16, 32]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """What is not written is seen."""
-    with interpreter.poisoned_empty():
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bf16_dot() -> Iterator[None]:
-    """The interpreter's dot takes bf16 as values."""
-    with nullcontext() if GPU else interpreter.interpreted_bf16():
-        yield
-
-
 Block = partial(block_operands, device=DEVICE)
 
 
@@ -153,7 +134,7 @@ def test_autocast_casts_x_and_weights_and_never_the_masters() -> None:
 
 
 class TestCompile:
-    @pytest.fixture(autouse=True)
+    @pytest.fixture
     def poisoned_empty(self) -> None:
         """Not here: the compiler would trace the patch."""
 
