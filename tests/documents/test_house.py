@@ -77,5 +77,7 @@ def test_no_function_imports_modules_of_ours(folder):
     "folder", [*folders("fastbound"), *folders("benchmarks"), *folders("tests")], ids=relative
 )
 def test_a_folder_is_listed_at_a_glance(folder):
-    entries = {path.name for path in folder.iterdir()} - {"__pycache__"}
+    """Less what Python asks for in every package."""
+    asked = {"__pycache__", "__init__.py", "__main__.py", "py.typed"}
+    entries = {path.name for path in folder.iterdir()} - asked
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
