@@ -46,7 +46,12 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "kernel"), [("sm_90", "descriptor"), ("sm_80", "thin"), ("gfx942", "finish")]
+    ("target", "kernel"),
+    [
+        ("sm_90", "descriptor"),
+        ("gfx942", "finish"),
+        pytest.param("sm_80", "thin", marks=pytest.mark.slow),
+    ],
 )
 def test_a_kernel_compiles_without_faults(
     target: str, kernel: str, repository: Path, tmp_path: Path

@@ -299,6 +299,7 @@ def test_a_card_is_known_by_its_name() -> None:
     assert datasheet_of("NVIDIA A100-SXM4-80GB") == DATASHEET["a100-80gb"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here: see gpu_check"
 )
