@@ -1,4 +1,7 @@
-"""Benchmarks of unlearning: their rows, their templates, and their evaluation of a model."""
+"""Benchmarks of unlearning: their rows, their templates, and their evaluation of a model.
+
+Each is a module with the names of `benchmark.Benchmark`. Uses `metrics`, `runs` and below.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from pathlib import Path
 from fastbound.errors import InputError
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.evaluation import muse, tdec, tofu
+from fastbound.unlearning.evaluation.benchmark import Benchmark
 
-BENCHMARKS = {"tofu": tofu, "muse": muse, "tdec": tdec}
+BENCHMARKS: dict[str, Benchmark] = {"tofu": tofu, "muse": muse, "tdec": tdec}
 
-__all__ = ["BENCHMARKS", "load", "muse", "tdec", "tofu"]
+__all__ = ["BENCHMARKS", "benchmark_named", "load", "muse", "tdec", "tofu"]
 
 
 def load(benchmark: str, split: str, data: str | Path | None = None) -> Sequence[Row]:
@@ -26,7 +30,11 @@ def load(benchmark: str, split: str, data: str | Path | None = None) -> Sequence
         InputError: benchmark or split is unknown (the known ones are listed), a file is missing or
             a row does not have the fields of the benchmark.
     """
-    if benchmark not in BENCHMARKS:
-        raise InputError(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {benchmark!r}")
-    rows: Sequence[Row] = BENCHMARKS[benchmark].load(split, data)
-    return rows
+    return benchmark_named(benchmark).load(split, data)
+
+
+def benchmark_named(name: str) -> Benchmark:
+    """One of `BENCHMARKS`; raises InputError for any other name."""
+    if name not in BENCHMARKS:
+        raise InputError(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {name!r}")
+    return BENCHMARKS[name]

@@ -12,7 +12,6 @@ import torch
 from fastbound.errors import InputError
 from fastbound.unlearning.config import DEVICES, DTYPES
 from fastbound.unlearning.evaluation.run import (
-    LOGS,
     PICTURE,
     SUMMARY,
     EvaluationConfig,
@@ -74,5 +73,5 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in caught:
         if issubclass(warning.category, (EmptyAnswerWarning, SameModelWarning)):
             print(f"warning: {warning.message}", file=sys.stderr)
-    print(f"{table}\n\nWritten to {output}: {LOGS[config.benchmark]}, {SUMMARY} and {PICTURE}")
+    print(f"{table}\n\nWritten to {output}: {config.chosen.LOG}, {SUMMARY} and {PICTURE}")
     return 0

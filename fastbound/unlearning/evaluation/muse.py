@@ -1,17 +1,43 @@
 """MUSE: news articles or books to forget, with questions, verbatim passages and held-out text.
 
-Shi et al. 2024, `muse-bench/MUSE-News` and `muse-bench/MUSE-Books` on the hub. A split is
-`corpus/config/split`, for example `news/verbmem/forget`.
+Shi et al. 2024, `muse-bench/MUSE-News` and `muse-bench/MUSE-Books` on the hub. A split of rows is
+`corpus/config/split`, for example `news/verbmem/forget`; an evaluation takes one whole corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fastbound.errors import InputError
+from fastbound.unlearning import metrics
+from fastbound.unlearning.data.encoding import IGNORED, Encoded
 from fastbound.unlearning.data.records import Records, check_split, file_of
 from fastbound.unlearning.data.rows import SUFFIXES, Row, read_records, read_text, text_field
+from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
+from fastbound.unlearning.evaluation.generation import until
+from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture
+from fastbound.unlearning.evaluation.session import Session
+from fastbound.unlearning.evaluation.templates import end_of_text
+from fastbound.unlearning.metrics.conventions import MUSE, MUSE_CONVENTIONS
+from fastbound.unlearning.metrics.logs import column
+from fastbound.unlearning.metrics.texts import rouge
+from fastbound.unlearning.metrics.truth import warn_same_model
+
+LOG = "muse_log.json"
+CONVENTIONS: tuple[str, ...] = MUSE_CONVENTIONS
+DEFAULT_SPLIT: str | None = "news"
+
+VERBATIM_TOKENS = 128
+ANSWER_TOKENS = 32
+MAX_LENGTH = 2048
+K = 0.4
+# What ends an answer: the model goes on with a question of its own.
+_STOPS = ("\n\n", "\nQuestion", "Question:")
 
 HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 CORPORA = tuple(HUB)
@@ -32,6 +58,33 @@ SPLITS = tuple(
     if corpus == "news" or config not in ("scal", "sust")
     for split in splits
 )
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Prompts with what a model that remembers adds to them."""
+
+    prompts: Sequence[list[int]]
+    expected: Sequence[str]
+    most: int
+    stops: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is asked of the model."""
+
+    prompted: dict[str, Prompted]
+    texts: dict[str, Sequence[Encoded]]
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        asked = [
+            Encoded(tuple(prompt), (), name)
+            for name, part in self.prompted.items()
+            for prompt in part.prompts
+        ]
+        return [*asked, *(row for rows in self.texts.values() for row in rows)]
 
 
 def load(split: str, data: str | Path | None = None) -> list[Row]:
@@ -73,3 +126,152 @@ def _row(record: Mapping[str, Any], config: str, where: str) -> Row:
         prompt = text_field(record, "prompt", where)
         return Row(prompt, text_field(record, "gt", where), where)
     return Row(None, text_field(record, "text", where), where)
+
+
+def prepare(settings: Settings, tokenizer: Any) -> Prepared:
+    """All parts of one corpus, "news" or "books"."""
+    corpus = str(settings.split)
+    if corpus not in CORPORA:
+        raise InputError(f"muse --split must be one of {', '.join(CORPORA)}; got {corpus!r}")
+    end_of_text(tokenizer)
+
+    def rows_of(split: str) -> list[Row]:
+        return load(f"{corpus}/{split}", settings.data)[: settings.rows]
+
+    verbatim = rows_of("verbmem/forget")
+    expected = [row.answer for row in verbatim]
+    if settings.convention == MUSE:
+        expected = [_first(tokenizer, text, VERBATIM_TOKENS) for text in expected]
+    prompted = {
+        "forget_verbmem": Prompted(
+            [_ids(tokenizer, row.question or "") for row in verbatim], expected, VERBATIM_TOKENS
+        )
+    }
+    for side in ("forget", "retain"):
+        rows, shown = rows_of(f"knowmem/{side}_qa"), rows_of(f"knowmem/{side}_qa_icl")
+        examples = "".join(f"Question: {r.question}\nAnswer: {r.answer}\n\n" for r in shown)
+        prompted[f"{side}_knowmem"] = Prompted(
+            [_ids(tokenizer, f"{examples}Question: {row.question}\nAnswer:") for row in rows],
+            [row.answer for row in rows],
+            ANSWER_TOKENS,
+            _STOPS,
+        )
+    texts: dict[str, Sequence[Encoded]] = {
+        side: [_text(row, tokenizer) for row in rows_of(f"privleak/{side}")]
+        for side in ("forget", "holdout")
+    }
+    return Prepared(prompted, texts)
+
+
+def compared(retain: Log, prepared: Prepared) -> dict[str, tuple[int, int]]:
+    """Of the texts whose membership is asked."""
+    return {
+        f"privleak, {side}": (len(scores), len(prepared.texts[side]))
+        for side, scores in membership_scores(retain, "retain log").items()
+    }
+
+
+def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str, Any]:
+    """A log: ROUGE-L F1 and text for each prompt, Min-40 % score for each text."""
+    convention = str(settings.convention)
+    log: dict[str, Any] = {}
+    for name, part in prepared.prompted.items():
+        texts = session.texts(name, part.prompts, [part.most] * len(part.prompts))
+        texts = [until(text, part.stops) for text in texts]
+        log[name] = {
+            "rougeL_f1": [
+                rouge(expected, text, stemmer=convention != MUSE).rougeL_f1
+                for expected, text in zip(part.expected, texts, strict=True)
+            ],
+            "generated_text": [list(pair) for pair in zip(texts, part.expected, strict=True)],
+        }
+    log["privleak"] = {
+        side: session.attacks(f"privleak {side}", rows, k=K, convention=convention)
+        for side, rows in prepared.texts.items()
+    }
+    return log
+
+
+def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
+    """Min-40 % of the forget and the holdout texts of MUSE's log.
+
+    Raises:
+        InputError: one is missing, empty, or holds what is no finite number.
+    """
+    return {side: column(log, "privleak", side, name).tolist() for side in ("forget", "holdout")}
+
+
+def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:
+    """Means of the memorisation scores, AUC and PrivLeak."""
+    convention, corpus = str(settings.convention), str(settings.split)
+    auc = metrics.membership_auc(**membership_scores(log, "log"), convention=convention)
+    if retain is not None:
+        reference = metrics.membership_auc(
+            **membership_scores(retain, "retain log"), convention=convention
+        )
+        source = "retain log"
+        if membership_scores(retain, "retain log") == membership_scores(log, "log"):
+            warn_same_model("PrivLeak")
+    elif convention == MUSE:
+        reference, source = metrics.AUC_RETRAIN[corpus], "MUSE's constant"
+    else:
+        reference, source = 0.5, "chance, for want of --retain-log"
+    return {
+        "convention": convention,
+        **{
+            name: float(np.mean(log[name]["rougeL_f1"]))
+            for name in ("forget_verbmem", "forget_knowmem", "retain_knowmem")
+        },
+        "auc": auc,
+        "reference_auc": reference,
+        "reference": source,
+        "privleak": metrics.privleak(auc, reference, convention=convention),
+    }
+
+
+def table(summary: Summary) -> list[str]:
+    return [
+        f"VerbMem on forget   {summary['forget_verbmem']:.4f}   ROUGE-L F1",
+        f"KnowMem on forget   {summary['forget_knowmem']:.4f}   ROUGE-L F1",
+        f"KnowMem on retain   {summary['retain_knowmem']:.4f}   ROUGE-L F1",
+        f"PrivLeak           {summary['privleak']:7.2f}   AUC {summary['auc']:.4f}, reference "
+        f"{summary['reference_auc']:.4f} ({summary['reference']})",
+        f"convention          {summary['convention']} (AUC is "
+        + (
+            "low where the forget set is known)"
+            if summary["convention"] == MUSE
+            else "high where the forget set is known)"
+        ),
+    ]
+
+
+def draw(path: Path, log: Log, retain: Log | None, summary: Summary) -> None:
+    """The memorisation scores, and Min-40 % of forget and holdout texts."""
+    with picture(path) as (bars, curve):
+        names = ("forget_verbmem", "forget_knowmem", "retain_knowmem")
+        labels = ("VerbMem, forget", "KnowMem, forget", "KnowMem, retain")
+        bars.bar(labels, [summary[name] for name in names], 0.5, color=(RED, RED, BLUE))
+        bars.set_ylim(0, 1)
+        bars.set_title("ROUGE-L F1")
+        for side, colour in (("forget", RED), ("holdout", GREY)):
+            curve.ecdf(log["privleak"][side], color=colour, label=side)
+        curve.set_title(f"Min-40 %, PrivLeak {summary['privleak']:.1f}")
+        curve.set_xlabel("score, nats a token (low: known)")
+        curve.set_ylabel("share of texts up to it")
+        curve.legend(loc="lower right", fontsize="small")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"])
+
+
+def _first(tokenizer: Any, text: str, tokens: int) -> str:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _text(row: Row, tokenizer: Any) -> Encoded:
+    ids = _ids(tokenizer, row.answer)
+    if len(ids) < 4:  # of three labelled tokens, 40 % is one
+        raise InputError(f"{row.where}: a text of {len(ids)} tokens has too few to score")
+    return Encoded(tuple(ids), (IGNORED, *ids[1:]), row.where)

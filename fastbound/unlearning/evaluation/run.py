@@ -21,27 +21,15 @@ from torch import nn
 
 import fastbound
 from fastbound.errors import InputError
-from fastbound.unlearning.data.encoding import Encoded
-from fastbound.unlearning.evaluation import BENCHMARKS, score_muse, score_tdec, score_tofu
-from fastbound.unlearning.evaluation import summary as summaries
+from fastbound.unlearning.evaluation import benchmark_named
+from fastbound.unlearning.evaluation.benchmark import Benchmark
 from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.evaluation.templates import check_family
-from fastbound.unlearning.metrics.conventions import (
-    MUSE_CONVENTIONS,
-    TOFU_CONVENTIONS,
-    check_convention,
-)
-from fastbound.unlearning.metrics.logs import FORGET, losses, read_log
+from fastbound.unlearning.metrics.conventions import check_convention
+from fastbound.unlearning.metrics.logs import read_log
 from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import RunFolder, fingerprint, read_json, write_json
 
-LOGS = {"tofu": "eval_log_aggregated.json", "muse": "muse_log.json", "tdec": "tdec_log.json"}
-SPLITS = {"tofu": "forget10", "muse": "news"}
-CONVENTIONS = {
-    "tofu": TOFU_CONVENTIONS,
-    "muse": MUSE_CONVENTIONS,
-    "tdec": ("knowledge-unlearning",),
-}
 SUMMARY = "summary.json"
 PICTURE = "evaluation.png"
 PIECES = "pieces.jsonl"
@@ -72,22 +60,25 @@ class EvaluationConfig:
     n: int = 10
 
     def __post_init__(self) -> None:
-        if self.benchmark not in BENCHMARKS:
-            raise InputError(
-                f"benchmark must be one of {', '.join(BENCHMARKS)}; got {self.benchmark!r}"
-            )
-        known = CONVENTIONS[self.benchmark]
+        known = self.chosen.CONVENTIONS
         if self.convention is None:
             object.__setattr__(self, "convention", known[0])
         check_convention(str(self.convention), known)
         if self.split is None:
-            if self.benchmark not in SPLITS:
-                raise InputError("tdec needs --split: the name of its file, without csv or npy")
-            object.__setattr__(self, "split", SPLITS[self.benchmark])
+            if self.chosen.DEFAULT_SPLIT is None:
+                raise InputError(
+                    f"{self.benchmark} needs --split: the name of its file, without csv or npy"
+                )
+            object.__setattr__(self, "split", self.chosen.DEFAULT_SPLIT)
         check_family(self.template)
         for name in ("batch_size", "n", *(["rows"] if self.rows is not None else [])):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+    @property
+    def chosen(self) -> Benchmark:
+        """The benchmark's module."""
+        return benchmark_named(self.benchmark)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -135,87 +126,27 @@ def evaluate_benchmark(
         InputError: data, logs, tokenizer or output folder cannot be used.
         NonFiniteError: a loss is not finite.
     """
-    folder = Path(output)
+    folder, chosen = Path(output), config.chosen
     retain = None if retain_log is None else read_log(retain_log)
-    if retain is not None and config.benchmark == "tdec":
-        raise InputError("tdec compares with no other model: leave --retain-log out")
-    prepared, encoded = _prepare(config, tokenizer)
-    if retain is not None:
-        _check_retain(config, retain, prepared)
-    identity = {**_settings(config), **(about or {}), "tokens": fingerprint(encoded)}
+    prepared = chosen.prepare(config, tokenizer)
+    if retain is not None:  # refused before minutes of evaluation
+        for part, (theirs, ours) in chosen.compared(retain, prepared).items():
+            if theirs != ours:
+                raise InputError(
+                    f"retain log has {theirs} rows in {part}, {config.split} here has {ours}: "
+                    "evaluate both models on the same rows"
+                )
+    identity = {**_settings(config), **(about or {}), "tokens": fingerprint(prepared.encoded)}
     run = RunFolder(folder, identity, resume=resume)
     run.begin()
     session = Session(model, tokenizer, config.batch_size, Pieces(folder / PIECES), progress)
     with _evaluating(model):
-        log = _score(session, prepared, config)
-    write_json(folder / LOGS[config.benchmark], log)
-    summary, lines = _summarise(config, log, retain, folder)
+        log = chosen.score(session, prepared, config)
+    write_json(folder / chosen.LOG, log)
+    summary = chosen.summarise(log, retain, config)
+    chosen.draw(folder / PICTURE, log, retain, summary)
     write_json(folder / SUMMARY, _finite({**identity, **summary, "environment": environment()}))
-    return "\n".join([f"{config.benchmark} {config.split}", *lines])
-
-
-def _prepare(config: EvaluationConfig, tokenizer: Any) -> tuple[Any, list[Encoded]]:
-    split, convention = str(config.split), str(config.convention)
-    if config.benchmark == "tofu":
-        sections = score_tofu.prepare(
-            split,
-            config.data,
-            tokenizer,
-            family=config.template,
-            convention=convention,
-            most_rows=config.rows,
-        )
-        return sections, [row for each in sections.values() for row in each.encoded]
-    if config.benchmark == "muse":
-        parts = score_muse.prepare(
-            split, config.data, tokenizer, convention=convention, most_rows=config.rows
-        )
-        return parts, parts.encoded
-    found = score_tdec.prepare(split, config.data, tokenizer, n=config.n, most_rows=config.rows)
-    return found, found.encoded
-
-
-def _check_retain(config: EvaluationConfig, retain: Mapping[str, Any], prepared: Any) -> None:
-    """Refuse a retain log that the summary could not use, before minutes of evaluation."""
-    if config.benchmark == "muse":
-        held = {
-            f"privleak, {side}": (len(scores), len(prepared.texts[side]))
-            for side, scores in summaries.membership_scores(retain, "retain log").items()
-        }
-    else:
-        right, _ = losses(retain, FORGET, "retain log")
-        held = {FORGET: (len(right), len(prepared[FORGET].rows))}
-    for part, (theirs, ours) in held.items():
-        if theirs != ours:
-            raise InputError(
-                f"retain log has {theirs} rows in {part}, {config.split} here has {ours}: "
-                "evaluate both models on the same rows"
-            )
-
-
-def _score(session: Session, prepared: Any, config: EvaluationConfig) -> dict[str, Any]:
-    if config.benchmark == "tofu":
-        return score_tofu.score(session, prepared, convention=str(config.convention))
-    if config.benchmark == "muse":
-        return score_muse.score(session, prepared, convention=str(config.convention))
-    return score_tdec.score(session, prepared, n=config.n)
-
-
-def _summarise(
-    config: EvaluationConfig, log: dict[str, Any], retain: Any, folder: Path
-) -> tuple[dict[str, Any], list[str]]:
-    convention, picture = str(config.convention), folder / PICTURE
-    if config.benchmark == "tofu":
-        summary = summaries.summarise_tofu(log, retain, convention)
-        summaries.draw_tofu(picture, log, retain, summary)
-        return summary, summaries.table_tofu(summary)
-    if config.benchmark == "muse":
-        summary = summaries.summarise_muse(log, retain, convention, str(config.split))
-        summaries.draw_muse(picture, log, summary)
-        return summary, summaries.table_muse(summary)
-    summary = summaries.summarise_tdec(log)
-    summaries.draw_tdec(picture, log, summary)
-    return summary, summaries.table_tdec(summary)
+    return "\n".join([f"{config.benchmark} {config.split}", *chosen.table(summary)])
 
 
 def _settings(config: EvaluationConfig) -> dict[str, Any]:

@@ -1,18 +1,47 @@
 """TOFU: questions about fictitious authors, and paraphrased and wrong answers to score against.
 
-Maini et al. 2024, `locuslab/TOFU` on the hub.
+Maini et al. 2024, `locuslab/TOFU` on the hub. Its log has the layout of TOFU's aggregated one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastbound.errors import InputError
+from fastbound.unlearning import metrics
+from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.records import check_split, records
 from fastbound.unlearning.data.rows import Row, text_field
+from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
+from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture
+from fastbound.unlearning.evaluation.session import Session
+from fastbound.unlearning.evaluation.templates import (
+    encode_answer,
+    encode_prompt,
+    end_of_text,
+    warn_of_empty_answers,
+)
+from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING, TOFU_CONVENTIONS
+from fastbound.unlearning.metrics.logs import (
+    FORGET,
+    REAL_AUTHORS,
+    RETAIN,
+    SECTIONS,
+    WORLD_FACTS,
+    losses,
+)
+from fastbound.unlearning.metrics.texts import rouge
+
+LOG = "eval_log_aggregated.json"
+CONVENTIONS: tuple[str, ...] = TOFU_CONVENTIONS
+DEFAULT_SPLIT: str | None = "forget10"
+
+GENERATED = 200  # open-unlearning: new tokens; TOFU: tokens with the prompt
 
 HUB = "locuslab/TOFU"
 # Each forget split with the rows that stay.
@@ -43,6 +72,26 @@ class TofuRow(Row):
 
     paraphrased: str | None = None
     perturbed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section's rows as tokens.
+
+    Attributes:
+        paraphrased: the answers themselves where the rows have no other wording.
+        perturbed: wrong answers, all of a row after all of the row before.
+    """
+
+    rows: Sequence[TofuRow]
+    answers: Sequence[Encoded]
+    paraphrased: Sequence[Encoded] | None
+    perturbed: Sequence[Encoded]
+    prompts: Sequence[list[int]]
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        return [*self.answers, *(self.paraphrased or ()), *self.perturbed]
 
 
 def load(split: str, data: str | Path | None = None) -> list[TofuRow]:
@@ -92,3 +141,169 @@ def _wrong(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: field {field!r} holds {text!r}: every one must be text")
     return tuple(wrong)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """All four sections by their name in the log."""
+
+    parts: dict[str, Section]
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        return [row for part in self.parts.values() for row in part.encoded]
+
+
+def prepare(settings: Settings, tokenizer: Any) -> Sections:
+    """All four sections; `settings.rows` is the first so many of each, TOFU's own code takes 300.
+
+    Raises:
+        InputError: a split that is none of "forget01", "forget05" and "forget10", or as `load`.
+    """
+    split, family = str(settings.split), settings.template
+    convention = str(settings.convention)
+    check_split("tofu --split", split, tuple(RETAIN_OF))
+    splits = {
+        RETAIN: "retain_perturbed",
+        REAL_AUTHORS: "real_authors_perturbed",
+        WORLD_FACTS: "world_facts_perturbed",
+        FORGET: f"{split}_perturbed",
+    }
+
+    def encode(row: TofuRow, answer: str) -> Encoded:
+        return encode_answer(
+            row.question or "", answer, row.where, tokenizer, family=family, convention=convention
+        )
+
+    sections = {}
+    for section, name in splits.items():
+        rows = load(name, settings.data)[: settings.rows]
+        reworded = [encode(row, row.paraphrased) for row in rows if row.paraphrased is not None]
+        part = sections[section] = Section(
+            rows,
+            [encode(row, row.answer) for row in rows],
+            reworded or None,
+            [encode(row, wrong) for row in rows for wrong in row.perturbed],
+            [
+                encode_prompt(row.question or "", tokenizer, family=family, convention=convention)
+                for row in rows
+            ],
+        )
+        warn_of_empty_answers(name, part.encoded, end_of_text(tokenizer))
+    return Sections(sections)
+
+
+def compared(retain: Log, prepared: Sections) -> dict[str, tuple[int, int]]:
+    """Of the forget rows."""
+    right, _ = losses(retain, FORGET, "retain log")
+    return {FORGET: (len(right), len(prepared.parts[FORGET].rows))}
+
+
+def score(session: Session, prepared: Sections, settings: Settings) -> dict[str, Any]:
+    """TOFU's aggregated log: per row losses, tokens, ROUGE and text, with EM and ES added."""
+    log = {}
+    for section, part in prepared.parts.items():
+        name = SECTIONS[section]
+        answers = session.answers(f"{name} answers", part.answers)
+        reworded = answers
+        if part.paraphrased is not None:
+            reworded = session.answers(f"{name} paraphrased", part.paraphrased)
+        flat = iter(session.answers(f"{name} wrong", part.perturbed))
+        wrong = [[next(flat) for _ in row.perturbed] for row in part.rows]
+        most = [
+            GENERATED if settings.convention == OPEN_UNLEARNING else max(1, GENERATED - len(prompt))
+            for prompt in part.prompts
+        ]
+        texts = session.texts(f"{name} texts", part.prompts, most)
+        scores = [rouge(row.answer, text) for row, text in zip(part.rows, texts, strict=True)]
+        log[section] = {
+            "avg_gt_loss": [each["loss"] for each in answers],
+            "num_token_gt": [each["tokens"] for each in answers],
+            "average_perturb_loss": [[each["loss"] for each in row] for row in wrong],
+            "num_token_perturb": [[each["tokens"] for each in row] for row in wrong],
+            "avg_paraphrased_loss": [each["loss"] for each in reworded],
+            "num_token_paraphrased": [each["tokens"] for each in reworded],
+            "rouge1_recall": [each.rouge1_recall for each in scores],
+            "rougeL_recall": [each.rougeL_recall for each in scores],
+            "exact_memorisation": [each["exact_memorisation"] for each in answers],
+            "extraction_strength": [each["extraction_strength"] for each in answers],
+            "generated_text": [
+                [row.question, text, row.answer] for row, text in zip(part.rows, texts, strict=True)
+            ],
+        }
+    return log
+
+
+def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:
+    """Section scores, model utility, and forget quality where a retain log is given."""
+    convention = str(settings.convention)
+    sections = {}
+    for section, name in SECTIONS.items():
+        scores: dict[str, float] = asdict(
+            metrics.section_score(log, section, convention=convention)
+        )
+        for extra in ("exact_memorisation", "extraction_strength"):
+            known = [value for value in log[section][extra] if value is not None]
+            scores[extra] = float(np.mean(known)) if known else float("nan")
+        sections[name] = scores
+    quality = None
+    if retain is not None:
+        quality = asdict(metrics.forget_quality(log, retain, convention=convention))
+    return {
+        "convention": convention,
+        "sections": sections,
+        "model_utility": asdict(metrics.model_utility(log, convention=convention)),
+        "forget_quality": quality,
+    }
+
+
+def table(summary: Summary) -> list[str]:
+    head = f"{'':14}{'probability':>12}{'ROUGE-L':>9}{'truth ratio':>13}{'EM':>7}{'ES':>7}"
+    lines = [head, "─" * len(head)]
+    for name, each in summary["sections"].items():
+        lines.append(
+            f"{name:14}{each['probability']:12.4f}{each['rouge']:9.4f}{each['truth_ratio']:13.4f}"
+            f"{each['exact_memorisation']:7.3f}{each['extraction_strength']:7.3f}"
+        )
+    utility = summary["model_utility"]
+    zero = [name for name, value in utility["components"].items() if value == 0]
+    because = f" (0: {', '.join(zero)})" if zero else ""
+    lines.append(f"model utility   {utility['value']:.5f}{because}")
+    quality = summary["forget_quality"]
+    if quality is None:
+        lines.append("forget quality  not known: it needs --retain-log")
+    else:
+        lines.append(
+            f"forget quality  {quality['pvalue']:.4g} (log10 {quality['log10']:.2f}, "
+            f"floor for {quality['n']} rows {quality['floor']:.2g}; KS {quality['statistic']:.4f})"
+        )
+    lines.append("EM, ES          exact memorisation, extraction strength")
+    return [*lines, f"convention      {summary['convention']}"]
+
+
+def draw(path: Path, log: Log, retain: Log | None, summary: Summary) -> None:
+    """The scores of each section, and the distribution of the forget rows' truth ratio."""
+    with picture(path) as (bars, curve):
+        names = list(summary["sections"])
+        for place, part in enumerate(("probability", "rouge", "truth_ratio")):
+            heights = [summary["sections"][name][part] for name in names]
+            bars.bar(
+                np.arange(len(names)) + (place - 1) * 0.26,
+                heights,
+                0.24,
+                color=(BLUE, RED, GREY)[place],
+                label=part.replace("_", " ").replace("rouge", "ROUGE-L"),
+            )
+        bars.set_xticks(range(len(names)), names)
+        bars.set_ylim(0, 1)
+        bars.set_title("Scores")
+        bars.legend(fontsize="small")
+        for each, label, colour in ((log, "this model", BLUE), (retain, "retain model", GREY)):
+            if each is not None:
+                right, wrong = losses(each, FORGET)
+                ratio = metrics.truth_ratio(right, wrong, convention=summary["convention"])
+                curve.ecdf(ratio, color=colour, label=label)
+        curve.set_title("Truth ratio of forget rows")
+        curve.set_xlabel("truth ratio")
+        curve.set_ylabel("share of rows up to it")
+        curve.legend(loc="lower right", fontsize="small")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastbound.unlearning import InputError, load_rows
 from fastbound.unlearning.evaluation import load, muse, tdec, tofu
+from fastbound.unlearning.evaluation.tdec.sequences import PARTS
 from fastbound.unlearning.evaluation.templates import encode_answer, encode_prompt
 
 PERTURBED = {
@@ -196,7 +197,7 @@ def test_tdec_csv(tmp_path):
 def test_tdec_npy_whole_and_in_parts(tmp_path):
     whole = np.arange(400).reshape(2, 200)
     np.save(tmp_path / "train_dataset.npy", whole)
-    for name, part in zip(tdec.PARTS, np.split(whole, [100, 150], axis=1), strict=True):
+    for name, part in zip(PARTS, np.split(whole, [100, 150], axis=1), strict=True):
         np.save(tmp_path / f"val_{name}.npy", part)
     one, parts = tdec.load("train_dataset", tmp_path), tdec.load("val", tmp_path)
     assert [row.tokens for row in one] == [row.tokens for row in parts] == [*map(tuple, whole)]

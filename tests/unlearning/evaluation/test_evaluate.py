@@ -14,16 +14,15 @@ import torch
 import fastbound
 from fastbound.cli import main
 from fastbound.unlearning import InputError, load_rows, metrics
-from fastbound.unlearning.evaluation import score_tdec, score_tofu
+from fastbound.unlearning.evaluation import BENCHMARKS, muse, tdec, tofu
 from fastbound.unlearning.evaluation.generation import continuations
 from fastbound.unlearning.evaluation.run import (
-    LOGS,
     EvaluationConfig,
     evaluate_benchmark,
     load_adapter,
 )
-from fastbound.unlearning.evaluation.score_tdec import first_choices, prefix_continuations
 from fastbound.unlearning.evaluation.session import Pieces, Session
+from fastbound.unlearning.evaluation.tdec.extraction import first_choices, prefix_continuations
 from fastbound.unlearning.metrics.logs import FORGET, SECTIONS
 from fastbound.unlearning.model import load_pretrained
 
@@ -66,7 +65,7 @@ def stirred(new_model, tmp_path):
 
 def test_tofu_from_the_command_line(finished):
     run, printed, _ = finished("tofu")
-    log, summary = read(run / LOGS["tofu"]), read(run / "summary.json")
+    log, summary = read(run / tofu.LOG), read(run / "summary.json")
     assert set(log) == set(SECTIONS)
     assert {name: len(part["avg_gt_loss"]) for name, part in log.items()} == {
         name: 4 if name == FORGET else 3 for name in SECTIONS
@@ -74,7 +73,7 @@ def test_tofu_from_the_command_line(finished):
     assert np.array(log[FORGET]["average_perturb_loss"]).shape == (4, 5)
     # The model has learned these rows: it likes its answers, and not the wrong ones.
     assert max(log[FORGET]["avg_gt_loss"]) < 2 < min(map(min, log[FORGET]["average_perturb_loss"]))
-    utility = metrics.model_utility(run / LOGS["tofu"])
+    utility = metrics.model_utility(run / tofu.LOG)
     assert summary["model_utility"]["value"] == utility.value
     assert len(summary["model_utility"]["components"]) == 9
     assert f"{utility.value:.5f}" in printed and "convention      open-unlearning" in printed
@@ -85,12 +84,12 @@ def test_tofu_from_the_command_line(finished):
 def test_an_adapter_against_the_log_of_another_model(
     finished, evaluate_arguments, stirred, tmp_path, capsys, monkeypatch
 ):
-    retain = finished("tofu")[0] / LOGS["tofu"]  # before what follows changes how it is made
-    monkeypatch.setattr(score_tofu, "GENERATED", 60)  # it has forgotten where answers end
+    retain = finished("tofu")[0] / tofu.LOG  # before what follows changes how it is made
+    monkeypatch.setattr(tofu, "GENERATED", 60)  # it has forgotten where answers end
     flags = ("--adapter", str(stirred), "--retain-log", str(retain), "--convention", "tofu")
     assert main(evaluate_arguments("tofu", tmp_path / "run", *flags)) == 0
     said = capsys.readouterr()
-    log = tmp_path / "run" / LOGS["tofu"]
+    log = tmp_path / "run" / tofu.LOG
     quality = metrics.forget_quality(log, retain, convention="tofu")
     assert f"{quality.pvalue:.4g} (log10 {quality.log10:.2f}" in said.out
     assert "convention      tofu\n" in said.out and "warning" not in said.err
@@ -113,11 +112,11 @@ def test_a_retain_log_of_the_same_model_is_named(
     run, _, errors = finished(which)
     assert "warning" not in errors
     shutil.copytree(run, tmp_path / "run")
-    flags = ("--resume", "--retain-log", str(run / LOGS[which]))
+    flags = ("--resume", "--retain-log", str(run / BENCHMARKS[which].LOG))
     assert main(evaluate_arguments(which, tmp_path / "run", *flags)) == 0
     said = capsys.readouterr()
     assert f"{message} a model with itself" in said.err
-    for name in ("pieces.jsonl", LOGS[which]):
+    for name in ("pieces.jsonl", BENCHMARKS[which].LOG):
         assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
     if which == "muse":
         assert "(retain log)" in said.out
@@ -133,7 +132,7 @@ def test_muse(finished, evaluate_arguments, tmp_path, capsys, convention):
         run = tmp_path / "run"
         assert main(evaluate_arguments("muse", run, "--convention", convention)) == 0
         printed = capsys.readouterr().out
-    log, summary = read(run / LOGS["muse"]), read(run / "summary.json")
+    log, summary = read(run / muse.LOG), read(run / "summary.json")
     assert [len(log["privleak"][side]) for side in ("forget", "holdout")] == [4, 3]
     auc = metrics.membership_auc(**log["privleak"], convention=convention)
     reference = metrics.AUC_RETRAIN["news"] if convention == "muse" else 0.5
@@ -148,9 +147,11 @@ def test_muse(finished, evaluate_arguments, tmp_path, capsys, convention):
 
 @pytest.mark.slow
 def test_tdec_agrees_with_the_plain_definitions(finished, new_model, tokenizer, evaluation_data):
-    log = read(finished("tdec")[0] / LOGS["tdec"])
+    log = read(finished("tdec")[0] / tdec.LOG)
     model = new_model().eval()
-    rows = score_tdec.prepare("data/main/two", evaluation_data / "tdec", tokenizer, n=2).sequences
+    rows = tdec.prepare(
+        EvaluationConfig("tdec", "data/main/two", str(evaluation_data / "tdec"), n=2), tokenizer
+    ).sequences
     for row, el, ma in zip(
         rows, log["extraction_likelihood"], log["memorisation_accuracy"], strict=True
     ):
@@ -172,7 +173,7 @@ def test_tdec_agrees_with_the_plain_definitions(finished, new_model, tokenizer, 
 
 def test_tdec_reports_the_validation_sets_that_are_there(finished):
     run, printed, _ = finished("tdec")
-    log, summary = read(run / LOGS["tdec"]), read(run / "summary.json")
+    log, summary = read(run / tdec.LOG), read(run / "summary.json")
     assert list(log["validation"]) == list(summary["validation"])
     assert set(log["validation"]) == {"lambada", "wizard_of_wikipedia"}
     for name, each in summary["validation"].items():
@@ -225,7 +226,7 @@ def test_a_killed_evaluation_resumes_to_the_same_log(
     monkeypatch.setattr(Pieces, "put", put_and_die)
     with pytest.raises(Killed):
         main(evaluate_arguments(which, run))
-    assert not (run / LOGS[which]).exists()
+    assert not (run / BENCHMARKS[which].LOG).exists()
     again = []
     monkeypatch.setattr(
         Pieces, "put", lambda self, *piece: (put(self, *piece), again.append(piece[:2]))
@@ -241,7 +242,9 @@ def test_a_killed_evaluation_resumes_to_the_same_log(
     pieces = (whole / "pieces.jsonl").read_text()
     assert len(again) == len(pieces.splitlines()) - batches
     assert (run / "pieces.jsonl").read_text() == pieces
-    assert (run / LOGS[which]).read_bytes() == (whole / LOGS[which]).read_bytes()
+    assert (run / BENCHMARKS[which].LOG).read_bytes() == (
+        whole / BENCHMARKS[which].LOG
+    ).read_bytes()
 
 
 def test_a_row_scores_alone_as_it_does_in_a_batch(
@@ -249,7 +252,7 @@ def test_a_row_scores_alone_as_it_does_in_a_batch(
 ):
     config = EvaluationConfig("tofu", data=str(evaluation_data / "tofu"), batch_size=1)
     evaluate_benchmark(new_model(), tokenizer, config, tmp_path / "run", progress=False)
-    alone, batched = (read(run / LOGS["tofu"]) for run in (tmp_path / "run", finished("tofu")[0]))
+    alone, batched = (read(run / tofu.LOG) for run in (tmp_path / "run", finished("tofu")[0]))
     for section in alone:
         for field, values in alone[section].items():
             if "loss" in field:
@@ -308,7 +311,7 @@ def test_answers_that_masking_leaves_empty_are_named(
 
 def test_real_rows_of_tofu(data_folder, model_folder, write_rows, monkeypatch, tmp_path):
     """The perturbed sets of the authors, which are not there, in the same schema."""
-    monkeypatch.setattr(score_tofu, "GENERATED", 8)  # the model does not know where they end
+    monkeypatch.setattr(tofu, "GENERATED", 8)  # the model does not know where they end
     real = data_folder / "tofu"
     for target, source in (("forget01_perturbed", "forget01"), ("retain_perturbed", "retain")):
         rows = load_rows(real / f"{source}.jsonl")[:2]
@@ -330,7 +333,7 @@ def test_real_rows_of_tofu(data_folder, model_folder, write_rows, monkeypatch, t
     model, tokenizer = load_pretrained(str(model_folder))
     config = EvaluationConfig("tofu", "forget01", str(tmp_path / "data"), rows=2, template="llama2")
     table = evaluate_benchmark(model, tokenizer, config, tmp_path / "run", progress=False)
-    log = read(tmp_path / "run" / LOGS["tofu"])
+    log = read(tmp_path / "run" / tofu.LOG)
     assert {len(part["avg_gt_loss"]) for part in log.values()} == {2}
     asked = [question for question, _, _ in log[FORGET]["generated_text"]]
     assert asked == [row.question for row in load_rows(real / "forget01.jsonl")[:2]]

@@ -12,7 +12,8 @@ import torch
 
 from fastbound.cli import main
 from fastbound.unlearning import InputError, NonFiniteError
-from fastbound.unlearning.evaluation.run import LOGS, EvaluationConfig, evaluate_benchmark
+from fastbound.unlearning.evaluation import BENCHMARKS
+from fastbound.unlearning.evaluation.run import EvaluationConfig, evaluate_benchmark
 from fastbound.unlearning.metrics.logs import FORGET
 
 
@@ -155,7 +156,7 @@ def test_a_model_that_gives_nan(new_model, tokenizer, evaluation_data, tmp_path,
         )
 
 
-@pytest.mark.parametrize("which", list(LOGS))
+@pytest.mark.parametrize("which", list(BENCHMARKS))
 def test_a_tokenizer_without_end_of_text(new_model, tokenizer, evaluation_data, tmp_path, which):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = None

@@ -11,9 +11,10 @@ import torch
 from tokenizers import processors
 
 from fastbound.unlearning import InputError, metrics
-from fastbound.unlearning.evaluation import load, score_validation, tdec_validation
-from fastbound.unlearning.evaluation.replies import dialogue_prompt, normalise_reply
+from fastbound.unlearning.evaluation import load
 from fastbound.unlearning.evaluation.session import Pieces, Session
+from fastbound.unlearning.evaluation.tdec import sets, validation
+from fastbound.unlearning.evaluation.tdec.dialogues import dialogue_prompt, normalise_reply
 
 DIALOGUE = ["hi there", "Hello ! I'm Ann . you ?", "bo"]
 ARC = {"question": "Why?", "choices": {"text": ["a", "b", "c", "d"], "label": [*"ABCD"]}}
@@ -78,7 +79,7 @@ def test_texts_and_completions(tmp_path):
             answer,
             f"{folder / name}.csv, row 1",
         )
-    assert set(tdec_validation.find(tmp_path)) == {"pile", "wikitext", "lambada"}
+    assert set(sets.find(tmp_path)) == {"pile", "wikitext", "lambada"}
 
 
 @pytest.mark.parametrize("name", list(CHOICES))
@@ -93,7 +94,7 @@ def test_choices(tmp_path, name):
 def test_every_set_is_known_and_tested():
     dialogues = {"wizard_of_wikipedia", "empathetic_dialogues"}
     dialogues |= {"blended_skill_talk", "wizard_of_internet"}
-    assert set(tdec_validation.SETS) == {"pile", "wikitext", "lambada", *CHOICES, *dialogues}
+    assert set(sets.SETS) == {"pile", "wikitext", "lambada", *CHOICES, *dialogues}
 
 
 def test_questions_of_arc_without_four_choices_are_left_out(tmp_path):
@@ -234,9 +235,9 @@ def scored(folder, model_folder, tokenizer):
 
     model = load_pretrained(str(model_folder))[0].eval()
     session = Session(model, tokenizer, 4, Pieces(), progress=False)
-    prepared = score_validation.prepare(folder, tokenizer)
-    log = score_validation.score(session, prepared)
-    return model, log, score_validation.summarise(log)
+    prepared = validation.prepare(folder, tokenizer)
+    log = validation.score(session, prepared)
+    return model, log, validation.summarise(log)
 
 
 @torch.no_grad()
@@ -323,16 +324,16 @@ def test_a_beginning_of_text_stands_before_the_question_alone(tokenizer, tmp_pat
         f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, begin)]
     )
     write(tmp_path / "piqa.jsonl", CHOICES["piqa"][0])
-    for row in score_validation.prepare(tmp_path, tokenizer)["piqa"].scored:
+    for row in validation.prepare(tmp_path, tokenizer)["piqa"].scored:
         assert row.ids[0] == begin and begin not in row.ids[1:]
 
 
 def test_what_is_too_long_is_cut_as_the_original_does(tokenizer, monkeypatch, tmp_path):
     """Question and answer to their first tokens each, both together to the last ones."""
-    monkeypatch.setattr(score_validation, "MAX_LENGTH", 8)
+    monkeypatch.setattr(validation, "MAX_LENGTH", 8)
     record = {"goal": "a b c d e f g h i j", "sol1": "k l m", "sol2": "n", "label": 0}
     write(tmp_path / "piqa.jsonl", record)
-    first, second = score_validation.prepare(tmp_path, tokenizer)["piqa"].scored
+    first, second = validation.prepare(tmp_path, tokenizer)["piqa"].scored
     before = tokenizer("a b c d e f g h i j")["input_ids"][:8]
     after = tokenizer(" k l m", add_special_tokens=False)["input_ids"][:8]
     assert list(first.ids) == (before + after)[-8:]

@@ -1,13 +1,42 @@
-"""Dialogues as prompts, in the wording of TDEC's dialogue sets."""
+"""The dialogues of TDEC's validation sets as rows: prompt and reply in the original's wording."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbound.errors import InputError
+from fastbound.unlearning.data.rows import Row, read_text
 
 _SPACED = ((".", " ."), (",", " ,"), ("?", " ?"), ("!", " !"), ("'", " ' "))
 _FIRST_PERSON = ("i", "i'm", "i've", "i'll", "i'd")
 # After these a sentence begins. The original asks for a substring of "?.!", which "" is.
 _ENDS = ("?", ".", "!", "")
+
+
+def read_dialogues(path: Path) -> list[Row]:
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    dialogues = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(dialogues, dict) or not dialogues:
+        raise InputError(f'{path}: {{"text": {{id: [turn, turn, ...]}}}} is needed')
+    return [_dialogue(turns, f"{path}, dialogue {id}") for id, turns in dialogues.items()]
+
+
+def _dialogue(turns: Any, where: str) -> Row:
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise InputError(f"{where}: a list of two turns or more is needed, got {turns!r}")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, str):
+            raise InputError(f"{where}, turn {number}: must be text, got {type(turn).__name__}")
+    reply = normalise_reply(turns[-1])
+    if not reply:
+        raise InputError(f"{where}, turn {len(turns)}: the reply to be given is empty")
+    return Row(dialogue_prompt(turns[:-1]), reply, where)
 
 
 def dialogue_prompt(turns: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ as npy with token ids: whole sequences of 100 + 50 + 50 tokens, or `*_prefix.npy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 from fastbound.errors import InputError
 from fastbound.unlearning.data.records import file_of
 from fastbound.unlearning.data.rows import Row, read_records, text_field
-from fastbound.unlearning.evaluation import tdec_validation
 
 TARGET_LENGTH = 200
 PARTS = ("preprefix", "prefix", "suffix")
@@ -39,18 +37,7 @@ class TdecRow(Row):
     corpus: str = ""
 
 
-def load(split: str, data: str | Path | None = None) -> Sequence[Row]:
-    """Rows of one of `tdec_validation.SETS`, or of any other name the `sequences` to extract.
-
-    Raises:
-        InputError: no folder is given, a file is missing, or a row or an array is malformed.
-    """
-    if data is not None and split in tdec_validation.SETS:
-        return tdec_validation.load(split, data)
-    return sequences(split, data)
-
-
-def sequences(split: str, data: str | Path | None = None) -> list[TdecRow]:
+def read_sequences(split: str, data: str | Path | None = None) -> list[TdecRow]:
     """Rows of `{split}.csv`, `{split}.npy`, or `{split}_prefix.npy` with `{split}_suffix.npy`.
 
     Raises:

@@ -7,7 +7,6 @@ there; here they are files with the hub's columns.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any
 
 from fastbound.errors import InputError
 from fastbound.unlearning.data.records import file_of
-from fastbound.unlearning.data.rows import SUFFIXES, Row, read_records, read_text, text_field
-from fastbound.unlearning.evaluation.replies import dialogue_prompt, normalise_reply
+from fastbound.unlearning.data.rows import SUFFIXES, Row, read_records, text_field
+from fastbound.unlearning.evaluation.tdec.dialogues import read_dialogues
 
 Record = Mapping[str, Any]
 Choice = tuple[str, tuple[str, ...], int]  # question, choices, place of the right one
@@ -74,7 +73,7 @@ def read(name: str, path: Path) -> list[Row]:
         InputError: the file is missing or malformed, or a row does not have the fields of its set.
     """
     if name in DIALOGUES:
-        return _dialogues(path)
+        return read_dialogues(path)
     if name in TEXTS:
         return [Row(None, text_field(r, "text", where), where) for where, r in read_records(path)]
     if name in COMPLETIONS:
@@ -91,29 +90,6 @@ def _choice(choice: Choice, where: str) -> ChoiceRow:
 
 def _suffixes(name: str) -> tuple[str, ...]:
     return (".json",) if name in DIALOGUES else SUFFIXES
-
-
-def _dialogues(path: Path) -> list[Row]:
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    dialogues = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(dialogues, dict) or not dialogues:
-        raise InputError(f'{path}: {{"text": {{id: [turn, turn, ...]}}}} is needed')
-    return [_dialogue(turns, f"{path}, dialogue {id}") for id, turns in dialogues.items()]
-
-
-def _dialogue(turns: Any, where: str) -> Row:
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise InputError(f"{where}: a list of two turns or more is needed, got {turns!r}")
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, str):
-            raise InputError(f"{where}, turn {number}: must be text, got {type(turn).__name__}")
-    reply = normalise_reply(turns[-1])
-    if not reply:
-        raise InputError(f"{where}, turn {len(turns)}: the reply to be given is empty")
-    return Row(dialogue_prompt(turns[:-1]), reply, where)
 
 
 def _completion(record: Record, where: str) -> Row:

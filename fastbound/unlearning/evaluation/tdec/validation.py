@@ -13,9 +13,9 @@ import numpy as np
 from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import IGNORED, Encoded
 from fastbound.unlearning.data.rows import Row
-from fastbound.unlearning.evaluation import tdec_validation as sets
 from fastbound.unlearning.evaluation.generation import until
 from fastbound.unlearning.evaluation.session import Session
+from fastbound.unlearning.evaluation.tdec import sets
 from fastbound.unlearning.metrics.texts import exact_match, unigram_f1
 
 # The original's `input_length` and `output_length`: tokens of a text, and of question and answer.
@@ -183,3 +183,16 @@ def _summary(kind: str, scores: Mapping[str, Any]) -> dict[str, float]:
     if kind == "text":
         summary["perplexity"] = float(np.exp(summary["loss"]))
     return summary
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line per set."""
+    columns = {"accuracy": ".4f", "f1": ".4f", "loss": ".4f", "perplexity": ".2f"}
+    if not found:
+        return []
+    head = f"{'validation set':24}{'rows':>6}" + "".join(f"{name:>12}" for name in columns)
+    lines = [head, "─" * len(head)]
+    for name, each in found.items():
+        cells = (f"{each[c]:{form}}" if c in each else "" for c, form in columns.items())
+        lines.append(f"{name:24}{each['rows']:6}" + "".join(f"{cell:>12}" for cell in cells))
+    return [line.rstrip() for line in lines]

@@ -1,0 +1,20 @@
+"""The picture of an evaluation: two panels beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastbound.figures import new_figure, save_figure
+
+BLUE, RED, GREY = "#0b6e99", "#c4511d", "0.45"
+
+
+@contextlib.contextmanager
+def picture(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Two panels to draw on; what stands on them at the end is written to `path`."""
+    figure, (panels,) = new_figure(1, 2, (10, 4))
+    yield panels
+    save_figure(figure, path)
