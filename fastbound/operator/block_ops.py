@@ -171,17 +171,9 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    G: Tensor | None,
-    U: Tensor | None,
-    S: Tensor,
-    S_down: Tensor,
-    need_dx: bool,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    projections = BlockCall.of(arguments).projections()
+def _fake_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, _, _, _, need_dx, *block = arguments
+    projections = BlockCall.of(block).projections()
     factors = [f for p in projections for f in ((None, None) if p is None else (p.A, p.B))]
     dx = dy.new_empty(*dy.shape[:-1], x.shape[-1]) if need_dx else dy.new_empty(0)
     return dx, *(dy.new_empty(0) if f is None else torch.empty_like(f) for f in factors)

@@ -114,18 +114,8 @@ def _fake_forward(
     return y, x.new_empty(x.numel() // x.shape[-1], term.R)
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    weight: Tensor | None,
-    dtype: torch.dtype,
-    need_dx: bool,
-    need_dA: bool,
-    need_dB: bool,
-    *adapter: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    A, B, *_ = adapter
+def _fake_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, _, dtype, need_dx, need_dA, need_dB, A, B, *_ = arguments
     dx = dy.new_empty(*dy.shape[:-1], A.shape[1], dtype=dtype) if need_dx else dy.new_empty(0)
     dA = torch.empty_like(A) if need_dA else dy.new_empty(0)
     dB = torch.empty_like(B) if need_dB else dy.new_empty(0)
