@@ -182,6 +182,7 @@ print(is_kernels_available(), getattr(sys.modules.get("kernels"), "__file__", No
 """
 
 
+@pytest.mark.slow
 def test_llama_loads_at_the_root_without_hugging_face_kernels(repository, tmp_path):
     if _has_kernels():
         pytest.skip("Hugging Face's kernels is installed here: its absence cannot be shown")

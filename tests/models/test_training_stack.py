@@ -71,6 +71,7 @@ class TestCompile:
                 layer.compile(fullgraph=True, backend="aot_eager")
             assert_same(*models, **example(models[0]), use_cache=False)
 
+    @pytest.mark.slow
     def test_inductor_takes_a_block(self):
         torch.compiler.reset()
         block = fused(Gated)

@@ -127,10 +127,13 @@ def fails(made: Any) -> Any:
 @pytest.mark.parametrize(
     ("ends", "reason"), [(not_written, "off PyTorch's result by nan"), (fails, "out of resource")]
 )
-@pytest.mark.parametrize("name", ["thin", "activate backward"])
-@pytest.mark.parametrize("broken", [0, 1], ids=["the default", "another"])
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [("thin", 0), ("thin", 1), pytest.param("activate backward", 1, marks=pytest.mark.slow)],
+    ids=["the default", "another", "another of a block"],
+)
 def test_a_tile_that_fails_or_is_wrong_is_dropped_with_the_reason(
-    broken: int, name: str, ends: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+    name: str, broken: int, ends: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default too: what is left is timed."""
     place = LAYER if name in LAYER_PASSES else BLOCKS[0]

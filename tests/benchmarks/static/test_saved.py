@@ -42,7 +42,11 @@ def test_the_formula_keeps_no_more_than_the_models_own_block(block: Block) -> No
         assert saved.saved(block, plain).per_token <= saved.saved(block, own).per_token
 
 
-@pytest.mark.parametrize("shape", MODEL_SHAPES[:4], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s.K * s.N > 1 << 22)) for s in MODEL_SHAPES[:4]],
+    ids=str,
+)
 def test_a_layer_keeps_x_and_S_and_pefts_default_keeps_them_wide(shape: Shape) -> None:
     assert saved.saved(shape, "frozen") == (0, 0)
     for name in ("fused", "addmm"):
