@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads of several
 elif hasattr(os, "sched_getaffinity"):
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
+from fastbound.truth import interpreter
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -48,12 +50,17 @@ def data_folder() -> Path:
 
 
 @pytest.fixture
-def bf16_in_the_interpreter() -> Iterator[None]:
-    """Where Triton's interpreter runs, its dot takes bf16 as values; see truth.interpreter."""
-    from fastbound.truth.interpreter import interpreted_bf16
+def poisoned_empty() -> Iterator[None]:
+    """New memory holds NaN: what a kernel does not write is seen."""
+    with interpreter.poisoned_empty():
+        yield
 
+
+@pytest.fixture(scope="module")
+def interpreted_bf16() -> Iterator[None]:
+    """Where Triton's interpreter runs, its dot and cast take bf16 as values."""
     pytest.importorskip("triton", reason="the kernels need Triton")
-    with nullcontext() if torch.cuda.is_available() else interpreted_bf16():
+    with nullcontext() if torch.cuda.is_available() else interpreter.interpreted_bf16():
         yield
 
 

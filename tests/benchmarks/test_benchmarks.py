@@ -64,6 +64,7 @@ def smoke_json(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
+@pytest.mark.slow
 def test_smoke_run_holds_every_competitor_and_the_facts(smoke_json: Path) -> None:
     saved = json.loads(smoke_json.read_text())
     tests: dict[tuple[Any, ...], set[str]] = {}
@@ -83,6 +84,7 @@ def test_smoke_run_holds_every_competitor_and_the_facts(smoke_json: Path) -> Non
     assert {"device", "driver", "triton", "peft", "version"} <= facts.keys()
 
 
+@pytest.mark.slow
 def test_smoke_run_holds_every_competitor_of_both_blocks(smoke_json: Path) -> None:
     saved = json.loads(smoke_json.read_text())
     found: dict[str, set[str]] = {}
@@ -98,6 +100,7 @@ def test_smoke_run_holds_every_competitor_of_both_blocks(smoke_json: Path) -> No
         assert competitors - {"compiled"} == ALWAYS - {"addmm"} | {"per_layer"}
 
 
+@pytest.mark.slow
 def test_report_renders_from_a_saved_run(smoke_json: Path, tmp_path: Path) -> None:
     report.main([str(smoke_json), "--output", str(tmp_path)])
     text = (tmp_path / "smoke.md").read_text()

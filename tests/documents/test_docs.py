@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+SLOW = ("stability", "vision")  # pages that train a model
 EXAMPLES = [
-    pytest.param(path.name, code, id=f"{path.stem}-{number}")
+    pytest.param(
+        path.name,
+        code,
+        id=f"{path.stem}-{number}",
+        marks=[pytest.mark.slow] if path.stem in SLOW else [],
+    )
     for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
     for number, code in enumerate(
         re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)

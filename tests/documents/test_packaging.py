@@ -134,6 +134,7 @@ def test_the_sdist_can_be_built_from(distributions):
     assert not any(name.startswith("kernels/__init__") for name in names)
 
 
+@pytest.mark.slow
 def test_installed_from_the_folder(checkout, fresh_environment, tmp_path):
     install(fresh_environment, ".", cwd=shutil.copytree(checkout, tmp_path / "copy"))
     names = modules_of(checkout / "kernels")
@@ -148,6 +149,7 @@ def test_installed_from_the_folder(checkout, fresh_environment, tmp_path):
     assert "unlearn" in run([script, "--help"], cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_installed_editable(checkout, fresh_environment, tmp_path):
     copy = shutil.copytree(checkout, tmp_path / "copy")
     install(fresh_environment, "-e", ".", cwd=copy)
@@ -183,6 +185,7 @@ print(is_kernels_available(), getattr(sys.modules.get("kernels"), "__file__", No
 """
 
 
+@pytest.mark.slow
 def test_llama_loads_at_the_root_without_hugging_face_kernels(repository, tmp_path):
     if _has_kernels():
         pytest.skip("Hugging Face's kernels is installed here: its absence cannot be shown")
@@ -190,6 +193,7 @@ def test_llama_loads_at_the_root_without_hugging_face_kernels(repository, tmp_pa
     assert out.split()[0] == "False"
 
 
+@pytest.mark.slow
 def test_llama_loads_at_the_root_with_hugging_face_kernels(repository, tmp_path):
     from transformers.utils.import_utils import KERNELS_MIN_VERSION
 

@@ -55,7 +55,11 @@ def owners(ir: str, layout: str, shape: str) -> float:
 
 @pytest.mark.parametrize(
     ("target", "form", "rank"),
-    [("sm_80", "gated", 16), ("sm_90", "gated", 32), ("sm_90", "plain", 16)],
+    [
+        pytest.param("sm_80", "gated", 16, marks=pytest.mark.slow),
+        pytest.param("sm_90", "gated", 32, marks=pytest.mark.slow),
+        ("sm_90", "plain", 16),
+    ],
 )
 def test_each_thread_reads_back_what_it_wrote_itself(
     target: str, form: str, rank: int, repository: Path

@@ -2,20 +2,16 @@
 
 Outputs and workspaces are poisoned with NaN before every launch, so an element that a kernel does
 not write fails the comparison. The interpreter's dot multiplies bf16 bit patterns as integers; the
-fixture `bf16_dot` gives it the values instead.
+fixture `interpreted_bf16` gives it the values instead.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbound.truth import interpreter
 from fastbound.truth.exactness import assert_as_exact_as_the_formula
 from fastbound.truth.operands import layer_operands, run
 
@@ -34,25 +30,13 @@ from fastbound import bounded_linear
 from fastbound.dispatch.defaults import padded_rank
 from fastbound.truth.exactness import assert_within_rounding
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = [1, 3, 4, 8, 16, 24, 64]
 ODD = [(1, 1, 1), (33, 65, 17), (70, 31, 100), (129, 64, 96), (64, 130, 257)]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """What is not written is seen."""
-    with interpreter.poisoned_empty():
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bf16_dot() -> Iterator[None]:
-    """The interpreter's dot takes bf16 as values."""
-    with nullcontext() if GPU else interpreter.interpreted_bf16():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -229,6 +213,7 @@ class TestThroughAutograd:
         o = layer_operands((3, 15, 67), 129, rank, dtype, device=DEVICE)
         assert_as_exact_as_the_formula(o, bounded_linear, backend=backend)
 
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=40)
     @given(data=st.data())
     def test_matches_fp64_on_any_shape(self, data: st.DataObject) -> None:

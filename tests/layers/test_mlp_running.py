@@ -205,7 +205,10 @@ def test_checkpointing_changes_nothing(tiny_model, model_type, reentrant):
     assert_same(one, other, **example(one))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "phi3"))],
+)
 def test_the_whole_model_compiles_in_one_graph(tiny_model, model_type):
     torch.compiler.reset()
     model, other = pair(lambda: tiny_model(model_type))

@@ -31,7 +31,7 @@ def by_autocast(dtype: torch.dtype):
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_base_with_every_adapter(backend, dtype, adapter_dtype, bf16_in_the_interpreter):
+def test_every_base_with_every_adapter(backend, dtype, adapter_dtype, interpreted_bf16):
     o = layer_operands((7, 33), 29, 5, dtype, adapter_dtype=adapter_dtype)
     assert_as_exact_as_the_formula(o, bounded_linear, backend=backend)
 
@@ -55,7 +55,7 @@ def test_autocast_computes_as_if_x_came_in_its_dtype(dtype, base_dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masters_are_not_rounded_before_the_sine(backend, bf16_in_the_interpreter):
+def test_masters_are_not_rounded_before_the_sine(backend, interpreted_bf16):
     """At arguments near 20 a bf16 master is off by up to 0.06: the sine would be another one."""
     o = layer_operands((16, 32), 32, 8, torch.bfloat16, bias=False, magnitude=10.0, omega=2.0)
     truth = formula.bounded_linear(

@@ -36,6 +36,7 @@ def tokens(length: int) -> torch.Tensor:
 
 
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.parametrize("injected", [True], ids=["fused"], indirect=True)
     def test_any_length_takes_two_graphs_and_no_break(self, injected):
         from torch._dynamo.backends.debugging import aot_eager
@@ -58,6 +59,7 @@ class TestCompile:
                 torch.testing.assert_close(grads[f"_orig_mod.{name}"], gradient)
         assert len(graphs) == 2  # the first length, then any
 
+    @pytest.mark.slow
     def test_layers_compiled_one_by_one_share_graphs_whatever_their_bounds(self, tiny_model):
         torch.compiler.reset()
         for fuse_mlp in (True, False):

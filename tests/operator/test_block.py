@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,31 +11,17 @@ from hypothesis import strategies as st
 
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.performance.memory import saved_bytes
-from fastbound.truth import interpreter
 from fastbound.truth.exactness import assert_block_as_exact
 from fastbound.truth.formula import ACTIVATIONS
 from fastbound.truth.operands import BlockOperands
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "fused"]
 FORMS = {"gated": True, "plain": False}
 RANKS = [1, 4, 8, 16, 32]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """What is not written is seen."""
-    with interpreter.poisoned_empty():
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bf16_dot() -> Iterator[None]:
-    """The interpreter's dot takes bf16 as values."""
-    with nullcontext() if GPU else interpreter.interpreted_bf16():
-        yield
-
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 
 Block = partial(BlockOperands, device=DEVICE)
 
@@ -74,7 +58,7 @@ def test_every_rank(backend: str, rank: int) -> None:
     check(Block((41, 37), 70, (rank, rank, rank), torch.float32), "silu", backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("fused", marks=pytest.mark.slow)])
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_matches_fp64_on_any_shape(backend: str, data: st.DataObject) -> None:
@@ -154,7 +138,7 @@ def test_autocast_casts_x_and_weights_and_never_the_masters() -> None:
 
 
 class TestCompile:
-    @pytest.fixture(autouse=True)
+    @pytest.fixture
     def poisoned_empty(self) -> None:
         """Not here: the compiler would trace the patch."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,7 +14,7 @@ import fastbound
 from fastbound import bounded_linear
 from fastbound.operator import dropout
 from fastbound.performance.memory import saved_bytes
-from fastbound.truth import formula, interpreter
+from fastbound.truth import formula
 from fastbound.truth.exactness import assert_as_exact_as_the_formula
 from fastbound.truth.operands import LayerOperands, layer_operands, run
 from tests.support.models import Gated
@@ -23,12 +23,7 @@ BACKENDS = ["torch", "split", "fused", "reference"]
 P = 0.3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def bf16_dot() -> Iterator[None]:
-    """The interpreter's dot takes bf16 as values."""
-    pytest.importorskip("triton", reason="the kernels need Triton")
-    with interpreter.interpreted_bf16():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted_bf16")
 
 
 def mask(M: int, K: int, p: float, seed: int = 0) -> Tensor:

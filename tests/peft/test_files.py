@@ -157,7 +157,7 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "first",
-    ["import fastbound", "import peft, fastbound"],
+    ["import fastbound", pytest.param("import peft, fastbound", marks=pytest.mark.slow)],
 )
 def test_a_fresh_process_that_imports_fastbound_loads_it_in_every_way(on_disk, tmp_path, first):
     base, model = on_disk
@@ -169,6 +169,7 @@ def test_a_fresh_process_that_imports_fastbound_loads_it_in_every_way(on_disk, t
         assert torch.equal(y, answer(model)), way
 
 
+@pytest.mark.slow
 def test_a_process_without_fastbound_gets_a_key_error_and_loads_the_export(on_disk, tmp_path):
     base, model = on_disk
     model.save_pretrained(tmp_path / "adapter")

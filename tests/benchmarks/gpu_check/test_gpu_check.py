@@ -55,6 +55,7 @@ def run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     return result.stdout, path
 
 
+@pytest.mark.slow
 def test_runs_every_stage_and_says_that_its_times_mean_nothing(run: tuple[str, Path]) -> None:
     printed, path = run
     saved = json.loads(path.read_text())
@@ -90,6 +91,7 @@ def test_runs_every_stage_and_says_that_its_times_mean_nothing(run: tuple[str, P
         assert one["flatness"] in printed
 
 
+@pytest.mark.slow
 def test_the_summary_ends_the_output(run: tuple[str, Path]) -> None:
     printed, path = run
     saved = json.loads(path.read_text())
@@ -99,6 +101,7 @@ def test_the_summary_ends_the_output(run: tuple[str, Path]) -> None:
     assert printed.endswith(f"{text}\nwritten: {path}\n")
 
 
+@pytest.mark.slow
 def test_compare_reads_its_file(
     run: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +125,7 @@ def test_compare_reads_its_file(
     assert capsys.readouterr().out.count("WORSE") == 2
 
 
+@pytest.mark.slow
 def test_its_tables_for_the_readme_are_marked_as_a_cpu_s(
     run: tuple[str, Path], tmp_path: Path
 ) -> None:

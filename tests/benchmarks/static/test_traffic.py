@@ -342,6 +342,7 @@ def test_the_floor_of_a_block_counts_the_passes_that_are_made(name: str, block: 
     assert found == mlp_floor.TALL_PASSES[name][block.gated]
 
 
+@pytest.mark.slow
 def test_notes_hold_the_traffic_that_the_script_prints(repository: Path) -> None:
     notes = (repository / "benchmarks" / "NOTES.md").read_text()
     if traffic.versions() not in notes:

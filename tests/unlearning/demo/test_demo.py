@@ -33,6 +33,7 @@ def test_learns_until_it_knows_the_rows(forget_rows):
     assert hopeless.epochs == 2 and hopeless.loss > SMALL.known_loss
 
 
+@pytest.mark.slow
 def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, capsys):
     output = tmp_path / "demo"
     demonstration = Demonstration(CONFIG, SMALL, cost_steps=1)

@@ -146,6 +146,7 @@ def test_muse(finished, evaluate_arguments, tmp_path, capsys, convention):
     assert (run / "evaluation.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_tdec_agrees_with_the_plain_definitions(finished, new_model, tokenizer, evaluation_data):
     log = read(finished("tdec")[0] / LOGS["tdec"])
     model = new_model().eval()
@@ -199,7 +200,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("which", "batches"), [("tofu", 1), ("tofu", 7), ("muse", 2), ("tdec", 1), ("tdec", 3)]
+    ("which", "batches"),
+    [
+        ("tofu", 1),
+        pytest.param("tofu", 7, marks=pytest.mark.slow),
+        ("muse", 2),
+        pytest.param("tdec", 1, marks=pytest.mark.slow),
+        pytest.param("tdec", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_evaluation_resumes_to_the_same_log(
     finished, evaluate_arguments, tmp_path, monkeypatch, capsys, which, batches

@@ -120,6 +120,7 @@ def test_harmonic_mean_is_zero_when_a_part_is():
     assert harmonic_mean([1.0, math.nan]) == 0.0
 
 
+@pytest.mark.slow
 def test_a_cell_forgets_stays_in_its_bound_and_is_written_down(finished):
     output, cells = finished
     assert [cell["adapter"] for cell in cells] == ["lora", "sine@4"]
@@ -136,6 +137,7 @@ def test_a_cell_forgets_stays_in_its_bound_and_is_written_down(finished):
     ]
 
 
+@pytest.mark.slow
 def test_a_cut_grid_goes_on_where_it_was_and_takes_more_adapters(rows, finished):
     output, cells = finished
     held = (output / CELLS).read_text()
@@ -159,6 +161,7 @@ def test_a_cut_grid_goes_on_where_it_was_and_takes_more_adapters(rows, finished)
         }
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_settings_or_without_resume_is_refused(rows, finished):
     output, _ = finished
     with pytest.raises(InputError, match="holds another run"):
@@ -168,6 +171,7 @@ def test_a_folder_with_other_settings_or_without_resume_is_refused(rows, finishe
         run_grid(*rows, other, output, resume=True, progress=False)
 
 
+@pytest.mark.slow
 def test_the_pictures_and_the_summary_come_from_the_cells(finished, tmp_path):
     _, cells = finished
     draw(cells, tmp_path)
@@ -213,6 +217,7 @@ def test_the_command_refuses_bad_flags_and_writes_nothing(flags, message, tmp_pa
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_command_writes_summary_and_pictures(rows, tmp_path, capsys):
     for side, some in zip(("forget", "retain"), rows, strict=True):
         (tmp_path / f"{side}.jsonl").write_text(

@@ -35,11 +35,17 @@ def steady_folder(model_folder, tmp_path_factory):
     ("launcher", "form"),
     [
         pytest.param((*ACCELERATE, "--multi_gpu"), "whole", id="accelerate-copies"),
-        pytest.param((*ACCELERATE, "--multi_gpu"), "chunked", id="accelerate-copies-chunked-auto"),
+        pytest.param(
+            (*ACCELERATE, "--multi_gpu"),
+            "chunked",
+            id="accelerate-copies-chunked-auto",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             (*ACCELERATE, "--config_file", "docs/accelerate_fsdp2.yaml"),
             "chunked",
             id="fsdp2.yaml-chunked",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -102,6 +108,7 @@ def test_two_processes_reach_the_adapters_of_one(
     assert together.stdout.count("max|ΔW|") == 1  # one table, from the first process
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_to_the_bits_of_an_uninterrupted_one(
     steady_folder, write_rows, retain_rows, tmp_path, repository
 ):
