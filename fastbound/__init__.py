@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from fastbound.layers.mlp import FusedBoundedMLP
     from fastbound.layers.over_base import BoundedOverBase
     from fastbound.models.explanation import explain
-    from fastbound.models.injection import InjectionReport, disable_adapter, inject, merge
+    from fastbound.models.injection import disable_adapter, inject, merge
     from fastbound.models.lora_export import export_lora
     from fastbound.models.ranks import RankAllocation, allocate_ranks
+    from fastbound.models.report import InjectionReport
     from fastbound.models.sharding import shard
     from fastbound.models.storage import load_adapter, save_adapter
     from fastbound.operator.function import bounded_linear
@@ -62,7 +63,7 @@ _HOME = {
     "BoundedOverBase": "layers.over_base",
     "FusedBoundedLinear": "layers.linear",
     "FusedBoundedMLP": "layers.mlp",
-    "InjectionReport": "models.injection",
+    "InjectionReport": "models.report",
     "RankAllocation": "models.ranks",
     "allocate_ranks": "models.ranks",
     "bounded_linear": "operator.function",

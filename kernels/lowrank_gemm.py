@@ -4,7 +4,9 @@ Forward: (x, W, S, SB, b). Gradient of x: (dy, Wᵀ, dS, SAᵀ) W transposed by 
 under dropout S Fᵀ is masked there. With K = 0 it is that start alone, which "split" puts under
 cuBLAS's GEMM.
 Two forms of one kernel: pointers for any strides, and a persistent loop over tensor descriptors
-(TMA) for operands that meet their alignment.
+(TMA) for operands that meet their alignment. There S Fᵀ is one more step of the loop, before the
+others, and the bias is added at the end: nothing stands between the loads and the products. A mask,
+and an F that does not lie as W does, take the start as the pointers do.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from fastbound.kernels.launch import Launch, blocks
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+# S and F by pointers pass through shared memory too, which leaves no room for a fourth stage.
+START_STAGES = 3
+
+_describe = TensorDescriptor.from_tensor
 
 
 @triton.jit
@@ -113,31 +120,52 @@ def _pointer_kernel(
 def _descriptor_kernel(
     X, W, S, F, BIAS, KEEP, Y, M, N, K, programs,
     stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
-    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, W_TRANSPOSED: tl.constexpr,
-    STORES: tl.constexpr, R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, AS_STEP: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr, STORES: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
+    """AS_STEP: S and F are descriptors and their product is one more step of the loop along K.
+
+    TMA fills their columns beyond the rank with zeros, and the descriptors are chosen by value: a
+    branch, or a start that stands in the flattened loop, keeps the loads from running ahead.
+    """
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, programs, flatten=True):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, programs, flatten=AS_STEP):
         pid_m, pid_n = _output_block(tile, num_m, num_n, GROUP_M)
         start_m = pid_m * BLOCK_M
         start_n = pid_n * BLOCK_N
-        # S and F by pointers: the shared memory they pass through is then reused by the loop.
-        acc = _lowrank_start(
-            S, F, BIAS, KEEP,
-            (start_m + tl.arange(0, BLOCK_M)).to(tl.int64),
-            (start_n + tl.arange(0, BLOCK_N)).to(tl.int64),
-            start_n, M, N, stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
-            HAS_BIAS, HAS_KEEP, R, BLOCK_M, BLOCK_N,
-        )
-        for k in range(0, K, BLOCK_K):
-            x = X.load([start_m, k])  # [BLOCK_M, BLOCK_K]
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        if AS_STEP:
+            first = -BLOCK_K
+            acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        else:
+            first = 0
+            # S and F by pointers: the shared memory they pass through is then reused by the loop.
+            acc = _lowrank_start(
+                S, F, BIAS, KEEP, (start_m + tl.arange(0, BLOCK_M)).to(tl.int64),
+                offs_n.to(tl.int64), start_n, M, N,
+                stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
+                HAS_BIAS, HAS_KEEP, R, BLOCK_M, BLOCK_N,
+            )
+        for k in range(first, K, BLOCK_K):
+            left = X
+            right = W
+            at = k
+            if AS_STEP:
+                if k < 0:
+                    left = S
+                    right = F
+                    at = 0
+            x = left.load([start_m, at])  # [BLOCK_M, BLOCK_K]
             if W_TRANSPOSED:
-                w = W.load([k, start_n])  # [BLOCK_K, BLOCK_N]
+                w = right.load([at, start_n])  # [BLOCK_K, BLOCK_N]
             else:
-                w = W.load([start_n, k]).T
+                w = right.load([start_n, at]).T
             acc = tl.dot(x, w, acc, input_precision="ieee")
+        if AS_STEP and HAS_BIAS:
+            bias = tl.load(BIAS + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            acc += bias[None, :]
         _store(Y, acc, start_m, start_n, STORES, BLOCK_M, BLOCK_N)
 
 
@@ -166,38 +194,39 @@ def launch_lowrank_gemm(
     keep [M, ceil(N/32)] masks S Fᵀ, and excludes a bias.
     """
     M, K = X.shape
-    N = W.shape[0]
-    start = (S, F, Y if bias is None else bias, Y if keep is None else keep)
-    start_strides = (*S.stride(), *F.stride(), 0 if keep is None else keep.stride(0))
+    N, R = F.shape
+    others = (Y if bias is None else bias, Y if keep is None else keep)
+    strides = (*S.stride(), *F.stride(), 0 if keep is None else keep.stride(0))
     constants = dict(
-        HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, R=S.shape[1],
+        HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, R=R,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
     )
     tiles = blocks(M, tile.block_m) * blocks(N, tile.block_n)
     if tile.descriptors and M > 0 and K > 0:
         transposed = is_transposed(W)
-        stored = W.t() if transposed else W
-        block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
+        stored, f = (W.t(), F.t()) if transposed else (W, F)
         if takes_descriptors(X, stored, Y):
+            block_x = [tile.block_m, tile.block_k]
+            block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
+            as_step = keep is None and R <= tile.block_k and takes_descriptors(S, f)
+            s, f = (_describe(S, block_x), _describe(f, block_w)) if as_step else (S, F)
             programs = min(tiles, multiprocessors)
             return Launch(
                 _descriptor_kernel,
                 (programs,),
                 (
-                    TensorDescriptor.from_tensor(X, [tile.block_m, tile.block_k]),
-                    TensorDescriptor.from_tensor(stored, block_w),
-                    *start,
-                    TensorDescriptor.from_tensor(Y, [tile.block_m, tile.block_n // tile.stores]),
-                    M, N, K, programs, *start_strides,
+                    _describe(X, block_x), _describe(stored, block_w), s, f, *others,
+                    _describe(Y, [tile.block_m, tile.block_n // tile.stores]),
+                    M, N, K, programs, *strides,
                 ),
-                dict(W_TRANSPOSED=transposed, STORES=tile.stores, **constants),
+                dict(AS_STEP=as_step, W_TRANSPOSED=transposed, STORES=tile.stores, **constants),
                 tile.warps,
-                tile.stages,
+                tile.stages if as_step else min(tile.stages, START_STAGES),
             )
     return Launch(
         _pointer_kernel,
         (tiles,),
-        (X, W, *start, Y, M, N, K, *start_strides, *X.stride(), *W.stride(), *Y.stride()),
+        (X, W, S, F, *others, Y, M, N, K, *strides, *X.stride(), *W.stride(), *Y.stride()),
         dict(EVEN_K=K % tile.block_k == 0, **constants),
         tile.warps,
         tile.stages,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ class PlanKey(NamedTuple):
     there is no GEMM to fuse with.
     """
 
-    device: Device
+    device: Device | torch.device
     M: int
     N: int
     K: int
@@ -67,17 +67,29 @@ class PlanKey(NamedTuple):
     over_base: bool = False
 
 
-def plan_key(device: torch.device, M: int, *shape: Any, **settings: Any) -> PlanKey:
-    """The key of x [M, K] on a torch device; the rest as :class:`PlanKey` has it."""
-    return PlanKey(describe(device), row_bucket(M), *shape, **settings)
+def plan_key(
+    device: torch.device,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    form: str | None = None,
+    over_base: bool = False,
+) -> PlanKey:
+    """The key of x [M, K] on a torch device, which meta tensors only pretend to be on."""
+    where = describe(device) if device.type == "meta" else device
+    return PlanKey(where, row_bucket(M), N, K, rank, dtype, backend, form, over_base)
 
 
 def plan_for(key: PlanKey) -> Plan:
     """:func:`plan` with the table of measurements that lies there for the key's device."""
+    device = key.device if isinstance(key.device, Device) else describe(key.device)
     table = None
-    if key.device.architecture.startswith(("sm_", "gfx")):
-        table = table_for(key.device.architecture, key.device.multiprocessors)
-    return plan(key, table)
+    if device.architecture.startswith(("sm_", "gfx")):
+        table = table_for(device.architecture, device.multiprocessors)
+    return plan(key._replace(device=device), table)
 
 
 def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
@@ -86,7 +98,8 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     ``table`` holds measurements of this device, or None. Raises ValueError for an unknown backend,
     for "fused" or "split" where Triton cannot run, and for "fused" over a base.
     """
-    device, M, N, K, rank, dtype, backend, form, over_base = key
+    described, M, N, K, rank, dtype, backend, form, over_base = key
+    device = described if isinstance(described, Device) else describe(described)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "fused" and over_base:

@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastbound.dispatch.plan import BACKENDS
-from fastbound.operator.dropout import check_dropout
+from fastbound.layers.settings import adapter_settings
 from fastbound.operator.function import bounded_addition, bounded_linear
 from fastbound.truth import formula
 
@@ -46,11 +45,15 @@ class BoundedAdapter(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        alpha, bound = check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+        if isinstance(bound, str):
+            raise ValueError(
+                f"bound must be a number, got {bound!r}; a bound by RMS(W) needs a layer"
+            )
+        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
         self.rank = rank
-        self.alpha = alpha
-        self.bound = bound
-        self.dropout = float(dropout)
+        self.alpha = settings.alpha
+        self.bound = float(settings.bound)
+        self.dropout = settings.dropout
         self.backend = backend
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=adapter_dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=adapter_dtype))
@@ -86,19 +89,19 @@ class BoundedAdapter(nn.Module):
         give_up: bool = False,
     ) -> Tensor:
         """x [..., K], weight [N, K], bias [N] -> [..., N]; or a ``result`` for weight and bias."""
-        settings: dict[str, Any] = {
+        term: dict[str, Any] = {
             "scaling": self.scaling,
             "omega": self.omega,
             "backend": self.backend,
             "dropout": self.dropout if self.training else 0.0,
         }
         if result is not None:
-            return bounded_addition(result, x, self.A, self.B, give_up=give_up, **settings)
+            return bounded_addition(result, x, self.A, self.B, give_up=give_up, **term)
         if weight is None:
             raise ValueError(
                 "the adapter needs a weight to fuse with, or a base's result to add to"
             )
-        return bounded_linear(x, weight, self.A, self.B, bias, **settings)
+        return bounded_linear(x, weight, self.A, self.B, bias, **term)
 
     def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
         """result + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ, for a ``result`` [..., N] that a base made of x.
@@ -133,34 +136,3 @@ class NamedAdapter(BoundedAdapter):
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
-
-
-def check_settings(
-    rank: int,
-    alpha: float | None,
-    bound: float | None,
-    adapter_dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
-    dropout: float = 0.0,
-) -> tuple[float, float]:
-    """alpha and bound as numbers (None: rank, None: alpha), or a ValueError naming the value."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ValueError(f"rank must be an integer, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be >= 1, got {rank}")
-    alpha = _positive("alpha", rank if alpha is None else alpha)
-    bound = _positive("bound", alpha if bound is None else bound)
-    if not adapter_dtype.is_floating_point:
-        raise ValueError(f"adapter_dtype must be a floating dtype, got {adapter_dtype}")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    check_dropout(dropout)
-    return alpha, bound
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be a number, got {value!r}; a bound by RMS(W) needs a layer")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)

@@ -1,23 +1,21 @@
-"""One linear layer for another: which can be replaced, and the replacing, all or nothing."""
+"""One layer for another: which linear ones can be adapted, and the replacing, all or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastbound.layers.linear import FusedBoundedLinear, is_conv1d
-from fastbound.layers.over_base import (
+from fastbound.layers.base import (
     QUANTISED,
-    BoundedOverBase,
     foreign_pre_hooks,
-    hooked,
     is_adaptable,
     offloaded,
     over_reason,
 )
-from fastbound.operator.partition import is_dtensor
+from fastbound.layers.linear import FusedBoundedLinear
+from fastbound.layers.over_base import BoundedOverBase
+from fastbound.layers.settings import AdapterSettings
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
@@ -53,8 +51,8 @@ def refusal(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the named layers by `adapted(layer, **settings[name])`.
+def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
+    """Adapt the named layers: fused with their weight, or over the layer where it must be.
 
     Freezes all other parameters. All layers are made before the first is put in place; when one
     refuses its settings, the model is left as it was.
@@ -64,7 +62,8 @@ def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None
     try:
         for name, each in settings.items():
             layer = model.get_submodule(name)
-            made[layer] = adapted(layer, **each)
+            kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
+            made[layer] = kind.with_settings(layer, each)
     except BaseException:
         for parameter in trained:  # the layers made so far have frozen the weights they share
             parameter.requires_grad_(True)
@@ -74,42 +73,9 @@ def convert(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None
     swap(model, made)
 
 
-def adapted(layer: nn.Module, **settings: Any) -> FusedBoundedLinear:
-    """The layer with its adapter: fused with its weight, or over the layer where it must be."""
-    kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
-    return kind.from_linear(layer, **settings)
-
-
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put `new[module]` wherever `module` hangs in `model`, under every name it has."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new[module])
-
-
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether something depends on this module being called: hooks, or accelerate's offloading."""
-    return hooked(module) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
-
-
-def tensor_obstacle(tensors: Mapping[str, Tensor | None], gathered: bool = False) -> str | None:
-    """Why a layer's tensors cannot be read outside its own forward, or None.
-
-    ``gathered``: DTensors are plain tensors by the time of a forward, as in a unit of FSDP2.
-    """
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        ordinary = type(tensor) is nn.Parameter or type(tensor) is Tensor
-        if not ordinary and not (gathered and is_dtensor(tensor)):
-            return f"has a {type(tensor).__name__} for {name}, which the layer itself must handle"
-        if hasattr(tensor, "ds_id"):
-            return f"has its {name} partitioned by DeepSpeed ZeRO-3, which gathers it for the layer"
-        if not tensor.is_floating_point():
-            return f"has its {name} in {tensor.dtype}"
-    return None

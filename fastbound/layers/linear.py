@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastbound.layers.adapter import BoundedAdapter, check_settings
-from fastbound.layers.bounds import bound_of_weight, rms_factor
+from fastbound.layers.adapter import BoundedAdapter
+from fastbound.layers.base import Adapted, is_conv1d, is_linear, weight_shape
+from fastbound.layers.settings import AdapterSettings, adapter_settings
 from fastbound.operator.partition import partition
 
-
-class Adapted:
-    """What blocks and reports read of an adapted layer, `FusedBoundedLinear` or PEFT's."""
-
-    weight: Any
-    bias: Any
-    fan_in_fan_out: bool
-    in_features: int
-    out_features: int
-    adapter: Any  # BoundedAdapter; None where PEFT's layer runs none, or more than one
-
-    def running(self) -> list[BoundedAdapter]:
-        """The adapters whose terms a forward adds."""
-        return [self.adapter]
-
-    def obstacle(self, gathered: bool = False) -> str | None:
-        """Why this layer cannot run inside a block's operator, or None."""
-        raise NotImplementedError
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FusedBoundedLinear(nn.Module, Adapted):
@@ -74,10 +59,10 @@ class FusedBoundedLinear(nn.Module, Adapted):
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
-        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
         layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
-        self._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
+        self._adopt(layer, settings)
 
     @classmethod
     def from_linear(
@@ -90,34 +75,31 @@ class FusedBoundedLinear(nn.Module, Adapted):
         dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
-    ) -> FusedBoundedLinear:
+    ) -> Self:
         """Adopt an ``nn.Linear`` or transformers ``Conv1D``: the same parameters, frozen, no copy.
+
+        :class:`BoundedOverBase` adopts subclasses of ``nn.Linear``, too, and calls them.
 
         Raises TypeError for any other class (subclasses may compute something else), ValueError for
         settings out of range or a weight that the operator cannot read.
         """
-        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
-        if type(layer) is not nn.Linear and not is_conv1d(layer):
+        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
+        return cls.with_settings(layer, settings)
+
+    @classmethod
+    def with_settings(cls, layer: nn.Module, settings: AdapterSettings) -> Self:
+        """:meth:`from_linear`, its keywords as one object."""
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        adopted._adopt(layer, settings)
+        return adopted.train(layer.training)
+
+    def _adopt(self, layer: nn.Module, settings: AdapterSettings) -> None:
+        if not is_linear(layer):
             raise TypeError(
                 f"expected nn.Linear or transformers Conv1D, got {type(layer).__qualname__}; "
                 "BoundedOverBase.from_linear adapts subclasses of nn.Linear"
             )
-        adopted = cls.__new__(cls)
-        nn.Module.__init__(adopted)
-        adopted._adopt(layer, rank, alpha, bound, dropout, adapter_dtype, backend)
-        adopted.train(layer.training)
-        return adopted
-
-    def _adopt(
-        self,
-        layer: nn.Module,
-        rank: int,
-        alpha: float | None,
-        bound: float | str | None,
-        dropout: float,
-        adapter_dtype: torch.dtype,
-        backend: str,
-    ) -> None:
         weight, bias = layer.weight, layer.bias
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             raise TypeError("weight and bias must be parameters of the layer")
@@ -127,24 +109,18 @@ class FusedBoundedLinear(nn.Module, Adapted):
         if not weight.is_floating_point():
             raise TypeError(f"weight is {weight.dtype}: dequantise the layer to a floating dtype")
         self.fan_in_fan_out = is_conv1d(layer)
-        K, N = weight.shape if self.fan_in_fan_out else weight.shape[::-1]
-        self.in_features, self.out_features = K, N
-        self.adapter = BoundedAdapter(
-            K,
-            N,
-            rank,
-            alpha=alpha,
-            bound=bound_of_weight(bound, weight) if isinstance(bound, str) else bound,
-            dropout=dropout,
-            device=weight.device,
-            adapter_dtype=adapter_dtype,
-            backend=backend,
-        )
+        self.out_features, self.in_features = weight_shape(layer)
+        self._make_adapter(settings.for_weight(weight), weight.device)
         # Frozen last: a layer that is refused above is left as it was.
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
         self.weight, self.bias = weight, bias
+
+    def _make_adapter(self, settings: AdapterSettings, device: torch.device) -> None:
+        self.adapter = BoundedAdapter(
+            self.in_features, self.out_features, device=device, **vars(settings)
+        )
 
     @property
     def rank(self) -> int:
@@ -199,16 +175,17 @@ class FusedBoundedLinear(nn.Module, Adapted):
         ``merge=True``: a new weight W + ΔW, added in fp32 and rounded once. ``merge=False``: the
         frozen weight itself, shared, without the adapter.
         """
-        weight = self.weight
-        if merge:
-            delta = self.delta_weight()
-            stored = delta.t() if self.fan_in_fan_out else delta
-            merged = (weight.to(delta.dtype) + stored).to(weight.dtype)
-            weight = nn.Parameter(merged, requires_grad=False)
         layer = self._plain_layer()
-        layer.register_parameter("weight", weight)
+        layer.register_parameter("weight", self._merged_weight() if merge else self.weight)
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
+
+    def _merged_weight(self) -> nn.Parameter:
+        """W + ΔW in W's layout and dtype, added in fp32 and rounded once."""
+        delta = self.delta_weight()
+        stored = delta.t() if self.fan_in_fan_out else delta
+        merged = (self.weight.to(delta.dtype) + stored).to(self.weight.dtype)
+        return nn.Parameter(merged, requires_grad=False)
 
     def _plain_layer(self) -> nn.Module:
         if self.fan_in_fan_out:
@@ -229,23 +206,3 @@ class FusedBoundedLinear(nn.Module, Adapted):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
         )
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether the layer is transformers' Conv1D, told without importing transformers."""
-    kind = type(layer)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _check_settings(
-    rank: int,
-    alpha: float | None,
-    bound: float | str | None,
-    adapter_dtype: torch.dtype,
-    backend: str,
-    dropout: float,
-) -> None:
-    if isinstance(bound, str):
-        rms_factor(bound)
-        bound = None
-    check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)

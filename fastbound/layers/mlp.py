@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastbound.dispatch.plan import MAX_BLOCK_RANK, MAX_TRITON_RANK
-from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
-from fastbound.layers.conversion import convert, is_linear, is_watched, tensor_obstacle
+from fastbound.layers.base import Adapted, hooked, transposed
+from fastbound.layers.conversion import convert
 from fastbound.layers.forms import Form, UnknownForm, activation_name, form_of
-from fastbound.layers.linear import Adapted, FusedBoundedLinear, is_conv1d
-from fastbound.layers.over_base import BoundedOverBase, hooked
+from fastbound.layers.linear import FusedBoundedLinear
+from fastbound.layers.parts import adapted_parts, parts_obstacle
+from fastbound.layers.settings import adapter_settings
 from fastbound.operator.block_function import RECOMPUTE, bounded_mlp
-from fastbound.truth.formula import ACTIVATIONS, Projection
+from fastbound.truth.formula import Projection
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FusedBoundedMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module, *, recompute: str | None = None) -> None:
         form = _checked_form(mlp, recompute)
-        reason = _parts_obstacle(mlp, form)
+        reason = parts_obstacle(mlp, form)
         if reason is not None:
             raise ValueError(f"the {type(mlp).__name__} cannot be fused: {reason}")
         super().__init__()
@@ -93,20 +93,13 @@ class FusedBoundedMLP(nn.Module):
                 f"targets must name some of the projections {', '.join(form.projections)}, "
                 f"got {targets!r}"
             )
-        reason = _parts_obstacle(mlp, form, plain=True)
+        reason = parts_obstacle(mlp, form, plain=True)
         if reason is not None:
             raise ValueError(f"the {type(mlp).__name__} cannot be fused: {reason}")
-        each: dict[str, Any] = {
-            "rank": rank,
-            "alpha": alpha,
-            "bound": bound,
-            "dropout": dropout,
-            "adapter_dtype": adapter_dtype,
-            "backend": backend,
-        }
+        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
         trained = [p for p in mlp.parameters() if p.requires_grad]
         adapted = _with_class(type(mlp), _shell(mlp))
-        convert(adapted, dict.fromkeys(chosen, each))
+        convert(adapted, dict.fromkeys(chosen, settings))
         try:
             return cls(adapted, recompute=recompute)
         except ValueError:  # a rank that the block's kernels do not take
@@ -119,7 +112,7 @@ class FusedBoundedMLP(nn.Module):
 
         ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
         """
-        reason = _parts_obstacle(self, self.fusion.form, gathered=gathered)
+        reason = parts_obstacle(self, self.fusion.form, gathered=gathered)
         if reason is not None:
             return reason
         for layer in self.adapted_layers().values():
@@ -129,7 +122,7 @@ class FusedBoundedMLP(nn.Module):
 
     def adapted_layers(self) -> dict[str, Adapted]:
         """The adapted projections by name, first to last."""
-        return _adapted(self, self.fusion.form)
+        return adapted_parts(self, self.fusion.form)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., K']."""
@@ -174,7 +167,7 @@ class FusedBoundedMLP(nn.Module):
 
     def _projection(self, name: str) -> Projection:
         layer: Any = self._modules[name]
-        weight = layer.weight.t() if _transposed(layer) else layer.weight
+        weight = layer.weight.t() if transposed(layer) else layer.weight
         adapter = layer.adapter if isinstance(layer, Adapted) else None
         if adapter is None:
             return Projection(weight, layer.bias)
@@ -186,7 +179,7 @@ def obstacle(block: nn.Module, gathered: bool = False) -> str | None:
     if isinstance(block, FusedBoundedMLP):
         return block.obstacle(gathered)
     try:
-        return _parts_obstacle(block, _readable_form(block))
+        return parts_obstacle(block, _readable_form(block))
     except UnknownForm as error:
         return str(error)
 
@@ -215,114 +208,6 @@ def _readable_form(block: nn.Module) -> Form:
     if missing:
         raise UnknownForm(f"its {missing[0]} is no module")
     return form
-
-
-def _parts_obstacle(
-    block: nn.Module, form: Form, plain: bool = False, gathered: bool = False
-) -> str | None:
-    """Why these parts cannot run as one operator: looked at in every forward, so kept cheap.
-
-    ``plain`` leaves out what adapting is going to change: frozen weights, and the adapters.
-    """
-    layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
-    for name, layer in layers.items():
-        reason = _layer_obstacle(layer, plain, gathered)
-        if reason is not None:
-            return f"its {name} {reason}"
-    activation = getattr(block, form.activation, None)
-    if activation_name(activation) is None:
-        return (
-            f"its {form.activation} is {_described(activation)}: "
-            f"the activations known are {', '.join(ACTIVATIONS)}"
-        )
-    if isinstance(activation, nn.Module) and is_watched(activation):
-        return f"its {form.activation} has hooks or a forward of its own"
-    first = layers[form.up].weight
-    for name, layer in layers.items():
-        weight = layer.weight
-        if weight.dtype is not first.dtype or weight.device != first.device:
-            return (
-                f"its {name} is {weight.dtype} on {weight.device} "
-                f"and its {form.up} {first.dtype} on {first.device}"
-            )
-    reason = _sizes_obstacle(layers, form)
-    if reason is not None or plain:
-        return reason
-    adapters = [layer.adapter for layer in _adapted(block, form).values()]
-    if not adapters:
-        return "none of its projections is adapted"
-    backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
-    if any(adapter.backend != backend for adapter in adapters):
-        return "its projections ask for different backends"
-    triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
-    if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
-        return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"
-    return None
-
-
-def _layer_obstacle(layer: Any, plain: bool, gathered: bool) -> str | None:
-    if isinstance(layer, BoundedOverBase):
-        return f"is adapted over its base: {layer.reason}"
-    if isinstance(layer, Adapted):
-        reason = layer.obstacle(gathered)
-        if reason is not None:
-            return reason
-        adapter, tensors = layer.adapter, {"weight": layer.weight, "bias": layer.bias}
-        if adapter is not None:
-            if type(adapter) not in (BoundedAdapter, NamedAdapter):
-                return f"has a {type(adapter).__name__} for adapter"
-            if is_watched(adapter):
-                return "has an adapter with hooks or a forward of its own"
-            tensors = {"A": adapter.A, "B": adapter.B, **tensors}
-    elif layer is not None and is_linear(layer):
-        tensors = {"weight": layer.weight, "bias": layer.bias}
-    else:
-        return f"is a {type(layer).__name__}"
-    if is_watched(layer):
-        return "has hooks or a forward of its own, which must see it called"
-    reason = tensor_obstacle(tensors, gathered)
-    if reason is not None:
-        return reason
-    for name in ("weight", "bias"):
-        if tensors[name] is not None and tensors[name].requires_grad and not plain:
-            return f"trains its {name}, for which the operator has no gradient"
-    return None
-
-
-def _sizes_obstacle(layers: dict[str, Any], form: Form) -> str | None:
-    (width, made), (taken, _) = sizes(layers[form.up]), sizes(layers[form.down])
-    if form.packed:
-        if made != 2 * taken:
-            return f"its {form.up} makes {made} features, and {form.down} takes half of {2 * taken}"
-        return None
-    if form.gate is not None and sizes(layers[form.gate]) != (width, made):
-        gate = sizes(layers[form.gate])
-        return (
-            f"its {form.gate} [K {gate[0]}, N {gate[1]}] and {form.up} [K {width}, N {made}] "
-            "differ in size"
-        )
-    if made != taken:
-        return f"its {form.up} makes {made} features, and {form.down} takes {taken}"
-    return None
-
-
-def sizes(layer: Any) -> tuple[int, int]:
-    """K and N of a projection, whichever way its weight is stored."""
-    N, K = layer.weight.shape
-    return (N, K) if _transposed(layer) else (K, N)
-
-
-def _transposed(layer: Any) -> bool:
-    return layer.fan_in_fan_out if isinstance(layer, Adapted) else is_conv1d(layer)
-
-
-def _adapted(block: nn.Module, form: Form) -> dict[str, Adapted]:
-    layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, Adapted) and layer.adapter is not None
-    }
 
 
 def _halves(packed: Projection) -> tuple[Projection, Projection]:
@@ -354,8 +239,3 @@ def _with_class(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     module = kind.__new__(kind)
     vars(module).update(state)
     return module
-
-
-def _described(activation: object) -> str:
-    name = getattr(activation, "__qualname__", None) or type(activation).__qualname__
-    return f"{getattr(activation, '__module__', type(activation).__module__)}.{name}"

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-from fastbound.layers.adapter import BoundedAdapter
-from fastbound.layers.bounds import bound_of_weight
-from fastbound.layers.linear import FusedBoundedLinear, _check_settings, is_conv1d
-
-# Hooks that PyTorch itself sets to make the weight anew before each call; they leave x alone.
-_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-QUANTISED = ("bitsandbytes.", "torchao.")
+from fastbound.layers.base import (
+    features,
+    hooked,
+    is_adaptable,
+    is_conv1d,
+    is_quantised,
+    offloaded,
+    over_reason,
+    weight_hooks,
+)
+from fastbound.layers.linear import FusedBoundedLinear
+from fastbound.layers.settings import AdapterSettings
 
 
 class BoundedOverBase(FusedBoundedLinear):
@@ -30,6 +31,11 @@ class BoundedOverBase(FusedBoundedLinear):
     the layer as it was, frozen, and is called as it was: hooks on it see its own output, without
     the adapter.
 
+    :meth:`from_linear` takes any ``nn.Linear``, its subclasses, or a transformers ``Conv1D``. A
+    bound in multiples of RMS(W) reads the weight once: dequantised, or brought in where it is
+    offloaded. TypeError is raised for another class, ValueError for settings out of range, for
+    backend="fused", and for such a bound over a weight that cannot be read.
+
     ``reason`` says why the base is called, as in ``fastbound.explain``: "base is Linear4bit".
     """
 
@@ -39,56 +45,23 @@ class BoundedOverBase(FusedBoundedLinear):
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("BoundedOverBase adapts an existing layer: use BoundedOverBase.from_linear")
 
-    @classmethod
-    def from_linear(
-        cls,
-        layer: nn.Module,
-        rank: int = 8,
-        *,
-        alpha: float | None = None,
-        bound: float | str | None = None,
-        dropout: float = 0.0,
-        adapter_dtype: torch.dtype = torch.float32,
-        backend: str = "auto",
-    ) -> BoundedOverBase:
-        """Adopt any ``nn.Linear``, its subclasses, or a transformers ``Conv1D``; it is frozen.
-
-        A bound in multiples of RMS(W) reads the weight once: dequantised, or brought in where it is
-        offloaded.
-
-        Raises TypeError for another class, ValueError for settings out of range, for
-        backend="fused", and for such a bound over a weight that cannot be read.
-        """
-        _check_settings(rank, alpha, bound, adapter_dtype, backend, dropout)
+    def _adopt(self, layer: nn.Module, settings: AdapterSettings) -> None:
         if not is_adaptable(layer):
             raise TypeError(
                 f"expected an nn.Linear or transformers Conv1D, got {type(layer).__qualname__}"
             )
-        if backend == "fused":
+        if settings.backend == "fused":
             raise ValueError(
                 f'backend="fused" cannot run over a {type(layer).__name__}, which computes x Wᵀ '
                 'itself: use "auto"'
             )
-        adopted = cls.__new__(cls)
-        nn.Module.__init__(adopted)
-        adopted.reason = over_reason(layer) or "base is to be called"
-        adopted.fan_in_fan_out = is_conv1d(layer)
-        adopted.out_features, adopted.in_features = features(layer)
-        adopted.adapter = BoundedAdapter(
-            adopted.in_features,
-            adopted.out_features,
-            rank,
-            alpha=alpha,
-            bound=_read_bound(layer, bound) if isinstance(bound, str) else bound,
-            dropout=dropout,
-            device=_device(layer),
-            adapter_dtype=adapter_dtype,
-            backend=backend,
-        )
+        self.reason = over_reason(layer) or "base is to be called"
+        self.fan_in_fan_out = is_conv1d(layer)
+        self.out_features, self.in_features = features(layer)
+        self._make_adapter(_for_weight(settings, layer), _device(layer))
         # Frozen last: a layer that is refused above is left as it was.
         layer.requires_grad_(False)
-        adopted.base_layer = layer
-        return adopted.train(layer.training)
+        self.base_layer = layer
 
     # Where other code looks for a linear layer's dtype or device; never read here.
     @property
@@ -124,16 +97,8 @@ class BoundedOverBase(FusedBoundedLinear):
         obstacle = self.merge_obstacle()
         if obstacle is not None:
             raise ValueError(f"cannot be merged: {obstacle}")
-        delta = self.delta_weight()
-        weight: Tensor = self.weight
-        stored = delta.t() if self.fan_in_fan_out else delta
         merged = copy.copy(self.base_layer)
-        merged._parameters = {
-            **self.base_layer._parameters,
-            "weight": nn.Parameter(
-                (weight.to(delta.dtype) + stored).to(weight.dtype), requires_grad=False
-            ),
-        }
+        merged._parameters = {**self.base_layer._parameters, "weight": self._merged_weight()}
         return merged.train(self.training)
 
     def merge_obstacle(self) -> str | None:
@@ -147,7 +112,7 @@ class BoundedOverBase(FusedBoundedLinear):
                 f"the weight of its base, a {kind}, is made by a parametrization: call "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
             )
-        made = _weight_hooks(base)
+        made = weight_hooks(base)
         if made:
             return (
                 f"the weight of its base is made in each call by {type(made[0]).__name__}: take "
@@ -175,67 +140,6 @@ class BoundedOverBase(FusedBoundedLinear):
         return self.reason
 
 
-def over_reason(layer: Any) -> str | None:
-    """Why a layer's own call must compute x Wᵀ; None where the operator can read its weight."""
-    if parametrize.is_parametrized(layer):
-        return "base has a parametrization"
-    if type(layer) is not nn.Linear and not is_conv1d(layer):
-        return f"base is {type(layer).__name__}"
-    if offloaded(layer):
-        return f"base has accelerate's {type(layer._hf_hook).__name__}"
-    made = _weight_hooks(layer)
-    if made:
-        return f"base has {type(made[0]).__name__}"
-    if hooked(layer):
-        return "base has hooks"
-    if is_quantised(layer):
-        return f"base holds its weight as {type(layer.weight).__name__}"
-    return None
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """An nn.Linear, one of its subclasses (bitsandbytes' are), or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_quantised(layer: nn.Module) -> str | None:
-    """What the weight is quantised as, told by its class; None where it is not."""
-    for parameter in layer.parameters(recurse=False):
-        if type(parameter).__module__.startswith(QUANTISED):
-            return f"its base holds the weight as {type(parameter).__name__}"
-        if not parameter.is_floating_point():
-            return f"its base, a {type(layer).__name__}, holds the weight as {parameter.dtype}"
-    return None
-
-
-def offloaded(layer: Any) -> bool:
-    """Whether accelerate places the weight for each call, and x with it."""
-    hook = getattr(layer, "_hf_hook", None)
-    return type(hook).__module__ == "accelerate.hooks" and hasattr(hook, "execution_device")
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calls of the module run hooks."""
-    return any(getattr(module, kind) for kind in _HOOKS)
-
-
-def foreign_pre_hooks(layer: Any) -> bool:
-    """Whether hooks may change x before the layer sees it: the adapter would take another x."""
-    return len(_weight_hooks(layer)) < len(layer._forward_pre_hooks)
-
-
-def features(layer: Any) -> tuple[int, int]:
-    """N and K of a layer, whatever its weight is packed into."""
-    if is_conv1d(layer):
-        K, N = layer.weight.shape
-        return N, K
-    return int(layer.out_features), int(layer.in_features)
-
-
-def _weight_hooks(layer: Any) -> list[Any]:
-    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
-
-
 def check_gradient(base: nn.Module, x: Tensor, result: Tensor) -> None:
     """Raise RuntimeError where x is to have a gradient and the base's result has no way back to it.
 
@@ -258,8 +162,11 @@ def _device(layer: Any) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _read_bound(layer: Any, bound: str) -> float:
-    """A multiple of the weight's RMS, dequantised or brought in for this one reading."""
+def _for_weight(settings: AdapterSettings, layer: Any) -> AdapterSettings:
+    """With a bound that is a number: the weight dequantised or brought in for this one reading."""
+    bound = settings.bound
+    if not isinstance(bound, str):
+        return settings
     from accelerate.utils import align_module_device
     from peft.utils.integrations import dequantize_module_weight
 
@@ -273,4 +180,4 @@ def _read_bound(layer: Any, bound: str) -> float:
                 f"{type(layer).__name__}: "
                 "give bound a number"
             )
-        return bound_of_weight(bound, weight)
+        return settings.for_weight(weight)

@@ -12,11 +12,12 @@ from torch import nn
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import Plan, plan_key
+from fastbound.layers.base import Adapted, weight_shape
 from fastbound.layers.forms import activation_name
-from fastbound.layers.linear import Adapted, FusedBoundedLinear
-from fastbound.layers.mlp import FusedBoundedMLP, sizes
+from fastbound.layers.linear import FusedBoundedLinear
+from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.over_base import BoundedOverBase
-from fastbound.models.injection import adapted_blocks, unfused_reason
+from fastbound.models.adapted import adapted_blocks, unfused_reason
 from fastbound.operator.block_ops import block_key
 from fastbound.operator.engine import engine_for
 from fastbound.operator.partition import GATHER, gathered_modules, partition
@@ -147,7 +148,7 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     form = block.fusion.form
     first = block.get_submodule(form.up)
     weight: Any = first.weight
-    K, N = sizes(first)
+    N, K = weight_shape(first)
     if form.packed:
         N //= 2
     ranks = [layer.adapter.rank for layer in layers]
@@ -203,9 +204,14 @@ def _layer_plan(
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
-        return torch.get_autocast_dtype(device.type)
-    return dtype
+    # Autocast knows no meta device.
+    if (
+        dtype is torch.float64
+        or device.type == "meta"
+        or not torch.is_autocast_enabled(device.type)
+    ):
+        return dtype
+    return torch.get_autocast_dtype(device.type)
 
 
 def _tile_lines(plan: Plan, in_block: bool) -> Iterator[str]:

@@ -2,69 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from fastbound.layers.base import features, is_adaptable
 from fastbound.layers.conversion import convert, refusal, swap
-from fastbound.layers.linear import Adapted, FusedBoundedLinear, _check_settings
-from fastbound.layers.mlp import FusedBoundedMLP, obstacle
-from fastbound.layers.over_base import BoundedOverBase, features, is_adaptable
-from fastbound.models.ranks import Loss, RankAllocation, allocate_ranks, even_rank
+from fastbound.layers.linear import FusedBoundedLinear
+from fastbound.layers.mlp import FusedBoundedMLP
+from fastbound.layers.over_base import BoundedOverBase
+from fastbound.layers.settings import adapter_settings
+from fastbound.models.adapted import adapted_layers, fuse, injected_layers
+from fastbound.models.names import check_same_names
+from fastbound.models.ranks import Loss, allocate_ranks, even_rank
+from fastbound.models.report import InjectionReport, injection_report
 from fastbound.models.targets import match
-from fastbound.operator.partition import gathered_modules, partition
-
-
-@dataclass(frozen=True)
-class InjectionReport:
-    """What `inject` did: printable, and as data.
-
-    Attributes:
-        replaced: dotted names of the layers that are now `FusedBoundedLinear`; a layer that the
-            model holds under several names stands here once, under the first.
-        trainable_parameters: elements of all A and B, which are all that still trains.
-        total_parameters: elements of all parameters, A and B included.
-        skipped: name -> reason, for what `target_modules` matched and could not be replaced.
-        over_base: name -> reason, for the replaced layers that call the layer they replace
-            (`BoundedOverBase`): a quantised one, one with hooks.
-        fused: dotted names of the MLP blocks that run as one operator, see `FusedBoundedMLP`.
-        unfused: name -> reason, for every other module that holds replaced layers: these run layer
-            by layer.
-        ranks: rank of each replaced layer, by name.
-        allocation: what `rank="auto"` found, else None.
-    """
-
-    replaced: tuple[str, ...]
-    trainable_parameters: int
-    total_parameters: int
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    over_base: Mapping[str, str] = field(default_factory=dict)
-    fused: tuple[str, ...] = ()
-    unfused: Mapping[str, str] = field(default_factory=dict)
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    allocation: RankAllocation | None = None
-
-    def __str__(self) -> str:
-        share = self.trainable_parameters / self.total_parameters
-        lines = [
-            f"replaced {len(self.replaced)} layers",
-            *(f"  {count} x {kind}" for kind, count in _kinds(self.replaced).items()),
-            *(f"  over it, {r}: {c} x {k}" for r, k, c in _reasons(self.over_base)),
-            f"fused {len(self.fused)} MLP blocks",
-            *(f"  {count} x {kind}" for kind, count in _kinds(self.fused).items()),
-            *(f"  not {c} x {k or 'the model'}: {r}" for r, k, c in _reasons(self.unfused)),
-            f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
-            f" ({share:.2%})",
-            *(f"skipped {name}: {reason}" for name, reason in self.skipped.items()),
-            *([] if self.allocation is None else [str(self.allocation)]),
-        ]
-        return "\n".join(lines)
+from fastbound.operator.partition import partition
 
 
 def inject(
@@ -155,25 +113,26 @@ def inject(
         )
     _check_rank(rank, forget, retain, budget)
     shapes = {name: features(model.get_submodule(name)) for name in chosen}
+    settings = partial(
+        adapter_settings,
+        bound=bound,
+        dropout=dropout,
+        adapter_dtype=adapter_dtype,
+        backend=backend,
+    )
     allocation = None
     if isinstance(rank, str) and forget is not None and retain is not None:
-        _check_settings(1, alpha, bound, adapter_dtype, backend, dropout)
+        settings(1, alpha)  # refused before the losses are asked
         allocation = allocate_ranks(model, shapes, forget, retain, budget=budget)
         rank = allocation.ranks
-    each: dict[str, Any] = {
-        "bound": bound,
-        "dropout": dropout,
-        "adapter_dtype": adapter_dtype,
-        "backend": backend,
-    }
     if isinstance(rank, Mapping):
-        _check_names(rank, shapes)
+        check_same_names("rank by name must name the layers to be replaced", rank, shapes)
         alpha = even_rank(rank, shapes) if alpha is None else alpha
-    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
-    convert(model, {name: {"rank": ranks[name], "alpha": alpha, **each} for name in chosen})
+    ranks: Mapping[str, Any] = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
+    convert(model, {name: settings(ranks[name], alpha) for name in chosen})
     if fuse_mlp:
         fuse(model)
-    return replace(describe(model, skipped), allocation=allocation)
+    return replace(injection_report(model, skipped), allocation=allocation)
 
 
 def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: int | None) -> None:
@@ -190,16 +149,6 @@ def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: 
         raise ValueError(
             f'rank="auto" spreads ranks by gradients: give {" and ".join(missing)}, a function of '
             "the model that returns the loss of a sample"
-        )
-
-
-def _check_names(rank: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
-    missing = [name for name in shapes if name not in rank]
-    extra = [name for name in rank if name not in shapes]
-    if missing or extra:
-        raise ValueError(
-            f"rank by name must name the layers to be replaced: missing {missing[:5]}, "
-            f"unexpected {extra[:5]}"
         )
 
 
@@ -264,68 +213,3 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in before.items():
             layer.enabled = enabled
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Name -> layer, as `injected_layers`, PEFT's bounded layers included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
-
-
-def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
-    """Name -> layer, for every `FusedBoundedLinear` of `model`; a shared one once, first name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, FusedBoundedLinear)}
-
-
-def fuse(model: nn.Module) -> None:
-    """Put a `FusedBoundedMLP` in the place of every block that can be one, inside `model`."""
-    blocks = [m for m in adapted_blocks(model).values() if not isinstance(m, FusedBoundedMLP)]
-    swap(model, {m: FusedBoundedMLP(m) for m in blocks if m is not model and obstacle(m) is None})
-
-
-def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, for every module that holds an adapted layer as a direct part."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if any(isinstance(child, Adapted) for child in module.children())
-    }
-
-
-def unfused_reason(name: str, block: nn.Module, gathered: bool = False) -> str | None:
-    """Why a module of `adapted_blocks` runs layer by layer, or None where it is one operator."""
-    reason = obstacle(block, gathered)
-    if reason is not None or isinstance(block, FusedBoundedMLP):
-        return reason
-    if not name:
-        return "is the model itself, which is not replaced in place: use FusedBoundedMLP.from_mlp"
-    return "was injected with fuse_mlp=False"
-
-
-def describe(model: nn.Module, skipped: Mapping[str, str] | None = None) -> InjectionReport:
-    """The report on an injected model."""
-    inside = gathered_modules(model)
-    blocks = adapted_blocks(model)
-    reasons = {name: unfused_reason(name, m, m in inside) for name, m in blocks.items()}
-    layers = adapted_layers(model)
-    return InjectionReport(
-        replaced=tuple(layers),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
-        skipped=dict(skipped or {}),
-        over_base={n: m.reason for n, m in layers.items() if isinstance(m, BoundedOverBase)},
-        fused=tuple(name for name, reason in reasons.items() if reason is None),
-        unfused={name: reason for name, reason in reasons.items() if reason is not None},
-        ranks={n: m.adapter.rank for n, m in layers.items() if m.adapter is not None},
-    )
-
-
-def _kinds(names: Iterable[str]) -> Counter[str]:
-    """How many names there are of each kind, `layers.0.mlp` and `layers.1.mlp` being one kind."""
-    return Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
-
-
-def _reasons(named: Mapping[str, str]) -> Iterable[tuple[str, str, int]]:
-    """Each reason with the kinds of names that it stands for, and how many."""
-    for reason in dict.fromkeys(named.values()):
-        for kind, count in _kinds(n for n, r in named.items() if r == reason).items():
-            yield reason, kind, count

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastbound.layers.linear import Adapted
-from fastbound.models.injection import adapted_layers
-from fastbound.models.storage import CONFIG, TENSORS, base_name, replace_files, task_type, unwrapped
+from fastbound.layers.base import Adapted
+from fastbound.models.adapted import adapted_layers
+from fastbound.models.files import encoded, model_fields, unwrapped, write_adapter
 from fastbound.truth.formula import wide_dtype
 
 
@@ -55,8 +53,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     first = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
-        "task_type": task_type(model),
-        "base_model_name_or_path": base_name(model),
+        **model_fields(model),
         "r": first.adapter.rank,
         "lora_alpha": first.adapter.bound,
         "lora_dropout": 0.0,
@@ -67,14 +64,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "rank_pattern": {name: layers[name].adapter.rank for name in ordered},
         "alpha_pattern": {name: layers[name].adapter.bound for name in ordered},
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_files(
-        {
-            folder / TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-            folder / CONFIG: json.dumps(config, indent=2).encode(),
-        }
-    )
+    write_adapter(Path(folder), encoded(tensors), config)
 
 
 def _check_whole(model: Any, layers: Iterable[Any]) -> None:

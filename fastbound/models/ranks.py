@@ -124,7 +124,7 @@ def allocate_ranks(
             f"that takes {sum(costs.values()):,}"
         )
     forgotten, kept = (
-        _gradients(model, layers, loss, most + _OVERSAMPLING, seed) for loss in (forget, retain)
+        gradients(model, layers, loss, most + _OVERSAMPLING, seed) for loss in (forget, retain)
     )
     worth = components(forgotten, kept, most)
     ranks = spend(worth, costs, budget)
@@ -177,7 +177,7 @@ def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -
     return sum(ranks[name] * cost for name, cost in costs.items()) / sum(costs.values())
 
 
-def _gradients(
+def gradients(
     model: nn.Module, layers: Mapping[str, tuple[int, int]], loss: Loss, width: int, seed: int
 ) -> dict[str, LowRank]:
     drawn: dict[tuple[Any, ...], Tensor] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastbound.layers.adapter import BoundedAdapter
-from fastbound.models.injection import adapted_blocks
+from fastbound.models.adapted import adapted_blocks
 from fastbound.operator.partition import partition
 
 if TYPE_CHECKING:

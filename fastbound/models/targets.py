@@ -8,8 +8,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from fastbound.layers.linear import Adapted
-from fastbound.layers.over_base import is_adaptable
+from fastbound.layers.base import Adapted, is_adaptable
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
 _FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too

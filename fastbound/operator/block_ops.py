@@ -102,7 +102,7 @@ class _Block:
         return self.engine.lowrank_gemm(X, W, S, F, bias)
 
 
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = BlockCall.of(arguments)
     check_storage(x, *call.tensors())
     with scope(x):
@@ -117,7 +117,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
         return rows_as_of(x, Y), G, U, S, S_down
 
 
-def _backward(
+def compute_backward(
     dy: Tensor,
     x: Tensor,
     G: Tensor | None,
@@ -188,10 +188,10 @@ def _fake_backward(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("mlp_forward", _forward, _device)
-    library.impl("mlp_backward", _backward, _device)
+    library.impl("mlp_forward", compute_forward, _device)
+    library.impl("mlp_backward", compute_backward, _device)
 torch.library.register_fake("fastbound::mlp_forward", _fake_forward, lib=library)
 torch.library.register_fake("fastbound::mlp_backward", _fake_backward, lib=library)
 
-mlp_forward = direct(torch.ops.fastbound.mlp_forward.default, _forward)
-mlp_backward = direct(torch.ops.fastbound.mlp_backward.default, _backward)
+mlp_forward = direct(torch.ops.fastbound.mlp_forward.default, compute_forward)
+mlp_backward = direct(torch.ops.fastbound.mlp_backward.default, compute_backward)

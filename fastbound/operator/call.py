@@ -115,9 +115,10 @@ class Factors(NamedTuple):
 
 def autocast_to(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast, where it is on, casts x; None elsewhere."""
-    if x.dtype is torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if x.dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def check_operands(
@@ -129,14 +130,14 @@ def check_operands(
     result: Tensor | None = None,
 ) -> None:
     """Raise what the operator documents of a call with a weight, or with a base's result."""
-    if term.backend not in BACKENDS:
-        raise ValueError(f"unknown backend {term.backend!r}: choose one of {', '.join(BACKENDS)}")
+    A, B, scaling, omega, backend, _, _ = term
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     # Not math.isfinite: torch.compile traces this with symbolic floats. inf - inf is a NaN.
-    if term.scaling - term.scaling != 0 or term.omega - term.omega != 0:
-        raise ValueError(f"scaling and omega must be finite, got {term.scaling} and {term.omega}")
-    A, B = term.A, term.B
-    named = {"x": x, "weight": weight, "A": A, "B": B, "bias": bias, "result": result}
-    for name, tensor in named.items():
+    if scaling - scaling != 0 or omega - omega != 0:
+        raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")
+    device = x.device
+    for name, tensor in zip(_NAMES, (x, weight, A, B, bias, result), strict=True):
         if tensor is None:
             continue
         spread = partition(tensor)
@@ -144,37 +145,54 @@ def check_operands(
             raise ValueError(f"{name} {spread}: {GATHER}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no storage: load it first")
-    kind, base = ("weight [N, K]", weight) if result is None else ("result [..., N]", result)
-    wrong_dims = (
-        A.dim() != 2 or B.dim() != 2 or x.dim() < 1 or (weight is not None and weight.dim() != 2)
-    )
-    if base is None or base.dim() < 1 or wrong_dims:
-        shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in named.items() if t is not None)
-        raise ValueError(f"expected x [..., K], {kind}, A [r, K], B [N, r]; got {shapes}")
-    at = f"{kind.split()[0]} {list(base.shape)}"
+    base = result if weight is None else weight
+    if base is None:
+        raise ValueError("a call needs a weight, or a base's result to add to")
+    base_dims = 2 if weight is not None else max(1, base.dim())
+    if A.dim() != 2 or B.dim() != 2 or x.dim() < 1 or base.dim() != base_dims:
+        kind, name = (
+            ("result [..., N]", "result") if weight is None else ("weight [N, K]", "weight")
+        )
+        raise ValueError(
+            f"expected x [..., K], {kind}, A [r, K], B [N, r]; got x {list(x.shape)}, "
+            f"{name} {list(base.shape)}, A {list(A.shape)}, B {list(B.shape)}"
+        )
     K, (rank, K_of_A), (N_of_B, rank_of_B) = x.shape[-1], A.shape, B.shape
-    N = base.shape[0] if weight is not None else base.shape[-1]
+    N = base.shape[-1] if weight is None else base.shape[0]
+
     if weight is not None and weight.shape[1] != K:
-        raise ValueError(f"x {list(x.shape)} does not match {at}: K differs")
+        raise _mismatch("x", x, weight, base, "K differs")
     if result is not None and result.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"x {list(x.shape)} and {at} differ in their rows")
+        raise _mismatch("x", x, weight, base, "they differ in their rows")
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got A {list(A.shape)}")
+    if K_of_A != K and weight is None:
+        raise ValueError(f"A {list(A.shape)} does not match x {list(x.shape)}: K differs")
     if K_of_A != K:
-        other = f"x {list(x.shape)}" if weight is None else at
-        raise ValueError(f"A {list(A.shape)} does not match {other}: K differs")
+        raise _mismatch("A", A, weight, base, "K differs")
     if N_of_B != N:
-        raise ValueError(f"B {list(B.shape)} does not match {at}: N differs")
+        raise _mismatch("B", B, weight, base, "N differs")
     if rank_of_B != rank:
         raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
-        raise ValueError(f"bias {list(bias.shape)} does not match {at}: expected [{N}]")
+        raise _mismatch("bias", bias, weight, base, f"expected [{N}]")
     if weight is not None and weight.requires_grad:
         raise ValueError(
             "weight requires grad, but the operator returns no gradient for it: "
             "call weight.requires_grad_(False), or train it through a plain layer"
         )
+
+
+def _mismatch(
+    name: str, tensor: Tensor, weight: Tensor | None, base: Tensor, what: str
+) -> ValueError:
+    kind = "result" if weight is None else "weight"
+    shapes = f"{name} {list(tensor.shape)} does not match {kind} {list(base.shape)}"
+    return ValueError(f"{shapes}: {what}")
+
+
+_NAMES = ("x", "weight", "A", "B", "bias", "result")

@@ -148,11 +148,12 @@ def bounded_linear(
     """
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout))
     check_operands(x, term, weight=weight, bias=bias)
-    if autocast_to(x) is None and x.dtype is not weight.dtype:
+    dtype = autocast_to(x)
+    if dtype is None and x.dtype is not weight.dtype:
         raise TypeError(
             f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use torch.autocast"
         )
-    return _call(x, weight, bias, None, False, term)
+    return _call(x, weight, bias, None, False, term, dtype)
 
 
 def bounded_addition(
@@ -193,7 +194,7 @@ def bounded_addition(
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout))
     check_operands(x, term, result=result)
     in_place = give_up and plain(x, A, B) and can_write_into(result, x)
-    return _call(x, None, None, result, in_place, term)
+    return _call(x, None, None, result, in_place, term, autocast_to(x))
 
 
 def _call(
@@ -203,11 +204,11 @@ def _call(
     result: Tensor | None,
     in_place: bool,
     term: Term,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    """The checked call: dropout's seed drawn, x cast as autocast says."""
+    """The checked call: dropout's seed drawn, x cast to autocast's ``dtype``."""
     if term.dropout:
         term = term._replace(seed=draw_seed(x.device))
-    dtype = autocast_to(x)
     if dtype is not None:
         x = x.to(dtype)
     if term.backend == "reference":

@@ -35,7 +35,7 @@ library.define(
 )
 
 
-def _forward(
+def compute_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -63,7 +63,7 @@ def _forward(
         return rows_as_of(base, torch.addmm(rows(base), S.to(base.dtype), SB.t())), S
 
 
-def _backward(
+def compute_backward(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
@@ -140,25 +140,28 @@ def with_empty(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("forward", _forward, _device)
-    library.impl("backward", with_empty(_backward), _device)
+    library.impl("forward", compute_forward, _device)
+    library.impl("backward", with_empty(compute_backward), _device)
 torch.library.register_fake("fastbound::forward", _fake_forward, lib=library)
 torch.library.register_fake("fastbound::backward", _fake_backward, lib=library)
 
-forward = direct(torch.ops.fastbound.forward.default, _forward)
-backward = direct(torch.ops.fastbound.backward.default, _backward)
+forward = direct(torch.ops.fastbound.forward.default, compute_forward)
+backward = direct(torch.ops.fastbound.backward.default, compute_backward)
 
 
 def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
     """:func:`forward` over a base's ``result``, into its memory; returns S. Eager calls only."""
-    return _forward(x, None, None, result, *adapter, in_place=True)[1]
+    return compute_forward(x, None, None, result, *adapter, in_place=True)[1]
 
 
 def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
     """For a tall matrix T [M, ·], in whose dtype the products are computed."""
     A, B = term.A, term.B
-    shape = (B.shape[0], A.shape[1], A.shape[0], T.dtype, term.backend)
-    return engine_for(plan_key(T.device, T.shape[0], *shape, over_base=over_base))
+    rank, K = A.shape
+    key = plan_key(
+        T.device, T.shape[0], B.shape[0], K, rank, T.dtype, term.backend, None, over_base
+    )
+    return engine_for(key)
 
 
 def dS_and_dB(

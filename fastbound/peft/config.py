@@ -8,10 +8,9 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from torch import nn
 
-from fastbound.layers.adapter import check_settings
-from fastbound.layers.bounds import bound_of_weight, rms_factor
-from fastbound.models.patterns import lookup
-from fastbound.models.storage import FORMAT_VERSION, PEFT_TYPE
+from fastbound.layers.settings import AdapterSettings, adapter_settings
+from fastbound.models.files import FORMAT_VERSION, PEFT_TYPE
+from fastbound.models.names import lookup
 
 BIAS = ("none", "all", "fastbound_only")
 
@@ -89,36 +88,26 @@ class BoundedConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, the indices to adapt")
-        _check(self.r, self.alpha, self.bound)
+        adapter_settings(self.r, self.alpha, self.bound)
         for rank in self.rank_pattern.values():
-            _check(rank, self.alpha, self.bound)
+            adapter_settings(rank, self.alpha, self.bound)
         for alpha in self.alpha_pattern.values():
-            _check(self.r, alpha, self.bound)
+            adapter_settings(self.r, alpha, self.bound)
         for bound in self.bound_pattern.values():
-            _check(self.r, self.alpha, bound)
+            adapter_settings(self.r, self.alpha, bound)
 
-    def of_layer(self, name: str, base: nn.Module) -> dict[str, Any]:
-        """rank, alpha and bound of the layer of that name, as numbers; a text reads base.weight."""
-        rank = lookup(self.rank_pattern, name, self.r)
-        bound = lookup(self.bound_pattern, name, self.bound)
-        if isinstance(bound, str):
-            bound = bound_of_weight(bound, _plain_weight(name, base, bound))
-        alpha, bound = check_settings(rank, lookup(self.alpha_pattern, name, self.alpha), bound)
-        return {"rank": rank, "alpha": alpha, "bound": bound}
-
-
-def _check(rank: int, alpha: float | None, bound: float | str | None) -> None:
-    if isinstance(bound, str):
-        rms_factor(bound)
-        bound = None
-    check_settings(rank, alpha, bound)
-
-
-def _plain_weight(name: str, base: nn.Module, bound: str) -> Any:
-    weight: Any = base.weight
-    if not weight.is_floating_point():
-        raise ValueError(
-            f'bound="{bound}" cannot read the quantised weight of {name}: give a number, or load '
-            "an adapter whose bounds were worked out on the unquantised model"
+    def of_layer(self, name: str, base: nn.Module) -> AdapterSettings:
+        """The settings of the layer of that name, the bound a number; a text reads base.weight."""
+        settings = adapter_settings(
+            lookup(self.rank_pattern, name, self.r),
+            lookup(self.alpha_pattern, name, self.alpha),
+            lookup(self.bound_pattern, name, self.bound),
+            self.dropout,
         )
-    return weight
+        weight: Any = base.weight
+        if isinstance(settings.bound, str) and not weight.is_floating_point():
+            raise ValueError(
+                f'bound="{settings.bound}" cannot read the quantised weight of {name}: give a '
+                "number, or load an adapter whose bounds were worked out on the unquantised model"
+            )
+        return settings.for_weight(weight)

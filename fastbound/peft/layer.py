@@ -11,9 +11,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
-from fastbound.layers.conversion import is_linear, is_watched, tensor_obstacle
-from fastbound.layers.linear import Adapted, is_conv1d
+from fastbound.layers.base import (
+    Adapted,
+    features,
+    is_conv1d,
+    is_linear,
+    is_watched,
+    tensor_obstacle,
+)
 from fastbound.layers.over_base import check_gradient
+from fastbound.layers.settings import AdapterSettings
 
 
 class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
@@ -35,37 +42,16 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        base: Any = base_layer
         self.fastbound_ab = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.fan_in_fan_out = is_conv1d(base_layer)
-        if self.fan_in_fan_out:
-            self.out_features = base.nf
-            self.in_features = base.nx
-        else:
-            self.in_features = base.in_features
-            self.out_features = base.out_features
+        self.out_features, self.in_features = features(base_layer)
 
-    def add_adapter(
-        self,
-        name: str,
-        *,
-        rank: int,
-        alpha: float,
-        bound: float,
-        dropout: float = 0.0,
-        zero: bool = True,
-    ) -> None:
+    def add_adapter(self, name: str, settings: AdapterSettings, *, zero: bool = True) -> None:
         """A new adapter of that name; ``zero=False`` draws B, too."""
         adapter = NamedAdapter(
-            self.in_features,
-            self.out_features,
-            rank,
-            alpha=alpha,
-            bound=bound,
-            dropout=dropout,
-            device=self.weight.device,
+            self.in_features, self.out_features, device=self.weight.device, **vars(settings)
         )
         if not zero:
             nn.init.kaiming_uniform_(adapter.B, a=math.sqrt(5))
@@ -133,7 +119,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
                         "NaNs detected in the merged weights. "
                         f"The adapter {name} seems to be broken"
                     )
-                self._set_weight(merged)
+                self.base_layer.weight.data = merged
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -142,7 +128,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.fastbound_ab:
-                self._set_weight(self._moved_weight(name, -1))
+                self.base_layer.weight.data = self._moved_weight(name, -1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the layout of the base weight."""
@@ -160,9 +146,6 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
                 "can be merged: load the model without quantisation first"
             )
         return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
-
-    def _set_weight(self, weight: Tensor) -> None:
-        self.base_layer.weight.data = weight
 
     def __repr__(self) -> str:
         return "fastbound." + super().__repr__()

@@ -19,12 +19,12 @@ from peft.utils import register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from fastbound.layers.base import Adapted, features, is_adaptable
 from fastbound.layers.conversion import swap
-from fastbound.layers.linear import Adapted, is_conv1d
 from fastbound.layers.mlp import FusedBoundedMLP
-from fastbound.models.injection import fuse
-from fastbound.models.patterns import unmatched
-from fastbound.models.storage import PEFT_TYPE
+from fastbound.models.adapted import fuse
+from fastbound.models.files import PEFT_TYPE
+from fastbound.models.names import unmatched
 from fastbound.models.targets import mlp_suffixes, near_misses
 
 
@@ -116,8 +116,8 @@ class BoundedModel(BaseTuner):
         bounds, shapes = {}, {}
         for name, module in targets.items():
             base = module.base_layer if isinstance(module, BoundedLayer) else module
-            bounds[name] = config.of_layer(name, base)["bound"]
-            shapes[name] = _shape(base)
+            bounds[name] = config.of_layer(name, base).bound
+            shapes[name] = list(features(base))
             if config.shapes.get(name, shapes[name]) != shapes[name]:
                 raise ValueError(
                     f"the adapter is for another model: {name} is [N, K] = {shapes[name]} in the "
@@ -163,8 +163,7 @@ class BoundedModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(
             adapter_name,
-            **peft_config.of_layer(current_key, layer.base_layer),
-            dropout=peft_config.dropout,
+            peft_config.of_layer(current_key, layer.base_layer),
             zero=peft_config.init_weights,
         )
 
@@ -190,13 +189,9 @@ def _refusal(module: nn.Module, adapter_name: str, is_output: bool) -> str | Non
         return "was injected by fastbound: call fastbound.merge(model) first"
     if is_output:
         return "is the model's output layer, which is left alone: name other layers"
-    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+    if not is_adaptable(module):
         return f"is a {type(module).__name__}: only linear layers (and Conv1D) can be adapted"
     return None
-
-
-def _shape(base: Any) -> list[int]:
-    return [base.nf, base.nx] if is_conv1d(base) else [base.out_features, base.in_features]
 
 
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:

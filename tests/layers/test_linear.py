@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastbound import BoundedAdapter, FusedBoundedLinear
+from fastbound import BoundedAdapter, BoundedOverBase, FusedBoundedLinear
+from tests.support.models import Gated, fused
 
 
 def adapted(layer: nn.Module | None = None, rank: int = 4, **kwargs: object) -> FusedBoundedLinear:
@@ -227,3 +228,24 @@ def test_an_activation_in_place_may_follow(shape: tuple[int, ...]) -> None:
     layer = FusedBoundedLinear(5, 3, rank=2)
     torch.relu_(layer(torch.randn(shape))).sum().backward()
     assert layer.adapter.B.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["layer", "block"])
+def test_vmap_over_x_is_more_rows(fuse: bool) -> None:
+    """As docs/precision.md and docs/training.md say; with dropout it raises."""
+    module = fused(Gated) if fuse else adapted(nn.Linear(6, 10))
+    x = torch.randn(4, 3, 6)
+    torch.testing.assert_close(torch.func.vmap(module)(x), module(x))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: module(x).square().sum())(x),
+        torch.autograd.grad(module(y := x.clone().requires_grad_()).square().sum(), y)[0],
+    )
+    dropping = adapted(nn.Linear(6, 10), dropout=0.5)
+    with pytest.raises(ValueError, match="vmap with dropout is not supported"):
+        torch.func.vmap(dropping, randomness="different")(x)
+
+
+def test_vmap_over_a_base_raises() -> None:
+    layer = BoundedOverBase.from_linear(nn.Linear(6, 10), 4)
+    with pytest.raises(ValueError, match=r"torch\.func\.vmap .* is not supported"):
+        torch.func.vmap(layer)(torch.randn(4, 3, 6))

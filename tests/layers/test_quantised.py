@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from unittest import mock
 
 import bitsandbytes
@@ -16,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import fastbound
+from fastbound.dispatch.device import Device, pretending
 from fastbound.operator import ops
+from fastbound.operator.engine import engine_for
 from fastbound.truth.formula import bounded_linear
 from tests.support.models import example, logits, stir, trained
 
@@ -175,6 +178,26 @@ def test_report_and_explanation_say_why_the_base_is_called(build):
     row = next(row for row in explanation if row.layer == "mlp.up")
     assert row.plan.strategy == "torch" and row.shape == (N, K)
     assert f"  torch: {reason}; " in str(explanation)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "split"])
+def test_the_explanation_over_a_base_is_the_plan_that_runs(backend):
+    """On the CPU: PyTorch's, and Triton's in the interpreter where it is asked for by name."""
+    layer = injected(subclass, backend=backend).mlp.up
+    with mock.patch("fastbound.operator.ops.engine_for", side_effect=engine_for) as chosen:
+        layer(rows(5, K)).sum().backward()
+    (row,) = fastbound.explain(layer, tokens=5)
+    plans = {engine_for(*call.args).plan for call in chosen.call_args_list}
+    assert plans == {replace(row.plan, reason=row.plan.reason.removeprefix("base is Doubled; "))}
+    assert row.plan.strategy == ("split" if backend == "split" else "torch")
+
+
+def test_the_explanation_over_a_base_on_a_hopper_is_the_split_plan():
+    layer = fastbound.BoundedOverBase.from_linear(nn.Linear(K, N, device="meta"), 3)
+    with pretending(Device("sm_90", 132)):
+        (row,) = fastbound.explain(layer, tokens=4096)
+    assert row.device == "sm_90" and row.plan.strategy == "split" and row.plan.tiles is not None
+    assert str(row.plan.reason).startswith("base is to be called; ")
 
 
 @pytest.mark.parametrize("build", QUANTISED)

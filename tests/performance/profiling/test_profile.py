@@ -14,7 +14,7 @@ from torch import nn
 
 from fastbound.cli import main
 from fastbound.layers.mlp import FusedBoundedMLP
-from fastbound.models.injection import injected_layers
+from fastbound.models.adapted import injected_layers
 from fastbound.performance.profiling import profile as profiling
 from fastbound.performance.profiling.profile import (
     FLOOR,

@@ -1,0 +1,44 @@
+"""Names of layers: two sets that must agree, and PEFT's patterns over them.
+
+A pattern is `{end of a layer's name, as a regular expression: value}`, exact names first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """The value for a layer: that of its whole name, else of the first key that it ends in."""
+    if name in patterns:
+        return patterns[name]
+    return next((value for key, value in patterns.items() if _matches(key, name)), default)
+
+
+def unmatched(patterns: Mapping[str, object], names: Iterable[str]) -> list[str]:
+    """The keys that fit none of the names."""
+    names = set(names)
+    return [k for k in patterns if k not in names and not any(_matches(k, n) for n in names)]
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def check_same_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise ValueError, which begins with ``what``, unless both hold the same names."""
+    found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing or extra:
+        raise ValueError(f"{what}: missing {some(missing)}, unexpected {some(extra)}")
+
+
+def some(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(map(repr, names[:5])) or "none") + more

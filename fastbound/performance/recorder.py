@@ -1,0 +1,169 @@
+"""The record of a call: every kernel launch and PyTorch operation that it makes, and none is run.
+
+    with recording(Device("sm_90", 132)) as calls:
+        ...  # the operator over meta tensors
+
+The tensors are on the meta device, so a GPU that is not here, and sizes that no memory holds, will
+do: shapes, strides and dtypes are all that a launch depends on. What compiles, what moves bytes and
+what takes time is read off this one list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastbound.dispatch.device import Device, pretending
+from fastbound.kernels.launch import Launch, recorded
+from fastbound.operator import block_ops, ops
+from fastbound.operator.call import BlockCall, Term
+from fastbound.truth.formula import Projection
+
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like"}
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
+
+
+class Operation(NamedTuple):
+    """One PyTorch operation: its name, and by their argument's names what it reads and writes."""
+
+    name: str
+    read: tuple[tuple[str, Tensor], ...]
+    written: tuple[tuple[str, Tensor], ...]
+
+
+Call: TypeAlias = "Launch | Operation"
+
+
+class Directions(NamedTuple):
+    """What a forward and a backward call, in order."""
+
+    forward: list[Call]
+    backward: list[Call]
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The kernels of both."""
+        return [call for call in (*self.forward, *self.backward) if isinstance(call, Launch)]
+
+
+@contextmanager
+def recording(device: Device) -> Iterator[list[Call]]:
+    """Collects what is called inside over meta tensors, planned as on ``device``."""
+    with pretending(device), recorded() as launches:
+        calls: list[Call] = launches
+        with _Operations(calls):
+            yield calls
+
+
+def layer_calls(
+    device: Device,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+    bias: bool = False,
+    dropout: float = 0.0,
+    over_base: bool = False,
+) -> Directions:
+    """One layer's x [M, K], weight [N, K]; ``over_base``: the term alone, added to a result."""
+    x, dy, weight = (_meta(*size, dtype=dtype) for size in ((M, K), (M, N), (N, K)))
+    b = _meta(N, dtype=dtype) if bias else None
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
+    term = Term(_meta(rank, K), _meta(N, rank), 1.0, 1.0, backend, seed, dropout)
+    base = (None, None, _meta(M, N, dtype=dtype)) if over_base else (weight, b, None)
+    with recording(device) as forward:
+        _, S = ops.compute_forward(x, *base, *term)
+    with recording(device) as backward:
+        ops.compute_backward(dy, x, S, base[0], dtype, True, True, True, *term)
+    return Directions(forward, backward)
+
+
+def block_calls(
+    device: Device,
+    M: int,
+    N: int,
+    K: int,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    backend: str = "auto",
+    bias: bool = False,
+) -> Directions:
+    """An MLP block K -> N -> K; ``ranks`` of gate, up and down, 0 where one is not adapted.
+
+    A plain block has no gate: its ranks are those of up and down.
+    """
+
+    def projection(N: int, K: int, rank: int) -> Projection:
+        A, B = (_meta(rank, K), _meta(N, rank)) if rank else (None, None)
+        return Projection(_meta(N, K, dtype=dtype), _meta(N, dtype=dtype) if bias else None, A, B)
+
+    *first, down = ranks
+    projections = [projection(N, K, rank) for rank in first]
+    up = projections[1] if gated else None
+    call = BlockCall(projections[0], up, projection(K, N, down), activation, backend).flat()
+    x, dy = _meta(M, K, dtype=dtype), _meta(M, K, dtype=dtype)
+    with recording(device) as forward:
+        _, G, U, S, S_down = block_ops.compute_forward(x, *call)
+    with recording(device) as backward:
+        block_ops.compute_backward(dy, x, G, U if gated else None, S, S_down, True, *call)
+    return Directions(forward, backward)
+
+
+def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+class _Operations(TorchDispatchMode):
+    """Appends every operation that moves bytes."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operation = operation_of(func, args, kwargs, result)
+        if operation is not None:
+            self._calls.append(operation)
+        return result
+
+
+def operation_of(
+    function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+) -> Operation | None:
+    """What an operation reads and writes; None for a view or an allocation, which move nothing."""
+    name = function.overloadpacket.__name__
+    if name in _ALLOCATIONS:
+        return None
+    read: list[tuple[str, Tensor]] = []
+    written: list[tuple[str, Tensor]] = []
+    for i, argument in enumerate(function._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        tensors = [(argument.name, t) for t in tree_leaves(value) if isinstance(t, Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            written += tensors
+        if name not in _FILLS and not (writes and (argument.is_out or name in _OVERWRITES)):
+            read += tensors
+    if not written:
+        if any(a.alias_info is not None for a in function._schema.returns):
+            return None  # a view
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        written = [("out" if i == 0 else f"out{i}", t) for i, t in enumerate(made)]
+    return Operation(name, tuple(read), tuple(written))
