@@ -23,7 +23,7 @@ COMMANDS = [
 RUN_BY_CI = {
     "fastbound unlearn": 'step fastbound unlearn --quick --output "$work/demo"',
     'pip install -e ".[test]"': 'step pip install --quiet -e ".[test]"',
-    "pytest": "step pytest -n auto --durations=10",
+    "pytest": "step pytest --durations=10",
     "pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json": (
         'step pytest benchmarks/ --benchmark-only --smoke --benchmark-json "$work/benchmarks.json"'
     ),
