@@ -5,29 +5,9 @@ pytest benchmarks/ --benchmark-only -k mlp [--smoke] [--tokens 1024,8192]
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from benchmarks.rivals.cases import block_cases
+from benchmarks.rivals.competitors import BLOCK_COMPETITORS
+from benchmarks.rivals.replay import Suite, replayed
 
-import pytest
-
-from benchmarks.report.rows import Row
-from benchmarks.rivals.block import MLP_COMPETITORS
-from benchmarks.rivals.cases import Case, mlp_cases
-from benchmarks.rivals.interleaved import recorded_time
-from benchmarks.rivals.measuring import Measurement
-from benchmarks.rivals.suite import Suite, replay
-
-SUITE = Suite(mlp_cases, MLP_COMPETITORS, cpu_rounds=5)
-
-
-@pytest.mark.benchmark(timer=recorded_time)
-def test_mlp(
-    benchmark: Any,
-    measured: Callable[[str, str], tuple[Case, Measurement]],
-    rows: list[Row],
-    case_name: str,
-    direction: str,
-    competitor_name: str,
-) -> None:
-    case, measurement = measured(case_name, competitor_name)
-    replay(benchmark, case, measurement, direction, competitor_name, rows)
+SUITE = Suite(block_cases, BLOCK_COMPETITORS, cpu_rounds=5)
+test_mlp = replayed

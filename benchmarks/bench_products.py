@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks.rivals.cases import DTYPES
-from benchmarks.rivals.interleaved import play, playback, recorded_time
-from benchmarks.rivals.products import PRODUCTS, make_operands
+from benchmarks.rivals.products import PRODUCTS, product_operands
+from benchmarks.rivals.replay import play, playback, recorded_time
 from fastbound.performance.timing import interleaved, stopwatch_for
 
 SIZES = {True: (32, 64, 192, 16), False: (2048, 1024, 4096, 16)}  # by --smoke: M, K, N, R
@@ -23,9 +23,9 @@ SIZES = {True: (32, 64, 192, 16), False: (2048, 1024, 4096, 16)}  # by --smoke: 
 @cache
 def measured(product: str, dtype: str, smoke: bool, rounds: int) -> dict[str, list[float]]:
     """Seconds of every form of one product, interleaved; two rounds of warm-up are dropped."""
-    operands = make_operands(*SIZES[smoke], DTYPES[dtype])
+    operands = product_operands(*SIZES[smoke], DTYPES[dtype])
     steps = {
-        name: lambda turn, form=form: form(operands) for name, form in PRODUCTS[product].items()
+        name: lambda turn, form=form: form(*operands) for name, form in PRODUCTS[product].items()
     }
     stopwatch = stopwatch_for(torch.device("cpu"))
     samples = interleaved(steps, rounds=rounds + 2, stopwatch=stopwatch)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
-import triton
 from torch.utils import collect_env
 
-import fastbound
-from benchmarks.report.rows import Row, ratio_table
+from benchmarks.report.rows import BenchmarkRow, ratio_table
 from benchmarks.rivals.cases import DTYPES, Case
 from benchmarks.rivals.measuring import DIRECTIONS, Measurement, measure
-from benchmarks.rivals.suite import Suite
+from benchmarks.rivals.replay import Suite
+from fastbound.version import __version__, versions
 
-ROWS = pytest.StashKey[list[Row]]()
+ROWS = pytest.StashKey[list[BenchmarkRow]]()
 CASES = pytest.StashKey[dict[str, tuple[Suite, Case]]]()
 
 
@@ -66,7 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def rows(pytestconfig: pytest.Config) -> list[Row]:
+def rows(pytestconfig: pytest.Config) -> list[BenchmarkRow]:
     """What the closing table shows; a benchmark appends its row."""
     return pytestconfig.stash[ROWS]
 
@@ -131,15 +128,12 @@ def pytest_benchmark_update_machine_info(
     device = device_of(config)
     on_gpu = device.type == "cuda"
     machine_info["fastbound"] = {
-        "version": fastbound.__version__,
+        "version": __version__,
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(machine_info),
         "driver": collect_env.get_nvidia_driver_version(collect_env.run) if on_gpu else None,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
+        **versions("torch", "triton", "peft", "transformers"),
         "threads": torch.get_num_threads(),
     }
 

@@ -1,53 +1,33 @@
-"""Everything a device must compute right, case by case, against fp64.
+"""The cases examined, in processes that may die or hang, and a memory checker over a few of them.
 
 python -m benchmarks.gpu_check.correctness    a few small cases, for a memory checker to watch
 
-Outputs and workspaces are poisoned with NaN, every call is made twice and compared bit by bit. A
-case is a value, so that it can be checked in another process: kernels then compile in parallel,
-and a case that takes the device down with it takes no other.
+Outputs and workspaces are poisoned with NaN. Kernels compile in parallel, and a case that takes the
+device down with it takes no other.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
 
 import torch
-from fastbound.kernels.tiles import GemmTile
-from torch import Tensor
 
-import fastbound
-from fastbound.dispatch.defaults import default_tiles, padded_rank
-from fastbound.dispatch.device import describe
-from fastbound.dispatch.plan import plan_for, plan_key
-from fastbound.operator.block_function import bounded_mlp
-from fastbound.truth.exactness import (
-    assert_as_exact_as_the_formula,
-    assert_block_as_exact,
-    assert_same_bits,
-    assert_within_rounding,
-)
+from benchmarks.gpu_check.cases import Check, Unavailable, cases
+from benchmarks.gpu_check.options import Options
+from benchmarks.gpu_check.session import Session, tail
+from benchmarks.report.facts import ROOT
+from fastbound.performance.isolation import Broken, isolated
 from fastbound.truth.interpreter import interpreted_bf16, interpreting, poisoned_empty
-from fastbound.truth.operands import BlockOperands, layer_operands, run
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RANKS = (1, 3, 8, 16, 24, 64)
-ALIGNED, ODD = ((2, 96, 256), 384), ((3, 15, 67), 129)  # x's shape, N
-
-
-class Unavailable(Exception):
-    """A case that cannot be run here, and why."""
-
-
-class Check(Protocol):
-    """One case: raises AssertionError, or whatever a kernel raises, when it is not right."""
-
-    def check(self, device: torch.device) -> None: ...
+CASE_SECONDS = 180.0  # before a case counts as hung
+SANITIZER_SECONDS = 150.0
 
 
 @dataclass(frozen=True)
@@ -59,311 +39,6 @@ class Outcome:
     seconds: float
     message: str = ""
     broken: bool = False
-
-
-@dataclass(frozen=True)
-class OperatorCase:
-    """Forward and backward through autograd; ``layout`` names the operand that is strided."""
-
-    shape: tuple[int, ...]
-    N: int
-    rank: int
-    dtype: str
-    backend: str = "fused"
-    layout: str = "contiguous"
-    bias: bool = True
-
-    def __str__(self) -> str:
-        x = "x".join(map(str, self.shape))
-        bias = "" if self.bias else ", no bias"
-        return f"{self.backend} {self.dtype} r={self.rank} x {x} N={self.N} {self.layout}{bias}"
-
-    def check(self, device: torch.device) -> None:
-        dtype = DTYPES[self.dtype]
-        o = layer_operands(self.shape, self.N, self.rank, dtype, bias=self.bias, device=device)
-        if self.layout == "expanded dy":
-            o = replace(o, dy=torch.ones((), dtype=dtype, device=device).expand(o.dy.shape))
-        elif self.layout != "contiguous":
-            wide = torch.stack([getattr(o, self.layout)] * 2, dim=-1).flatten(-2)
-            strided: dict[str, Any] = {self.layout: wide[..., ::2]}
-            o = replace(o, **strided)
-        assert_as_exact_as_the_formula(o, fastbound.bounded_linear, backend=self.backend)
-        first, second = (run(o, fastbound.bounded_linear, backend=self.backend) for _ in range(2))
-        for name in first:
-            assert_same_bits(first[name], second[name], name)
-
-
-@dataclass(frozen=True)
-class BlockCase:
-    """A whole MLP block, forward and backward; saving g and u, and making them again."""
-
-    M: int
-    K: int
-    N: int
-    rank: int
-    dtype: str
-    gated: bool
-    activation: str = "silu"
-    backend: str = "fused"
-
-    def __str__(self) -> str:
-        form = "gated" if self.gated else "plain"
-        size = f"{self.M}x{self.K}x{self.N}"
-        return f"MLP {form} {self.activation} {self.backend} {self.dtype} r={self.rank} {size}"
-
-    def check(self, device: torch.device) -> None:
-        ranks = (self.rank, self.rank, self.rank)
-        block = BlockOperands(
-            (self.M, self.K), self.N, ranks, DTYPES[self.dtype], gated=self.gated, device=device
-        )
-        activation, backend = self.activation, self.backend
-        assert_block_as_exact(block, bounded_mlp, activation, backend=backend)
-        first = block.run(bounded_mlp, activation=activation, backend=backend)
-        for recompute in (None, "gate_up"):
-            again = block.run(
-                bounded_mlp, activation=activation, backend=backend, recompute=recompute
-            )
-            for name in first:
-                assert_same_bits(first[name], again[name], name)
-
-
-@dataclass(frozen=True)
-class GemmCase:
-    """X Wᵀ + S Fᵀ + bias by one tile; ``transposed`` is the gradient of x."""
-
-    M: int
-    N: int
-    K: int
-    R: int
-    dtype: str
-    tile: GemmTile
-    transposed: bool
-
-    def __str__(self) -> str:
-        which = "gemm dx" if self.transposed else "gemm forward"
-        return f"{which} {self.dtype} {self.M}x{self.N}x{self.K} R={self.R} {self.tile}"
-
-    def check(self, device: torch.device) -> None:
-        from fastbound.kernels.lowrank_gemm import lowrank_gemm
-
-        draw = _drawer(device, DTYPES[self.dtype])
-        M, N, K, R = self.M, self.N, self.K, self.R
-        X, S = draw(M, K), draw(M, R)
-        W = draw(K, N).t() if self.transposed else draw(N, K)
-        F = draw(R, N).t() if self.transposed else draw(N, R)
-        bias = None if self.transposed else draw(N)
-        first, second = (
-            lowrank_gemm(X, W, S, F, bias, self.tile, describe(device).multiprocessors)
-            for _ in range(2)
-        )
-        x, w, s, f = (t.double() for t in (X, W, S, F))
-        expected, terms = x @ w.T + s @ f.T, x.abs() @ w.abs().T + s.abs() @ f.abs().T
-        if bias is not None:
-            expected, terms = expected + bias.double(), terms + bias.double().abs()
-        assert_within_rounding(first, expected, terms)
-        assert_same_bits(first, second)
-
-
-@dataclass(frozen=True)
-class FactorsCase:
-    """SA and SB for arguments up to about ``magnitude``."""
-
-    rank: int
-    dtype: str
-    magnitude: float
-
-    def __str__(self) -> str:
-        return f"factors {self.dtype} r={self.rank} magnitude {self.magnitude:g}"
-
-    def check(self, device: torch.device) -> None:
-        from fastbound.kernels.factors import factors
-
-        draw = _drawer(device, torch.float32)
-        A, B = draw(self.rank, 1037) * self.magnitude, draw(2051, self.rank) * self.magnitude
-        first, second = (
-            factors(A, B, padded_rank(self.rank), 0.7, 1.3, DTYPES[self.dtype]) for _ in range(2)
-        )
-        SA, SB = first
-        one = torch.ones((), dtype=torch.float64, device=device)
-        assert_within_rounding(SA[: self.rank], (A * 1.3).double().sin(), one)
-        assert_within_rounding(SB[:, : self.rank], 0.7 * (B * 1.3).double().sin(), one)
-        if SA[self.rank :].any() or SB[:, self.rank :].any():
-            raise AssertionError("the padding of the rank is not zero")
-        for a, b in zip(first, second, strict=True):
-            assert_same_bits(a, b)
-
-
-@dataclass(frozen=True)
-class TallCase:
-    """The thin product and both reductions of one tall matrix T [M, N]."""
-
-    M: int
-    N: int
-    rank: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"thin, reduce, finish {self.dtype} r={self.rank} {self.M}x{self.N}"
-
-    def check(self, device: torch.device) -> None:
-        from fastbound.kernels.reduce import reduce, thin_and_reduce
-        from fastbound.kernels.thin import thin
-
-        dtype, M, N, R = DTYPES[self.dtype], self.M, self.N, padded_rank(self.rank)
-        chosen = plan_for(plan_key(device, M, N, N, self.rank, dtype, "fused"))
-        if chosen.tiles is None:
-            raise Unavailable(chosen.reason)
-        draw = _drawer(device, dtype)
-        T, F, G = draw(M, N), draw(N, R), draw(M, R)
-        angle = draw(N, self.rank).float()
-        arguments = (angle, 1.3, 0.7, chosen.tiles.reduce, chosen.multiprocessors)
-        first, second = (
-            (
-                thin(T, F, chosen.tiles.thin, chosen.multiprocessors),
-                *thin_and_reduce(T, F, G, *arguments),
-                reduce(T, G, *arguments),
-            )
-            for _ in range(2)
-        )
-        t, f, g = T.double(), F.double(), G[:, : self.rank].double()
-        cosine = 0.7 * 1.3 * torch.cos((angle * 1.3).double())
-        product, products = t @ f, t.abs() @ f.abs()
-        gradient, gradients = cosine * (t.T @ g), cosine.abs() * (t.abs().T @ g.abs())
-        truths = ((product, products), (product, products), *[(gradient, gradients)] * 2)
-        for (expected, terms), got, again in zip(truths, first, second, strict=True):
-            assert_within_rounding(got, expected, terms)
-            assert_same_bits(got, again)
-
-
-@dataclass(frozen=True)
-class LargeCase:
-    """M·N beyond 2^31 elements, forward and backward; y and dx by sampled rows, dA and dB whole."""
-
-    M: int
-    N: int
-    K: int
-    backend: str
-    rank: int = 16
-
-    def __str__(self) -> str:
-        elements = self.M * max(self.N, self.K) / 2**31
-        return f"{self.backend} bf16 {self.M}x{self.N}x{self.K}, {elements:.2f} x 2^31 elements"
-
-    def check(self, device: torch.device) -> None:
-        M, N, K = self.M, self.N, self.K
-        needed = 5 * M * max(N, K) * 2  # y and dy, or x and dx, and room beside them
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-            if free < needed:
-                raise Unavailable(f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
-        draw = _drawer(device, torch.bfloat16, on_device=True)
-        x, dy, W = draw(M, K).requires_grad_(), draw(M, N), draw(N, K)
-        A, B = (draw(*s).float().requires_grad_() for s in ((self.rank, K), (N, self.rank)))
-        y = fastbound.bounded_linear(x, W, A, B, scaling=0.7, omega=1.3, backend=self.backend)
-        dx, dA, dB = torch.autograd.grad(y, (x, A, B), dy)
-        with torch.no_grad():
-            angle_A, angle_B, W64 = 1.3 * A.double(), 1.3 * B.double(), W.double()
-            SA, SB = angle_A.sin(), 0.7 * angle_B.sin()
-            ends = torch.arange(64, device=device)
-            boundary = 2**31 // max(N, K) - 32
-            rows = torch.cat([ends, M // 2 + ends, boundary + ends, M - 64 + ends])
-            rows = rows.clamp(0, M - 1)
-            xs, dys = x[rows].double(), dy[rows].double()
-            _assert_relative("y", y[rows], xs @ W64.T + (xs @ SA.T) @ SB.T)
-            _assert_relative("dx", dx[rows], dys @ W64 + (dys @ SB) @ SA)
-            GA, GB = torch.zeros_like(SA), torch.zeros_like(SB)
-            for xs, dys in zip(x.split(4096), dy.split(4096), strict=True):
-                xs, dys = xs.double(), dys.double()
-                GA += (dys @ SB).T @ xs
-                GB += dys.T @ (xs @ SA.T)
-            _assert_relative("dA", dA, 1.3 * angle_A.cos() * GA)
-            _assert_relative("dB", dB, 0.7 * 1.3 * angle_B.cos() * GB)
-
-
-def cases(device: torch.device, *, tiny: bool = False) -> list[Check]:
-    """Every case for the device, most telling first; ``tiny``: one of each kind."""
-    if tiny:
-        return list(_tiny_cases())
-    return [
-        *_operator_cases(),
-        *_block_cases(),
-        *_gemm_cases(device),
-        *_other_kernels(),
-        *_large_cases(),
-    ]
-
-
-def _tiny_cases() -> Iterator[Check]:
-    for dtype in DTYPES:
-        yield OperatorCase((2, 9, 32), 48, 3, dtype)
-    yield OperatorCase((5, 33), 17, 8, "bf16", backend="split", layout="x")
-    for descriptors in (True, False):
-        tile = GemmTile(32, 32, 32, 4, 2, descriptors=descriptors)
-        yield GemmCase(40, 48, 64, 16, "bf16", tile, transposed=descriptors)
-    yield BlockCase(20, 32, 48, 4, "bf16", gated=True)
-    yield FactorsCase(3, "bf16", 10.0)
-    yield TallCase(70, 40, 8, "bf16")
-    yield LargeCase(130, 96, 32, "fused")
-
-
-def _operator_cases() -> Iterator[Check]:
-    for dtype in ("bf16", "fp16", "fp32"):
-        for rank in RANKS:
-            for shape, N in (ALIGNED, ODD):
-                yield OperatorCase(shape, N, rank, dtype)
-        for shape, N in (ALIGNED, ODD):
-            yield OperatorCase(shape, N, 16, dtype, backend="split")
-            yield OperatorCase(shape, N, 16, dtype, bias=False)
-        for layout in ("x", "weight", "dy", "expanded dy"):
-            yield OperatorCase(*ALIGNED, 8, dtype, layout=layout)
-        yield OperatorCase((1, 64), 64, 8, dtype)  # one token
-    yield OperatorCase((4096, 1024), 2048, 16, "bf16")
-    yield OperatorCase((2048, 2048), 1024, 64, "fp16")
-
-
-def _block_cases() -> Iterator[Check]:
-    for dtype in ("bf16", "fp16", "fp32"):
-        for gated, activation in ((True, "silu"), (False, "gelu_tanh")):
-            yield BlockCase(200, 256, 384, 16, dtype, gated, activation)
-            yield BlockCase(45, 67, 129, 3, dtype, gated, activation)
-            yield BlockCase(200, 256, 384, 8, dtype, gated, activation, backend="split")
-        yield BlockCase(200, 256, 384, 16, dtype, gated=True, activation="gelu")
-    yield BlockCase(200, 256, 384, 32, "bf16", gated=True)
-    yield BlockCase(2048, 1024, 2816, 16, "bf16", gated=True)
-
-
-def _gemm_cases(device: torch.device) -> Iterator[Check]:
-    architecture = describe(device).architecture
-    small = GemmTile(64, 64, 32, 4, 3)
-    for dtype in ("bf16", "fp16", "fp32"):
-        tiles = default_tiles(architecture, 4096, 16, DTYPES[dtype])
-        for transposed in (False, True):
-            default = tiles.gemm_t if transposed else tiles.gemm
-            for tile in dict.fromkeys((default, small)):
-                for descriptors, stores in ((True, 1), (True, 4), (False, 1)):
-                    form = replace(tile, descriptors=descriptors, stores=stores)
-                    K = 1024 if tile is default else 1032  # whole steps of K, and a part of one
-                    yield GemmCase(520, 776, K, 16, dtype, form, transposed)
-            yield GemmCase(129, 257, 65, 16, dtype, small, transposed)
-    for R in (32, 64):
-        tile = default_tiles(architecture, 4096, R, torch.bfloat16).gemm
-        yield GemmCase(1000, 512, 2048, R, "bf16", tile, transposed=False)
-
-
-def _other_kernels() -> Iterator[Check]:
-    for dtype in ("bf16", "fp16", "fp32"):
-        for rank in (3, 16, 64):
-            yield TallCase(1000, 1536, rank, dtype)
-            yield TallCase(333, 257, rank, dtype)
-        for magnitude in (1.0, 1e4):
-            yield FactorsCase(24, dtype, magnitude)
-    yield TallCase(20_000, 4096, 16, "bf16")
-
-
-def _large_cases() -> Iterator[Check]:
-    for N, K in ((8256, 64), (64, 8256)):
-        yield LargeCase(2**18 + 192, N, K, "fused")
-    yield LargeCase(2**18 + 192, 8256, 64, "split")
 
 
 def examine(case: Check, device: torch.device) -> Outcome:
@@ -383,7 +58,7 @@ def examine(case: Check, device: torch.device) -> Outcome:
         status, message = "skipped", _last_line(error)
     except Exception:
         status = "failed"
-        message = "\n".join(traceback.format_exc().strip().splitlines()[-8:])
+        message = tail()
     seconds = time.perf_counter() - start
     return Outcome(str(case), status, seconds, message, broken=not _usable(device))
 
@@ -415,25 +90,89 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def _drawer(
-    device: torch.device, dtype: torch.dtype, *, on_device: bool = False
-) -> Callable[..., Tensor]:
-    """Normal draws, on the CPU the same on every machine; ``on_device`` where they are many."""
-    where = device if on_device else torch.device("cpu")
-    generator = torch.Generator(where).manual_seed(0)
+def check_correctness(session: Session, deadline: float) -> None:
+    """Every kernel and the operator against fp64, then a memory checker on a small case."""
+    everything = cases(session.options.device, tiny=session.options.tiny)
+    outcomes: list[Outcome] = []
+    store = session.results["correctness"] = {}
 
-    def draw(*size: int) -> Tensor:
-        wide = dtype if on_device else torch.float32
-        return torch.randn(*size, generator=generator, device=where, dtype=wide).to(device, dtype)
+    def record(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if outcome.status == "failed":
+            session.fail(f"{outcome.case}: {outcome.message}")
+        if outcome.status == "failed" or len(outcomes) % 20 == 0:
+            session.say(f"correctness: {len(outcomes)} of {len(everything)}")
+            save()
 
-    return draw
+    def save() -> None:
+        store.update(cases=len(everything), outcomes=[asdict(outcome) for outcome in outcomes])
+        session.save()
+
+    # A tenth of the time is the memory checker's.
+    _check(everything, session.options, time.monotonic() + 0.9 * _left(deadline), record)
+    reached = {outcome.case for outcome in outcomes}
+    late = [case for case in everything if str(case) not in reached]
+    outcomes += [Outcome(str(case), "not reached", 0.0) for case in late]
+    if late:
+        session.say(f"correctness: out of time, {len(late)} cases not reached")
+    store["sanitizer"] = sanitizer(session, deadline)
+    save()
 
 
-def _assert_relative(name: str, got: Tensor, expected: Tensor) -> None:
-    """Relative Frobenius error: bf16 layer_operands leave a few thousandths; NaN never passes."""
-    error = float((got.double() - expected).norm() / expected.norm())
-    if not error <= 2**-6:
-        raise AssertionError(f"{name}: relative error {error:.2e}, more than {2**-6:.2e}")
+def _check(
+    everything: Sequence[Check],
+    options: Options,
+    deadline: float,
+    record: Callable[[Outcome], None],
+) -> None:
+    if options.workers == 0:
+        for case in everything:
+            if time.monotonic() > deadline:
+                return
+            record(examine(case, options.device))
+        return
+    results = isolated(
+        examine_item,
+        [(case, str(options.device)) for case in everything],
+        workers=options.workers,
+        deadline=deadline,
+        limit=CASE_SECONDS,
+        retire=lambda outcome: outcome.broken,
+    )
+    for index, result in results:
+        if isinstance(result, Broken):
+            result = Outcome(str(everything[index]), "failed", 0.0, result.message)
+        record(result)
+
+
+def sanitizer(session: Session, deadline: float) -> dict[str, str]:
+    """compute-sanitizer's memcheck over a few small cases, where it is installed and works."""
+    tool = shutil.which("compute-sanitizer")
+    if session.options.device.type != "cuda" or tool is None:
+        return {"status": "skipped", "message": "no GPU, or compute-sanitizer is not installed"}
+    seconds = min(SANITIZER_SECONDS, _left(deadline))
+    session.say(f"compute-sanitizer, at most {seconds:.0f} s")
+    # Without the caching allocator every tensor is an allocation of its own, with its own ends.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [tool, "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu_check.correctness"]
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "not reached", "message": f"not done after {seconds:.0f} s"}
+    output = run.stdout + run.stderr
+    summary = [line for line in output.splitlines() if "ERROR SUMMARY" in line]
+    if not summary:
+        return {"status": "skipped", "message": "it could not run: " + output[-500:]}
+    if run.returncode or not all("SUMMARY: 0 errors" in line for line in summary):
+        session.fail(f"compute-sanitizer: {summary[-1]}")
+        return {"status": "failed", "message": output[-6000:]}
+    return {"status": "passed", "message": summary[-1]}
+
+
+def _left(deadline: float) -> float:
+    return max(1.0, deadline - time.monotonic())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from benchmarks.report.rows import Row
-from benchmarks.rivals.block import MLP_COMPETITORS
+from benchmarks.gpu_check.session import Session, Step
+from benchmarks.report.rows import BenchmarkRow
 from benchmarks.rivals.calls import measure_calls
 from benchmarks.rivals.cases import (
     DTYPES,
@@ -26,26 +25,18 @@ from benchmarks.rivals.cases import (
     Case,
     Shape,
 )
-from benchmarks.rivals.layer import COMPETITORS, Competitor
-from benchmarks.rivals.measuring import Measurement, measure
+from benchmarks.rivals.competitors import BLOCK_COMPETITORS, LAYER_COMPETITORS, Competitor
+from benchmarks.rivals.measuring import Measurement, described, measure
 from fastbound.dispatch.defaults import Tiles
-from fastbound.dispatch.plan import plan_for, plan_key
+from fastbound.dispatch.plan import Plan, plan_for, plan_key
 from fastbound.operator.block_ops import block_key
-from fastbound.performance.block_passes import BLOCK_PASSES, BlockOperands, kernels_of, operands_at
+from fastbound.operator.engine import engine_of
 from fastbound.performance.compilation import TARGETS
-from fastbound.performance.passes import (
-    FLOORS,
-    PASSES,
-    Operands,
-    default_candidate,
-    factors,
-)
-from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.passes import LAYER_PASSES, operands_at, passes_of
+from fastbound.performance.prediction import prediction_of
+from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.performance.tuning.candidates import candidates
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_check.session import Session, Step
 
 LEFT_OUT = "compiled"  # minutes of compiling, case by case
 FIRST_TOKENS = (8192, 1024, 32768)
@@ -91,12 +82,18 @@ def benchmark_steps(session: Session) -> list[Step]:
     calls = [small] if tiny else [small, replace(single[0], M=1024)]
 
     return [
-        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in first),
+        *(
+            (f"layer {case}", partial(_compared, session, case, LAYER_COMPETITORS))
+            for case in first
+        ),
         *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in single),
         *((f"calls {case}", partial(_call_rows, session, case)) for case in calls),
-        *((f"block {case}", partial(_compared, session, case, MLP_COMPETITORS)) for case in blocks),
+        *(
+            (f"block {case}", partial(_compared, session, case, BLOCK_COMPETITORS))
+            for case in blocks
+        ),
         *((f"kernels {case}", partial(_kernel_rows, session, case)) for case in blocks),
-        *((f"layer {case}", partial(_compared, session, case, COMPETITORS)) for case in rest),
+        *((f"layer {case}", partial(_compared, session, case, LAYER_COMPETITORS)) for case in rest),
     ]
 
 
@@ -131,28 +128,11 @@ def _compared(
     return {"rows": rows, "skipped": skipped}
 
 
-def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[Row]:
+def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[BenchmarkRow]:
     for direction, seconds in measurement.samples.items():
-        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
-        yield Row(
-            model=case.shape.model,
-            projection=case.shape.projection,
-            M=case.M,
-            K=case.shape.K,
-            N=case.shape.N,
-            rank=case.rank,
-            dtype=case.dtype,
-            direction=direction,
-            competitor=name,
-            path=measurement.path,
-            saved_bytes=measurement.saved_bytes,
-            peak_bytes=measurement.peak_bytes,
-            median=median,
-            q1=q1,
-            q3=q3,
-            min=min(seconds),
-            rounds=len(seconds),
-        )
+        q1, median, q3 = quartiles(seconds)
+        stats = {"median": median, "q1": q1, "q3": q3, "min": min(seconds), "rounds": len(seconds)}
+        yield BenchmarkRow.of(described(case, name, direction, measurement), stats)
 
 
 def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
@@ -161,28 +141,29 @@ def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
     Of a block its own two passes: all others are those of layers.
     """
     device = session.options.device
-    o, chosen = _operands(device, case.shape, case.M, case.rank)
-    layer = o if isinstance(o, Operands) else None
-    kernels = [] if layer is None else factors(layer)
-    for name in BLOCK_PASSES if layer is None else PASSES:
-        kernels += kernels_of(name, o, default_candidate(name, chosen))
-    work = {kernel.name: (kernel.flops, kernel.nbytes) for kernel in kernels}
-    steps: dict[str, Callable[[int], object]] = {
-        kernel.name: _launcher(kernel.launch.run) for kernel in kernels
-    }
-    if layer is not None:
-        for name, floor in FLOORS.items():
-            steps[f"{name}, bare"] = _launcher(partial(floor, layer))
-            tall, wide = (layer.x, layer.y) if name == "gemm forward" else (layer.dy, layer.dx)
-            moved = sum(t.numel() * t.element_size() for t in (tall, wide, layer.weight))
-            work[f"{name}, bare"] = (2 * tall.numel() * wide.shape[1], moved)
+    tiles, size = _plan(device, case.shape, case.M, case.rank)
+    o = operands_at(case.shape, case.M, case.rank, DTYPES[DTYPE], device)
+    engine = engine_of(Plan("fused", "the tiles of dispatch", tiles, size))
+    work: dict[str, tuple[int, int]] = {}
+    steps: dict[str, Callable[[int], object]] = {}
+    for name, one in passes_of(o).items():
+        for i, launch in enumerate(one.launches(engine)):
+            key = name if i == 0 else f"{name}, finish {i}"
+            predicted = prediction_of(launch)
+            work[key] = (predicted.flops, predicted.nbytes)
+            steps[key] = _launcher(launch.run)
+        if one.floor() is not None:
+            X, W, *_ = one.arguments
+            moved = X.element_size() * (X.numel() + W.numel() + X.shape[0] * W.shape[0])
+            work[f"{name}, bare"] = (2 * X.numel() * W.shape[0], moved)
+            steps[f"{name}, bare"] = _launcher(one.floor)
     for step in steps.values():
         step(0)
     rounds = 3 if session.options.tiny else 20
     samples = interleaved(steps, rounds=rounds, stopwatch=kernel_stopwatch(device))
     rows = []
     for name, seconds in samples.items():
-        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        q1, median, q3 = quartiles(seconds)
         flops, nbytes = work[name]
         least = None if session.ceilings is None else session.ceilings.seconds(flops, nbytes)
         rows.append(
@@ -217,15 +198,16 @@ def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list
     tried = {
         (name, M): candidates(name, _plan(device, shape, M, RANK)[0], tiny=tiny)
         for M in tokens
-        for name in PASSES
+        for name in LAYER_PASSES
     }
     faults = _faults(session, store, architecture, shape, tried, deadline)
 
     def step(name: str, M: int) -> Mapping[str, Sequence[Any]]:
-        o, _ = _operands(device, shape, M, RANK)
+        tiles, size = _plan(device, shape, M, RANK)
+        o = operands_at(shape, M, RANK, DTYPES[DTYPE], device)
         default, *others = tried[name, M]
         kept = [default, *(c for c in others if faults.get((name, str(c))) is None)]
-        rows, dropped = sweep(name, o, shape, kept, device, 3 if tiny else 15)
+        rows, dropped = sweep(name, o, shape, tiles, kept, device, size, 3 if tiny else 15)
         return {"rows": rows, "dropped": dropped}
 
     return [(f"{name} at {M} tokens", partial(step, name, M)) for name, M in tried]
@@ -259,14 +241,6 @@ def _faults(
     ]
     session.say(f"tiles: {len(faults)} of {len(tasks)} dropped by the compiler's report")
     return faults
-
-
-def _operands(
-    device: torch.device, shape: Shape | Block, M: int, rank: int
-) -> tuple[Operands | BlockOperands, Tiles]:
-    """Operands and the tiles of dispatch."""
-    tiles, multiprocessors = _plan(device, shape, M, rank)
-    return operands_at(shape, M, rank, DTYPES[DTYPE], device, multiprocessors), tiles
 
 
 def _plan(device: torch.device, shape: Shape | Block, M: int, rank: int) -> tuple[Tiles, int]:

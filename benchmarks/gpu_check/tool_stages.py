@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from benchmarks.gpu_check.session import Session
 from benchmarks.rivals.cases import SMOKE_BLOCKS, SMOKE_SHAPES, SMOKE_TOKENS
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.tables import software
@@ -28,9 +29,6 @@ from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, 
 from fastbound.performance.tuning.bench import DeviceBench
 from fastbound.performance.tuning.candidates import Machine, points
 from fastbound.performance.tuning.tune import start_table, tune
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_check.session import Session
 
 MODEL, RANK = "llama-3-8b", 16
 TUNED_TOKENS = (8192, 1024, 32768)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.rows import Row, markdown_table, read
+from benchmarks.report.rows import BenchmarkRow, markdown_table, read
 
 TOLERANCE = 0.03
 
@@ -79,7 +79,7 @@ def compare(before: Mapping[str, Point], after: Mapping[str, Point]) -> list[Com
     ]
 
 
-def _of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, Point]]:
+def _of_rows(rows: Sequence[BenchmarkRow]) -> Iterator[tuple[str, Point]]:
     floors = {(row.case, row.direction): row for row in rows if row.competitor == "frozen"}
     for row in rows:
         floor = floors.get((row.case, row.direction))
@@ -93,7 +93,7 @@ def _of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, Point]]:
 
 def _of_check(saved: Mapping[str, Any]) -> Iterator[tuple[str, Point]]:
     measured = saved.get("benchmark", {})
-    yield from _of_rows([Row(**row) for row in measured.get("rows", [])])
+    yield from _of_rows([BenchmarkRow(**row) for row in measured.get("rows", [])])
     for kernel in measured.get("kernels", []):
         if kernel["ceiling"]:
             name = f"{kernel['shape']}, M={kernel['M']}, {kernel['kernel']} / ceiling"

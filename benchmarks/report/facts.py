@@ -8,12 +8,12 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-import fastbound
+from fastbound.dispatch.device import describe
+from fastbound.version import __version__, versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _QUERIED = (
@@ -48,8 +48,6 @@ class Facts:
 
 def facts(device: torch.device) -> Facts:
     """Of the current process and ``device``."""
-    from fastbound.dispatch.device import describe
-
     described = describe(device)
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
@@ -61,8 +59,8 @@ def facts(device: torch.device) -> Facts:
         l2=properties.L2_cache_size if properties else None,
         cuda=torch.version.cuda,
         python=platform.python_version(),
-        versions={name: version for name in _PACKAGES if (version := _version(name))},
-        fastbound=fastbound.__version__,
+        versions=versions(*_PACKAGES),
+        fastbound=__version__,
         commit=commit(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         readings=readings(device),
@@ -110,10 +108,3 @@ def commit(root: Path = ROOT) -> str:
         return found[1] + ("-dirty" if found[2] else "")
     file = root / "COMMIT"
     return file.read_text().strip() if file.is_file() else "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.rows import MIB, Row
-from fastbound.performance.profiling import report as profile_report
+from benchmarks.report.rows import MIB, BenchmarkRow
+from fastbound.performance.profiling.report import COLOURS as PROFILED
+from fastbound.performance.profiling.report import DPI, panel_grid
 
 COLOURS = {
-    **profile_report.COLOURS,
+    **PROFILED,
     "split": "#E69F00",
     "addmm": "#009E73",
     "per_layer": "#F0E442",
@@ -19,14 +20,11 @@ COLOURS = {
 OTHER = "#999999"
 
 
-def draw(device: str, rows: Sequence[Row], output: Path, stem: str) -> list[Path]:
+def draw(device: str, rows: Sequence[BenchmarkRow], output: Path, stem: str) -> list[Path]:
     """Write `<stem>-time.png` and `<stem>-saved.png` into `output` and return their paths.
 
     The first shows the cases that have a frozen layer to compare with, and is left out if none has.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     with_floor = {(row.case, row.direction) for row in rows if row.competitor == "frozen"}
     compared = [row for row in rows if (row.case, row.direction) in with_floor]
     paths = []
@@ -42,32 +40,13 @@ def _unique(values: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib import pyplot
-
-    return pyplot.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows),
-        squeeze=False,
-        layout="constrained",
-    )
-
-
-def _save(figure: Any, title: str, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
+def _time_over_floor(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
     """A row of panels per shape, a column per direction; the line at 1 is the frozen layer."""
     shapes = _unique([row.shape for row in rows])
     directions = _unique([row.direction for row in rows])
     several = len({row.M for row in rows}) > 1
-    figure, panels = _panel_grid(len(shapes), len(directions), 5.6, 3.2 if several else 2.6)
+    height = (3.2 if several else 2.6) * len(shapes)
+    figure, panels = panel_grid(len(shapes), len(directions), 5.6 * len(directions), height)
     for i, shape in enumerate(shapes):
         for j, direction in enumerate(directions):
             members = [row for row in rows if (row.shape, row.direction) == (shape, direction)]
@@ -86,10 +65,11 @@ def _time_over_floor(device: str, rows: Sequence[Row], path: Path) -> None:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
         )
-    _save(figure, f"Time over the frozen layer, {device}", path)
+    figure.suptitle(f"Time over the frozen layer, {device}")
+    figure.savefig(path, dpi=DPI)
 
 
-def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
+def _lines_over_tokens(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
     for name in _unique([row.competitor for row in rows]):
         points = sorted((row for row in rows if row.competitor == name), key=lambda row: row.M)
         tokens = [row.M for row in points]
@@ -111,7 +91,7 @@ def _lines_over_tokens(axes: Any, rows: Sequence[Row], floor: dict[int, float]) 
     axes.grid(axis="y", alpha=0.3)
 
 
-def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
+def _bars(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
     names = [row.competitor for row in rows]
     ratios = [row.median / floor[row.M] for row in rows]
     below = [(row.median - row.q1) / floor[row.M] for row in rows]
@@ -128,10 +108,10 @@ def _bars(axes: Any, rows: Sequence[Row], floor: dict[int, float]) -> None:
     axes.set_xlabel("time / frozen")
 
 
-def _saved_bytes(device: str, rows: Sequence[Row], path: Path) -> None:
+def _saved_bytes(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
     """Bytes per token: one panel per shape, at its largest number of tokens."""
     shapes = _unique([row.shape for row in rows])
-    figure, panels = _panel_grid(len(shapes), 1, 7.0, 2.4)
+    figure, panels = panel_grid(len(shapes), 1, 7.0, 2.4 * len(shapes))
     for shape, (axes,) in zip(shapes, panels, strict=True):
         members = [row for row in rows if row.shape == shape]
         M = max(row.M for row in members)
@@ -143,4 +123,5 @@ def _saved_bytes(device: str, rows: Sequence[Row], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_title(f"{shape}, M={M}", fontsize=9)
         axes.set_xlabel("MiB saved for backward, parameters left out")
-    _save(figure, f"Saved for backward, {device}", path)
+    figure.suptitle(f"Saved for backward, {device}")
+    figure.savefig(path, dpi=DPI)

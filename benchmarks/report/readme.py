@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report.rows import MIB, markdown_table
-from benchmarks.report.summary import kernel_table
+from benchmarks.report.summary import Results, kernel_table, software
 
 FORMAT = "fastbound gpu_check 1"
-Results = Mapping[str, Any]
 
 # In the README's order and words.
 NAMES = {
@@ -48,9 +47,8 @@ def read_checks(paths: Iterable[Path]) -> tuple[dict[Path, dict[str, Any]], dict
 def readme_section(results: Results) -> str:
     """One file: what it ran on, layers and blocks against their floor, kernels, correctness."""
     facts = results["facts"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     driver = facts["readings"].get("driver_version")
-    about = [f"{facts['date'][:10]}, commit {facts['commit']}", versions]
+    about = [f"{facts['date'][:10]}, commit {facts['commit']}", software(facts)]
     about += [f"driver {driver}"] if driver else []
     sections = [f"### {facts['device']}", ", ".join(about) + "."]
     if results["timings_mean_nothing"]:
@@ -71,7 +69,7 @@ def readme_section(results: Results) -> str:
         ("Whole MLP blocks, over the frozen block", _blocks(rows)),
     ):
         if chosen:
-            sections += [f"{title}:", ratio_table(chosen), detail(chosen)]
+            sections += [f"{title}:", over_floor_table(chosen), detail(chosen)]
     kernels = kernel_table(benchmark.get("kernels", []))
     if kernels:
         sections += [
@@ -96,7 +94,7 @@ def _blocks(rows: Sequence[Results]) -> list[Results]:
     return [row for row in rows if row["projection"] == "mlp"]
 
 
-def ratio_table(rows: Sequence[Results]) -> str:
+def over_floor_table(rows: Sequence[Results]) -> str:
     """A line for each shape and length; ratios of medians."""
     present = {row["competitor"] for row in rows}
     names = [name for name in NAMES if name in present and name != "frozen"]

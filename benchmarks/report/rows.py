@@ -1,15 +1,8 @@
-"""Saved benchmarks as a Markdown table and plots, and files of gpu_check as the README's tables.
-
-pytest benchmarks/ --benchmark-only --benchmark-json run.json
-python -m benchmarks.report run.json [another.json ...] --output DIR
-python -m benchmarks.report benchmarks/results/ --output DIR
-"""
+"""Rows of benchmarks: what one is, read from a saved file, and set as Markdown tables."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -20,7 +13,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One competitor on one case in one direction; seconds and bytes."""
 
     model: str
@@ -42,7 +35,7 @@ class Row:
     rounds: int
 
     @classmethod
-    def of(cls, extra_info: Mapping[str, Any], stats: Mapping[str, Any]) -> Row:
+    def of(cls, extra_info: Mapping[str, Any], stats: Mapping[str, Any]) -> BenchmarkRow:
         """A row from what pytest-benchmark keeps of one test."""
         values = {**stats, **extra_info}
         return cls(**{field.name: values[field.name] for field in fields(cls)})
@@ -58,7 +51,7 @@ class Row:
         return f"{self.shape}, M={self.M}"
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def read(path: Path) -> tuple[dict[str, Any], list[BenchmarkRow]]:
     """Machine facts and rows of one file that `--benchmark-json` or `--benchmark-save` wrote.
 
     Raises:
@@ -68,7 +61,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         saved = json.loads(path.read_text())
         machine = {**saved["machine_info"]["fastbound"], "commit": saved["commit_info"].get("id")}
         rows = [
-            Row.of(bench["extra_info"], bench["stats"])
+            BenchmarkRow.of(bench["extra_info"], bench["stats"])
             for bench in saved["benchmarks"]
             if "competitor" in bench["extra_info"]
         ]
@@ -83,7 +76,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     return machine, rows
 
 
-def ratio_table(rows: Sequence[Row]) -> str:
+def ratio_table(rows: Sequence[BenchmarkRow]) -> str:
     """Per case and direction: medians, spread, and ratios to the floor and to both PEFT forms."""
     sections = []
     for (case, direction), group in groupby(rows, key=lambda row: (row.case, row.direction)):
@@ -92,7 +85,7 @@ def ratio_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(sections)
 
 
-def _one_table(members: Mapping[str, Row]) -> str:
+def _one_table(members: Mapping[str, BenchmarkRow]) -> str:
     head = (
         "competitor",
         "median ms",
@@ -106,7 +99,7 @@ def _one_table(members: Mapping[str, Row]) -> str:
         "path",
     )
 
-    def ratio(over: str | Row, under: str | Row) -> str:
+    def ratio(over: str | BenchmarkRow, under: str | BenchmarkRow) -> str:
         top, bottom = (members.get(x) if isinstance(x, str) else x for x in (over, under))
         return "-" if top is None or bottom is None else f"{top.median / bottom.median:.3f}"
 
@@ -147,7 +140,9 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text(head), text(rule), *map(text, lines)])
 
 
-def markdown(machine: Mapping[str, Any], rows: Sequence[Row], plots: Sequence[Path]) -> str:
+def markdown(
+    machine: Mapping[str, Any], rows: Sequence[BenchmarkRow], plots: Sequence[Path]
+) -> str:
     """The whole report of one file."""
     facts = ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
     lines = [f"# {machine['device']}", "", facts + ".", ""]
@@ -162,54 +157,3 @@ def markdown(machine: Mapping[str, Any], rows: Sequence[Row], plots: Sequence[Pa
         members = {row.competitor: row for row in group}
         lines += ["", f"## {case}, {direction}", "", _one_table(members)]
     return "\n".join(lines) + "\n"
-
-
-def write_report(path: Path, output: Path) -> Path:
-    """Read one saved file, write its Markdown and PNG files into `output`, return the Markdown."""
-    from benchmarks.report.plots import draw
-
-    machine, rows = read(path)
-    output.mkdir(parents=True, exist_ok=True)
-    target = output / f"{path.stem}.md"
-    plots = draw(machine["device"], rows, output, path.stem)
-    target.write_text(markdown(machine, rows, plots))
-    return target
-
-
-def write_readme_tables(folder: Path, output: Path) -> Path:
-    """`gpu.md` in `output`, from every gpu_check file of a folder; others are named and left out.
-
-    Raises:
-        ValueError: the folder holds no such file.
-    """
-    from benchmarks.report.readme import read_checks, readme_section
-
-    found, refused = read_checks([folder])
-    for path, reason in refused.items():
-        print(f"{path} left out: {reason}", file=sys.stderr)
-    if not found:
-        raise ValueError(f"{folder} holds no file of gpu_check")
-    output.mkdir(parents=True, exist_ok=True)
-    target = output / "gpu.md"
-    target.write_text("\n\n".join(map(readme_section, found.values())) + "\n")
-    return target
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument(
-        "saved",
-        nargs="+",
-        type=Path,
-        help="JSON files saved by pytest-benchmark, or folders of gpu_check files",
-    )
-    parser.add_argument("--output", type=Path, default=Path(), help="folder (default: this one)")
-    options = parser.parse_args(arguments)
-    try:
-        for path in options.saved:
-            write = write_readme_tables if path.is_dir() else write_report
-            print(write(path, options.output))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0

@@ -111,11 +111,15 @@ def tile_table(rows: Sequence[Results]) -> str:
     return markdown_table(head, lines) if lines else ""
 
 
+def software(facts: Results) -> str:
+    """The packages and their versions."""
+    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+
+
 def verdict(results: Results) -> str:
     """Ceilings, how far everything came, and what failed."""
     facts = results["facts"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines = [f"{facts['device']}, {versions}, {facts['commit']}, {results['seconds']:.0f} s"]
+    lines = [f"{facts['device']}, {software(facts)}, {facts['commit']}, {results['seconds']:.0f} s"]
     if results["timings_mean_nothing"]:
         lines.append("Interpreted on a CPU: the times above mean nothing.")
     measured = results.get("ceilings")

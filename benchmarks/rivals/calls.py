@@ -6,17 +6,16 @@ the time of replaying the same work as a graph.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import quantiles
 
 import torch
 
-from benchmarks.rivals.cases import DTYPES, Case
-from benchmarks.rivals.layer import COMPETITORS, Layer, make_problem
-from fastbound.performance.timing import interleaved, stopwatch_for
+from benchmarks.rivals.cases import Case
+from benchmarks.rivals.competitors import LAYER_COMPETITORS, Contender
+from benchmarks.rivals.measuring import forward_and_backward
+from fastbound.performance.timing import host_seconds, interleaved, quartiles, stopwatch_for
 
 TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_bf16")
 
@@ -48,15 +47,13 @@ def measure_calls(
     case: Case, device: torch.device, rounds: int
 ) -> tuple[list[CallRow], list[CallFailure]]:
     """One forward+backward of every competitor, eager on the host's clock, and as a graph."""
-    dtype, K, N = DTYPES[case.dtype], case.shape.K, case.shape.N
-    problem = make_problem(case.M, K, N, case.rank, dtype, device)
-    x = torch.randn(case.M, K, device=device, dtype=dtype).requires_grad_()
-    dy = torch.randn(case.M, N, device=device, dtype=dtype)
+    o = case.operands(device)
+    x = o.leaves().x
     eager: dict[str, Callable[[int], object]] = {}
     replays: dict[str, Callable[[int], object]] = {}
     failures: list[CallFailure] = []
-    for competitor in COMPETITORS:
-        if competitor.name not in TAKING_PART or competitor.obstacle(device.type, dtype):
+    for competitor in LAYER_COMPETITORS:
+        if competitor.name not in TAKING_PART or competitor.obstacle(device.type, x.dtype):
             continue
 
         def failed(how: str, error: Exception, name: str = competitor.name) -> None:
@@ -64,10 +61,10 @@ def measure_calls(
             failures.append(CallFailure(str(case), name, how, message))
 
         try:
-            layer = competitor.build(problem)
+            contender = competitor.build(o)
 
-            def step(turn: int, layer: Layer = layer) -> object:
-                return torch.autograd.grad(layer.forward(x), (x, *layer.trained), dy)
+            def step(turn: int, contender: Contender = contender) -> object:
+                return forward_and_backward(contender, x, o.dy)
 
             for turn in range(3):
                 step(turn)
@@ -108,18 +105,15 @@ def _captured(step: Callable[[int], object]) -> Callable[[int], object]:
 
 
 def _host_seconds(device: torch.device, step: Callable[[], object]) -> float:
+    """From an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    kept = step()
-    end = time.perf_counter()
-    del kept
-    return end - start
+    return host_seconds(step)
 
 
 def _rows(case: Case, how: str, samples: dict[str, list[float]]) -> list[CallRow]:
     rows = []
     for name, seconds in samples.items():
-        q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
+        q1, median, q3 = quartiles(seconds)
         rows.append(CallRow(str(case), name, how, median, q1, q3, len(seconds)))
     return rows

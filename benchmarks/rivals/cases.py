@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastbound.performance.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape
+from fastbound.truth.operands import Operands, block_operands, layer_operands
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -23,6 +25,18 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.shape}-{self.M}-{self.dtype}-r{self.rank}"
+
+    def operands(self, device: torch.device) -> Operands:
+        """Random: y of unit variance, each adapter's output about as large as the frozen one's."""
+        shape, rank = self.shape, self.rank
+        x, N, dtype = (self.M, shape.K), shape.N, DTYPES[self.dtype]
+        common: Any = {"magnitude": 0.5, "omega": 1.5, "device": device, "on_device": True}
+        if not isinstance(shape, Block):
+            scaling = (rank * shape.K) ** -0.5
+            return layer_operands(x, N, rank, dtype, bias=False, scaling=scaling, **common)
+        common |= {"gated": shape.gated, "bias": shape.bias, "activation": shape.activation}
+        scalings = [(rank * K) ** -0.5 for K in (shape.K, shape.K, N)]
+        return block_operands(x, N, (rank, rank, rank), dtype, scaling=scalings, **common)
 
 
 GPU_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -41,14 +55,18 @@ SMOKE_BLOCKS = (
 )
 
 
-def cases(device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None) -> list[Case]:
+def layer_cases(
+    device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None
+) -> list[Case]:
     """The linear layers for a device, in bf16 and on a CPU in fp32 too, at `tokens` or defaults."""
     shapes = SMOKE_SHAPES if smoke else CPU_SHAPES if device_type == "cpu" else MODEL_SHAPES
     return _at_sizes(shapes, device_type, smoke, tokens)
 
 
-def mlp_cases(device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None) -> list[Case]:
-    """The MLP blocks for a device, as :func:`cases`."""
+def block_cases(
+    device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None
+) -> list[Case]:
+    """The MLP blocks for a device, as :func:`layer_cases`."""
     blocks = SMOKE_BLOCKS if smoke else CPU_BLOCKS if device_type == "cpu" else MODEL_BLOCKS
     # One size of each block will do to see that it runs: torch.compile takes its seconds each time.
     return _at_sizes(blocks, device_type, smoke, tokens or (SMOKE_TOKENS[:1] if smoke else None))

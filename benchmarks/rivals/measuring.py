@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.rivals.block import make_block_problem
-from benchmarks.rivals.cases import DTYPES, Block, Case
-from benchmarks.rivals.layer import Competitor, Layer, make_problem
+from benchmarks.rivals.cases import Case
+from benchmarks.rivals.competitors import Competitor, Contender
 from fastbound.performance.memory import peak_bytes, saved_bytes
-from fastbound.performance.passes import require_truth
 from fastbound.performance.timing import interleaved, stopwatch_for
+from fastbound.truth.exactness import CORRECT, exact, require_truth
+from fastbound.truth.operands import Operands, drawing
 
 DIRECTIONS = ("forward", "forward+backward")
 WARMUP_ROUNDS = 3  # on a CPU, where a round takes seconds, one: the check warms up once more
@@ -33,17 +33,6 @@ class Measurement:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Sets of x and dy to rotate through."""
-
-    x: list[Tensor]
-    dy: list[Tensor]
-
-    def __getitem__(self, turn: int) -> tuple[Tensor, Tensor]:
-        return self.x[turn % len(self.x)], self.dy[turn % len(self.dy)]
-
-
 def measure(
     case: Case,
     competitors: Sequence[Competitor],
@@ -57,30 +46,25 @@ def measure(
     A competitor that fails (out of memory, a wrong result) is left out of the timing and carries
     its error in `failure`; the others go on.
     """
-    dtype = DTYPES[case.dtype]
-    shape = case.shape
-    problem: Any
-    if isinstance(shape, Block):
-        problem = make_block_problem(shape, case.M, case.rank, dtype, device)
-    else:
-        problem = make_problem(case.M, shape.K, shape.N, case.rank, dtype, device)
-    inputs = _make_inputs(case, dtype, device)
-    x, dy = inputs[0]
-    truths = problem.truths(x, dy, CHECKED_ROWS)
+    o = case.operands(device)
+    inputs = _inputs(o)
+    checked = slice(0, CHECKED_ROWS)
+    bare = o.rows(checked).changed(lambda name, t: t, scaling=0.0)
+    truths = {True: exact(o, checked), False: exact(bare, checked)}
     results = {competitor.name: Measurement() for competitor in competitors}
     steps: dict[str, Callable[[int], object]] = {}
     for competitor in competitors:
         result = results[competitor.name]
         try:
-            layer = competitor.build(problem)
-            by_direction = _steps(layer, inputs)
+            contender = competitor.build(o)
+            by_direction = _steps(contender, inputs)
             for step in by_direction.values():  # compiles, fills caches and allocators
                 for turn in range(1 if device.type == "cpu" else WARMUP_ROUNDS):
                     step(turn)
-            _check(layer, truths[bool(layer.trained)], x, dy)
-            result.path = layer.path
+            _check(contender, o, truths[bool(contender.trained)])
+            result.path = contender.path
             result.saved_bytes = saved_bytes(
-                partial(layer.forward, x), parameters=(*problem.frozen, *layer.trained)
+                partial(contender.forward, inputs[0][0]), (*o.frozen, *contender.trained)
             )
             result.peak_bytes = peak_bytes(partial(by_direction["forward+backward"], 0), device)
         except Exception as error:  # raised again by the test of this competitor
@@ -95,38 +79,58 @@ def measure(
     return results
 
 
-def _steps(layer: Layer, inputs: _Inputs) -> dict[str, Callable[[int], object]]:
+def described(
+    case: Case, competitor: str, direction: str, measurement: Measurement
+) -> dict[str, Any]:
+    """All of a benchmark's row but the statistics."""
+    return {
+        **asdict(case.shape),
+        "M": case.M,
+        "rank": case.rank,
+        "dtype": case.dtype,
+        "direction": direction,
+        "competitor": competitor,
+        "path": measurement.path,
+        "saved_bytes": measurement.saved_bytes,
+        "peak_bytes": measurement.peak_bytes,
+    }
+
+
+def _steps(
+    contender: Contender, inputs: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Callable[[int], object]]:
     def forward(turn: int) -> Tensor:
-        return layer.forward(inputs[turn][0])
+        return contender.forward(inputs[turn % len(inputs)][0])
 
     def both(turn: int) -> tuple[Tensor, ...]:
-        x, dy = inputs[turn]
-        return torch.autograd.grad(layer.forward(x), (x, *layer.trained), dy)
+        return forward_and_backward(contender, *inputs[turn % len(inputs)])
 
     return {"forward": forward, "forward+backward": both}
 
 
-def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> _Inputs:
-    generator = torch.Generator(device).manual_seed(1)
-    K = case.shape.K
-    N = K if isinstance(case.shape, Block) else case.shape.N  # of dy
-    sets = 1
+def forward_and_backward(contender: Contender, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """dx and the factors' gradients."""
+    return torch.autograd.grad(contender.forward(x), (x, *contender.trained), dy)
+
+
+def _inputs(o: Operands) -> list[tuple[Tensor, Tensor]]:
+    """x and dy to rotate through: on a GPU so many that each is cold when its turn comes."""
+    sets, device = 1, o.x.device
     if device.type == "cuda":
-        # x and dy are cold when the sets between two uses of one outweigh the L2 cache twice.
+        # Those between two uses of one outweigh the L2 cache twice.
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        sets += -(-2 * l2 // (case.M * (K + N) * dtype.itemsize))
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(case.M, width, generator=generator, device=device, dtype=dtype)
-
-    x = [normal(K).requires_grad_() for _ in range(sets)]
-    return _Inputs(x, [normal(N) for _ in range(sets)])
+        sets += -(-2 * l2 // (o.x.nbytes + o.dy.nbytes))
+    draw = drawing(o.x.dtype, device=device, seed=1, on_device=True)
+    further = [(draw(*o.x.shape), draw(*o.dy.shape)) for _ in range(sets - 1)]
+    return [(x.detach().requires_grad_(), dy) for x, dy in ((o.x, o.dy), *further)]
 
 
-def _check(layer: Layer, truth: dict[str, Tensor], x: Tensor, dy: Tensor) -> None:
+def _check(contender: Contender, o: Operands, truth: dict[str, Tensor]) -> None:
     """Compare y, dx and the factors' gradients with the truth: a fast wrong result is no result."""
-    y = layer.forward(x)
-    dx, *factor_gradients = torch.autograd.grad(y, (x, *layer.trained), dy)
-    actual = (y.detach()[:CHECKED_ROWS], dx[:CHECKED_ROWS], *factor_gradients)
-    for (name, target), value in zip(truth.items(), actual, strict=True):
-        require_truth(name, value, target, x.dtype)
+    x = o.leaves().x
+    y = contender.forward(x)
+    dx, *gradients = torch.autograd.grad(y, (x, *contender.trained), o.dy)
+    named = dict(zip(o.trained, gradients, strict=bool(contender.trained)))
+    found = {"y": y.detach()[:CHECKED_ROWS], "dx": dx[:CHECKED_ROWS], **named}
+    for name, value in found.items():
+        require_truth(name, value, truth[name], CORRECT[x.dtype])

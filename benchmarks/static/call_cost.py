@@ -10,7 +10,6 @@ made, and a layer's calls are replayed from a CUDA graph too.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +19,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fastbound.kernels.launch import Launch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.report.rows import markdown_table
+from benchmarks.rivals.calls import measure_calls
+from benchmarks.rivals.cases import SMOKE_SHAPES, Case
+from benchmarks.static import in_the_interpreter
 from fastbound import bounded_linear
 from fastbound.performance.timing import interleaved
 
@@ -84,8 +87,6 @@ def subjects(device: torch.device) -> dict[str, Callable[[], object]]:
 @contextmanager
 def no_launches() -> Iterator[None]:
     """Every launch is prepared and none is run: results mean nothing."""
-    from fastbound.kernels.launch import Launch
-
     with mock.patch.object(Launch, "run", lambda launch: None):
         yield
 
@@ -141,9 +142,6 @@ def table(found: dict[str, float]) -> str:
 
 def replay_table(rounds: int) -> str:
     """On a GPU: host time of the eager calls and of replaying them as a CUDA graph."""
-    from benchmarks.rivals.calls import measure_calls
-    from benchmarks.rivals.cases import SMOKE_SHAPES, Case
-
     case = Case(SMOKE_SHAPES[0], M, "bfloat16", RANK)
     rows, failures = measure_calls(case, torch.device("cuda"), rounds)
     lines = [[row.competitor, row.how, f"{1e6 * row.median:.0f}"] for row in rows]
@@ -171,6 +169,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        # The plan of a CPU has tiles only where kernels are interpreted; read at Triton's import.
-        os.environ["TRITON_INTERPRET"] = "1"
+        in_the_interpreter()  # elsewhere the plan of a CPU has no tiles
     sys.exit(main())

@@ -21,7 +21,6 @@ import torch
 
 from benchmarks.report.rows import markdown_table
 from fastbound.dispatch.device import Device
-from fastbound.performance.block_passes import BLOCK_PASSES
 from fastbound.performance.compilation import TARGETS, Compiled
 from fastbound.performance.passes import PASSES
 from fastbound.performance.prediction import DATASHEET, RANK
@@ -35,7 +34,7 @@ PLACES: tuple[Shape | Block, ...] = (
     block_of("llama-3-8b"),
     block_of("phi-1.5"),
 )
-PASS_NAMES = (*PASSES, *BLOCK_PASSES)
+PASS_NAMES = tuple(PASSES)
 CARDS = {"sm_80": "a100-80gb", "sm_90": "h100", "gfx942": "mi300x"}
 
 

@@ -1,10 +1,11 @@
 """Registers, shared memory and instructions of every kernel, for GPUs that need not be there.
 
-    python -m benchmarks.static.compile_report [--target sm_90 ...] [--rank 16 ...] [--json FILE]
+    python -m benchmarks.compile_report [--target sm_90 ...] [--rank 16 ...] [--json FILE]
 
-Compiles each launch of one layer's forward and backward with the tiles that dispatch chooses, and
-exits with 1 if a kernel spills, asks for more shared memory than the card has, or misses the
-instructions it is written for.
+Compiles every launch that a layer and an MLP block record (`performance.recorder`) with the tiles
+that dispatch chooses, and exits with 1 if a kernel spills, asks for more shared memory than the
+card has, misses the instructions it is written for, or, on Hopper, waits for its own loads or
+products in the steady loop of its GEMM.
 """
 
 from __future__ import annotations
@@ -15,21 +16,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastbound.kernels.launch import Launch
 
-from fastbound.dispatch.plan import MAX_TRITON_RANK
-from fastbound.performance.compilation import (
-    TARGETS,
-    Compiled,
-    block_launches,
-    compile_launch,
-    dropout_launches,
-    layer_launches,
-)
+from fastbound.dispatch.device import Device
+from fastbound.dispatch.plan import MAX_BLOCK_RANK
+from fastbound.performance.compilation import TARGETS, Compiled, binary_of, compile_launch
+from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,62 +40,141 @@ SHAPES = {
     "odd": (8192, 14333, 4093),
 }
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
-FORMS = [(name, gated) for name in ACTIVATIONS for gated in (True, False)]
-WITHOUT_DOT = ("factors", "finish", "block finish", "keep bits")
+GEMMS = ("descriptor", "pointer")
+WITHOUT_DOT = ("factors", "finish", "finish_both", "keep")
 # fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
 WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel of one layer on one target, and what is wrong with it (empty if nothing)."""
+class KernelReport:
+    """One binary, the first call that launches it, and what is wrong with it (empty if nothing)."""
 
     target: str
     dtype: str
     rank: int
     shape: str
     kernel: str
+    call: str
+    stages: int
     compiled: Compiled
     faults: tuple[str, ...]
 
+    def as_data(self, triton: str) -> dict[str, Any]:
+        """Plain numbers and strings, fit for JSON."""
+        c = self.compiled
+        return {
+            "target": self.target,
+            "triton": triton,
+            "kernel": self.kernel,
+            "pass": self.call,
+            "dtype": self.dtype,
+            "rank": self.rank,
+            "shape": self.shape,
+            "rows": SHAPES[self.shape][0],
+            "registers": c.registers,
+            "spills": c.spills,
+            "shared": c.shared,
+            "limit": TARGETS[self.target].shared_limit,
+            "instructions": dict(c.instructions),
+            "in_flight": None if c.loop is None else c.loop.in_flight,
+            "loads_ahead": None if c.loop is None else c.loop.loads_ahead,
+            "loop_length": None if c.loop is None else c.loop.length,
+            "faults": list(self.faults),
+        }
 
-def faults(target: str, dtype: str, shape: str, kernel: str, compiled: Compiled) -> Iterator[str]:
+
+def calls(
+    target: str, dtype: str, rank: int, shape: str, activations: Sequence[str]
+) -> Iterator[tuple[str, Directions]]:
+    """Every call whose kernels are compiled, by name."""
+    device = Device(target, TARGETS[target].multiprocessors)
+    sizes, kind = SHAPES[shape], DTYPES[dtype]
+    layer = partial(layer_calls, device, *sizes, rank, kind)
+    yield "layer", layer(backend="fused")
+    yield "layer with bias", layer(backend="fused", bias=True)
+    if (dtype, shape) in WITH_DROPOUT:
+        yield "layer with dropout", layer(backend="fused", dropout=0.1)
+        yield "split layer with dropout", layer(backend="split", dropout=0.1)
+        yield "term over a base with dropout", layer(over_base=True, dropout=0.1)
+    if rank > MAX_BLOCK_RANK:
+        return
+    for activation in activations:
+        for gated in (True, False):
+            name = f"{'gated' if gated else 'plain'} {activation} block"
+            ranks = (rank,) * (2 + gated)
+            settings: dict[str, Any] = {"activation": activation, "gated": gated}
+            yield name, block_calls(device, *sizes, ranks, kind, backend="fused", **settings)
+
+
+def launches(
+    target: str, dtype: str, rank: int, shape: str, activations: Sequence[str]
+) -> Iterator[tuple[str, Launch]]:
+    """Each binary once, with the call that needs it first: "layer, forward"."""
+    seen: set[Any] = set()
+    for name, directions in calls(target, dtype, rank, shape, activations):
+        for direction, made in zip(directions._fields, directions, strict=True):
+            for launch in made:
+                if isinstance(launch, Launch) and binary_of(launch) not in seen:
+                    seen.add(binary_of(launch))
+                    yield f"{name}, {direction}", launch
+
+
+def kernel_name(launch: Launch) -> str:
+    """The kernel's own, without what all of them share."""
+    return str(launch.kernel.fn.__name__).strip("_").removesuffix("_kernel")
+
+
+def faults(report: KernelReport) -> Iterator[str]:
     """What a kernel must not do, or must use and does not."""
+    compiled, target = report.compiled, report.target
     count, limit = compiled.instructions, TARGETS[target].shared_limit
     if compiled.spills:
         yield f"{compiled.spills} spills"
     if compiled.shared > limit:
         yield f"{compiled.shared} bytes of shared memory for {limit}"
-    if dtype == "fp32" or kernel.startswith(WITHOUT_DOT):
+    if report.dtype == "fp32" or report.kernel in WITHOUT_DOT:
         return
     if not any(count[name] for name in MATRIX_UNIT[target]):
         yield f"no {' or '.join(MATRIX_UNIT[target])}"
-    if target == "sm_90" and "gemm" in kernel:
-        if not count["HGMMA"]:
-            yield "no HGMMA"
-        if shape != "odd" and not (count["UTMALDG"] and count["UTMASTG"]):
-            yield "no TMA load or store"
+    if target != "sm_90" or report.kernel not in GEMMS:
+        return
+    if not count["HGMMA"]:
+        yield "no HGMMA"
+    if report.kernel == "descriptor":
+        yield from loop_faults(compiled, report.stages)
 
 
-def compile_layer(task: tuple[str, str, int, str, Sequence[str]]) -> list[Row]:
-    """Every kernel of one layer and of one MLP block, compiled."""
-    target, dtype, rank, shape, activations = task
-    rows = []
-    launches = layer_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
-    if (dtype, shape) in WITH_DROPOUT:
-        launches |= dropout_launches(target, *SHAPES[shape], rank, DTYPES[dtype])
-    if 2 * rank <= MAX_TRITON_RANK:  # a block's projections stand side by side
-        for activation, gated in FORMS:
-            if activation not in activations:
-                continue
-            block = block_launches(target, *SHAPES[shape], rank, DTYPES[dtype], activation, gated)
-            form = f"{activation}{'' if gated else ' plain'}"
-            launches |= {f"{k} {form}" if k.startswith("act") else k: v for k, v in block.items()}
-    for kernel, launch in launches.items():
+def loop_faults(compiled: Compiled, stages: int) -> Iterator[str]:
+    """What keeps a Hopper GEMM on descriptors from running ahead of itself."""
+    if not (compiled.instructions["UTMALDG"] and compiled.instructions["UTMASTG"]):
+        yield "no TMA load or store"
+    if compiled.loop is None:
+        yield "no loop over matrix products"
+        return
+    if compiled.loop.in_flight < 1:
+        yield "the loop waits for its own matrix products"
+    if compiled.loop.loads_ahead < 2 * (stages - 1):
+        yield f"{compiled.loop.loads_ahead} loads ahead of the loop for {stages} stages"
+
+
+Task = tuple[str, str, int, str, Sequence[str], Sequence[str]]
+
+
+def compile_one(task: Task) -> list[KernelReport]:
+    """The kernels of one target, dtype, rank and shape; all, or those that are named."""
+    target, dtype, rank, shape, activations, kernels = task
+    found = []
+    for call, launch in launches(target, dtype, rank, shape, activations):
+        name = kernel_name(launch)
+        if kernels and name not in kernels:
+            continue
         compiled = compile_launch(launch, target)
-        found = tuple(faults(target, dtype, shape, kernel, compiled))
-        rows.append(Row(target, dtype, rank, shape, kernel, compiled, found))
-    return rows
+        one = KernelReport(
+            target, dtype, rank, shape, name, call, launch.stages, compiled, faults=()
+        )
+        found.append(replace(one, faults=tuple(faults(one))))
+    return found
 
 
 def report(
@@ -106,32 +183,33 @@ def report(
     ranks: Sequence[int],
     shapes: Sequence[str],
     activations: Sequence[str],
-) -> list[Row]:
-    """All combinations, on every core; equal launches are compiled once (Triton's own cache)."""
+    kernels: Sequence[str] = (),
+) -> list[KernelReport]:
+    """All combinations, on every core; what two of them share is in Triton's own cache."""
     tasks = [
-        (t, d, r, s, activations) for t in targets for d in dtypes for r in ranks for s in shapes
+        (t, d, r, s, activations, kernels)
+        for t in targets
+        for d in dtypes
+        for r in ranks
+        for s in shapes
     ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return [row for rows in pool.map(compile_layer, tasks) for row in rows]
+        return [one for found in pool.map(compile_one, tasks) for one in found]
 
 
-def as_table(rows: Sequence[Row]) -> str:
-    """One line a kernel."""
-    header = f"{'target':7} {'dtype':5} {'rank':>4} {'shape':12} {'kernel':33} {'regs':>4} "
-    lines = [header + f"{'spills':>6} {'shared':>7}  instructions"]
-    for row in rows:
-        c = row.compiled
+def as_table(reports: Sequence[KernelReport]) -> str:
+    """One line per kernel."""
+    header = f"{'target':7} {'dtype':5} {'rank':>4} {'shape':12} {'kernel':11} {'call':39} "
+    lines = [header + f"{'regs':>4} {'spills':>6} {'shared':>7}  instructions"]
+    for one in reports:
+        c = one.compiled
         used = " ".join(f"{name} {n}" for name, n in c.instructions.items() if n)
-        line = f"{row.target:7} {row.dtype:5} {row.rank:4} {row.shape:12} {row.kernel:33} "
-        line += f"{c.registers:4} {c.spills:6} {c.shared:7}  {used}"
-        lines.append(line + (f"  FAULT: {'; '.join(row.faults)}" if row.faults else ""))
+        if c.loop is not None:
+            used += f", {c.loop.in_flight} in flight, {c.loop.loads_ahead} loads ahead"
+        line = f"{one.target:7} {one.dtype:5} {one.rank:4} {one.shape:12} {one.kernel:11} "
+        line += f"{one.call:39} {c.registers:4} {c.spills:6} {c.shared:7}  {used}"
+        lines.append(line + (f"  FAULT: {'; '.join(one.faults)}" if one.faults else ""))
     return "\n".join(lines)
-
-
-def as_data(rows: Sequence[Row]) -> dict[str, Any]:
-    import triton
-
-    return {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,14 +219,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
+    parser.add_argument("--kernel", nargs="+", default=[], help="only these (default: all)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
-    rows = report(options.target, options.dtype, options.rank, options.shape, options.activation)
-    print(as_table(rows))
+    found = report(
+        options.target,
+        options.dtype,
+        options.rank,
+        options.shape,
+        options.activation,
+        options.kernel,
+    )
+    print(as_table(found))
     if options.json is not None:
-        options.json.write_text(json.dumps(as_data(rows), indent=1))
-    bad = [row for row in rows if row.faults]
-    print(f"{len(rows)} kernels, {len(bad)} with faults")
+        import triton
+
+        data = [one.as_data(triton.__version__) for one in found]
+        options.json.write_text(json.dumps(data, indent=1))
+    bad = [one for one in found if one.faults]
+    print(f"{len(found)} kernels, {len(bad)} with faults")
     return 1 if bad else 0
 
 

@@ -1,7 +1,7 @@
-"""The floor of each shape by arithmetic, nothing measured: `python -m benchmarks.static.floor`.
+"""The floor of layers and blocks by arithmetic, not measured: `python -m benchmarks.static.floor`.
 
-The frozen layer does 2·M·N·K operations forward and as many for dx. A competitor adds passes over
-[M, K] and [M, N] tensors; `fastbound.performance.prediction` holds them and predicts their times.
+The frozen layer does 2·M·N·K operations forward and as many for dx. What a competitor does besides
+is recorded (see recorded.py); `fastbound.performance.prediction` says how long it takes.
 """
 
 from __future__ import annotations
@@ -10,24 +10,21 @@ import argparse
 from collections.abc import Sequence
 
 from benchmarks.report.rows import markdown_table
-from benchmarks.rivals.cases import CPU_SHAPES, CPU_TOKENS, MODEL_SHAPES
-from fastbound.dispatch.device import Device
-from fastbound.performance.prediction import (
-    RANK,
-    STRATEGIES,
-    Ceilings,
-    adapter_flops,
-    gemm_bytes,
-    gemm_flops,
-    gemm_seconds,
-    predicted_ratio,
-    saved_bytes,
-)
-from fastbound.performance.shapes import Shape
+from benchmarks.rivals.cases import CPU_SHAPES, CPU_TOKENS, MODEL_BLOCKS, MODEL_SHAPES
+from benchmarks.static.recorded import GPU, predictions, ratio, rivals_of, versions
+from fastbound.performance.prediction import RANK, Ceilings, Prediction, seconds
+from fastbound.performance.shapes import Block, Shape, block_of
 
 TOKENS = (1024, 8192, 32768)
 TYPICAL_TOKENS = 8192
-GPU = Device("sm_90", 132)  # whose tiles the workspaces are for
+SMALL = 0.002  # of the whole: calls that take less share one line
+GPU_CEILINGS = Ceilings(700e12, 4.3e12)
+CPU_CEILINGS = Ceilings(400e9, 20e9)
+CPU_RIVALS = ("torch", "addmm", "peft_bf16", "peft_fp32")
+RULE = (
+    "a call takes the longer of its operations and its bytes, each of its tensors moved once and "
+    "what it adds onto read too, and none overlaps another"
+)
 
 
 def floor_table(
@@ -35,73 +32,98 @@ def floor_table(
     M: int,
     tokens: Sequence[int],
     ceilings: Ceilings,
-    device: Device | None = None,
+    rivals: Sequence[str],
 ) -> str:
     """Operations and bytes at M, the floor's time at each of `tokens`, predicted ratios at M."""
 
-    def milliseconds(shape: Shape, M: int) -> str:
-        seconds = gemm_seconds(shape, M, ceilings)
-        by_memory = seconds > gemm_flops(shape, M) / ceilings.flops
-        return f"{seconds * 1e3:.3f}" + (" (memory)" if by_memory else "")
+    def gemm(shape: Shape, M: int) -> Prediction:
+        return predictions("frozen", shape, M)[0]
 
-    rivals = [name for name in STRATEGIES if name != "frozen"]
     times = [f"ms @ {count}" for count in tokens]
-    head = ["layer", "K->N", "GFLOP", "MB", "FLOP/B", "adapter", *times, *rivals]
     lines = []
     for shape in shapes:
-        flops, moved = gemm_flops(shape, M), gemm_bytes(shape, M)
-        lines.append(
-            [
-                str(shape),
-                f"{shape.K}->{shape.N}",
-                f"{flops / 1e9:.1f}",
-                f"{moved / 1e6:.0f}",
-                f"{flops / moved:.0f}",
-                f"{adapter_flops(shape, M) / (2 * flops):.2%}",
-                *(milliseconds(shape, count) for count in tokens),
-                *(
-                    f"{predicted_ratio(name, shape, M, ceilings, RANK, device):.2f}"
-                    for name in rivals
-                ),
-            ]
-        )
+        one = gemm(shape, M)
+        adapted = sum(each.flops for each in predictions("addmm", shape, M))
+        line = [str(shape), f"{shape.K}->{shape.N}", f"{one.flops / 1e9:.1f}"]
+        line += [f"{one.nbytes / 1e6:.0f}", f"{one.flops / one.nbytes:.0f}"]
+        line.append(f"{adapted / (2 * one.flops) - 1:.2%}")
+        for count in tokens:
+            bound = " (memory)" if gemm(shape, count).bound_by(ceilings) == "memory" else ""
+            line.append(f"{gemm(shape, count).seconds(ceilings) * 1e3:.3f}{bound}")
+        lines.append([*line, *(f"{ratio(name, shape, M, ceilings):.2f}" for name in rivals)])
+    head = ["layer", "K->N", "GFLOP", "MB", "FLOP/B", "adapter", *times, *rivals]
     return markdown_table(head, lines)
 
 
-def saved_table(shapes: Sequence[Shape], M: int) -> str:
-    """MiB kept for backward by one layer."""
-    names = [name for name in STRATEGIES if name != "split"]
-    lines = [
-        [str(shape), *(f"{saved_bytes(name, shape, M) / 2**20:.2f}" for name in names)]
-        for shape in shapes
-    ]
-    return markdown_table(["layer", *names], lines)
+def block_table(blocks: Sequence[Block], M: int, ceilings: Ceilings) -> str:
+    """The frozen block's time, and every competitor's predicted ratio."""
+    rivals = rivals_of(blocks[0])
+    lines = []
+    for block in blocks:
+        ratios = {name: ratio(name, block, M, ceilings) for name in rivals}
+        over = [ratios[name] / ratios["fused"] for name in ("peft_bf16", "peft_fp32")]
+        frozen = seconds(predictions("frozen", block, M), ceilings)
+        cells = [f"{value:.2f}" for value in (*ratios.values(), *over)]
+        lines.append([str(block), f"{frozen * 1e3:.3f}", *cells])
+    head = ["block", "frozen ms", *rivals, "peft_bf16 / fused", "peft_fp32 / fused"]
+    return markdown_table(head, lines)
 
 
-def document(ceilings: Ceilings) -> str:
-    """Everything `python -m benchmarks.static.floor` prints, as NOTES.md holds it."""
-    assumed = f"{ceilings.flops / 1e12:g} TFLOP/s and {ceilings.bandwidth / 1e12:g} TB/s"
+def calls_table(found: Sequence[Prediction], ceilings: Ceilings) -> str:
+    """Operations, bytes and predicted milliseconds of every call, the small ones together."""
+
+    def line(name: str, some: Sequence[Prediction], bound_by: str = "") -> list[str]:
+        flops, nbytes = sum(one.flops for one in some), sum(one.nbytes for one in some)
+        taken = f"{seconds(some, ceilings) * 1e3:.3f}"
+        return [name, f"{flops / 1e9:.1f}", f"{nbytes / 1e6:.0f}", taken, bound_by]
+
+    least = SMALL * seconds(found, ceilings)
+    small = [one for one in found if one.seconds(ceilings) < least]
+    lines = [line(one.name, [one], one.bound_by(ceilings)) for one in found if one not in small]
+    lines += [line(f"{len(small)} smaller calls", small), line("together", found)]
+    return markdown_table(["call", "GFLOP", "MB", "predicted ms", "bound by"], lines)
+
+
+def _assumed(ceilings: Ceilings) -> str:
+    return (
+        f"bf16, r={RANK}, ceilings assumed at {ceilings.flops / 1e12:g} TFLOP/s and "
+        f"{ceilings.bandwidth / 1e12:g} TB/s"
+    )
+
+
+def layers_document(ceilings: Ceilings = GPU_CEILINGS) -> str:
+    """What `python -m benchmarks.static.floor` prints of layers, as NOTES.md holds it."""
     return "\n\n".join(
         [
-            f"Arithmetic, not measurement: bf16, r={RANK}, ceilings assumed at {assumed}. GFLOP, "
-            f"MB and FLOP/B are of the bare GEMM, forward or dx, at M={TYPICAL_TOKENS}; `adapter` "
-            "is the adapter's share of the operations; `ms @ M` the bare GEMM at the ceilings, "
-            "all bound by compute unless marked. The last columns predict forward plus backward "
-            f"over the frozen layer's at M={TYPICAL_TOKENS}: a pass takes the longer of its "
-            "operations and its bytes, none overlaps another, and the workspaces are those of "
-            f"{GPU.architecture} tiles on {GPU.multiprocessors} multiprocessors.",
-            floor_table(MODEL_SHAPES, TYPICAL_TOKENS, TOKENS, ceilings, GPU),
+            f"Arithmetic, not measurement: {_assumed(ceilings)}. GFLOP, MB and FLOP/B are of the "
+            f"bare GEMM, forward or dx, at M={TYPICAL_TOKENS}; `adapter` is the adapter's share "
+            "of the operations; `ms @ M` the bare GEMM at the ceilings, all bound by compute "
+            "unless marked. The last columns predict forward plus backward over the frozen "
+            f"layer's at M={TYPICAL_TOKENS}, from the calls that each records over tensors without "
+            f"memory ({versions()}): {RULE}. Tiles and workspaces are those of "
+            f"{GPU.architecture} on {GPU.multiprocessors} multiprocessors.",
+            floor_table(MODEL_SHAPES, TYPICAL_TOKENS, TOKENS, ceilings, rivals_of(MODEL_SHAPES[0])),
             f"The CPU's cases, at {CPU_CEILINGS.flops / 1e9:g} GFLOP/s and "
-            f"{CPU_CEILINGS.bandwidth / 1e9:g} GB/s, assumed for two cores:",
-            floor_table(CPU_SHAPES, CPU_TOKENS[0], CPU_TOKENS, CPU_CEILINGS),
-            f"MiB kept for backward by one layer at M={TYPICAL_TOKENS} (`split` as `fused`):",
-            saved_table(MODEL_SHAPES, TYPICAL_TOKENS),
+            f"{CPU_CEILINGS.bandwidth / 1e9:g} GB/s, assumed for two cores; `torch` is the path "
+            "that the operator takes there:",
+            floor_table(CPU_SHAPES, CPU_TOKENS[0], CPU_TOKENS, CPU_CEILINGS, CPU_RIVALS),
         ]
     )
 
 
-GPU_CEILINGS = Ceilings(700e12, 4.3e12)
-CPU_CEILINGS = Ceilings(400e9, 20e9)
+def blocks_document(ceilings: Ceilings = GPU_CEILINGS, M: int = TYPICAL_TOKENS) -> str:
+    """The same of blocks."""
+    return "\n\n".join(
+        [
+            f"Predicted arithmetic, not measurement: {_assumed(ceilings)}, M={M}, by the same "
+            "rule, every call exposed. The fused block of Llama-3-8B, every projection adapted; "
+            "sizes are of a call's first two operands, and calls under "
+            f"{SMALL:.1%} of the whole share one line:",
+            calls_table(predictions("fused", block_of("llama-3-8b"), M), ceilings),
+            "Predicted forward plus backward, over the frozen block's:",
+            block_table(MODEL_BLOCKS, M, ceilings),
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--bandwidth", type=float, default=GPU_CEILINGS.bandwidth / 1e12, help="TB/s"
     )
     options = parser.parse_args(arguments)
-    print(document(Ceilings(options.tflops * 1e12, options.bandwidth * 1e12)))
+    ceilings = Ceilings(options.tflops * 1e12, options.bandwidth * 1e12)
+    print(layers_document(ceilings), blocks_document(ceilings), sep="\n\n")
 
 
 if __name__ == "__main__":

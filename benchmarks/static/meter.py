@@ -8,43 +8,19 @@ of the memory system; how much of it a cache answers is not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime import interpreter
 
-# An operation of these kinds that takes a weight is a GEMM; one that casts a weight is not.
-_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_addmm_activation"}
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like"}
-_OVERWRITES = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
-
-
-class Region(NamedTuple):
-    """The memory of a tensor, the same for every view of all of it: W and W.t() are one."""
-
-    address: int
-    elements: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Region:
-        """An expanded dimension holds one element."""
-        distinct = 1
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            distinct *= size if stride else min(size, 1)
-        return cls(tensor.data_ptr(), distinct, tensor.element_size())
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * self.itemsize
+from fastbound.performance.prediction import PRODUCTS, Region
+from fastbound.performance.recorder import Operation, Operations
 
 
 @dataclass
@@ -92,7 +68,7 @@ class Meter:
     def __enter__(self) -> Meter:
         with ExitStack() as scope:
             scope.enter_context(self._interpreter())
-            scope.enter_context(_Operations(self._operation))
+            scope.enter_context(Operations(self._operation))
             self._scope = scope.pop_all()
         return self
 
@@ -102,50 +78,19 @@ class Meter:
     def _is_gemm(self, read: Iterable[Region]) -> bool:
         return not self._weights.isdisjoint(read)
 
-    # PyTorch operations
-
-    def _operation(
-        self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        name = function.overloadpacket.__name__
-        if name in _ALLOCATIONS:
-            return
-        given = function._schema.arguments
-        read: list[tuple[str, Tensor]] = []
-        written: list[tuple[str, Tensor]] = []
-        for i, argument in enumerate(given):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            tensors = [(argument.name, t) for t in tree_leaves(value) if isinstance(t, Tensor)]
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes:
-                written += tensors
-            if name not in _FILLS and not (writes and (argument.is_out or name in _OVERWRITES)):
-                read += tensors
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not written:
-            sources = {t.untyped_storage().data_ptr() for _, t in read}
-            if any(t.untyped_storage().data_ptr() in sources for t in made):
-                return  # a view
-            written = [("out" if i == 0 else f"out{i}", t) for i, t in enumerate(made)]
-        regions = {Region.of(t) for _, t in read}
-        step = Step(name, name in _PRODUCTS and self._is_gemm(regions), {})
-        for (argument_name, tensor), direction in [
-            *((operand, "read") for operand in read),
-            *((operand, "written") for operand in written),
-        ]:
-            region = Region.of(tensor)
-            step.operands[argument_name] = region
-            step.count(region, **{direction: region.nbytes})
-            self._kept.append(tensor)
+    def _operation(self, operation: Operation) -> None:
+        name, read, written = operation
+        step = Step(name, name in PRODUCTS and self._is_gemm(Region.of(t) for _, t in read), {})
+        for operands, direction in ((read, "read"), (written, "written")):
+            for argument, tensor in operands:
+                region = step.operands[argument] = Region.of(tensor)
+                step.count(region, **{direction: region.nbytes})
+                self._kept.append(tensor)
         self.steps.append(step)
-
-    # Triton kernels
 
     @contextmanager
     def _interpreter(self) -> Iterator[None]:
         """Counting versions of the interpreter's launch and of its accesses to memory."""
-        from triton.runtime import interpreter
-
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
         launch = executor.__call__
 
@@ -217,27 +162,6 @@ class Meter:
             raise RuntimeError(f"{step.name} touches memory outside each of its tensors")
         nbytes = addresses.size * tensor.element_size()
         step.count(Region.of(tensor), read=nbytes if read else 0, written=nbytes if written else 0)
-
-
-class _Operations(TorchDispatchMode):
-    """Shows every PyTorch operation, and of fastbound's own operators what they are made of."""
-
-    def __init__(self, record: Callable[..., None]) -> None:
-        super().__init__()
-        self._record = record
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "fastbound":
-            with self:
-                return func.redispatch(
-                    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs
-                )
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
-        return result
 
 
 def _holds(tensor: Tensor, address: int) -> bool:

@@ -9,20 +9,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.static import floor, in_the_interpreter, saved, traffic
+
 NOTES = Path(__file__).parent.parent / "NOTES.md"
 
 
-def sections() -> dict[str, Callable[[], str]]:
-    """What each section holds."""
-    from benchmarks.static import block_floor as mlp_floor
-    from benchmarks.static import floor, saved, traffic
-
-    return {
-        "floor": lambda: floor.document(floor.GPU_CEILINGS),
-        "mlp_floor": lambda: mlp_floor.document(floor.GPU_CEILINGS),
-        "saved": saved.document,
-        "traffic": traffic.document,
-    }
+# What each section holds.
+SECTIONS: dict[str, Callable[[], str]] = {
+    "floor": floor.layers_document,
+    "mlp_floor": floor.blocks_document,
+    "saved": saved.document,
+    "traffic": traffic.document,
+}
 
 
 def with_section(notes: str, name: str, text: str) -> str:
@@ -40,13 +38,11 @@ def with_section(notes: str, name: str, text: str) -> str:
 
 def main() -> None:
     notes = NOTES.read_text()
-    for name, document in sections().items():
+    for name, document in SECTIONS.items():
         notes = with_section(notes, name, document())
     NOTES.write_text(notes)
 
 
 if __name__ == "__main__":
-    from benchmarks.static.traffic import in_the_interpreter
-
-    in_the_interpreter("benchmarks.static.notes")
+    in_the_interpreter()
     main()

@@ -1,34 +1,43 @@
-"""What an MLP block keeps for its backward pass, counted: `python -m benchmarks.static.saved`.
+"""What layers and blocks keep for backward, counted: `python -m benchmarks.static.saved`.
 
-Bytes a token are the difference between two numbers of tokens, exact on any device. What does not
+Bytes per token are the difference between two numbers of tokens, exact on any device. What does not
 grow with the tokens (PEFT keeps the sines of its factors, and their arguments) stands apart.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.report.rows import MIB, markdown_table
-from benchmarks.rivals.block import (
-    BlockProblem,
-    frozen,
-    fused,
-    make_block_problem,
+from benchmarks.rivals.cases import LLAMA_1K
+from benchmarks.rivals.competitors import (
+    FROZEN,
+    LAYER_COMPETITORS,
+    Build,
+    operator,
     peft,
     peft_projection,
 )
-from benchmarks.rivals.cases import LLAMA_1K, MODEL_BLOCKS, Block
+from benchmarks.static import recorded
+from benchmarks.static.floor import TYPICAL_TOKENS
+from benchmarks.static.recorded import blank_operands
 from fastbound.performance.memory import saved_bytes
+from fastbound.performance.prediction import RANK
+from fastbound.performance.shapes import MODEL_SHAPES, Block, Shape, block_of
+from fastbound.truth.operands import Operands
 
-BLOCKS = (LLAMA_1K, *(b for b in MODEL_BLOCKS if b.model in ("gpt-neo-125m", "phi-1.5")))
+BLOCKS = (LLAMA_1K, block_of("gpt-neo-125m"), block_of("phi-1.5"))
 TOKENS = 16
-RANK = 16
+
+# A forward pass, and what it keeps anyway: its parameters.
+Built: TypeAlias = tuple[Callable[[Tensor], Tensor], Iterable[Tensor]]
 
 
 class Saved(NamedTuple):
@@ -61,53 +70,52 @@ def hugging_face(block: Block) -> tuple[nn.Module, dict[str, str]]:
     return module.to(torch.bfloat16).requires_grad_(False), names
 
 
-def _hf_frozen(block: Block, problem: BlockProblem) -> tuple[Callable[[Tensor], Tensor], Any]:
+def _hf_frozen(block: Block, o: Operands) -> Built:
     module, _ = hugging_face(block)
     return module, module.parameters()
 
 
-def _hf_peft(
-    adapter_dtype: torch.dtype,
-) -> Callable[[Block, BlockProblem], tuple[Callable[[Tensor], Tensor], Any]]:
-    def build(block: Block, problem: BlockProblem) -> tuple[Callable[[Tensor], Tensor], Any]:
-        module, names = hugging_face(block)
-        for name, attribute in names.items():
-            setattr(module, attribute, peft_projection(problem.projections[name], adapter_dtype))
-        return module, module.parameters()
+def _hf_peft(block: Block, o: Operands) -> Built:
+    module, names = hugging_face(block)
+    for name, attribute in names.items():
+        setattr(module, attribute, peft_projection(o.projections[name], torch.float32))
+    return module, module.parameters()
+
+
+def _plain(make: Build) -> Callable[[Any, Any], Built]:
+    def build(place: Shape | Block, o: Operands) -> Built:
+        contender = make(o)
+        return contender.forward, (*o.frozen, *contender.trained)
 
     return build
 
 
-def _plain(
-    make: Callable[[BlockProblem], Any],
-) -> Callable[[Block, BlockProblem], tuple[Callable[[Tensor], Tensor], Any]]:
-    def build(block: Block, problem: BlockProblem) -> tuple[Callable[[Tensor], Tensor], Any]:
-        layer = make(problem)
-        return layer.forward, (*problem.frozen, *layer.trained)
-
-    return build
-
+Columns: TypeAlias = Mapping[str, Callable[[Any, Any], Built]]
 
 # HF is transformers' block itself; the others are the formula with PyTorch's fused activation.
-COLUMNS = {
+BLOCK_COLUMNS: Columns = {
     "frozen HF": _hf_frozen,
-    "frozen": _plain(frozen),
-    "fused": _plain(fused()),
-    "fused, recompute": _plain(fused(recompute="gate_up")),
+    "frozen": _plain(FROZEN.build),
+    "fused": _plain(operator()),
+    "fused, recompute": _plain(operator(recompute="gate_up")),
     "peft_bf16": _plain(peft(torch.bfloat16)),
     "peft_fp32": _plain(peft(torch.float32)),
-    "peft_fp32 HF": _hf_peft(torch.float32),
+    "peft_fp32 HF": _hf_peft,
+}
+_LAYERS = {competitor.name: _plain(competitor.build) for competitor in LAYER_COMPETITORS}
+LAYER_COLUMNS: Columns = {
+    name: _LAYERS[name] for name in ("frozen", "fused", "addmm", "peft_bf16", "peft_fp32")
 }
 
 
 @cache
-def saved(block: Block, column: str) -> Saved:
-    """What one column keeps of a block on bf16 x."""
+def saved(place: Shape | Block, column: str) -> Saved:
+    """What one column keeps of a layer or a block on bf16 x."""
+    columns = BLOCK_COLUMNS if isinstance(place, Block) else LAYER_COLUMNS
     found = []
     for tokens in (TOKENS, 2 * TOKENS):
-        problem = make_block_problem(block, tokens, RANK, torch.bfloat16, torch.device("cpu"))
-        forward, parameters = COLUMNS[column](block, problem)
-        x = torch.ones(tokens, block.K, dtype=torch.bfloat16, requires_grad=True)
+        forward, parameters = columns[column](place, blank_operands(place, tokens, "cpu"))
+        x = torch.ones(tokens, place.K, dtype=torch.bfloat16, requires_grad=True)
         found.append(saved_bytes(partial(forward, x), parameters))
     per_token = (found[1] - found[0]) / TOKENS
     return Saved(per_token, found[0] - per_token * TOKENS)
@@ -120,34 +128,36 @@ def minimum(block: Block) -> int:
 
 def document() -> str:
     """Everything `python -m benchmarks.static.saved` prints, as NOTES.md holds it."""
-    head = ["KiB a token", "K->N", "x, g, u", *COLUMNS]
     lines, once = [], []
     for block in BLOCKS:
-        counted = {column: saved(block, column) for column in COLUMNS}
-        shape = [str(block), f"{block.K}->{block.N}"]
-        cells = [f"{s.per_token / 1024:.2f}" for s in counted.values()]
-        lines.append([*shape, f"{minimum(block) / 1024:.2f}", *cells])
-        once.append([*shape, *(f"{s.once / MIB:.2f}" for s in counted.values())])
+        counted = [saved(block, column) for column in BLOCK_COLUMNS]
+        place = [str(block), f"{block.K}->{block.N}"]
+        cells = [f"{s.per_token / 1024:.2f}" for s in counted]
+        lines.append([*place, f"{minimum(block) / 1024:.2f}", *cells])
+        once.append([*place, *(f"{s.once / MIB:.2f}" for s in counted)])
+    layers = [
+        [
+            str(shape),
+            *(f"{saved(shape, c).per_token * TYPICAL_TOKENS / MIB:.2f}" for c in LAYER_COLUMNS),
+        ]
+        for shape in MODEL_SHAPES
+    ]
     return "\n\n".join(
         [
             f"Counted in bf16 with fp32 adapters (bf16 in `peft_bf16`), every projection adapted, "
             f"r={RANK} ({versions()}). `x, g, u` is arithmetic: x and the activation's inputs.",
-            markdown_table(head, lines),
+            markdown_table(["KiB per token", "K->N", "x, g, u", *BLOCK_COLUMNS], lines),
             "Kept besides, whatever the number of tokens:",
-            markdown_table(["MiB", "K->N", *COLUMNS], once),
+            markdown_table(["MiB", "K->N", *BLOCK_COLUMNS], once),
+            f"By one layer, MiB for {TYPICAL_TOKENS} tokens (`split` as `fused`):",
+            markdown_table(["layer", *LAYER_COLUMNS], layers),
         ]
     )
 
 
 def versions() -> str:
     """What the counts of the rivals depend on."""
-    import peft
-    import transformers
-
-    torch_version = torch.__version__.split("+")[0]
-    return (
-        f"torch {torch_version}, transformers {transformers.__version__}, PEFT {peft.__version__}"
-    )
+    return f"transformers {version('transformers')}, {recorded.versions()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,39 +1,39 @@
 """Counted traffic of one adapted layer and one block: `python -m benchmarks.static.traffic`.
 
-Nothing is timed. Every kernel launch and every PyTorch operation is metered (see meter.py) at one
-small size whose tiles divide it, and what is found there in passes, that is in units of a tensor's
-own size, holds at any size. GEMMs stand apart: a tiled GEMM reads its operands several times.
+Nothing is timed. The fused operator is metered (see meter.py) at one small size whose tiles divide
+it: what is found there in passes, that is in units of a tensor's own size, holds at any size. GEMMs
+stand apart: a tiled GEMM reads its operands several times. What the competitors move, and the
+workspaces, are those of recorded calls.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from fastbound.kernels.gated import SPAN
 
 from benchmarks.report.rows import MIB, markdown_table
-from benchmarks.rivals.block import MLP_COMPETITORS, fused, make_block_problem, per_layer
-from benchmarks.rivals.cases import MODEL_BLOCKS, Block, Shape
-from benchmarks.rivals.layer import COMPETITORS, Competitor, Layer, make_problem
-from benchmarks.static.meter import Meter, Moved, Region, Step
-from fastbound import bounded_linear
-from fastbound.dispatch.defaults import filled_tiles, padded_rank
+from benchmarks.rivals.cases import Block, Case, Shape
+from benchmarks.rivals.competitors import Competitor, operator, per_layer
+from benchmarks.static import in_the_interpreter
+from benchmarks.static.meter import Meter, Moved, Step
+from benchmarks.static.recorded import DTYPE, calls_of, rivals_of, versions
 from fastbound.dispatch.device import Device
-from fastbound.performance.prediction import FP32, linear_workspaces
+from fastbound.performance.prediction import Region, kernel_name, moved, operands
+from fastbound.performance.recorder import Directions
+from fastbound.performance.shapes import block_of, linear_shapes
 
 M, K, N, RANK = 128, 256, 384, 16
-DTYPE = torch.bfloat16
 GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
+LAYER = Shape("traffic", "layer", K, N)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
+A_PRIME = 8191  # of tokens: no other tensor has as many elements as a tall one
 DIRECTIONS = ("forward", "backward")
-RIVALS = ("frozen", "peft_bf16", "peft_fp32")
 
 # What a kernel's arguments hold, for tensors that no caller sees.
 _NAMES = {
@@ -42,8 +42,8 @@ _NAMES = {
 }
 
 
-class Passes(NamedTuple):
-    """Reads and writes in units of the tensor's size."""
+class Accesses(NamedTuple):
+    """Reads and writes of a tensor, in units of its size."""
 
     read: float
     written: float
@@ -52,28 +52,28 @@ class Passes(NamedTuple):
         return f"{self.read:.3g} / {self.written:.3g}"
 
 
-Ideal = dict[str, tuple[Passes, Passes]]
+Ideal = dict[str, tuple[Accesses, Accesses]]
 
 # One read of a tall operand for each thin product that needs it and no GEMM can give, one write for
 # what only an activation kernel makes; y and dx come from GEMMs whole. (forward, backward)
-NOTHING = Passes(0, 0)
+NOTHING = Accesses(0, 0)
 IDEAL_LINEAR = {
-    "x": (Passes(1, 0), Passes(1, 0)),
+    "x": (Accesses(1, 0), Accesses(1, 0)),
     "y": (NOTHING, NOTHING),
-    "dy": (NOTHING, Passes(1, 0)),
+    "dy": (NOTHING, Accesses(1, 0)),
     "dx": (NOTHING, NOTHING),
 }
 IDEAL_PLAIN = {
     **IDEAL_LINEAR,
-    "g": (Passes(1, 0), Passes(1, 0)),
-    "act": (Passes(0, 1), NOTHING),
-    "dact": (NOTHING, Passes(1, 0)),
-    "dg": (NOTHING, Passes(0, 1)),
+    "g": (Accesses(1, 0), Accesses(1, 0)),
+    "act": (Accesses(0, 1), NOTHING),
+    "dact": (NOTHING, Accesses(1, 0)),
+    "dg": (NOTHING, Accesses(0, 1)),
 }
 IDEAL_GATED = {
     **IDEAL_PLAIN,
-    "u": (Passes(1, 0), Passes(1, 0)),
-    "du": (NOTHING, Passes(0, 1)),
+    "u": (Accesses(1, 0), Accesses(1, 0)),
+    "du": (NOTHING, Accesses(0, 1)),
 }
 
 
@@ -90,35 +90,15 @@ class Counted:
             if step.gemm is gemm and region in step.moved:
                 yield step.moved[region]
 
-    def passes(self, direction: str, name: str) -> Passes:
+    def accesses(self, direction: str, name: str) -> Accesses:
         """Reads and writes of a tensor outside the GEMMs."""
         nbytes, moved = self.regions[name].nbytes, list(self._moved(direction, name, False))
-        return Passes(sum(m.read for m in moved) / nbytes, sum(m.written for m in moved) / nbytes)
+        return Accesses(sum(m.read for m in moved) / nbytes, sum(m.written for m in moved) / nbytes)
 
-    def gemms(self, direction: str, name: str) -> Passes:
+    def gemms(self, direction: str, name: str) -> Accesses:
         """How many GEMMs read and how many write a tensor, whatever its tiles read again."""
         moved = list(self._moved(direction, name, True))
-        return Passes(sum(m.read > 0 for m in moved), sum(m.written > 0 for m in moved))
-
-    def bytes_outside(self, direction: str, elements: int) -> int:
-        """Bytes read and written outside the GEMMs in all tensors of so many elements."""
-        return sum(
-            moved.read + moved.written
-            for step in self.steps[direction]
-            if not step.gemm
-            for region, moved in step.moved.items()
-            if region.elements == elements
-        )
-
-    def bytes_in_gemms(self, direction: str, elements: int) -> int:
-        """The same for GEMMs, each reading and writing a tensor once."""
-        return sum(
-            region.nbytes * ((moved.read > 0) + (moved.written > 0))
-            for step in self.steps[direction]
-            if step.gemm
-            for region, moved in step.moved.items()
-            if region.elements == elements
-        )
+        return Accesses(sum(m.read > 0 for m in moved), sum(m.written > 0 for m in moved))
 
     def written(self, elements: int) -> set[Region]:
         """The tensors of so many elements, or more, that anything writes."""
@@ -131,12 +111,20 @@ class Counted:
         }
 
 
-def count(layer: Layer, frozen: Sequence[Tensor], x: Tensor, dy: Tensor) -> Counted:
-    """Meter one forward and one backward of a layer whose weights are ``frozen``."""
-    with Meter(frozen) as forward:
-        y = layer.forward(x)
-    with Meter(frozen) as backward:
-        dx, *_ = torch.autograd.grad(y, (x, *layer.trained), dy)
+# By their kernels in Triton's interpreter, which a CPU takes only where it is told to.
+FUSED = Competitor("fused", operator(forced=True))
+PER_LAYER = Competitor("per_layer", per_layer(forced=True))
+
+
+def counted(shape: Shape | Block, competitor: Competitor = FUSED) -> Counted:
+    """Meter one forward and one backward of a layer or a block."""
+    o = Case(shape, M, str(DTYPE).removeprefix("torch."), RANK).operands(torch.device("cpu"))
+    contender, x, dy = competitor.build(o), o.leaves().x, o.dy
+    weights = [p.weight for p in o.projections.values()]
+    with Meter(weights) as forward:
+        y = contender.forward(x)
+    with Meter(weights) as backward:
+        dx, *_ = torch.autograd.grad(y, (x, *contender.trained), dy)
     regions = {"x": Region.of(x), "y": Region.of(y), "dy": Region.of(dy), "dx": Region.of(dx)}
     for step in (*forward.steps, *backward.steps):
         for argument, name in _NAMES.get(step.name, {}).items():
@@ -145,39 +133,6 @@ def count(layer: Layer, frozen: Sequence[Tensor], x: Tensor, dy: Tensor) -> Coun
             if region not in regions.values():
                 regions.setdefault(name, region)
     return Counted({"forward": forward.steps, "backward": backward.steps}, regions)
-
-
-def linear_traffic(competitor: Competitor | None = None) -> Counted:
-    """One layer's: of a competitor, by default the fused operator in Triton's interpreter."""
-    problem = make_problem(M, K, N, RANK, DTYPE, torch.device("cpu"))
-    if competitor is not None:
-        layer = competitor.build(problem)
-    else:
-        A, B = (t.clone().requires_grad_() for t in (problem.A, problem.B))
-        forward = partial(
-            bounded_linear,
-            weight=problem.weight,
-            A=A,
-            B=B,
-            scaling=problem.scaling,
-            omega=problem.omega,
-            backend="fused",
-        )
-        layer = Layer(forward, (A, B), "fused")
-    return count(layer, [problem.weight], *_inputs(N))
-
-
-def block_traffic(block: Block, competitor: Competitor | None = None) -> Counted:
-    """One MLP block's, as :func:`linear_traffic`."""
-    problem = make_block_problem(block, M, RANK, DTYPE, torch.device("cpu"))
-    layer = fused("fused")(problem) if competitor is None else competitor.build(problem)
-    return count(layer, [p.weight for p in problem.projections.values()], *_inputs(K))
-
-
-def _inputs(width: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(M, K, generator=generator).to(DTYPE).requires_grad_()
-    return x, torch.randn(M, width, generator=generator).to(DTYPE)
 
 
 # Tables
@@ -194,7 +149,7 @@ def passes_table(counted: Counted, ideal: Ideal) -> str:
         line = [name, size]
         for direction, one in zip(DIRECTIONS, best, strict=True):
             line += [
-                str(counted.passes(direction, name)),
+                str(counted.accesses(direction, name)),
                 str(one),
                 str(counted.gemms(direction, name)),
             ]
@@ -202,106 +157,94 @@ def passes_table(counted: Counted, ideal: Ideal) -> str:
     return markdown_table(head, lines)
 
 
-def comparison_table(rivals: dict[str, Counted], at: Shape | Block) -> str:
-    """Passes over all tall tensors together, in units of one in bf16 (fp32 counts twice)."""
+def tall_passes(
+    name: str, place: Shape | Block, M: int = A_PRIME
+) -> dict[tuple[str, str, bool], float]:
+    """Passes of a competitor over all tall tensors together, from its recorded calls.
+
+    By direction, by width K or N, and by whether a GEMM makes them, each of whose operands moves
+    once; in units of one pass in bf16, so that fp32 counts twice.
+    """
+    calls = calls_of(name, place, M)
+    found = dict.fromkeys(product(DIRECTIONS, "KN", (False, True)), 0.0)
+    for direction in DIRECTIONS:
+        for call in getattr(calls, direction):
+            regions = moved(call)
+            gemm = place.N * place.K in [region.elements for region in regions]
+            for width in "KN":
+                tall = M * getattr(place, width)
+                nbytes = sum(region.nbytes for region in regions if region.elements == tall)
+                found[direction, width, gemm] += nbytes / (tall * DTYPE.itemsize)
+    return found
+
+
+def comparison_table(place: Shape | Block) -> str:
+    """Passes of each competitor, outside the GEMMs and together."""
     head = ["", *(f"{direction} [M, {d}]" for direction in DIRECTIONS for d in "KN")]
-    head += ["with GEMMs K + N", f"KiB a token, {at.model}"]
+    head += ["with GEMMs K + N", f"KiB per token, {place.model}"]
     lines = []
-    for name, counted in rivals.items():
-        outside, total = [], [0, 0]
-        for direction in DIRECTIONS:
-            for i, width in enumerate((K, N)):
-                unit = M * width * DTYPE.itemsize
-                found = counted.bytes_outside(direction, M * width)
-                outside.append(found / unit)
-                total[i] += (found + counted.bytes_in_gemms(direction, M * width)) // unit
-        moved = DTYPE.itemsize * (total[0] * at.K + total[1] * at.N)
-        cells = [*(f"{n:g}" for n in outside), f"{total[0]} + {total[1]}", f"{moved / 1024:.0f}"]
-        lines.append([name, *cells])
+    for name in ("frozen", *rivals_of(place)):
+        found = tall_passes(name, place)
+        K, N = (sum(n for (_, width, _), n in found.items() if width == each) for each in "KN")
+        nbytes = DTYPE.itemsize * (K * place.K + N * place.N)
+        outside = [f"{passes:g}" for (_, _, gemm), passes in found.items() if not gemm]
+        lines.append([name, *outside, f"{K:g} + {N:g}", f"{nbytes / 1024:.0f}"])
     return markdown_table(head, lines)
 
 
-def block_workspaces(
-    rows: int, block: Block, rank: int, architecture: str, sms: int
-) -> dict[str, int]:
-    """Bytes of each workspace of one block's backward, every projection adapted."""
-    from fastbound.kernels.gated import column_blocks, spanned_chunks
-    from fastbound.kernels.launch import blocks
-    from fastbound.kernels.reduce import row_chunks
-
-    K, N, R = block.K, block.N, padded_rank(rank)
-    first = 2 if block.gated else 1  # projections that read x
-    tiles = filled_tiles(Device(architecture, sms), rows, (N, K), 2 * R, DTYPE)
-    chunks_K = row_chunks(rows, K, tiles.reduce, sms)[0]
-    chunks_N = spanned_chunks(rows, N, tiles.gated, sms)[0]
-    return {
-        "down: dS parts": FP32 * blocks(K, tiles.reduce.block_n) * rows * R,
-        "down: dB parts": FP32 * chunks_K * K * R,
-        "activation: dS parts": FP32 * column_blocks(N, tiles.gated) * rows * first * R,
-        "activation: dB and dA parts": FP32 * chunks_N * N * (first + 1) * R,
-        "dA parts": FP32 * chunks_K * K * first * R,
-    }
+def workspaces(calls: Directions) -> list[tuple[str, int]]:
+    """What one launch leaves in parts [parts, ., R] for a later one to add up: name and bytes."""
+    found: dict[int, tuple[str, int]] = {}
+    for launch in calls.launches:
+        for argument, tensor in operands(launch):
+            if tensor.dim() == 3:
+                region, size = Region.of(tensor), list(tensor.shape)
+                part = f"{kernel_name(launch)}: {argument} {size}"
+                found.setdefault(region.storage, (part, region.nbytes))
+    return list(found.values())
 
 
-def workspace_table(found: dict[str, int], tall: int, name: str) -> str:
+def workspace_table(found: Sequence[tuple[str, int]], tall: int, name: str) -> str:
     """Each workspace and its share of one tall bf16 tensor of ``tall`` elements."""
-    total = {**found, "together": sum(found.values())}
-    lines = [
-        [part, f"{n / MIB:.1f}", f"{n / (tall * DTYPE.itemsize):.1%}"] for part, n in total.items()
-    ]
+    total = [*found, ("together", sum(nbytes for _, nbytes in found))]
+    lines = [[part, f"{n / MIB:.1f}", f"{n / (tall * DTYPE.itemsize):.1%}"] for part, n in total]
     return markdown_table(["workspace", "MiB", f"share of {name}"], lines)
 
 
 def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> str:
     """Everything `python -m benchmarks.static.traffic` prints, as NOTES.md holds it."""
-    from fastbound.kernels.gated import SPAN
-
-    llama = next(block for block in MODEL_BLOCKS if block.model == "llama-3-8b")
-    phi = next(block for block in MODEL_BLOCKS if block.model == "phi-1.5")
-    linear = {"fused": linear_traffic()} | {
-        c.name: linear_traffic(c) for c in COMPETITORS if c.name in RIVALS
-    }
-    gated, plain = (
-        {"fused": block_traffic(block)}
-        | {"per_layer": block_traffic(block, Competitor("per_layer", per_layer("fused")))}
-        | {c.name: block_traffic(block, c) for c in MLP_COMPETITORS if c.name in RIVALS}
-        for block in (GATED, PLAIN)
-    )
+    llama, phi, gate = block_of("llama-3-8b"), block_of("phi-1.5"), linear_shapes("llama-3-8b")[0]
+    device = Device(architecture, sms)
     setting = f"M={rows}, {architecture} tiles, {sms} multiprocessors, r={RANK}"
-    layer_parts = linear_workspaces(rows, (llama.K, llama.N), RANK, architecture, sms)
-    block_parts = block_workspaces(rows, llama, RANK, architecture, sms)
+    layer_parts, block_parts = (
+        workspaces(calls_of("fused", place, rows, RANK, device)) for place in (gate, llama)
+    )
     return "\n\n".join(
         [
-            f"Counted at M={M}, K={K}, N={N}, r={RANK}, bf16, in Triton's interpreter and from "
-            f"PyTorch's operations ({versions()}). First a table of `fused`: reads / writes "
-            "outside the GEMMs, in units of the tensor; `GEMMs` is how many GEMMs read / write it, "
-            "whose tiles read it again by design. Then all competitors: passes over all tall "
+            f"First a table of `fused`, counted at M={M}, K={K}, N={N}, r={RANK}, bf16, in "
+            "Triton's interpreter: reads / writes outside the GEMMs, in units of the tensor; "
+            "`GEMMs` is how many GEMMs read / write it, whose tiles read it again by design. Then "
+            f"all competitors, from their recorded calls ({versions()}): passes over all tall "
             "tensors together outside the GEMMs, in units of one in bf16 (fp32 counts twice), and "
             "with GEMMs that move each operand once.",
             "One layer, K to N:",
-            passes_table(linear["fused"], IDEAL_LINEAR),
-            comparison_table(linear, llama),
+            passes_table(counted(LAYER), IDEAL_LINEAR),
+            comparison_table(gate),
             "A gated block (silu), every projection adapted:",
-            passes_table(gated["fused"], IDEAL_GATED),
-            comparison_table(gated, llama),
+            passes_table(counted(GATED), IDEAL_GATED),
+            comparison_table(llama),
             "A plain block (gelu_tanh); g is the first projection's output:",
-            passes_table(plain["fused"], IDEAL_PLAIN),
-            comparison_table(plain, phi),
-            f"Workspaces of Llama-3-8B's gate or up, arithmetic from the tiles: {setting}:",
+            passes_table(counted(PLAIN), IDEAL_PLAIN),
+            comparison_table(phi),
+            "Workspaces of Llama-3-8B's gate or up, from its recorded launches (P holds parts of a "
+            f"thin product, Q of a factor's gradient): {setting}:",
             workspace_table(layer_parts, rows * llama.N, "dy"),
             "Of its whole block:",
             workspace_table(block_parts, rows * llama.N, "dact"),
-            "Each is written once and read once, but for the activation's dS parts: a program adds "
-            f"{SPAN} blocks of columns to its own, one after the other, in cache.",
+            "Each is written once and read once, but for P of the activation's backward: a program "
+            f"adds {SPAN} blocks of columns to its own, one after the other, in cache.",
         ]
     )
-
-
-def versions() -> str:
-    """What the counts of PEFT and of PyTorch's own operations depend on."""
-    import peft
-
-    return f"torch {torch.__version__.split('+')[0]}, PEFT {peft.__version__}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -315,13 +258,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(document(options.rows, options.multiprocessors, options.architecture))
 
 
-def in_the_interpreter(module: str) -> None:
-    """Start `python -m module` anew in Triton's interpreter: chosen before kernels are imported."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        command = [sys.executable, "-m", module, *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-
-
 if __name__ == "__main__":
-    in_the_interpreter("benchmarks.static.traffic")
+    in_the_interpreter()
     main()

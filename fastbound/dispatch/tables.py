@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from fastbound.dispatch.entries import (
     read_entry,
     typed,
 )
+from fastbound.version import versions
 
 FORMAT = "fastbound plan table 2"
 SHIPPED = Path(__file__).with_name("plans")
@@ -120,13 +120,7 @@ def _other_versions(table: PlanTable) -> list[str]:
 
 def software() -> dict[str, str]:
     """The installed versions that a measurement depends on."""
-    found = {}
-    for name in ("torch", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions("torch", "triton")
 
 
 def read_table(path: Path) -> PlanTable:

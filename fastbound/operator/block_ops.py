@@ -55,7 +55,7 @@ def block_key(
     return plan_key(device, M, N, K, 2 * R, dtype, backend, form=form)
 
 
-class _Block:
+class ReadyBlock:
     """The operands of one call, in the compute dtype, and the engine that the plan names."""
 
     def __init__(self, X: Tensor, call: BlockCall) -> None:
@@ -107,7 +107,7 @@ def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     check_storage(x, *call.tensors())
     with scope(x):
         X = rows(x)
-        block = _Block(X, call)
+        block = ReadyBlock(X, call)
         down, SA = block.down, block.stacked_SA()
         S = X.new_empty(X.shape[0], 0) if SA is None else block.engine.thin(X, SA.t())
         G, U = block.preactivations(X, S)
@@ -131,7 +131,7 @@ def compute_backward(
     check_storage(dy, x, G, U, S, S_down, *call.tensors())
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
-        block = _Block(X, call)
+        block = ReadyBlock(X, call)
         engine, gate, up, down = block.engine, block.gate, block.up, block.down
         if G is None:
             G, U = block.preactivations(X, S)

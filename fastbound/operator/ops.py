@@ -42,12 +42,14 @@ def compute_forward(
     result: Tensor | None,
     *adapter: Any,
     in_place: bool = False,
+    engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """``engine``: None takes that of the plan."""
     term = Term(*adapter)
     check_storage(x, weight, bias, result, term.A, term.B)
     with scope(x):
         X = rows(x)
-        engine = _engine(X, term, over_base=weight is None)
+        engine = engine or _engine(X, term, over_base=weight is None)
         keep, scaling = kept(engine, term, X.shape[0])
         SA, SB = engine.factors(term.A, term.B, scaling, term.omega, X.dtype, term.R)
         S = engine.thin(X, SA.t(), keep)
@@ -73,15 +75,16 @@ def compute_backward(
     need_dA: bool,
     need_dB: bool,
     *adapter: Any,
+    engine: Engine | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dtype`` is x's; over a base dy's is that of the base's result."""
+    """``dtype`` is x's; over a base dy's is that of the base's result. ``engine`` as above."""
     term = Term(*adapter)
     A, B, omega = term.A, term.B, term.omega
     dx = dA = dB = None
     check_storage(dy, x, S, weight, A, B)
     with scope(dy):
         DY = rows(dy)
-        engine = _engine(DY, term, over_base=weight is None)
+        engine = engine or _engine(DY, term, over_base=weight is None)
         keep, scaling = kept(engine, term, DY.shape[0])
         SA, SB = engine.factors(A, B, scaling, omega, DY.dtype, term.R)
         S = None if S is None else _cast(S, DY.dtype)

@@ -12,16 +12,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastbound.dispatch.defaults import padded_rank
-from fastbound.dispatch.device import SHARED_LIMIT, Device
-from fastbound.dispatch.plan import PlanKey, plan
-
-if TYPE_CHECKING:
-    from fastbound.kernels.launch import Launch
+from fastbound.dispatch.device import SHARED_LIMIT
+from fastbound.kernels.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,21 @@ _COUNTED = {
 
 
 @dataclass(frozen=True)
+class SteadyLoop:
+    """The loop of a Hopper GEMM over its reduction, as its instructions stand.
+
+    ``in_flight``: groups of matrix products (HGMMA) that still run where the loop waits for one;
+    ``loads_ahead``: TMA loads that are on their way before the loop begins. A pipelined loop has at
+    least one of the former and two for each stage but one of the latter. ``length`` counts
+    instructions, the epilogue's included where the loops over tiles and steps are one.
+    """
+
+    in_flight: int
+    loads_ahead: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Compiled:
     """One kernel, compiled: figures per thread (registers) and per block (shared, bytes)."""
 
@@ -61,6 +72,7 @@ class Compiled:
     spills: int
     shared: int
     instructions: Mapping[str, int]
+    loop: SteadyLoop | None = None
 
 
 def compile_launch(launch: Launch, target_name: str) -> Compiled:
@@ -97,125 +109,12 @@ def build(launch: Launch, target_name: str) -> Any:
     )
 
 
-def layer_launches(
-    target_name: str,
-    M: int,
-    N: int,
-    K: int,
-    rank: int,
-    dtype: torch.dtype,
-    keep: torch.Tensor | None = None,
-) -> dict[str, Launch]:
-    """Every launch of one layer's forward and backward, as the default plan of the target makes it.
-
-    ``keep`` are dropout's bits for its x. Tensors are on the meta device: shapes, strides and
-    dtypes are all a compilation sees.
-    """
-    from fastbound.kernels.factors import launch_factors
-    from fastbound.kernels.launch import blocks
-    from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
-    from fastbound.kernels.reduce import (
-        launch_finish,
-        launch_finish_both,
-        launch_reduce,
-        row_chunks,
-    )
-    from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
-
-    device = Device(target_name, TARGETS[target_name].multiprocessors)
-    chosen = plan(PlanKey(device, M, N, K, rank, dtype, "fused"))
-    tiles, size = chosen.tiles, chosen.multiprocessors
-    if tiles is None:
-        raise ValueError(f"nothing to compile: {chosen.reason}")
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    fp32 = torch.float32
-    R = padded_rank(rank)
-    x, y, weight, bias = meta(M, K), meta(M, N), meta(N, K), meta(N)
-    A, B = meta(rank, K, dtype=fp32), meta(N, rank, dtype=fp32)
-    SA, SB, S = meta(R, K), meta(N, R), meta(M, R)
-    chunks_y, chunk_y = row_chunks(M, N, tiles.reduce, size)
-    chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
-    chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
-    P = meta(blocks(N, tiles.reduce.block_n), M, R, dtype=fp32)
-    QB, QA = meta(chunks_y, N, R, dtype=fp32), meta(chunks_x, K, R, dtype=fp32)
-    return {
-        "factors": launch_factors(A, B, SA, SB, 1.0, 1.0),
-        "thin": launch_thin(x, SA.t(), thin_parts(S, chunks_S), chunk_S, tiles.thin, keep),
-        "gemm forward": launch_lowrank_gemm(x, weight, S, SB, bias, y, tiles.gemm, size),
-        "gemm dx": launch_lowrank_gemm(y, weight.t(), S, SA.t(), None, x, tiles.gemm_t, size, keep),
-        "reduce dy": launch_reduce(y, SB, S, P, QB, chunk_y, tiles.reduce),
-        "reduce x": launch_reduce(x, None, S, None, QA, chunk_x, tiles.reduce, keep),
-        "finish dS, dB": launch_finish_both(P, S, QB, B, B, 1.0, 1.0),
-        "finish dA": launch_finish(QA, A.t(), A.t(), 1.0, 1.0),
-    }
-
-
-def dropout_launches(
-    target_name: str, M: int, N: int, K: int, rank: int, dtype: torch.dtype
-) -> dict[str, Launch]:
-    """What a layer with adapter dropout launches in the place of its kernels without."""
-    from fastbound.kernels.dropout import launch_keep_bits
-    from fastbound.kernels.launch import blocks
-    from fastbound.operator.dropout import ROUNDS
-
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    keep = torch.empty(M, blocks(K, 32), dtype=torch.int32, device="meta")
-    layer = layer_launches(target_name, M, N, K, rank, dtype, keep)
-    masked = {f"{name} dropout": layer[name] for name in ("thin", "gemm dx", "reduce x")}
-    return {"keep bits": launch_keep_bits(seed, keep, 1 << 12, ROUNDS), **masked}
-
-
-def block_launches(
-    target_name: str,
-    M: int,
-    N: int,
-    K: int,
-    rank: int,
-    dtype: torch.dtype,
-    activation: str = "silu",
-    gated: bool = True,
-) -> dict[str, Launch]:
-    """What a whole MLP block launches beyond its layers' kernels, all projections adapted."""
-    from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
-    from fastbound.kernels.reduce import launch_finish, launch_reduce, row_chunks
-    from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
-    from fastbound.performance.block_passes import activate, activate_backward, make_block_operands
-    from fastbound.performance.passes import default_candidate
-    from fastbound.performance.shapes import Block
-
-    block = Block("any", K, N, activation, gated, bias=False)
-    R = padded_rank(rank)
-    device = Device(target_name, TARGETS[target_name].multiprocessors)
-    chosen = plan(PlanKey(device, M, N, K, 2 * R, dtype, "fused"))
-    tiles, size = chosen.tiles, chosen.multiprocessors
-    if tiles is None:
-        raise ValueError(f"nothing to compile: {chosen.reason}")
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    o = make_block_operands(block, M, rank, dtype, torch.device("meta"), size)
-    forward = activate(o, default_candidate("activate", tiles))
-    backward = activate_backward(o, default_candidate("activate backward", tiles))
-    width = o.S.shape[1]
-    x, weight, SA = meta(M, K), meta(N, K), meta(width, K)
-    chunks_x, chunk_x = row_chunks(M, K, tiles.reduce, size)
-    chunks_S, chunk_S = step_chunks(M, K, tiles.thin, size)
-    QX, A = meta(chunks_x, K, width, dtype=torch.float32), meta(rank, K, dtype=torch.float32).t()
-    return {
-        "block thin": launch_thin(x, SA.t(), thin_parts(o.S, chunks_S), chunk_S, tiles.thin),
-        "block gemm dx": launch_lowrank_gemm(
-            o.DG, weight.t(), o.S, SA.t(), None, x, tiles.gemm_t, size
-        ),
-        "activate": forward[0].launch,
-        "activate backward": backward[0].launch,
-        "block reduce x": launch_reduce(x, None, o.S, None, QX, chunk_x, tiles.reduce),
-        "block finish dS": backward[1].launch,
-        "block finish dA": launch_finish(QX[:, :, :R], A, A, 1.0, 1.0),
-    }
+def binary_of(launch: Launch) -> tuple[Any, ...]:
+    """What decides the binary: launches that agree in it are one kernel to the compiler."""
+    signature, constants, attributes = _specialise(launch)
+    divisible = tuple(place for place, marks in attributes.items() if marks)
+    limits = (launch.warps, launch.stages, launch.registers)
+    return launch.kernel, tuple(signature.items()), tuple(constants.items()), divisible, limits
 
 
 _TRITON_NAMES = {
@@ -282,9 +181,28 @@ def _read_cubin(binary: Any) -> Compiled:
     if registers is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no register count: {usage!r}")
     counts = _count(listing)
-    return Compiled(
-        int(registers[1]), counts["LDL"] + counts["STL"], binary.metadata.shared, counts
-    )
+    spills = counts["LDL"] + counts["STL"]
+    shared, loop = binary.metadata.shared, steady_loop(listing)
+    return Compiled(int(registers[1]), spills, shared, counts, loop)
+
+
+def steady_loop(listing: str) -> SteadyLoop | None:
+    """The first loop of a SASS listing with both HGMMA and TMA loads; None where there is none."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
+    code = [(int(address, 16), text) for address, text in found]
+    for end, text in code:
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        start = int(target[1], 16) if target else end
+        body = [t for address, t in code if start <= address <= end]
+        waits = [t for t in body if "WARPGROUP.DEPBAR" in t]
+        loads, products = ("UTMALDG", "HGMMA")
+        if start < end and waits and any(loads in t for t in body):
+            if not any(products in t for t in body):
+                continue
+            left = [int(n, 16) for t in waits for n in re.findall(r"gsb0,\s*0x([0-9a-f]+)", t)]
+            ahead = sum(loads in t for address, t in code if address < start)
+            return SteadyLoop(left[0] if left else 0, ahead, len(body))
+    return None
 
 
 def _read_amdgcn(binary: Any) -> Compiled:

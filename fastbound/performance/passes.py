@@ -1,82 +1,77 @@
-"""The kernels of one layer, each alone, over real or meta tensors."""
+"""The passes of a layer and of an MLP block: each is one call of an engine.
+
+What a tile is chosen for is a whole pass, its workspaces and the launches that finish it included.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastbound.dispatch.defaults import Tiles, padded_rank
-from fastbound.kernels.factors import launch_factors
-from fastbound.kernels.launch import Launch, blocks
-from fastbound.kernels.lowrank_gemm import launch_lowrank_gemm
-from fastbound.kernels.reduce import (
-    launch_finish,
-    launch_finish_both,
-    launch_reduce,
-    row_chunks,
-)
-from fastbound.kernels.thin import launch_thin, step_chunks, thin_parts
+from fastbound.dispatch.plan import Plan
+from fastbound.kernels.launch import Launch, recorded
 from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.performance.shapes import Shape
+from fastbound.operator.block_ops import ReadyBlock
+from fastbound.operator.call import BlockCall
+from fastbound.operator.engine import Engine, engine_of
+from fastbound.operator.ops import given
+from fastbound.operator.torch_engine import TorchEngine
+from fastbound.performance.shapes import Block, Shape
+from fastbound.truth.operands import (
+    BlockOperands,
+    LayerOperands,
+    block_operands,
+    layer_operands,
+)
 
 OMEGA = 1.5
 
-# Relative Frobenius error above which a result is not the operator's: about ten times what the
-# roundings of its dtype explain, a tenth of what a forgotten sine or factor costs.
-CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-12}
+# The tile that each pass runs with, by its name in `Tiles`.
+LAYER_PASSES: Mapping[str, str] = {
+    "gemm forward": "gemm",
+    "gemm dx": "gemm_t",
+    "thin": "thin",
+    "reduce dy": "reduce",
+    "reduce x": "reduce",
+}
+BLOCK_PASSES: Mapping[str, str] = {"activate": "activate", "activate backward": "gated"}
+PASSES: Mapping[str, str] = {**LAYER_PASSES, **BLOCK_PASSES}
 
 
-@dataclass(frozen=True)
-class Operands:
-    """One layer at M tokens: every tensor its kernels read or write, workspaces left out."""
+class Pass(NamedTuple):
+    """An engine's method and what it is given."""
 
-    x: Tensor  # [M, K]
-    weight: Tensor  # [N, K]
-    dy: Tensor  # [M, N]
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
-    SA: Tensor  # [R, K]
-    SB: Tensor  # [N, R]
-    S: Tensor  # [M, R]
-    dS: Tensor  # [M, R]
-    y: Tensor  # [M, N]
-    dx: Tensor  # [M, K]
-    dA: Tensor  # [r, K]
-    dB: Tensor  # [N, r]
-    scaling: float
-    multiprocessors: int
+    method: str
+    arguments: tuple[Any, ...]
 
-    @property
-    def M(self) -> int:
-        """Rows of x."""
-        return self.x.shape[0]
+    def run(self, engine: Engine) -> tuple[Tensor, ...]:
+        """What the pass makes; what is not adapted is left out."""
+        made = getattr(engine, self.method)(*self.arguments)
+        return tuple(t for t in (made if isinstance(made, tuple) else (made,)) if t is not None)
 
+    def reference(self) -> tuple[Tensor, ...]:
+        """The same by PyTorch's operations, which may write over their first operand."""
+        first, *others = self.arguments
+        return self._replace(arguments=(first.clone(), *others)).run(TorchEngine())
 
-@dataclass(frozen=True)
-class Kernel:
-    """One launch, its results and operations, and the workspaces it leaves for the next."""
+    def launches(self, engine: Engine) -> list[Launch]:
+        """Its kernels, not run; over meta tensors too."""
+        with recorded() as found:
+            self.run(engine)
+        return found
 
-    name: str
-    launch: Launch
-    results: tuple[Tensor, ...]
-    flops: int
-    parts: tuple[Tensor, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Of every tensor it takes, workspaces included, each moved once."""
-        tensors = [getattr(value, "base", value) for value in self.launch.arguments]
-        sizes = {
-            tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for tensor in tensors
-            if isinstance(tensor, Tensor) and tensor.numel()
-        }
-        return sum(sizes.values())
+    def floor(self) -> Tensor | None:
+        """The bare GEMM of the same operands; None where the pass holds none."""
+        if self.method != "lowrank_gemm":
+            return None
+        X, W, *_ = self.arguments
+        return torch.mm(X, W.t())
 
 
 @dataclass(frozen=True)
@@ -91,213 +86,66 @@ class Candidate:
         text = str(self.tile) + ("" if group == 8 else f", groups of {group}")
         return text + ("" if self.programs == 1 else f", programs x {self.programs:g}")
 
-
-def make_operands(
-    shape: Shape,
-    M: int,
-    rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    multiprocessors: int,
-) -> Operands:
-    """Random operands whose adapter's output is about as large as the frozen layer's.
-
-    On the meta device nothing is computed.
-    """
-    N, K, R = shape.N, shape.K, padded_rank(rank)
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-
-    def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device, dtype=dtype).mul_(scale)
-
-    def empty(*size: int) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    A, B = (draw(*s, scale=0.5, dtype=torch.float32) for s in ((rank, K), (N, rank)))
-    operands = Operands(
-        x=draw(M, K),
-        weight=draw(N, K, scale=K**-0.5),
-        dy=draw(M, N),
-        A=A,
-        B=B,
-        SA=empty(R, K),
-        SB=empty(N, R),
-        S=empty(M, R),
-        dS=empty(M, R),
-        y=empty(M, N),
-        dx=empty(M, K),
-        dA=torch.empty_like(A),
-        dB=torch.empty_like(B),
-        scaling=1 / math.sqrt(rank * K),
-        multiprocessors=multiprocessors,
-    )
-    if device.type != "meta":
-        factors(operands)[0].launch.run()
-        torch.mm(operands.x, operands.SA.t(), out=operands.S)
-        torch.mm(operands.dy, operands.SB, out=operands.dS)
-    return operands
-
-
-def linear_truth(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    omega: float,
-    rows: int,
-) -> dict[str, Tensor]:
-    """fp64 y and dx (their first ``rows``), dA and dB (of all rows)."""
-    x, dy, weight = x.detach().double(), dy.double(), weight.double()
-    A, B = omega * A.double(), omega * B.double()
-    sin_A, sin_B = A.sin(), scaling * B.sin()
-    S, dS = x @ sin_A.T, dy @ sin_B
-    return {
-        "y": x[:rows] @ weight.T + S[:rows] @ sin_B.T,
-        "dx": dy[:rows] @ weight + dS[:rows] @ sin_A,
-        "dA": omega * A.cos() * (dS.T @ x),
-        "dB": scaling * omega * B.cos() * (dy.T @ S),
-    }
-
-
-def require_truth(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """Raise ArithmeticError where a result is off by more than :data:`CORRECT` of its dtype."""
-    error = float((value.double() - truth).norm() / truth.norm())
-    if not error <= CORRECT[dtype]:
-        raise ArithmeticError(
-            f"{name} is off by {error:.2e} (relative), more than {CORRECT[dtype]:.2e}"
-        )
-
-
-def factors(o: Operands) -> list[Kernel]:
-    launch = launch_factors(o.A, o.B, o.SA, o.SB, o.scaling, OMEGA)
-    return [Kernel("factors", launch, (o.SA, o.SB), 0)]
-
-
-def thin(o: Operands, candidate: Candidate) -> list[Kernel]:
-    """S = x SAᵀ, into dS's place: S is an operand of others; and the sum of its parts, if any."""
-    tile, (M, K) = _tile(candidate), o.x.shape
-    S = torch.empty_like(o.S)
-    chunks, chunk = step_chunks(M, K, tile, o.multiprocessors)
-    parts = thin_parts(S, chunks)
-    launch = launch_thin(o.x, o.SA.t(), parts, chunk, tile)
-    flops = 2 * o.x.numel() * S.shape[1]
-    if chunks == 1:
-        return [Kernel("thin", launch, (S,), flops)]
-    return [
-        Kernel("thin", launch, (), flops, (parts,)),
-        Kernel("finish S", launch_finish(parts, S), (S,), 0),
-    ]
-
-
-def gemm_forward(o: Operands, candidate: Candidate) -> list[Kernel]:
-    """y = x Wᵀ + S SBᵀ."""
-    launch = launch_lowrank_gemm(
-        o.x, o.weight, o.S, o.SB, None, o.y, _gemm_tile(candidate), o.multiprocessors
-    )
-    return [Kernel("gemm forward", launch, (o.y,), _gemm_flops(o))]
-
-
-def gemm_dx(o: Operands, candidate: Candidate) -> list[Kernel]:
-    """dx = dy W + dS SA."""
-    launch = launch_lowrank_gemm(
-        o.dy, o.weight.t(), o.dS, o.SA.t(), None, o.dx, _gemm_tile(candidate), o.multiprocessors
-    )
-    return [Kernel("gemm dx", launch, (o.dx,), _gemm_flops(o))]
-
-
-def reduce_dy(o: Operands, candidate: Candidate) -> list[Kernel]:
-    """dS and dB from one read of dy, and the sums of their parts."""
-    tile, (M, N), R = _tile(candidate), o.dy.shape, o.S.shape[1]
-    chunks, chunk = row_chunks(M, N, tile, _programs(o, candidate))
-    P = _workspace(o, blocks(N, tile.block_n), M, R)
-    Q = _workspace(o, chunks, N, R)
-    dS = torch.empty_like(o.dS)
-    return [
-        Kernel(
-            "reduce dy",
-            launch_reduce(o.dy, o.SB, o.S, P, Q, chunk, tile),
-            (),
-            4 * o.dy.numel() * R,
-            (P, Q),
-        ),
-        Kernel(
-            "finish dS, dB",
-            launch_finish_both(P, dS, Q, o.dB, o.B, OMEGA, o.scaling),
-            (dS, o.dB),
-            0,
-        ),
-    ]
-
-
-def reduce_x(o: Operands, candidate: Candidate) -> list[Kernel]:
-    """dA from x and dS, and the sum of its parts."""
-    tile, (M, K), R = _tile(candidate), o.x.shape, o.S.shape[1]
-    chunks, chunk = row_chunks(M, K, tile, _programs(o, candidate))
-    Q = _workspace(o, chunks, K, R)
-    return [
-        Kernel(
-            "reduce x",
-            launch_reduce(o.x, None, o.dS, None, Q, chunk, tile),
-            (),
-            2 * o.x.numel() * R,
-            (Q,),
-        ),
-        Kernel("finish dA", launch_finish(Q, o.dA.t(), o.A.t(), OMEGA, 1.0), (o.dA,), 0),
-    ]
-
-
-Build = Callable[[Operands, Candidate], Sequence[Kernel]]
-
-# What a tile is chosen for: all its kernels together, since a tile decides how many parts remain.
-PASSES: Mapping[str, Build] = {
-    "gemm forward": gemm_forward,
-    "gemm dx": gemm_dx,
-    "thin": thin,
-    "reduce dy": reduce_dy,
-    "reduce x": reduce_x,
-}
-
-# The bare GEMM of the same operands: what the layer costs without an adapter.
-FLOORS: Mapping[str, Callable[[Operands], Tensor]] = {
-    "gemm forward": lambda o: torch.mm(o.x, o.weight.t(), out=o.y),
-    "gemm dx": lambda o: torch.mm(o.dy, o.weight, out=o.dx),
-}
+    def engine(self, name: str, tiles: Tiles, multiprocessors: int) -> Engine:
+        """Triton's, with this tile in the place of a pass's and ``tiles`` elsewhere."""
+        chosen: Any = {PASSES[name]: self.tile}
+        size = max(1, round(multiprocessors * self.programs))
+        return engine_of(Plan("fused", "tuning", replace(tiles, **chosen), size))
 
 
 def default_candidate(name: str, tiles: Tiles) -> Candidate:
     """What dispatch would use in this pass."""
-    if name.startswith("gemm"):
-        return Candidate(tiles.gemm if name == "gemm forward" else tiles.gemm_t)
-    if name.startswith("activate"):
-        return Candidate(tiles.activate if name == "activate" else tiles.gated)
-    return Candidate(tiles.thin if name == "thin" else tiles.reduce)
+    return Candidate(getattr(tiles, PASSES[name]))
 
 
-def results(kernels: Sequence[Kernel]) -> tuple[Tensor, ...]:
-    """What a pass is for."""
-    return tuple(tensor for kernel in kernels for tensor in kernel.results)
+def operands_at(
+    shape: Shape | Block, M: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> LayerOperands | BlockOperands:
+    """Of a layer or a block; its adapters give about as much as its frozen weights.
+
+    On the meta device nothing is drawn.
+    """
+    K, N = shape.K, shape.N
+    settings: dict[str, Any] = {"bias": False, "magnitude": 0.5, "omega": OMEGA, "device": device}
+    settings["on_device"] = device.type != "cpu"
+    if isinstance(shape, Block):
+        scaling = tuple(1 / math.sqrt(rank * width) for width in (K, K, N))
+        form: dict[str, Any] = {"gated": shape.gated, "activation": shape.activation}
+        return block_operands((M, K), N, (rank,) * 3, dtype, scaling=scaling, **form, **settings)
+    return layer_operands((M, K), N, rank, dtype, scaling=1 / math.sqrt(rank * K), **settings)
 
 
-def _gemm_flops(o: Operands) -> int:
-    (N, K), (M, R) = o.weight.shape, o.S.shape
-    return 2 * M * N * (K + R)
+def passes_of(o: LayerOperands | BlockOperands) -> dict[str, Pass]:
+    """By name, a layer's with what makes SA and SB before them.
+
+    What the passes of a call hand to one another is made here once, by PyTorch.
+    """
+    if isinstance(o, BlockOperands):
+        return _block_passes(o)
+    engine, R = TorchEngine(), padded_rank(o.A.shape[0])
+    x, dy, W, A, B, dtype = o.x, o.dy, o.weight, o.A, o.B, o.x.dtype
+    SA, SB = engine.factors(A, B, o.scaling, o.omega, dtype, R)
+    S, dS = engine.thin(x, SA.t()), engine.thin(dy, SB)
+    return {
+        "factors": Pass("factors", (A, B, o.scaling, o.omega, dtype, R)),
+        "gemm forward": Pass("lowrank_gemm", (x, W, S, SB, None)),
+        "gemm dx": Pass("lowrank_gemm", (dy, W.t(), dS, SA.t(), None)),
+        "thin": Pass("thin", (x, SA.t())),
+        "reduce dy": Pass("thin_and_factor_gradient", (dy, SB, S, B, o.omega, o.scaling)),
+        "reduce x": Pass("factor_gradient", (x, dS, A.t(), o.omega, 1.0)),
+    }
 
 
-def _programs(o: Operands, candidate: Candidate) -> int:
-    return max(1, round(o.multiprocessors * candidate.programs))
-
-
-def _workspace(o: Operands, *size: int) -> Tensor:
-    return torch.empty(*size, dtype=torch.float32, device=o.x.device)
-
-
-def _tile(candidate: Candidate) -> Tile:
-    tile: Any = candidate.tile
-    return tile
-
-
-def _gemm_tile(candidate: Candidate) -> GemmTile:
-    tile: Any = candidate.tile
-    return tile
+def _block_passes(o: BlockOperands) -> dict[str, Pass]:
+    first, second = (o.up, None) if o.gate is None else (o.gate, o.up)
+    block = ReadyBlock(o.x, BlockCall(first, second, o.down, o.activation, "torch"))
+    gate, up, down, engine = block.gate, block.up, block.down, block.engine
+    S = engine.thin(o.x, given(block.stacked_SA()).t())
+    G, U = block.preactivations(o.x, S)
+    DS = engine.thin(o.dy, given(down.SB))
+    DH = block.gemm(o.dy, down.weight.t(), DS, given(down.SA).t(), None)
+    backward = (DH, G, U, S, DS, gate, up, down, o.activation, block.R)
+    return {
+        "activate": Pass("activate", (G, U, down.SA, o.activation)),
+        "activate backward": Pass("activate_backward", backward),
+    }

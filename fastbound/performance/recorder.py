@@ -10,12 +10,13 @@ what takes time is read off this one list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,7 +59,7 @@ def recording(device: Device) -> Iterator[list[Call]]:
     """Collects what is called inside over meta tensors, planned as on ``device``."""
     with pretending(device), recorded() as launches:
         calls: list[Call] = launches
-        with _Operations(calls):
+        with Operations(calls.append):
             yield calls
 
 
@@ -126,21 +127,24 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*size, dtype=dtype, device="meta")
 
 
-class _Operations(TorchDispatchMode):
-    """Appends every operation that moves bytes."""
+class Operations(TorchDispatchMode):
+    """Hands on every operation that moves bytes, and of fastbound's operators what they call."""
 
-    def __init__(self, calls: list[Call]) -> None:
+    def __init__(self, found: Callable[[Operation], object]) -> None:
         super().__init__()
-        self._calls = calls
+        self._found = found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "fastbound":
+            with self:  # a meta tensor's own key would lead to shapes alone
+                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
         operation = operation_of(func, args, kwargs, result)
         if operation is not None:
-            self._calls.append(operation)
+            self._found(operation)
         return result
 
 
@@ -162,8 +166,9 @@ def operation_of(
         if name not in _FILLS and not (writes and (argument.is_out or name in _OVERWRITES)):
             read += tensors
     if not written:
-        if any(a.alias_info is not None for a in function._schema.returns):
-            return None  # a view
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        sources = {t.untyped_storage()._cdata for _, t in read}
+        if not made or any(t.untyped_storage()._cdata in sources for t in made):
+            return None  # no tensor, or a view, which not every operator's schema admits
         written = [("out" if i == 0 else f"out{i}", t) for i, t in enumerate(made)]
     return Operation(name, tuple(read), tuple(written))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import quantiles
 
 import torch
 
@@ -45,12 +46,18 @@ def interleaved(
     return samples
 
 
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile."""
+    return quantiles(seconds, n=4, method="inclusive")
+
+
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """CUDA events on a GPU, else the performance counter; results are freed off the clock."""
-    return _gpu_seconds if device.type == "cuda" else _host_seconds
+    return _gpu_seconds if device.type == "cuda" else host_seconds
 
 
-def _host_seconds(step: Callable[[], object]) -> float:
+def host_seconds(step: Callable[[], object]) -> float:
+    """Until the call returns, its result freed off the clock."""
     start = time.perf_counter()
     kept = step()
     end = time.perf_counter()
@@ -58,10 +65,11 @@ def _host_seconds(step: Callable[[], object]) -> float:
     return end - start
 
 
-def _gpu_seconds(step: Callable[[], object]) -> float:
+def _gpu_seconds(step: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    before()
     start.record()
     kept = step()
     end.record()
@@ -97,16 +105,4 @@ def kernel_stopwatch(device: torch.device) -> Stopwatch:
         return stopwatch_for(device)
     flush = torch.ones(at_most(FLUSH_BYTES, device) // 4, device=device)
 
-    def seconds(step: Callable[[], object]) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        flush.sum()
-        start.record()
-        kept = step()
-        end.record()
-        end.synchronize()
-        del kept
-        return start.elapsed_time(end) * 1e-3
-
-    return seconds
+    return partial(_gpu_seconds, before=flush.sum)

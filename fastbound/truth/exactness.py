@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from fastbound.truth import formula
-from fastbound.truth.operands import BlockOperands, LayerOperands, run
+from fastbound.truth.operands import BlockOperands, LayerOperands, Operands, run
+
+# Relative Frobenius error above which a result is not the operator's: about ten times what the
+# roundings of its dtype explain, a tenth of what a forgotten sine or factor costs.
+CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-12}
+ROWS_AT_ONCE = 1024  # in fp64: the truth of 32k tokens must not fill the card
 
 
 def assert_as_exact_as_the_formula(
@@ -58,7 +63,7 @@ def assert_as_exact_as_the_formula(
 
 
 def assert_block_as_exact(
-    block: BlockOperands, function: Callable[..., Tensor], activation: str, **kwargs: Any
+    block: BlockOperands, function: Callable[..., Tensor], **kwargs: Any
 ) -> None:
     """The error's norm is at most the plain formula's in the same dtype, plus six roundings.
 
@@ -66,9 +71,9 @@ def assert_block_as_exact(
     the two errors are equal in distribution and not entry by entry. Six, because rank one leaves
     few numbers, behind each of which stand six roundings (S, y's, dh, dg, dS and dA).
     """
-    ours = block.run(function, activation=activation, **kwargs)
-    plain = block.run(formula.bounded_mlp, activation=activation)
-    expected = block.double().run(formula.bounded_mlp, activation=activation)
+    ours = run(block, function, **kwargs)
+    plain = run(block, formula.bounded_mlp)
+    expected = run(block.to(torch.float64), formula.bounded_mlp)
     rounding = torch.finfo(block.x.dtype).eps / 2
     for name, exact in expected.items():
         if ours[name].shape != exact.shape:
@@ -98,6 +103,37 @@ def assert_same_bits(first: Tensor, second: Tensor, name: str = "result") -> Non
     """Two runs over the same operands."""
     if not torch.equal(first, second):
         raise AssertionError(f"{name}: two runs differ")
+
+
+def exact(o: Operands, checked: slice | Tensor) -> dict[str, Tensor]:
+    """fp64 y and dx of the checked rows of x [M, K], and the factors' gradients of all rows.
+
+    Some rows at a time, which matter to the factors' gradients alone.
+    """
+    alone = o.formula if isinstance(o, BlockOperands) else _without_the_weight
+    o = o.changed(lambda name, t: t if name in ("x", "dy") else t.double())
+    found = run(o.rows(checked).to(torch.float64), o.formula)
+    sums = {name: torch.zeros_like(found[name]) for name in o.trained}
+    for start in range(0, o.x.shape[0], ROWS_AT_ONCE):
+        part = run(o.rows(slice(start, start + ROWS_AT_ONCE)).to(torch.float64), alone)
+        for name, gradient in sums.items():
+            gradient += part[name]
+    return {"y": found["y"], "dx": found["dx"], **sums}
+
+
+def _without_the_weight(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, **settings: Any
+) -> Tensor:
+    """The layer less x Wᵀ, on which no gradient of A, B and b depends."""
+    rest = x.new_zeros(len(weight)) if bias is None else bias
+    return formula.bounded_addition(rest, x, A, B, **settings)
+
+
+def require_truth(name: str, value: Tensor, truth: Tensor, tolerance: float) -> None:
+    """Raise ArithmeticError where a result is off by more than ``tolerance``, relatively."""
+    error = float((value.double() - truth).norm() / truth.norm())
+    if not error <= tolerance:  # a NaN fails too
+        raise ArithmeticError(f"{name} is off by {error:.2e} (relative), more than {tolerance:.2e}")
 
 
 def _sums_of_magnitudes(o: LayerOperands, underflow: float = 0.0) -> dict[str, Tensor]:

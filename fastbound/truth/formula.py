@@ -7,6 +7,8 @@ Every other path is measured against this one, evaluated in fp64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -96,6 +98,20 @@ def apply_activation(x: Tensor, activation: str) -> Tensor:
     return gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def mlp(
+    x: Tensor,
+    up: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+    gate: Callable[[Tensor], Tensor] | None = None,
+    *,
+    activation: str,
+) -> Tensor:
+    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate, of any projections."""
+    if gate is None:
+        return down(apply_activation(up(x), activation))
+    return down(apply_activation(gate(x), activation) * up(x))
+
+
 def bounded_mlp(
     x: Tensor,
     up: Projection,
@@ -104,11 +120,9 @@ def bounded_mlp(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate, by autograd."""
-    first = _project(x, up)
-    if gate is None:
-        return _project(apply_activation(first, activation), down)
-    return _project(apply_activation(_project(x, gate), activation) * first, down)
+    """:func:`mlp` of adapted projections, by autograd."""
+    first = None if gate is None else partial(_project, p=gate)
+    return mlp(x, partial(_project, p=up), partial(_project, p=down), first, activation=activation)
 
 
 def _project(x: Tensor, p: Projection) -> Tensor:

@@ -5,21 +5,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastbound.truth import formula
 from fastbound.truth.formula import Projection
 
-GRADIENTS = ("dx", "dA", "dB", "db")
+_O = TypeVar("_O", bound="Operands")
+
+
+class Operands(ABC):
+    """What a layer's and a block's operands have in common: x and dy around projections."""
+
+    x: Tensor
+    dy: Tensor
+    formula: ClassVar[Callable[..., Tensor]]
+    leaf_names: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def projections(self) -> dict[str, Projection]:
+        """By name, in the order in which a block computes them."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> dict[str, Tensor]:
+        """What gets a gradient besides x, by the name of that gradient."""
+
+    @abstractmethod
+    def changed(self: _O, change: Callable[[str, Tensor], Tensor], **settings: Any) -> _O:
+        """Every tensor as ``change(name, tensor)`` makes it; ``settings`` of every projection."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """All that the formula takes besides x, by name."""
+
+    @abstractmethod
+    def around(
+        self, layers: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        """The layer or block whose projections are these callables."""
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        """Weights and biases."""
+        pairs = ((p.weight, p.bias) for p in self.projections.values())
+        return tuple(t for pair in pairs for t in pair if t is not None)
+
+    def to(self: _O, dtype: torch.dtype) -> _O:
+        """Everything in ``dtype``, factors too."""
+        return self.changed(lambda name, t: t.detach().to(dtype))
+
+    def leaves(self: _O) -> _O:
+        """With leaves of autograd's where a gradient is asked for, over the same storage."""
+        return self.changed(
+            lambda name, t: t.detach().requires_grad_() if name in self.leaf_names else t
+        )
+
+    def rows(self: _O, chosen: slice | Tensor) -> _O:
+        """Some rows of x [M, K] and of dy."""
+        return self.changed(lambda name, t: t[chosen] if name in ("x", "dy") else t)
 
 
 @dataclass(frozen=True)
-class LayerOperands:
+class LayerOperands(Operands):
     """What one call takes, and the gradient that comes back to it."""
 
     x: Tensor
@@ -31,12 +87,108 @@ class LayerOperands:
     scaling: float
     omega: float
 
-    def to(self, dtype: torch.dtype) -> LayerOperands:
-        moved = {
-            name: getattr(self, name).detach().to(dtype) for name in ("x", "weight", "A", "B", "dy")
+    formula = staticmethod(formula.bounded_linear)
+    leaf_names = ("x", "A", "B", "bias")
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        return {"layer": Projection(**self.arguments)}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        names = ("weight", "bias", "A", "B", "scaling", "omega")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        factors = {"dA": self.A, "dB": self.B}
+        return factors if self.bias is None else {**factors, "db": self.bias}
+
+    def changed(self, change: Callable[[str, Tensor], Tensor], **settings: Any) -> LayerOperands:
+        held = {name: getattr(self, name) for name in ("x", "weight", "A", "B", "bias", "dy")}
+        made: dict[str, Any] = {n: change(n, t) for n, t in held.items() if t is not None}
+        return replace(self, **made, **settings)
+
+    def around(
+        self, layers: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        return layers["layer"]
+
+
+@dataclass(frozen=True)
+class BlockOperands(Operands):
+    """What one call of an MLP block takes, and the gradient that comes back to it."""
+
+    x: Tensor
+    up: Projection
+    down: Projection
+    gate: Projection | None
+    dy: Tensor
+    activation: str = "silu"
+
+    formula = staticmethod(formula.bounded_mlp)
+    leaf_names = ("x", "A", "B")  # a block's biases are frozen
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: p for name, p in named.items() if p is not None}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.projections, "activation": self.activation}
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        return {
+            f"d{letter} {name}": factor
+            for name, p in self.projections.items()
+            for letter, factor in (("A", p.A), ("B", p.B))
+            if factor is not None
         }
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
-        return replace(self, **moved, bias=bias)
+
+    def changed(self, change: Callable[[str, Tensor], Tensor], **settings: Any) -> BlockOperands:
+        projections: dict[str, Any] = {}
+        for name, p in self.projections.items():
+            held = {"weight": p.weight, "bias": p.bias, "A": p.A, "B": p.B}
+            made: dict[str, Any] = {n: change(n, t) for n, t in held.items() if t is not None}
+            projections[name] = p._replace(**made, **settings)
+        return replace(self, x=change("x", self.x), dy=change("dy", self.dy), **projections)
+
+    def around(
+        self, layers: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        settings: dict[str, Any] = {**layers, "activation": self.activation}
+        return partial(formula.mlp, **settings)
+
+
+Draw = Callable[..., Tensor]
+
+
+def drawing(
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    on_device: bool = False,
+) -> Draw:
+    """``draw(*size, dtype=..., scale=...)``: normal numbers, of ``dtype`` unless told otherwise.
+
+    Drawn on the CPU they are the same on every machine; ``on_device`` is for those that are many.
+    On the device "meta" nothing is drawn.
+    """
+    device = torch.device(device)
+    where = device if on_device else torch.device("cpu")
+    generator = None if device.type == "meta" else torch.Generator(where).manual_seed(seed)
+
+    def draw(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        if generator is None:
+            return torch.empty(*size, dtype=dtype, device=device)
+        wide = dtype if on_device else torch.float32
+        drawn = torch.randn(*size, generator=generator, device=where, dtype=wide)
+        return drawn.mul_(scale).to(device, dtype)
+
+    return draw
 
 
 def layer_operands(
@@ -52,99 +204,63 @@ def layer_operands(
     omega: float = 1.3,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    on_device: bool = False,
 ) -> LayerOperands:
     """x of ``shape`` [..., K]; near magnitude 0 a kernel that forgot the sine would pass."""
-    generator = torch.Generator().manual_seed(seed)
-    K = shape[-1]
-
-    def normal(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
-
+    draw, K = drawing(dtype, device=device, seed=seed, on_device=on_device), shape[-1]
     return LayerOperands(
-        normal(*shape),
-        normal(N, K, scale=K**-0.5),
-        normal(rank, K, dtype=adapter_dtype, scale=magnitude),
-        normal(N, rank, dtype=adapter_dtype, scale=magnitude),
-        normal(N) if bias else None,
-        normal(*shape[:-1], N),
+        draw(*shape),
+        draw(N, K, scale=K**-0.5),
+        draw(rank, K, dtype=adapter_dtype, scale=magnitude),
+        draw(N, rank, dtype=adapter_dtype, scale=magnitude),
+        draw(N) if bias else None,
+        draw(*shape[:-1], N),
         scaling,
         omega,
     )
 
 
-def run(o: LayerOperands, function: Callable[..., Tensor], **kwargs: Any) -> dict[str, Tensor]:
+def block_operands(
+    shape: tuple[int, ...],
+    N: int,
+    ranks: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    gated: bool = True,
+    bias: bool = True,
+    activation: str = "silu",
+    magnitude: float = 1.0,
+    scaling: Sequence[float] = (0.1, 0.2, 0.05),
+    omega: float = 1.3,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    on_device: bool = False,
+) -> BlockOperands:
+    """x of ``shape`` [..., K]; ``ranks`` and ``scaling`` are those of gate, up and down.
+
+    Rank 0 leaves a projection without an adapter.
+    """
+    draw, K = drawing(dtype, device=device, seed=seed, on_device=on_device), shape[-1]
+
+    def projection(N: int, K: int, rank: int, scaling: float) -> Projection:
+        A: Tensor | None = None
+        B: Tensor | None = None
+        if rank:
+            A = draw(rank, K, dtype=torch.float32, scale=magnitude)
+            B = draw(N, rank, dtype=torch.float32, scale=magnitude)
+        b = draw(N) if bias else None
+        return Projection(draw(N, K, scale=K**-0.5), b, A, B, scaling, omega)
+
+    x = draw(*shape)
+    gate = projection(N, K, ranks[0], scaling[0]) if gated else None
+    up = projection(N, K, ranks[1], scaling[1])
+    down = projection(K, N, ranks[2], scaling[2])
+    return BlockOperands(x, up, down, gate, draw(*shape), activation)
+
+
+def run(o: Operands, function: Callable[..., Tensor], **kwargs: Any) -> dict[str, Tensor]:
     """y and every gradient of ``function`` at the operands."""
-    leaves = [t.detach().requires_grad_() for t in (o.x, o.A, o.B)]
-    bias = None if o.bias is None else o.bias.detach().requires_grad_()
-    x, A, B = leaves
-    y = function(x, o.weight, A, B, bias, scaling=o.scaling, omega=o.omega, **kwargs)
-    wanted = leaves if bias is None else [*leaves, bias]
-    return {
-        "y": y.detach(),
-        **dict(zip(GRADIENTS, torch.autograd.grad(y, wanted, o.dy), strict=False)),
-    }
-
-
-class BlockOperands:
-    """Made from a seed; rank 0 in `ranks` (gate, up, down) leaves a projection unadapted."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        N: int,
-        ranks: tuple[int, int, int],
-        dtype: torch.dtype,
-        *,
-        gated: bool = True,
-        bias: bool = True,
-        magnitude: float = 1.0,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
-
-        def projection(N: int, K: int, rank: int, scaling: float) -> Projection:
-            A: Tensor | None = None
-            B: Tensor | None = None
-            if rank:
-                A, B = (
-                    normal(*size, dtype=torch.float32, scale=magnitude).requires_grad_()
-                    for size in ((rank, K), (N, rank))
-                )
-            b = normal(N) if bias else None
-            return Projection(normal(N, K, scale=K**-0.5), b, A, B, scaling, 1.3)
-
-        K = shape[-1]
-        self.x = normal(*shape).requires_grad_()
-        self.gate = projection(N, K, ranks[0], 0.1) if gated else None
-        self.up = projection(N, K, ranks[1], 0.2)
-        self.down = projection(K, N, ranks[2], 0.05)
-        self.dy = normal(*shape)
-
-    def double(self) -> BlockOperands:
-        def wide(t: Tensor) -> Tensor:
-            return t.detach().double().requires_grad_(t.requires_grad)
-
-        def widened(p: Projection) -> Projection:
-            bias, A, B = (None if t is None else wide(t) for t in (p.bias, p.A, p.B))
-            return p._replace(weight=wide(p.weight), bias=bias, A=A, B=B)
-
-        twin = copy(self)
-        twin.x, twin.dy = wide(self.x), wide(self.dy)
-        twin.gate = None if self.gate is None else widened(self.gate)
-        twin.up, twin.down = widened(self.up), widened(self.down)
-        return twin
-
-    def run(self, function: Callable[..., Tensor], **kwargs: Any) -> dict[str, Tensor]:
-        """y and every gradient."""
-        y = function(self.x, self.up, self.down, self.gate, **kwargs)
-        leaves = {"dx": self.x}
-        for name in ("gate", "up", "down"):
-            p = getattr(self, name)
-            if p is not None and p.A is not None:
-                leaves |= {f"dA {name}": p.A, f"dB {name}": p.B}
-        gradients = torch.autograd.grad(y, list(leaves.values()), self.dy)
-        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    o = o.leaves()
+    y = function(o.x, **o.arguments, **kwargs)
+    dx, *gradients = torch.autograd.grad(y, (o.x, *o.trained.values()), o.dy)
+    return {"y": y.detach(), "dx": dx, **dict(zip(o.trained, gradients, strict=True))}

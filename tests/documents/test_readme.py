@@ -31,7 +31,7 @@ RUN_BY_CI = {
         'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
     ),
     "python -m benchmarks.static.traffic": "step python -m benchmarks.static.traffic",
-    "python -m benchmarks.static.model": "step python -m benchmarks.static.model",
+    "python -m benchmarks.static.predictions": "step python -m benchmarks.static.predictions",
     "fastbound profile --mode mlp": (
         "step fastbound profile --mode mlp --device cpu --tokens 32,64 --rounds 2"
         ' --output "$work/profile"'
@@ -51,7 +51,7 @@ RUN_BY_TESTS = {
         "performance/tuning/test_tune.py",
         "test_the_command_tunes_resumes_and_leaves_what_dispatch_reads",
     ),
-    "python -m benchmarks.static.compile_report": (
+    "python -m benchmarks.compile_report": (
         "benchmarks/static/test_compile_report.py",
         "test_every_kernel_compiles_without_faults",
     ),

@@ -19,10 +19,15 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 # In a process of its own: here the kernels may be interpreted.
 _PRINT_IR = """
 import json, sys, torch
-from fastbound.performance.compilation import block_launches, build
+from fastbound.dispatch.device import Device
+from fastbound.performance.compilation import TARGETS, build
+from fastbound.performance.recorder import block_calls
 target, gated, rank = sys.argv[1], sys.argv[2] == "gated", int(sys.argv[3])
-launches = block_launches(target, 4096, 14336, 4096, rank, torch.bfloat16, gated=gated)
-stages = build(launches["activate backward"], target).asm
+device, ranks = Device(target, TARGETS[target].multiprocessors), (rank,) * (2 + gated)
+settings = {"gated": gated, "backend": "fused"}
+calls = block_calls(device, 4096, 14336, 4096, ranks, torch.bfloat16, **settings)
+backward = next(c for c in calls.launches if c.kernel.__name__ == "_backward_kernel")
+stages = build(backward, target).asm
 print(json.dumps({"ttgir": stages["ttgir"], "ptx": stages.get("ptx", "")}))
 """
 _ACCESS = r"tt\.{}\s+(%[\w#]+).*:\s*tensor<([\dx]+)x!tt\.ptr<f32>, (#\w+)>"

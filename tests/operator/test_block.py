@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from fastbound.operator.block_function import bounded_mlp
 from fastbound.performance.memory import saved_bytes
 from fastbound.truth.exactness import assert_block_as_exact
 from fastbound.truth.formula import ACTIVATIONS
-from fastbound.truth.operands import BlockOperands
+from fastbound.truth.operands import BlockOperands, block_operands, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "fused"]
@@ -23,11 +24,11 @@ RANKS = [1, 4, 8, 16, 32]
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 
-Block = partial(BlockOperands, device=DEVICE)
+Block = partial(block_operands, device=DEVICE)
 
 
 def check(block: BlockOperands, activation: str, **settings: object) -> None:
-    assert_block_as_exact(block, bounded_mlp, activation, **settings)
+    assert_block_as_exact(replace(block, activation=activation), bounded_mlp, **settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,9 +80,9 @@ def test_matches_fp64_on_any_shape(backend: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("gated", FORMS.values(), ids=FORMS)
 def test_recomputing_gives_the_same_bits(backend: str, gated: bool) -> None:
     block = Block((41, 37), 70, (4, 8, 16), torch.float32, gated=gated)
-    kept = block.run(bounded_mlp, backend=backend)
-    recomputed = block.run(bounded_mlp, backend=backend, recompute="gate_up")
-    again = block.run(bounded_mlp, backend=backend)
+    kept = run(block, bounded_mlp, backend=backend)
+    recomputed = run(block, bounded_mlp, backend=backend, recompute="gate_up")
+    again = run(block, bounded_mlp, backend=backend)
     for name in kept:
         assert torch.equal(kept[name], again[name]), name
         assert torch.equal(kept[name], recomputed[name]), name
@@ -92,14 +93,11 @@ def test_recomputing_gives_the_same_bits(backend: str, gated: bool) -> None:
 def test_strided_operands(layout: str, backend: str) -> None:
     block = Block((33, 40), 56, (4, 4, 4), torch.float32)
     if layout == "weights":
-        for name in ("gate", "up", "down"):
-            p = getattr(block, name)
-            setattr(block, name, p._replace(weight=p.weight.t().contiguous().t()))
+        block = block.changed(lambda name, t: t.t().contiguous().t() if name == "weight" else t)
     elif layout == "x":
-        wide = torch.stack([block.x.detach()] * 2, dim=-1).flatten(-2)
-        block.x = wide[..., ::2].requires_grad_()
+        block = replace(block, x=torch.stack([block.x] * 2, dim=-1).flatten(-2)[..., ::2])
     else:
-        block.dy = block.dy.t().contiguous().t()
+        block = replace(block, dy=block.dy.t().contiguous().t())
     check(block, "silu", backend=backend)
 
 
@@ -110,7 +108,7 @@ def test_one_row(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_x(backend: str) -> None:
-    results = Block((0, 12), 20, (2, 2, 2), torch.float32).run(bounded_mlp, backend=backend)
+    results = run(Block((0, 12), 20, (2, 2, 2), torch.float32), bounded_mlp, backend=backend)
     assert results["y"].shape == results["dx"].shape == (0, 12)
     assert not any(results[name].any() for name in results if name.startswith("d"))
 
@@ -119,7 +117,7 @@ def test_empty_x(backend: str) -> None:
 def test_saved_bytes(recompute: str | None, tall: int) -> None:
     """bf16: x, g and u and three thin products; with recompute x and the thin products."""
     M, K, N = 64, 96, 256
-    block = Block((M, K), N, (16, 16, 16), torch.bfloat16, bias=False)
+    block = Block((M, K), N, (16, 16, 16), torch.bfloat16, bias=False).leaves()
     kept = [t for p in (block.gate, block.up, block.down) for t in p[:4] if t is not None]
     counted = saved_bytes(
         lambda: bounded_mlp(block.x, block.up, block.down, block.gate, recompute=recompute), kept
@@ -130,11 +128,11 @@ def test_saved_bytes(recompute: str | None, tall: int) -> None:
 def test_autocast_casts_x_and_weights_and_never_the_masters() -> None:
     block = Block((33, 40), 56, (4, 4, 4), torch.float32, magnitude=8.0)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        results = block.run(bounded_mlp)
+        results = run(block, bounded_mlp)
     assert results["y"].dtype is torch.bfloat16
     assert results["dx"].dtype is results["dA up"].dtype is torch.float32
     half = Block((33, 40), 56, (4, 4, 4), torch.bfloat16, magnitude=8.0)
-    torch.testing.assert_close(results["y"], half.run(bounded_mlp)["y"])
+    torch.testing.assert_close(results["y"], run(half, bounded_mlp)["y"])
 
 
 class TestCompile:
@@ -146,7 +144,7 @@ class TestCompile:
     def test_fullgraph_with_gradients(self, gated: bool) -> None:
         block = Block((2, 7, 12), 20, (4, 0, 2), torch.float32, gated=gated)
         compiled = torch.compile(bounded_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
-        graph, eager = block.run(compiled), block.run(bounded_mlp)
+        graph, eager = run(block, compiled), run(block, bounded_mlp)
         for name in eager:
             torch.testing.assert_close(graph[name], eager[name])
 
@@ -155,20 +153,16 @@ class TestCompile:
 
         block = Block((9, 12), 20, (4, 4, 2), torch.float32)
 
-        def checkpointed(*arguments: object) -> torch.Tensor:
-            return checkpoint(bounded_mlp, *arguments, use_reentrant=False)
+        def checkpointed(*arguments: object, **settings: object) -> torch.Tensor:
+            return checkpoint(bounded_mlp, *arguments, use_reentrant=False, **settings)
 
-        plain, again = block.run(bounded_mlp), block.run(checkpointed)
+        plain, again = run(block, bounded_mlp), run(block, checkpointed)
         assert all(torch.equal(plain[name], again[name]) for name in plain)
 
     def test_registered_operators_pass_opcheck(self) -> None:
         block = Block((2, 7, 12), 20, (4, 0, 2), torch.float32)
-        tensors = [
-            None if t is None else t.detach()
-            for p in (block.gate, block.up, block.down)
-            for t in p[:4]
-        ]
-        x = block.x.detach()
+        tensors = [t for p in block.projections.values() for t in p[:4]]
+        x = block.x
         settings = ([0.1, 1.0, 0.05], [1.3, 1.0, 1.3], "silu", "torch")
         utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         forward = torch.ops.fastbound.mlp_forward.default
@@ -183,8 +177,10 @@ class TestCompile:
 class TestBadInput:
     def call(self, *, activation: str = "silu", recompute: str | None = None, **changes) -> None:
         block = Block((5, 12), 20, (2, 2, 2), torch.float32)
-        for name, change in changes.items():
-            setattr(block, name, getattr(block, name)._replace(**change))
+        changed = {
+            name: getattr(block, name)._replace(**change) for name, change in changes.items()
+        }
+        block = replace(block, **changed)
         bounded_mlp(
             block.x, block.up, block.down, block.gate, activation=activation, recompute=recompute
         )
@@ -235,6 +231,6 @@ def test_launches_of_a_gated_block_with_every_projection_adapted(
         launch(self)
 
     monkeypatch.setattr(Launch, "run", counted)
-    Block((40, 48), 64, (8, 8, 8), torch.float32).run(bounded_mlp, backend="fused")
+    run(Block((40, 48), 64, (8, 8, 8), torch.float32), bounded_mlp, backend="fused")
     gemms = launched.pop("_pointer_kernel") + launched.pop("_descriptor_kernel", 0)
     assert (gemms, launched.total()) == (5, 19), launched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def dropped(o: LayerOperands, p: float, seed: int) -> Callable[..., Tensor]:
     bits = dropout.keep_bits(dropout.draw_seed(o.x.device), M, K, p)
     keep = dropout.keep_mask(bits, K).view(o.x.shape)
 
-    def masked(*arguments: Tensor, scaling: float, omega: float) -> Tensor:
+    def masked(x: Tensor, *, scaling: float, **operands: Any) -> Tensor:
         scaling /= dropout.keep_rate(p)
-        return formula.bounded_linear(*arguments, scaling=scaling, omega=omega, keep=keep)
+        return formula.bounded_linear(x, scaling=scaling, keep=keep, **operands)
 
     return masked
 

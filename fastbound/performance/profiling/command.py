@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fastbound.performance.profiling.profile import profile, variants, write_trace
     from fastbound.performance.profiling.report import TRACE, Profile, flatness, table, write
+    from fastbound.version import versions
 
     points = []
     with tqdm(total=len(tokens) * len(chosen), unit="length") as bar:
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=dtype,
         rank=arguments.rank,
         rounds=rounds,
-        versions=_versions(),
+        versions=versions("fastbound", "torch", "peft", "transformers"),
         points=points,
     )
     write(report, arguments.output)
@@ -126,12 +127,3 @@ def _device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    import fastbound
-
-    found = {name: metadata.version(name) for name in ("torch", "peft", "transformers")}
-    return {"fastbound": fastbound.__version__, **found}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import fastbound
 from fastbound.performance.memory import peak_bytes, saved_bytes
 from fastbound.performance.profiling.baselines import inject_peft
 from fastbound.performance.shapes import Block, block_of, linear_shapes
-from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 
 MODES = ("linear", "mlp", "step")
 FLOOR = "frozen"
@@ -237,7 +236,7 @@ def _at_length(
     except RuntimeError as error:
         failures.update(dict.fromkeys(steps, _out_of_memory(error)))
         samples = {}
-    medians = {name: quantiles(taken, n=4, method="inclusive") for name, taken in samples.items()}
+    medians = {name: quartiles(taken) for name, taken in samples.items()}
     floor = medians[FLOOR][1] if FLOOR in medians else None
     points = []
     for name in forms:

@@ -12,6 +12,7 @@ from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, ProfilePoi
 
 FORMAT = "fastbound profile 1"
 MIB = 2**20
+DPI = 130
 JSON, PICTURE, TRACE = "profile.json", "profile.png", "trace.json"
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
 COLOURS = {
@@ -147,21 +148,20 @@ def write(profile: Profile, folder: Path) -> None:
     draw(profile, folder / PICTURE)
 
 
+def panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of inches that no window shows, and its axes [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def draw(profile: Profile, path: Path) -> None:
     """A row for each place: time over the frozen module, and memory, against the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     places = profile.places
-    figure, panels = pyplot.subplots(
-        len(places),
-        2,
-        figsize=(11, 1.3 + 3.5 * len(places)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, panels = panel_grid(len(places), 2, 11, 1.3 + 3.5 * len(places))
     for place, (left, right) in zip(places, panels, strict=True):
         lengths = sorted({p.tokens for p in profile.points if p.place == place})
         left.set_title(
@@ -194,8 +194,7 @@ def draw(profile: Profile, path: Path) -> None:
         f"{profile.rounds} interleaved rounds with quartiles",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    figure.savefig(path, dpi=DPI)
 
 
 def _draw_time(axes: Any, name: str, points: Sequence[ProfilePoint]) -> None:

@@ -12,16 +12,19 @@ from torch import Tensor
 from fastbound.dispatch.defaults import Tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import Plan
-from fastbound.operator.torch_engine import TorchEngine
-from fastbound.operator.triton_engine import TritonEngine
-from fastbound.performance.block_passes import BlockOperands, operands_at
+from fastbound.operator import ops
+from fastbound.operator.call import Term
+from fastbound.operator.engine import Engine, engine_of
+from fastbound.operator.ops import given
 from fastbound.performance.compilation import TARGETS
-from fastbound.performance.passes import OMEGA, Candidate, Operands, linear_truth, require_truth
+from fastbound.performance.passes import Candidate, operands_at
 from fastbound.performance.shapes import Block
 from fastbound.performance.timing import interleaved, kernel_stopwatch
 from fastbound.performance.tuning.candidates import Point
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
 from fastbound.performance.tuning.tune import Timings
+from fastbound.truth.exactness import CORRECT, exact, require_truth
+from fastbound.truth.operands import BlockOperands, LayerOperands
 
 CHECKED_ROWS = 256  # of y and dx; dA and dB are sums over all rows
 
@@ -49,7 +52,7 @@ class DeviceBench:
         self.workers = min(12, os.cpu_count() or 1) if workers is None else workers
         self._found: dict[_Binary, str | None] = {}
         self._point: Point | None = None
-        self._operands: Operands | BlockOperands | None = None
+        self._operands: LayerOperands | BlockOperands | None = None
 
     def faults(
         self, names: Sequence[str], point: Point, chosen: Sequence[Candidate], deadline: float
@@ -76,8 +79,9 @@ class DeviceBench:
     def sweep(
         self, name: str, point: Point, chosen: Sequence[Candidate]
     ) -> Mapping[Candidate, float]:
-        o = self._at(point)
-        rows, dropped = sweep(name, o, point.shape, chosen, self.device, self.rounds)
+        o, tiles = self._at(point), point.default_tiles(self.described, self.dtype)
+        size = self.described.multiprocessors
+        rows, dropped = sweep(name, o, point.shape, tiles, chosen, self.device, size, self.rounds)
         for one in dropped:
             self.say(f"{one.name}, {one.candidate}: {one.reason}")
         medians = {row.candidate: row.median for row in rows}
@@ -85,40 +89,31 @@ class DeviceBench:
 
     def strategies(self, point: Point, tiles: Tiles) -> Timings:
         o = self._at(point)
-        if not isinstance(o, Operands):
+        if not isinstance(o, LayerOperands):
             raise TypeError(f"{point}: strategies are a layer's, and this is a block")
-        truth = linear_truth(o.x, o.dy, o.weight, o.A, o.B, o.scaling, OMEGA, CHECKED_ROWS)
+        truth = exact(o, slice(0, CHECKED_ROWS))
         steps: dict[str, Callable[[int], object]] = {}
         faults: dict[str, str] = {}
         for name in ("fused", "split", "torch"):
-            products: TorchEngine | TritonEngine = TorchEngine()
-            if name != "torch":
-                products = TritonEngine(Plan(name, "tuning", tiles, o.multiprocessors))
+            held = None if name == "torch" else tiles
+            engine = engine_of(Plan(name, "tuning", held, self.described.multiprocessors))
+            step = partial(_forward_and_backward, o, engine)
             try:
-                for (result, expected), value in zip(
-                    truth.items(), _forward_and_backward(o, products), strict=True
-                ):
-                    part = value if result in ("dA", "dB") else value[:CHECKED_ROWS]
-                    require_truth(result, part, expected, self.dtype)
+                for (result, expected), value in zip(truth.items(), step(), strict=True):
+                    part = value if result in o.trained else value[:CHECKED_ROWS]
+                    require_truth(result, part, expected, CORRECT[self.dtype])
             except ArithmeticError as error:
                 faults[name] = str(error)
             else:
-                steps[name] = partial(_step, o, products)
+                steps[name] = step
         del truth
         stopwatch = kernel_stopwatch(self.device)
         return Timings(interleaved(steps, rounds=self.rounds, stopwatch=stopwatch), faults)
 
-    def _at(self, point: Point) -> Operands | BlockOperands:
+    def _at(self, point: Point) -> LayerOperands | BlockOperands:
         if self._operands is None or self._point != point:
             self._operands = None  # freed before the next are made
-            self._operands = operands_at(
-                point.shape,
-                point.M,
-                point.rank,
-                self.dtype,
-                self.device,
-                self.described.multiprocessors,
-            )
+            self._operands = operands_at(point.shape, point.M, point.rank, self.dtype, self.device)
             self._point = point
         return self._operands
 
@@ -128,20 +123,10 @@ def _binary(name: str, candidate: Candidate, point: Point) -> _Binary:
     return name, str(candidate), padded_rank(point.rank), form
 
 
-def _step(o: Operands, products: TorchEngine | TritonEngine, turn: int) -> object:
-    return _forward_and_backward(o, products)
-
-
-def _forward_and_backward(
-    o: Operands, products: TorchEngine | TritonEngine
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, dx, dA and dB by the products of a plan, as ``operator.ops`` strings them together."""
-    R = o.SA.shape[0]
-    SA, SB = products.factors(o.A, o.B, o.scaling, OMEGA, o.x.dtype, R)
-    S = products.thin(o.x, SA.t())
-    y = products.lowrank_gemm(o.x, o.weight, S, SB, None)
-    SA, SB = products.factors(o.A, o.B, o.scaling, OMEGA, o.x.dtype, R)
-    dS, dB = products.thin_and_factor_gradient(o.dy, SB, S, o.B, OMEGA, o.scaling)
-    dx = products.lowrank_gemm(o.dy, o.weight.t(), dS, SA.t(), None)
-    dA = products.factor_gradient(o.x, dS, o.A.t(), OMEGA, 1.0).t()
-    return y, dx, dA, dB
+def _forward_and_backward(o: LayerOperands, engine: Engine, turn: int = 0) -> tuple[Tensor, ...]:
+    """y, dx, dA and dB by an engine."""
+    term = Term(o.A, o.B, o.scaling, o.omega)
+    y, S = ops.compute_forward(o.x, o.weight, None, None, *term, engine=engine)
+    needs = (o.x.dtype, True, True, True)
+    gradients = ops.compute_backward(o.dy, o.x, S, o.weight, *needs, *term, engine=engine)
+    return (y, *(given(gradient) for gradient in gradients))

@@ -1,7 +1,7 @@
 """A sweep of tiles, pass by pass: what does not compile cleanly is dropped before it costs time.
 
 Every candidate of a pass runs once per round, in an order drawn anew each round, with a cold cache;
-its results are compared with those of the default tile.
+its results are compared with those of PyTorch's operations in the same dtype.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from statistics import quantiles
 
 import torch
 
-from fastbound.performance.block_passes import BlockOperands, kernels_of, operands_at
+from fastbound.dispatch.defaults import Tiles, default_tiles, padded_rank
+from fastbound.operator.engine import Engine
 from fastbound.performance.compilation import TARGETS, Compiled, compile_launch
 from fastbound.performance.isolation import Broken, isolated
-from fastbound.performance.passes import FLOORS, Candidate, Kernel, Operands, results
+from fastbound.performance.passes import Candidate, Pass, operands_at, passes_of
 from fastbound.performance.shapes import Block, Shape
-from fastbound.performance.timing import interleaved, kernel_stopwatch
+from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
+from fastbound.truth.interpreter import poisoned_empty
+from fastbound.truth.operands import BlockOperands, LayerOperands
 
-# Largest relative difference from the default tile's result: rounding in another order.
+# Largest relative difference from what PyTorch makes of the same operands: rounding elsewhere.
 SAME = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2**-12}
 FLOOR = "cuBLAS"
 
@@ -49,7 +51,7 @@ class TileRow:
     q1: float
     q3: float
     rounds: int
-    over_default: float
+    over_default: float | None
     over_floor: float | None
 
 
@@ -67,11 +69,12 @@ def fault(task: CompileTask) -> str | None:
 def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
     """What the compiler made of a candidate's main kernel, and its fault."""
     name, candidate, shape, M, rank, dtype, target = task
-    meta = torch.device("meta")
-    o = operands_at(shape, M, rank, dtype, meta, TARGETS[target].multiprocessors)
+    o = operands_at(shape, M, rank, dtype, torch.device("meta"))
+    tiles = default_tiles(target, M, padded_rank(rank), dtype)
     try:
-        kernel = kernels_of(name, o, candidate)[0]
-        compiled = compile_launch(kernel.launch, target)
+        engine = candidate.engine(name, tiles, TARGETS[target].multiprocessors)
+        launch = passes_of(o)[name].launches(engine)[0]
+        compiled = compile_launch(launch, target)
     except Exception as error:
         lines = str(error).strip().splitlines()
         return None, f"{type(error).__name__}: {lines[-1] if lines else ''}"
@@ -113,68 +116,60 @@ def _compiling() -> Iterator[None]:
 
 def sweep(
     name: str,
-    o: Operands | BlockOperands,
+    o: LayerOperands | BlockOperands,
     shape: Shape | Block,
+    tiles: Tiles,
     chosen: Sequence[Candidate],
     device: torch.device,
+    multiprocessors: int,
     rounds: int,
 ) -> tuple[list[TileRow], list[Dropped]]:
-    """Time ``chosen``, the default first, against one another and against the bare GEMM."""
-    passes: dict[str, Sequence[Kernel]] = {}
+    """Time ``chosen``, the default first, against one another and against the bare GEMM.
+
+    What does not run, or does not give what PyTorch's operations give, is dropped with the reason,
+    the default too. ``tiles`` are those of the other passes.
+    """
+    work = passes_of(o)[name]
+    expected = work.reference()  # in the same dtype: fp64 copies would not fit beside the operands
+    steps: dict[str, Callable[[int], object]] = {}
     dropped: list[Dropped] = []
-    truth: tuple[torch.Tensor, ...] = ()
     for candidate in chosen:
         try:
-            kernels = kernels_of(name, o, candidate)
-            produced = _poisoned_run(kernels)
-            if not truth:
-                truth = tuple(tensor.clone() for tensor in produced)
-            _check(produced, truth)
+            engine = candidate.engine(name, tiles, multiprocessors)
+            with poisoned_empty():
+                _check(work.run(engine), expected)
+        except torch.OutOfMemoryError:
+            raise  # of the operands, not of the tile: the whole shape is left out
         except Exception as error:
-            if not truth:
-                raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
             dropped.append(Dropped(name, str(candidate), reason))
         else:
-            passes[str(candidate)] = kernels
-    steps: dict[str, Callable[[int], object]] = {
-        key: partial(_run, kernels) for key, kernels in passes.items()
-    }
-    if isinstance(o, Operands) and name in FLOORS:
-        steps[FLOOR] = lambda turn: FLOORS[name](o)
+            steps[str(candidate)] = partial(_run, work, engine)
+    if steps and work.floor() is not None:
+        steps[FLOOR] = lambda turn: work.floor()
     for step in steps.values():
         step(0)
-    stopwatch = kernel_stopwatch(device)
-    samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch)
-    return _rows(name, shape, o.M, str(chosen[0]), samples), dropped
+    samples = interleaved(steps, rounds=rounds, stopwatch=kernel_stopwatch(device))
+    return _rows(name, shape, o.x.shape[0], str(chosen[0]), samples), dropped
 
 
-def _run(kernels: Sequence[Kernel], turn: int = 0) -> None:
-    for kernel in kernels:
-        kernel.launch.run()
+def _run(work: Pass, engine: Engine, turn: int) -> object:
+    return work.run(engine)
 
 
-def _poisoned_run(kernels: Sequence[Kernel]) -> tuple[torch.Tensor, ...]:
-    for kernel in kernels:
-        for tensor in (*kernel.parts, *kernel.results):
-            tensor.fill_(float("nan"))
-    _run(kernels)
-    return results(kernels)
-
-
-def _check(produced: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
-    for got, expected in zip(produced, truth, strict=True):
-        error = float((got.float() - expected.float()).norm() / expected.float().norm())
-        if not error <= SAME[got.dtype]:
-            raise ArithmeticError(f"off the default tile's result by {error:.2e} (relative)")
+def _check(produced: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    for got, truth in zip(produced, expected, strict=True):
+        error = float((got.float() - truth.float()).norm() / truth.float().norm())
+        if not error <= SAME[got.dtype]:  # a NaN fails too
+            raise ArithmeticError(f"off PyTorch's result by {error:.2e} (relative)")
 
 
 def _rows(
     name: str, shape: Shape | Block, M: int, default: str, samples: Mapping[str, Sequence[float]]
 ) -> list[TileRow]:
     """Fastest first."""
-    quartiles = {key: quantiles(taken, n=4, method="inclusive") for key, taken in samples.items()}
-    floor = quartiles[FLOOR][1] if FLOOR in quartiles else None
+    found = {key: quartiles(taken) for key, taken in samples.items()}
+    floor = found[FLOOR][1] if FLOOR in found else None
     rows = [
         TileRow(
             name=name,
@@ -186,9 +181,9 @@ def _rows(
             q1=q1,
             q3=q3,
             rounds=len(samples[key]),
-            over_default=median / quartiles[default][1],
+            over_default=median / found[default][1] if default in found else None,
             over_floor=None if floor is None else median / floor,
         )
-        for key, (q1, median, q3) in quartiles.items()
+        for key, (q1, median, q3) in found.items()
     ]
     return sorted(rows, key=lambda row: row.median)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastbound.kernels.gated import column_blocks, spanned_chunks
+from fastbound.kernels.reduce import row_chunks
+from fastbound.kernels.thin import step_chunks
 from fastbound.kernels.tiles import GemmTile, Tile
-from fastbound.performance.prediction import (
-    BF16,
-    FP32,
-    Ceilings,
-    gemm_bytes,
-    parts_of_P,
-    parts_of_Q,
-    parts_of_S,
-)
+from fastbound.performance.prediction import BF16, FP32, Ceilings
 from fastbound.performance.shapes import Block, Shape
 
 L2_OVER_MEMORY = 2.0  # assumed bandwidth of L2 in that of memory
@@ -40,26 +35,28 @@ def tile_seconds(
         waves = -(-(-(-M // tile.block_m) * -(-wide // tile.block_n)) // sms)
         work = 2 * tile.block_m * tile.block_n * (depth + R)
         loads = BF16 * (tile.block_m + tile.block_n) * depth
-        least = gemm_bytes(shape, M) / ceilings.bandwidth
+        least = BF16 * (M * wide + wide * depth + M * depth) / ceilings.bandwidth
         one = max(work / ceilings.flops, loads / (L2_OVER_MEMORY * ceilings.bandwidth))
         return max(waves * sms * one, least)
     elif name == "thin":
-        parts, programs = parts_of_S(M, shape.K, R, tile, sms)
+        chunks, _ = step_chunks(M, shape.K, tile, sms)
+        programs = chunks * -(-M // tile.block_m)
+        parts = FP32 * chunks * M * R * (chunks > 1)  # one launch writes S itself
         factor = BF16 * -(-M // tile.block_m) * shape.K * R  # once for each block of rows, from L2
         nbytes = BF16 * M * shape.K + factor / L2_OVER_MEMORY + 2 * parts
     else:
         width = shape.N if name == "reduce dy" else shape.K
-        parts, programs = parts_of_Q(M, width, R, tile, sms)
+        chunks, _ = row_chunks(M, width, tile, sms)
+        columns = -(-width // tile.block_n)
+        parts, programs = FP32 * chunks * width * R, chunks * columns
         if name == "reduce dy":
-            parts += parts_of_P(M, width, R, tile)
+            parts += FP32 * columns * M * R
         nbytes = BF16 * M * width + 2 * parts
     return nbytes / ceilings.bandwidth * max(1.0, sms / programs)
 
 
 def _block_bytes(name: str, tile: Any, block: Block, M: int, R: int, sms: int) -> tuple[float, int]:
     """Bytes that count as memory's of one pass over the tall tensors, and how many programs."""
-    from fastbound.kernels.gated import column_blocks, spanned_chunks
-
     tall = BF16 * M * block.N
     if name == "activate":  # G, U and H; the factor once for each block of rows, from L2
         programs = -(-M // tile.block_m)

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from fastbound.version import __version__
+from fastbound.version import versions
 
 
 def environment() -> dict[str, Any]:
     """What the figures were taken on."""
     cuda = torch.cuda.is_available()
     return {
-        "fastbound": __version__,
-        "torch": torch.__version__,
+        **versions("fastbound", "torch"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),

@@ -14,14 +14,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
+from fastbound.kernels.launch import Launch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.rivals.block import MLP_COMPETITORS, per_layer
 from benchmarks.rivals.cases import Block
-from benchmarks.rivals.layer import COMPETITORS, Competitor
-from benchmarks.static import block_floor as mlp_floor
+from benchmarks.rivals.competitors import BLOCK_COMPETITORS, LAYER_COMPETITORS
 from benchmarks.static import traffic
-from benchmarks.static.meter import Meter, Region
+from benchmarks.static.meter import Meter, Step
+from benchmarks.static.recorded import BLOCK_RIVALS, calls_of
 from benchmarks.static.traffic import (
     DIRECTIONS,
     DTYPE,
@@ -31,14 +31,15 @@ from benchmarks.static.traffic import (
     IDEAL_PLAIN,
     PLAIN,
     RANK,
+    Accesses,
     Counted,
     K,
     M,
     N,
-    Passes,
 )
 from fastbound.dispatch.device import Device
-from fastbound.performance import prediction as time_model
+from fastbound.performance.prediction import BF16, Region, operands, prediction_of
+from fastbound.performance.recorder import Call, Directions
 from fastbound.performance.shapes import Shape
 
 
@@ -162,76 +163,85 @@ class TestMeterOfOperations:
 
 @pytest.fixture(scope="module")
 def linear() -> Counted:
-    return traffic.linear_traffic()
+    return traffic.counted(LAYER)
 
 
 @pytest.fixture(scope="module")
 def gated() -> Counted:
-    return traffic.block_traffic(GATED)
+    return traffic.counted(GATED)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Counted:
-    return traffic.block_traffic(PLAIN)
+    return traffic.counted(PLAIN)
 
 
-def sizes(counted: Counted, kernel: str, argument: str) -> list[int]:
-    """Bytes of what the argument names, for each launch that writes it; it is written whole."""
-    regions = []
+INTERPRETER = Device("interpreter", 4)
+LAYER = Shape("traffic", "layer", K, N)
+
+
+def recorded(name: str, place: Shape | Block) -> Directions:
+    return calls_of(name, place, M, RANK, INTERPRETER)
+
+
+def written_parts(counted: Counted) -> list[int]:
+    """Bytes of every workspace that a launch writes; it is written whole."""
+    found = []
     for step in counted.steps["backward"]:
-        region = step.operands.get(argument)
-        if step.name == kernel and region in step.moved and step.moved[region].written:
-            assert step.moved[region].written % region.nbytes == 0
-            regions.append(region.nbytes)
-    return regions
+        if step.name in ("_reduce_kernel", "_backward_kernel"):
+            for argument in ("P", "Q", "QG", "QU", "QD"):
+                region = step.operands.get(argument)
+                if region in step.moved and step.moved[region].written:
+                    assert step.moved[region].written % region.nbytes == 0
+                    found.append(region.nbytes)
+    return found
 
 
 class TestLinear:
     @pytest.mark.parametrize("name", IDEAL_LINEAR)
     def test_passes_are_the_ideal_ones(self, linear: Counted, name: str) -> None:
-        passes = tuple(linear.passes(direction, name) for direction in DIRECTIONS)
+        passes = tuple(linear.accesses(direction, name) for direction in DIRECTIONS)
         assert passes == IDEAL_LINEAR[name]
 
     def test_dy_is_read_once_and_x_once_each_way(self, linear: Counted) -> None:
-        assert linear.passes("backward", "dy") == Passes(1, 0)
-        assert linear.passes("forward", "x") == linear.passes("backward", "x") == Passes(1, 0)
+        assert linear.accesses("backward", "dy") == Accesses(1, 0)
+        assert linear.accesses("forward", "x") == linear.accesses("backward", "x") == Accesses(1, 0)
 
     def test_y_and_dx_come_from_one_gemm_each(self, linear: Counted) -> None:
-        assert linear.gemms("forward", "y") == linear.gemms("backward", "dx") == Passes(0, 1)
-        assert linear.gemms("forward", "x") == linear.gemms("backward", "dy") == Passes(1, 0)
+        assert linear.gemms("forward", "y") == linear.gemms("backward", "dx") == Accesses(0, 1)
+        assert linear.gemms("forward", "x") == linear.gemms("backward", "dy") == Accesses(1, 0)
         assert sum(step.gemm for steps in linear.steps.values() for step in steps) == 2
 
     def test_nothing_tall_is_written_but_y_and_dx(self, linear: Counted) -> None:
         written = linear.written(M * K)
         assert written == {linear.regions["y"], linear.regions["dx"]}
 
-    def test_workspaces_are_those_of_the_arithmetic(self, linear: Counted) -> None:
-        expected = traffic.linear_workspaces(M, (K, N), RANK, "interpreter", 4)
-        assert sizes(linear, "_reduce_kernel", "P") == [expected["dS parts"]]
-        found = sizes(linear, "_reduce_kernel", "Q")
-        assert found == [expected["dB parts"], expected["dA parts"]]
+    def test_workspaces_are_those_of_the_recorded_launches(self, linear: Counted) -> None:
+        workspaces = traffic.workspaces(recorded("fused", LAYER))
+        assert written_parts(linear) == [nbytes for _, nbytes in workspaces]
+        assert len(workspaces) == 3  # the parts of dS, of dB and of dA
 
 
 class TestBlock:
     @pytest.mark.parametrize("name", IDEAL_GATED)
     def test_gated_passes_are_the_ideal_ones(self, gated: Counted, name: str) -> None:
-        passes = tuple(gated.passes(direction, name) for direction in DIRECTIONS)
+        passes = tuple(gated.accesses(direction, name) for direction in DIRECTIONS)
         assert passes == IDEAL_GATED[name]
 
     @pytest.mark.parametrize("name", IDEAL_PLAIN)
     def test_plain_passes_are_the_ideal_ones(self, plain: Counted, name: str) -> None:
-        passes = tuple(plain.passes(direction, name) for direction in DIRECTIONS)
+        passes = tuple(plain.accesses(direction, name) for direction in DIRECTIONS)
         assert passes == IDEAL_PLAIN[name]
 
     def test_act_is_written_once_and_read_once(self, gated: Counted, plain: Counted) -> None:
         for counted in (gated, plain):
-            assert counted.passes("forward", "act") == Passes(0, 1)
-            assert counted.gemms("forward", "act") == Passes(1, 0)  # down's, and nothing else
-            assert counted.passes("backward", "act") == (0, 0)
+            assert counted.accesses("forward", "act") == Accesses(0, 1)
+            assert counted.gemms("forward", "act") == Accesses(1, 0)  # down's, and nothing else
+            assert counted.accesses("backward", "act") == (0, 0)
             assert counted.gemms("backward", "act") == (0, 0)
 
     def test_backward_reads_dact_g_u_once_and_writes_dg_du_once(self, gated: Counted) -> None:
-        assert {n: gated.passes("backward", n) for n in ("dact", "g", "u", "dg", "du")} == {
+        assert {n: gated.accesses("backward", n) for n in ("dact", "g", "u", "dg", "du")} == {
             "dact": (1, 0),
             "g": (1, 0),
             "u": (1, 0),
@@ -244,7 +254,7 @@ class TestBlock:
         assert names.count("_forward_kernel") == names.count("_backward_kernel") == 1
 
     def test_dx_is_made_by_gemms_alone(self, gated: Counted) -> None:
-        assert gated.passes("backward", "dx") == (0, 0)
+        assert gated.accesses("backward", "dx") == (0, 0)
         assert gated.gemms("backward", "dx").written <= 2
 
     def test_nothing_tall_is_written_beyond_the_formula(
@@ -256,90 +266,97 @@ class TestBlock:
         ):
             assert counted.written(M * K) == {counted.regions[name] for name in names}
 
-    def test_moves_less_than_the_frozen_block_in_tall_tensors(self, gated: Counted) -> None:
-        frozen = next(c for c in traffic.MLP_COMPETITORS if c.name == "frozen")
-        bare = traffic.block_traffic(GATED, frozen)
+    def test_moves_less_than_the_frozen_block_in_tall_tensors(self) -> None:
+        ours, bare = (traffic.tall_passes(name, GATED) for name in ("fused", "frozen"))
 
-        def moved(counted: Counted) -> int:
-            return sum(
-                count(direction, M * width)
-                for direction in DIRECTIONS
-                for width in (K, N)
-                for count in (counted.bytes_outside, counted.bytes_in_gemms)
-            )
+        def moved(passes: dict[tuple[str, str, bool], float]) -> float:
+            return sum(n * getattr(GATED, width) for (_, width, _), n in passes.items())
 
-        assert moved(gated) < moved(bare)
+        assert moved(ours) < moved(bare)
 
-    @pytest.mark.parametrize("kind", ["gated", "plain"])
-    def test_workspaces_are_those_of_the_arithmetic(
-        self, kind: str, request: pytest.FixtureRequest
+    @pytest.mark.parametrize("block", [GATED, PLAIN], ids=["gated", "plain"])
+    def test_workspaces_are_those_of_the_recorded_launches(
+        self, block: Block, request: pytest.FixtureRequest
     ) -> None:
-        counted = request.getfixturevalue(kind)
-        block = GATED if kind == "gated" else PLAIN
-        expected = traffic.block_workspaces(M, block, RANK, "interpreter", 4)
-        assert sizes(counted, "_reduce_kernel", "P") == [expected["down: dS parts"]]
-        found = sizes(counted, "_reduce_kernel", "Q")
-        assert found == [expected["down: dB parts"], expected["dA parts"]]
-        assert sizes(counted, "_backward_kernel", "P") == [expected["activation: dS parts"]]
-        gradients = ["QG", "QU", "QD"] if block.gated else ["QG", "QD"]
-        found = [n for q in gradients for n in sizes(counted, "_backward_kernel", q)]
-        assert sum(found) == expected["activation: dB and dA parts"]
+        counted = request.getfixturevalue("gated" if block.gated else "plain")
+        workspaces = traffic.workspaces(recorded("fused", block))
+        assert written_parts(counted) == [nbytes for _, nbytes in workspaces]
+        assert len(workspaces) == (7 if block.gated else 6)
 
 
-@pytest.mark.parametrize("name", ["frozen", "addmm", "peft_bf16", "peft_fp32"])
-def test_the_floor_counts_the_passes_that_are_made(name: str) -> None:
-    counted = traffic.linear_traffic(next(c for c in COMPETITORS if c.name == name))
-    assert per_element(counted) == time_model.traffic(name)
+# What is recorded over meta tensors, and predicted from, against what is metered as it runs.
+
+PARTS = ("P", "Q", "QG", "QU", "QD", "PARTS")  # of the kernels' arguments, workspaces
 
 
-def per_element(counted: Counted) -> dict[tuple[str, str], float]:
-    """Bytes outside the GEMMs."""
-    return {
-        (direction, name): counted.bytes_outside(direction, M * width) / (M * width)
-        for direction in DIRECTIONS
-        for name, width in (("K", K), ("N", N))
-    }
+def assert_moved(call: Call, step: Step) -> None:
+    """A call's predicted bytes are those that were moved, operand by operand.
+
+    Of a GEMM, whose tiles read again, an operand counts once; and what is as small as a factor or
+    as S, which every block of rows reads, moves once at least. So do the parts of the activation's
+    backward, which it reads back from cache.
+    """
+    predicted = prediction_of(call).nbytes
+    if not isinstance(call, Launch):
+        moved = sum(m.read + m.written for m in step.moved.values())
+        assert (call.name, predicted) == (step.name, moved)
+        return
+    assert call.kernel.fn.__name__ == step.name
+    assert predicted == sum(Region.of(tensor).nbytes for _, tensor in operands(call))
+    for name, tensor in operands(call):
+        region, given = Region.of(tensor), step.operands[name]
+        assert (region.elements, region.itemsize) == (given.elements, given.itemsize)
+        moved = step.moved[given]
+        tall = region.elements in (M * K, M * N)
+        parts = name in PARTS and tensor.dim() == 3 and step.name != "_backward_kernel"
+        if step.gemm and (tall or region.elements == N * K):
+            assert (moved.read > 0) + (moved.written > 0) == 1
+        elif tall or parts:
+            assert moved.read + moved.written == region.nbytes, (step.name, name)
+        else:
+            assert moved.read + moved.written >= region.nbytes, (step.name, name)
 
 
-def test_the_floor_counts_the_fused_passes(linear: Counted) -> None:
-    assert per_element(linear) == time_model.traffic("fused")
-    assert DTYPE.itemsize == time_model.BF16
+def size_of(call: Call) -> tuple[str, list[int]]:
+    name = call.kernel.fn.__name__ if isinstance(call, Launch) else call.name
+    return name, [Region.of(tensor).elements for _, tensor in operands(call)]
+
+
+def size_of_step(step: Step) -> tuple[str, list[int]]:
+    return step.name, [region.elements for region in dict.fromkeys(step.operands.values())]
+
+
+def assert_recorded_is_metered(
+    calls: Directions, counted: Counted, *, in_order: bool = True
+) -> None:
+    for direction in DIRECTIONS:
+        found, steps = getattr(calls, direction), counted.steps[direction]
+        if not in_order:
+            found, steps = sorted(found, key=size_of), sorted(steps, key=size_of_step)
+        for call, step in zip(found, steps, strict=True):
+            assert_moved(call, step)
 
 
 @pytest.mark.parametrize("name", ["frozen", "fused", "addmm", "peft_bf16", "peft_fp32"])
-def test_the_bytes_of_the_time_model_are_those_that_are_moved(name: str, linear: Counted) -> None:
-    """In all: tall tensors, the weight once for each GEMM, and the workspaces of the reductions."""
-    rivals = {c.name: c for c in COMPETITORS}
-    counted = linear if name == "fused" else traffic.linear_traffic(rivals[name])
-    tall_and_weight = sum(
-        count(direction, elements)
-        for direction in DIRECTIONS
-        for elements in (M * K, M * N, N * K)
-        for count in (counted.bytes_outside, counted.bytes_in_gemms)
-    )
-    workspaces = sum(
-        moved.written if step.name == "_reduce_kernel" else moved.read
-        for step in counted.steps["backward"]
-        if step.name in ("_reduce_kernel", "_finish_kernel", "_finish_both_kernel")
-        for argument in ("P", "Q", "PARTS")
-        if (region := step.operands.get(argument)) in step.moved
-        for moved in [step.moved[region]]
-    )
-    passes = time_model.layer_passes(name, Shape("m", "p", K, N), M, RANK, Device("interpreter", 4))
-    assert sum(one.nbytes for one in passes) == tall_and_weight + workspaces
+def test_the_bytes_of_a_layers_predictions_are_those_that_are_moved(
+    name: str, linear: Counted
+) -> None:
+    rivals = {c.name: c for c in LAYER_COMPETITORS}
+    counted = linear if name == "fused" else traffic.counted(LAYER, rivals[name])
+    assert_recorded_is_metered(recorded(name, LAYER), counted)
+    assert DTYPE.itemsize == BF16
 
 
 @pytest.mark.parametrize("block", [GATED, PLAIN], ids=["gated", "plain"])
-@pytest.mark.parametrize("name", mlp_floor.TALL_PASSES)
-def test_the_floor_of_a_block_counts_the_passes_that_are_made(name: str, block: Block) -> None:
-    own = {"fused": None, "per_layer": Competitor("per_layer", per_layer("fused"))}
-    rivals = {c.name: c for c in MLP_COMPETITORS}
-    counted = traffic.block_traffic(block, own[name] if name in own else rivals[name])
-    found = tuple(
-        sum(counted.bytes_outside(d, M * width) for d in DIRECTIONS) / (M * width * DTYPE.itemsize)
-        for width in (K, N)
-    )
-    assert found == mlp_floor.TALL_PASSES[name][block.gated]
+@pytest.mark.parametrize("name", ["frozen", *BLOCK_RIVALS])
+def test_the_bytes_of_a_blocks_predictions_are_those_that_are_moved(
+    name: str, block: Block
+) -> None:
+    rivals = {c.name: c for c in BLOCK_COMPETITORS}
+    forced = {"fused": traffic.FUSED, "per_layer": traffic.PER_LAYER}
+    counted = traffic.counted(block, {**rivals, **forced}[name])
+    calls = recorded(name, block)
+    assert_recorded_is_metered(calls, counted, in_order=name != "per_layer")
 
 
 @pytest.mark.slow

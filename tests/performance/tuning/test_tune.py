@@ -20,8 +20,7 @@ from fastbound.cli import main
 from fastbound.dispatch.defaults import Tiles, default_tiles
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.tables import find_table, read_table
-from fastbound.performance.block_passes import BLOCK_PASSES
-from fastbound.performance.passes import PASSES, Candidate
+from fastbound.performance.passes import BLOCK_PASSES, LAYER_PASSES, PASSES, Candidate
 from fastbound.performance.prediction import DATASHEET, datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
 from fastbound.performance.tuning import tune as tuning
@@ -126,7 +125,7 @@ def test_every_pass_is_timed_with_the_default_first(tmp_path: Path) -> None:
     bench = FakeBench()
     run(bench, tmp_path / "t.json")
     assert TODO[2].shape == BLOCK
-    for at, passes in ((TODO[0], PASSES), (TODO[2], BLOCK_PASSES)):
+    for at, passes in ((TODO[0], LAYER_PASSES), (TODO[2], BLOCK_PASSES)):
         assert [name for name, point, _ in bench.swept if point == at] == list(passes)
     for name, point, chosen in bench.swept:
         rank, form = (32, BLOCK.form) if point.shape == BLOCK else (16, None)
@@ -247,7 +246,7 @@ def test_no_descriptors_are_tried_where_there_is_no_tma() -> None:
 
 
 @given(
-    name=st.sampled_from([*PASSES, *BLOCK_PASSES]),
+    name=st.sampled_from(list(PASSES)),
     architecture=st.sampled_from(["sm_80", "sm_90", "gfx942", "sm_999"]),
     M=st.integers(0, 20).map(lambda n: 1 << n),
     N=st.integers(1, 300_000),
@@ -354,7 +353,7 @@ def test_the_candidate_report_names_a_pass_without_a_choice() -> None:
     from benchmarks.static import candidate_report as report
 
     todo = report.tasks("sm_90", 8192)
-    assert {name for name, *_ in todo} == {*PASSES, *BLOCK_PASSES}
+    assert {name for name, *_ in todo} == set(PASSES)
     only = report.tasks("sm_90", 8192, passes=["activate"])
     assert [task[0] for task in only] == ["activate"] * len(only)
     assert {task[2].form for task in only} == {"gated silu", "plain gelu_tanh"}
@@ -375,7 +374,7 @@ def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything of it but the device."""
-    from fastbound.dispatch import plan as plan_module
+    from fastbound.dispatch import device as devices
     from fastbound.dispatch import tables as plan_tables
     from fastbound.performance.tuning import bench as tuning_bench
 
@@ -383,7 +382,7 @@ def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(plan_module, "describe", lambda *device: HOPPER.device)
+    monkeypatch.setattr(devices, "describe", lambda *device: HOPPER.device)
     monkeypatch.setattr(plan_tables, "user_folder", lambda: tmp_path / "plans")
     monkeypatch.setattr(tuning_bench, "DeviceBench", lambda *arguments, **settings: bench)
     arguments = ["tune", "--shapes", "llama-3-8b", "--tokens", "8k", "--ranks", "16"]

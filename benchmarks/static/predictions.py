@@ -1,8 +1,8 @@
-"""Predicted against measured, for every shape and strategy: `python -m benchmarks.static.model`.
+"""Predicted against measured, for every place: `python -m benchmarks.static.predictions`.
 
-The prediction is that of `performance.prediction`: passes one after the other, each the longer of
-its operations and its bytes at the ceilings. Files of gpu_check bring their own measured ceilings
-and times; without any the ceilings are those of a datasheet, which nothing passes.
+The prediction is that of `performance.prediction`: recorded calls one after the other, each the
+longer of its operations and its bytes at the ceilings. Files of gpu_check bring their own measured
+ceilings and times; without any the ceilings are those of a datasheet, which nothing passes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,11 @@ from typing import Any, NamedTuple
 from benchmarks.report.facts import ROOT
 from benchmarks.report.readme import read_checks
 from benchmarks.report.rows import markdown_table
-from benchmarks.static import block_floor as mlp_floor
+from benchmarks.static.floor import calls_table
+from benchmarks.static.recorded import predictions, ratio, rivals_of
 from fastbound.dispatch.device import Device
-from fastbound.performance.prediction import (
-    DATASHEET,
-    RANK,
-    STRATEGIES,
-    Ceilings,
-    layer_passes,
-    predicted_ratio,
-)
-from fastbound.performance.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape
+from fastbound.performance.prediction import DATASHEET, RANK, Ceilings
+from fastbound.performance.shapes import MODEL_BLOCKS, MODEL_SHAPES, Block, Shape, linear_shapes
 
 RESULTS = ROOT / "benchmarks" / "results"
 TOKENS = (1024, 4096, 8192, 32768)
@@ -36,8 +30,6 @@ SIZES = {
     "h200": Device("sm_90", 132),
     "mi300x": Device("gfx942", 304),
 }
-RIVALS = tuple(name for name in STRATEGIES if name != "frozen")
-BLOCK_RIVALS = tuple(name for name in mlp_floor.TALL_PASSES if name != "frozen")
 
 
 class Setting(NamedTuple):
@@ -81,7 +73,7 @@ def datasheet_setting(gpu: str) -> Setting:
 
 def ratio_table(places: Sequence[Shape | Block], tokens: Sequence[int], setting: Setting) -> str:
     """Forward plus backward over the frozen one: predicted, and measured after a stroke."""
-    rivals = BLOCK_RIVALS if isinstance(places[0], Block) else RIVALS
+    rivals = rivals_of(places[0])
     lines = []
     for place in places:
         for M in tokens:
@@ -95,37 +87,17 @@ def ratio_table(places: Sequence[Shape | Block], tokens: Sequence[int], setting:
 
 
 def _predicted(name: str, place: Shape | Block, M: int, setting: Setting) -> float:
-    if isinstance(place, Block):
-        whole = mlp_floor.seconds(name, place, M, setting.ceilings, setting.device)
-        return whole / mlp_floor.seconds("frozen", place, M, setting.ceilings)
-    return predicted_ratio(name, place, M, setting.ceilings, RANK, setting.device)
-
-
-def pass_table(name: str, shape: Shape, M: int, setting: Setting) -> str:
-    """What one strategy spends its time on."""
-    passes = layer_passes(name, shape, M, RANK, setting.device)
-    lines = [
-        [
-            one.name,
-            f"{one.flops / 1e9:.1f}",
-            f"{one.nbytes / 1e6:.0f}",
-            f"{one.seconds(setting.ceilings) * 1e3:.3f}",
-            one.bound_by(setting.ceilings),
-        ]
-        for one in passes
-    ]
-    return markdown_table(["pass", "GFLOP", "MB", "predicted ms", "bound by"], lines)
+    return ratio(name, place, M, setting.ceilings, RANK, setting.device)
 
 
 def misses(setting: Setting) -> str:
     """How far the predictions are from what was measured, by competitor."""
     places: dict[str, Shape | Block] = {str(p): p for p in (*MODEL_SHAPES, *MODEL_BLOCKS)}
     off: dict[str, list[float]] = {}
-    for (place, M, name), ratio in setting.measured.items():
-        known = BLOCK_RIVALS if isinstance(places.get(place), Block) else RIVALS
-        if place in places and name in known:
+    for (place, M, name), measured in setting.measured.items():
+        if place in places and name in rivals_of(places[place]):
             predicted = _predicted(name, places[place], M, setting)
-            off.setdefault(name, []).append(ratio / predicted - 1)
+            off.setdefault(name, []).append(measured / predicted - 1)
     lines = [
         [name, str(len(found)), f"{sum(found) / len(found):+.1%}", f"{max(found, key=abs):+.1%}"]
         for name, found in off.items()
@@ -135,7 +107,7 @@ def misses(setting: Setting) -> str:
 
 
 def document(setting: Setting, tokens: Sequence[int]) -> str:
-    llama = next(shape for shape in MODEL_SHAPES if shape.model == "llama-3-8b")
+    llama = linear_shapes("llama-3-8b")[0]
     measured = sorted({M for _, M, _ in setting.measured})
     lengths = sorted({*tokens, *measured})
     sections = [
@@ -147,7 +119,8 @@ def document(setting: Setting, tokens: Sequence[int]) -> str:
         ratio_table(MODEL_BLOCKS, lengths, setting),
     ]
     for name in ("fused", "split"):
-        sections += [f"{llama} at 8192 tokens, {name}:", pass_table(name, llama, 8192, setting)]
+        found = predictions(name, llama, 8192, RANK, setting.device)
+        sections += [f"{llama} at 8192 tokens, {name}:", calls_table(found, setting.ceilings)]
     if setting.measured:
         sections.append(misses(setting))
     return "\n\n".join(sections)
@@ -155,7 +128,7 @@ def document(setting: Setting, tokens: Sequence[int]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.static.model", description=(__doc__ or "").split(":")[0]
+        prog="python -m benchmarks.static.predictions", description=(__doc__ or "").split(":")[0]
     )
     parser.add_argument(
         "results", nargs="*", type=Path, help="files of gpu_check or folders of them"

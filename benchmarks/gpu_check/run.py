@@ -1,0 +1,82 @@
+"""The stages in their order, each with its share of the budget."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.gpu_check.ceilings import measure_ceilings
+from benchmarks.gpu_check.correctness import check_correctness
+from benchmarks.gpu_check.options import WEIGHTS, Options
+from benchmarks.gpu_check.session import Session, run_steps, tail
+from benchmarks.gpu_check.stages import benchmark_steps, tile_steps
+from benchmarks.gpu_check.tool_stages import profiled, tuned
+from benchmarks.report.facts import facts
+from benchmarks.report.summary import summary
+from fastbound.truth.interpreter import interpreted_bf16
+
+
+def ceilings(session: Session, deadline: float) -> None:
+    """A large copy and a large matrix product."""
+    session.ceilings = measure_ceilings(session.options.device, tiny=session.options.tiny)
+    session.results["ceilings"] = asdict(session.ceilings)
+
+
+def benchmark(session: Session, deadline: float) -> None:
+    """Layers against their floor and rivals, single kernels, and what a call costs."""
+    store = session.results["benchmark"] = {"rows": [], "kernels": [], "calls": [], "skipped": []}
+    run_steps(session, "benchmark", benchmark_steps(session), store, deadline)
+
+
+def tiles(session: Session, deadline: float) -> None:
+    """Candidates for every pass."""
+    store = session.results["tiles"] = {"rows": [], "dropped": []}
+    run_steps(session, "tiles", tile_steps(session, store, deadline), store, deadline)
+
+
+STAGES: Mapping[str, Callable[[Session, float], None]] = {
+    "correctness": check_correctness,
+    "ceilings": ceilings,
+    "benchmark": benchmark,
+    "tune": tuned,
+    "profile": profiled,
+    "tiles": tiles,
+}
+
+
+def check(options: Options) -> Session:
+    """Run the stages within the budget, each with its share of what is left."""
+    session = Session(options, facts(options.device))
+    session.say(f"{session.facts.device}, torch {torch.__version__}, {session.facts.commit}")
+    session.save()
+    end = session.start + 60 * options.minutes
+    stages = [name for name in STAGES if name in options.only]
+    scope: AbstractContextManager[None] = interpreted_bf16() if options.tiny else nullcontext()
+    with scope:
+        for i, name in enumerate(stages):
+            share = WEIGHTS[name] / sum(WEIGHTS[later] for later in stages[i:])
+            deadline = time.monotonic() + share * max(0.0, end - time.monotonic())
+            if time.monotonic() > end:
+                session.results[name] = {"not_reached": True}
+                session.say(f"{name}: not reached")
+                continue
+            session.say(f"{name}: until {deadline - session.start:.0f} s")
+            try:
+                STAGES[name](session, deadline)
+            except Exception:
+                session.fail(f"{name}: {tail()}")
+            session.save()
+    return session
+
+
+def run(options: Options) -> int:
+    """Check, print the summary and where the file lies; 1 if anything failed."""
+    session = check(options)
+    print(summary(json.loads(session.path.read_text()), brief=True))
+    print(f"written: {session.path}")
+    return 1 if session.failures else 0

@@ -1,0 +1,235 @@
+"""Who takes part: the operator and everything it has to beat, as a layer and as an MLP block.
+
+All on one formula: of a layer, or of a block down(f(gate(x)) * up(x)), or down(f(up(x))). Most
+competitors differ in what stands in the place of a projection only (`each`). A block's activation
+is PyTorch's one fused operation for all of them; some models write it out in several, which is
+slower and saves more (NOTES.md has both).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastbound import bounded_linear
+from fastbound.dispatch.entries import block_form
+from fastbound.dispatch.plan import plan_for, plan_key
+from fastbound.operator.block_function import bounded_mlp
+from fastbound.operator.block_ops import block_key
+from fastbound.performance.profiling import baselines
+from fastbound.truth.formula import Projection
+from fastbound.truth.operands import BlockOperands, Operands
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class Contender(NamedTuple):
+    """One competitor on one case: x to y, the tensors it trains, and the path it took.
+
+    `trained` in the order of the operands' `trained`, or empty: no adapter.
+    """
+
+    forward: Linear
+    trained: tuple[Tensor, ...]
+    path: str
+
+
+Build = Callable[[Operands], Contender]
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """`build` makes the contender; `obstacle` says why it cannot take part, or None."""
+
+    name: str
+    build: Build
+    obstacle: Callable[[str, torch.dtype], str | None] = lambda device, dtype: None
+
+
+def each(make: Callable[[Projection], tuple[Linear, tuple[Tensor, ...]]], path: str) -> Build:
+    """`make` gives the callable in the place of a projection, and what it trains."""
+
+    def build(o: Operands) -> Contender:
+        made = {name: make(p) for name, p in o.leaves().projections.items()}
+        trained = tuple(t for _, own in made.values() for t in own)
+        return Contender(
+            o.around({name: layer for name, (layer, _) in made.items()}), trained, path
+        )
+
+    return build
+
+
+def _frozen(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
+    return partial(F.linear, weight=p.weight, bias=p.bias), ()
+
+
+def operator(
+    backend: str = "fused", *, forced: bool = False, recompute: str | None = None
+) -> Build:
+    """`bounded_linear` or `bounded_mlp` by one backend; on a CPU what "auto" takes, or `forced`."""
+
+    def build(o: Operands) -> Contender:
+        own = o.leaves()
+        chosen = backend if forced or o.x.is_cuda else "auto"
+        forward: Linear
+        if isinstance(own, BlockOperands):
+            settings: dict[str, Any] = {"recompute": recompute, "backend": chosen}
+            forward = partial(bounded_mlp, **own.arguments, **settings)
+        else:
+            forward = partial(bounded_linear, **own.arguments, backend=chosen)
+        return Contender(forward, tuple(own.trained.values()), _strategy(o, chosen))
+
+    return build
+
+
+def _strategy(o: Operands, backend: str) -> str:
+    """The path that the plan names."""
+    first, *_ = o.projections.values()
+    N, K = first.weight.shape
+    sizes = (o.x.device, o.x.shape[0], N, K)
+    ranks = [p.A.shape[0] for p in o.projections.values() if p.A is not None]
+    if isinstance(o, BlockOperands):
+        form = block_form(o.activation, o.gate is not None)
+        return plan_for(block_key(*sizes, ranks, o.x.dtype, backend, form)).strategy
+    return plan_for(plan_key(*sizes, ranks[0], o.x.dtype, backend)).strategy
+
+
+def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:
+    """One `bounded_linear` for each projection, PyTorch's activation between them."""
+
+    def build(o: Operands) -> Contender:
+        chosen = backend if forced or o.x.is_cuda else "auto"
+
+        def make(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
+            return partial(bounded_linear, **p._asdict(), backend=chosen), _factors(p)
+
+        return each(make, f"bounded_linear, {chosen}")(o)
+
+    return build
+
+
+def _factors(p: Projection) -> tuple[Tensor, Tensor]:
+    if p.A is None or p.B is None:
+        raise ValueError("every projection of a competitor has an adapter, and this one has none")
+    return p.A, p.B
+
+
+def needs_gpu(device_type: str, dtype: torch.dtype) -> str | None:
+    """`split` on a CPU would be `fused` measured twice: both are the torch path."""
+    if device_type != "cpu":
+        return None
+    auto = plan_for(plan_key(torch.device(device_type), 1024, 1024, 1024, 16, dtype))
+    return f"on a CPU `fused` is the {auto.strategy} path already"
+
+
+class _CublasThenAddmm(torch.autograd.Function):
+    """The usual way around a low-rank [M, N] tensor: the large GEMM, then `addmm_` onto it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float
+    ) -> Tensor:
+        sin_A = torch.sin(omega * A).to(x.dtype)
+        sin_B = torch.sin(omega * B).to(x.dtype)
+        S = x @ sin_A.T
+        y = F.linear(x, weight)
+        y.addmm_(S, sin_B.T, alpha=scaling)
+        ctx.save_for_backward(x, S, weight, A, B)
+        ctx.scaling, ctx.omega = scaling, omega
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, S, weight, A, B = ctx.saved_tensors
+        scaling, omega = ctx.scaling, ctx.omega
+        sin_A = torch.sin(omega * A).to(x.dtype)
+        sin_B = torch.sin(omega * B).mul_(scaling).to(x.dtype)
+        dS = dy @ sin_B
+        dx = dy @ weight
+        dx.addmm_(dS, sin_A)
+        dA = torch.cos(omega * A).mul_(omega).mul_(dS.T @ x)
+        dB = torch.cos(omega * B).mul_(scaling * omega).mul_(dy.T @ S)
+        return dx, None, dA, dB, None, None
+
+
+def _addmm(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
+    """cuBLAS (or the CPU's BLAS) for the large GEMM, then `addmm_`; it takes no bias."""
+    A, B = _factors(p)
+
+    def forward(x: Tensor) -> Tensor:
+        return cast(Tensor, _CublasThenAddmm.apply(x, p.weight, A, B, p.scaling, p.omega))
+
+    return forward, (A, B)
+
+
+def peft(adapter_dtype: torch.dtype) -> Build:
+    """PEFT's own layers with the sine in a LoraVariant."""
+
+    def make(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
+        layer: Any = peft_projection(p, adapter_dtype)
+        return layer, tuple(factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
+
+    return each(make, f"PEFT, {adapter_dtype} adapters")
+
+
+def peft_projection(p: Projection, adapter_dtype: torch.dtype) -> nn.Module:
+    """PEFT's layer around a linear layer that shares the projection's weight and bias."""
+    N, K = p.weight.shape
+    linear = nn.Linear(K, N, bias=p.bias is not None, device="meta")
+    linear.weight = nn.Parameter(p.weight, requires_grad=False)
+    if p.bias is not None:
+        linear.bias = nn.Parameter(p.bias, requires_grad=False)
+    return baselines.peft_linear(
+        linear, *_factors(p), scaling=p.scaling, omega=p.omega, adapter_dtype=adapter_dtype
+    )
+
+
+def bf16_only(device_type: str, dtype: torch.dtype) -> str | None:
+    """bf16 adapters on an fp32 base are nobody's choice."""
+    return None if dtype is torch.bfloat16 else f"the base is {dtype}"
+
+
+def compiled(o: Operands) -> Contender:
+    """`torch.compile` of the plain formula."""
+    torch.compiler.reset()  # one case must not recompile, or go dynamic, on account of another
+    own = o.leaves()
+    function = torch.compile(own.formula, fullgraph=True, dynamic=False)
+    forward = partial(function, **own.arguments)
+    path = "torch.compile of fastbound.truth.formula"
+    return Contender(forward, tuple(own.trained.values()), path)
+
+
+@cache
+def no_compiler(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why torch.compile does not work here, found by compiling one small function."""
+    try:
+        torch.compile(torch.sin, fullgraph=True)(torch.zeros(8, device=device_type, dtype=dtype))
+    except Exception as error:
+        return f"torch.compile does not work here: {str(error).splitlines()[0]}"
+    return None
+
+
+# The floor, the bare layer or block and the gradient of x, has no adapter.
+FROZEN = Competitor("frozen", each(_frozen, "F.linear"))
+FUSED = Competitor("fused", operator())
+UNFUSED = (
+    Competitor("peft_fp32", peft(torch.float32)),
+    Competitor("peft_bf16", peft(torch.bfloat16), bf16_only),
+    Competitor("compiled", compiled, no_compiler),
+)
+LAYER_COMPETITORS = (
+    FROZEN,
+    FUSED,
+    Competitor("split", operator("split"), needs_gpu),
+    Competitor("addmm", each(_addmm, "F.linear, addmm_")),
+    *UNFUSED,
+)
+BLOCK_COMPETITORS = (FROZEN, FUSED, Competitor("per_layer", per_layer()), *UNFUSED)

@@ -1,0 +1,82 @@
+"""The cases of the check: what they cover, what they see, and the memory checker's verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from fastbound.kernels.tiles import GemmTile
+
+from benchmarks.gpu_check import correctness
+from benchmarks.gpu_check.cases import GemmCase, LargeCase, OperatorCase, TallCase, cases
+from benchmarks.gpu_check.correctness import examine
+from benchmarks.gpu_check.options import Options
+from benchmarks.gpu_check.session import Session
+from benchmarks.report.facts import facts
+
+CPU = torch.device("cpu")
+
+
+def test_a_case_names_an_unwritten_or_a_wrong_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbound.kernels import lowrank_gemm
+
+    case = GemmCase(33, 48, 64, 16, "fp32", GemmTile(32, 32, 32, 4, 2), transposed=False)
+    assert examine(case, CPU).status == "passed"
+    original = lowrank_gemm.launch_lowrank_gemm
+
+    def cut(X, W, S, F, bias, Y, *rest):
+        return original(X[:-1], W, S[:-1], F, bias, Y[:-1], *rest)
+
+    monkeypatch.setattr(lowrank_gemm, "launch_lowrank_gemm", cut)
+    outcome = examine(case, CPU)
+    assert outcome.status == "failed" and "an element was not written" in outcome.message
+
+
+def test_the_cases_of_a_gpu_cover_what_they_must() -> None:
+    everything = cases(CPU)
+    assert len({str(case) for case in everything}) == len(everything)
+    operator = [case for case in everything if isinstance(case, OperatorCase)]
+    assert {(case.dtype, case.rank) for case in operator} >= {
+        (dtype, rank) for dtype in ("fp32", "fp16", "bf16") for rank in (1, 3, 8, 16, 24, 64)
+    }
+    assert {case.backend for case in operator} == {"fused", "split"}
+    forms = {(c.tile.descriptors, c.transposed) for c in everything if isinstance(c, GemmCase)}
+    assert forms == {(a, b) for a in (True, False) for b in (True, False)}
+    assert any(isinstance(case, TallCase) for case in everything)
+    large = [case for case in everything if isinstance(case, LargeCase)]
+    assert all(case.M * max(case.N, case.K) > 2**31 for case in large)
+
+
+@pytest.mark.parametrize(
+    ("prints", "exit_code", "status"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "passed"),
+        ("========= ERROR SUMMARY: 2 errors", 0, "failed"),
+        ("========= ERROR SUMMARY: 0 errors", 1, "failed"),  # a case did not pass under it
+        ("========= Error: Device not supported", 255, "skipped"),
+    ],
+)
+def test_the_memory_checker_is_judged_by_its_summary(
+    options: Options,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prints: str,
+    exit_code: int,
+    status: str,
+) -> None:
+    """A stand-in for the tool: what it prints is all that is known of it."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{prints}'\nexit {exit_code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    on_gpu = replace(options, device=torch.device("cuda"))
+    session = Session(on_gpu, facts(CPU))
+    assert correctness.sanitizer(session, time.monotonic() + 60)["status"] == status
+    assert bool(session.failures) == (status == "failed")
