@@ -1,4 +1,9 @@
-"""The two ways a run ends that are not a bug."""
+"""The two ways a run ends that are not a bug, and a check that ends it in the first."""
+
+from __future__ import annotations
+
+import math
+from typing import SupportsFloat
 
 
 class InputError(ValueError):
@@ -7,3 +12,11 @@ class InputError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """The loss or its gradient stopped being finite; the last checkpoint is intact."""
+
+
+def positive(name: str, value: object) -> float:
+    """The value as a float, or an InputError naming it."""
+    number = float(value) if isinstance(value, SupportsFloat) else math.nan
+    if isinstance(value, bool) or not 0 < number < math.inf:
+        raise InputError(f"{name} must be positive and finite, got {value!r}")
+    return number

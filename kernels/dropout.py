@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastbound.kernels.launch import Launch, blocks
+from fastbound.kernels.launch import Launch, cdiv
 from torch import Tensor
 
 BYTES = 1024  # per program
@@ -58,7 +58,7 @@ def launch_keep_bits(seed: Tensor, keep: Tensor, dropped: int, rounds: int) -> L
     size, columns = 4 * keep.numel(), 4 * keep.shape[1]
     return Launch(
         _keep_kernel,
-        (blocks(size, BYTES),),
+        (cdiv(size, BYTES),),
         (seed, keep.view(torch.uint8), size, columns, dropped),
         dict(ROUNDS=rounds, BLOCK=BYTES),
         warps=4,
@@ -68,6 +68,6 @@ def launch_keep_bits(seed: Tensor, keep: Tensor, dropped: int, rounds: int) -> L
 
 def keep_bits(seed: Tensor, M: int, K: int, dropped: int, rounds: int) -> Tensor:
     """The mask of an x [M, K] as bits."""
-    keep = torch.empty(M, triton.cdiv(K, 32), dtype=torch.int32, device=seed.device)
+    keep = torch.empty(M, cdiv(K, 32), dtype=torch.int32, device=seed.device)
     launch_keep_bits(seed, keep, dropped, rounds).run()
     return keep

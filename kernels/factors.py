@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastbound.kernels.launch import Launch, blocks
+from fastbound.kernels.launch import Launch, cdiv
 from fastbound.kernels.sine import sine_cosine
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def launch_factors(
     block = ELEMENTS // R
     return Launch(
         _factors_kernel,
-        (blocks(K, block) + blocks(N, block),),
+        (cdiv(K, block) + cdiv(N, block),),
         (
             A, B, SA, SB, K, N, rank,
             *A.stride(), *B.stride(), *SA.stride(), *SB.stride(),

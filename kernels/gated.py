@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
-from fastbound.kernels.launch import Launch, blocks
+from fastbound.kernels.launch import Launch, cdiv
 from fastbound.kernels.reduce import row_chunks
 from fastbound.kernels.tiles import Tile
 from torch import Tensor
@@ -56,7 +56,7 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _activate_kernel(
     G, U, F, H, P, M, N,
     stride_gm, stride_um, stride_fn, stride_fr, stride_hm, stride_pm, stride_pr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, WITH_P: tl.constexpr, R: tl.constexpr,
@@ -86,7 +86,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _activate_backward_kernel(
     DH, G, U, S, DSD, SBG, SBU, DG, DU, P, QG, QU, QD, M, N, chunk,
     stride_sm, stride_sr, stride_dsm, stride_dsr, stride_fgn, stride_fgr, stride_fun, stride_fur,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
@@ -167,7 +167,7 @@ def _backward_kernel(
 
 def column_blocks(N: int, tile: Tile) -> int:
     """How many parts of DS the backward kernel leaves: one for each SPAN blocks of columns."""
-    return blocks(blocks(N, tile.block_n), SPAN)
+    return cdiv(cdiv(N, tile.block_n), SPAN)
 
 
 def spanned_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
@@ -185,8 +185,8 @@ def launch_activation(
     p = H if P is None else P
     u = G if U is None else U
     return Launch(
-        _forward_kernel,
-        (blocks(M, tile.block_m),),
+        _activate_kernel,
+        (cdiv(M, tile.block_m),),
         (
             G, u, f, H, p, M, N,
             G.stride(0), u.stride(0), *f.stride(), H.stride(0), *p.stride(),
@@ -218,7 +218,7 @@ def launch_activation_backward(
     s, dsd = (DG if t is None else t for t in (S, DSD))
     fg, fu = (DG if t is None else t for t in (SBG, SBU))
     return Launch(
-        _backward_kernel,
+        _activate_backward_kernel,
         (column_blocks(N, tile), chunks),
         (
             DH, G, u, s, dsd, fg, fu, DG, du, P, QG, QU, QD, M, N, chunk,

@@ -66,6 +66,6 @@ class Launch(NamedTuple):
         return {"maxnreg": self.registers}
 
 
-def blocks(size: int, block: int) -> int:
+def cdiv(size: int, block: int) -> int:
     """How many blocks cover ``size``."""
     return -(-size // block)  # triton.cdiv takes microseconds on the host

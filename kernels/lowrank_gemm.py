@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
-from fastbound.kernels.launch import Launch, blocks
+from fastbound.kernels.launch import Launch, cdiv
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -201,7 +201,7 @@ def launch_lowrank_gemm(
         HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, R=R,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
     )
-    tiles = blocks(M, tile.block_m) * blocks(N, tile.block_n)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.descriptors and M > 0 and K > 0:
         transposed = is_transposed(W)
         stored, f = (W.t(), F.t()) if transposed else (W, F)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
-from fastbound.kernels.launch import Launch, blocks
+from fastbound.kernels.launch import Launch, cdiv
 from fastbound.kernels.sine import sine_cosine
 from fastbound.kernels.tiles import Tile
 from torch import Tensor
@@ -114,9 +114,9 @@ def _finish_both_kernel(
 
 def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
     """(chunks, rows per chunk): about two programs a multiprocessor, whole blocks of rows each."""
-    wanted = max(1, -(-2 * multiprocessors // blocks(N, tile.block_n)))
-    chunk = blocks(blocks(M, wanted), tile.block_m) * tile.block_m
-    return blocks(M, chunk), chunk
+    wanted = max(1, -(-2 * multiprocessors // cdiv(N, tile.block_n)))
+    chunk = cdiv(cdiv(M, wanted), tile.block_m) * tile.block_m
+    return cdiv(M, chunk), chunk
 
 
 def launch_reduce(
@@ -131,7 +131,7 @@ def launch_reduce(
     f, p = G if F is None else F, G if P is None else P
     return Launch(
         _reduce_kernel,
-        (blocks(N, tile.block_n), Q.shape[0]),
+        (cdiv(N, tile.block_n), Q.shape[0]),
         (
             T, f, G, p, Q, T if keep is None else keep, M, N, chunk,
             *T.stride(), *f.stride(), *G.stride(), 0 if keep is None else keep.stride(0),
@@ -161,7 +161,7 @@ def launch_finish(
     block = FINISH_ELEMENTS // R
     return Launch(
         _finish_kernel,
-        (blocks(rows, block),),
+        (cdiv(rows, block),),
         (
             parts, a, out, count, rows, out.shape[1], omega, scaling,
             parts.stride(0), parts.stride(1), *a.stride(), *out.stride(),
@@ -184,7 +184,7 @@ def launch_finish_both(
     block = FINISH_ELEMENTS // R
     return Launch(
         _finish_both_kernel,
-        (blocks(M, block) + blocks(N, block),),
+        (cdiv(M, block) + cdiv(N, block),),
         (
             P, thin, Q, angle, out, columns, M, chunks, N, out.shape[1], omega, scaling,
             *thin.stride(), *angle.stride(), *out.stride(),
@@ -221,7 +221,7 @@ def thin_and_reduce(
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor]:
     """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R]."""
-    P = T.new_empty(blocks(T.shape[1], tile.block_n), *G.shape, dtype=torch.float32)
+    P = T.new_empty(cdiv(T.shape[1], tile.block_n), *G.shape, dtype=torch.float32)
     Q = reduced_parts(T, F, G, P, tile, multiprocessors)
     thin = T.new_empty(G.shape)
     gradient = torch.empty_like(angle)

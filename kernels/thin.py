@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
-from fastbound.kernels.launch import Launch, blocks
+from fastbound.kernels.launch import Launch, cdiv
 from fastbound.kernels.reduce import launch_finish
 from fastbound.kernels.tiles import FEW_ROWS, Tile
 from torch import Tensor
@@ -57,9 +57,9 @@ def step_chunks(M: int, K: int, tile: Tile, multiprocessors: int) -> tuple[int, 
     """
     wanted = 1
     if M > FEW_ROWS:
-        wanted = max(1, blocks(3 * multiprocessors, 4 * blocks(M, tile.block_m)))
-    steps = max(LEAST_STEPS, blocks(K, tile.block_n) // wanted)
-    chunks = blocks(K, steps * tile.block_n)
+        wanted = max(1, cdiv(3 * multiprocessors, 4 * cdiv(M, tile.block_m)))
+    steps = max(LEAST_STEPS, cdiv(K, tile.block_n) // wanted)
+    chunks = cdiv(K, steps * tile.block_n)
     return chunks, steps * tile.block_n
 
 
@@ -71,7 +71,7 @@ def launch_thin(
     chunks, part_strides = (1, (0, *P.stride())) if P.dim() == 2 else (P.shape[0], P.stride())
     return Launch(
         _thin_kernel,
-        (blocks(M, tile.block_m), chunks),
+        (cdiv(M, tile.block_m), chunks),
         (
             T, F, P, T if keep is None else keep, M, K, chunk,
             *T.stride(), *F.stride(), *part_strides, 0 if keep is None else keep.stride(0),

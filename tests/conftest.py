@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastbound.truth import interpreter
+
 # Before anything imports triton, which reads it once: kernels then run on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,8 +24,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads of several
     torch.set_num_threads(1)
 elif hasattr(os, "sched_getaffinity"):
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
-
-from fastbound.truth import interpreter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,14 +56,14 @@ def data_folder() -> Path:
 
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
-    """New memory holds NaN: what a kernel does not write is seen."""
+    """torch.empty gives NaN, so an element that a kernel does not write fails the comparison."""
     with interpreter.poisoned_empty():
         yield
 
 
 @pytest.fixture(scope="module")
 def interpreted_bf16() -> Iterator[None]:
-    """Where Triton's interpreter runs, its dot and cast take bf16 as values."""
+    """Where Triton's interpreter runs, it takes bf16 as values; see truth.interpreter."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     with nullcontext() if torch.cuda.is_available() else interpreter.interpreted_bf16():
         yield

@@ -16,6 +16,7 @@ from benchmarks.gpu_check.ceilings import Measured
 from benchmarks.gpu_check.options import Options
 from benchmarks.report.facts import Facts
 from benchmarks.report.readme import FORMAT
+from fastbound.files import replace_files
 
 
 @dataclass
@@ -54,9 +55,7 @@ class Session:
             "failures": self.failures,
             **self.results,
         }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(self.path)
+        replace_files({self.path: (json.dumps(content, indent=1) + "\n").encode()})
 
 
 Step = tuple[str, Callable[[], Mapping[str, Sequence[Any]]]]

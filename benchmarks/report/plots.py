@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.rows import MIB, BenchmarkRow
+from fastbound.figures import new_figure, save_figure
 from fastbound.performance.profiling.report import COLOURS as PROFILED
-from fastbound.performance.profiling.report import DPI, panel_grid
 
 COLOURS = {
     **PROFILED,
@@ -45,8 +45,12 @@ def _time_over_floor(device: str, rows: Sequence[BenchmarkRow], path: Path) -> N
     shapes = _unique([row.shape for row in rows])
     directions = _unique([row.direction for row in rows])
     several = len({row.M for row in rows}) > 1
-    height = (3.2 if several else 2.6) * len(shapes)
-    figure, panels = panel_grid(len(shapes), len(directions), 5.6 * len(directions), height)
+    figure, panels = new_figure(
+        len(shapes),
+        len(directions),
+        (5.6 * len(directions), (3.2 if several else 2.6) * len(shapes)),
+        framed=True,
+    )
     for i, shape in enumerate(shapes):
         for j, direction in enumerate(directions):
             members = [row for row in rows if (row.shape, row.direction) == (shape, direction)]
@@ -66,7 +70,7 @@ def _time_over_floor(device: str, rows: Sequence[BenchmarkRow], path: Path) -> N
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
         )
     figure.suptitle(f"Time over the frozen layer, {device}")
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
 
 
 def _lines_over_tokens(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
@@ -111,7 +115,7 @@ def _bars(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> N
 def _saved_bytes(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
     """Bytes per token: one panel per shape, at its largest number of tokens."""
     shapes = _unique([row.shape for row in rows])
-    figure, panels = panel_grid(len(shapes), 1, 7.0, 2.4 * len(shapes))
+    figure, panels = new_figure(len(shapes), 1, (7.0, 2.4 * len(shapes)), framed=True)
     for shape, (axes,) in zip(shapes, panels, strict=True):
         members = [row for row in rows if row.shape == shape]
         M = max(row.M for row in members)
@@ -124,4 +128,4 @@ def _saved_bytes(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
         axes.set_title(f"{shape}, M={M}", fontsize=9)
         axes.set_xlabel("MiB saved for backward, parameters left out")
     figure.suptitle(f"Saved for backward, {device}")
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)

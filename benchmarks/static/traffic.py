@@ -37,8 +37,8 @@ DIRECTIONS = ("forward", "backward")
 
 # What a kernel's arguments hold, for tensors that no caller sees.
 _NAMES = {
-    "_forward_kernel": {"G": "g", "U": "u", "H": "act"},
-    "_backward_kernel": {"DH": "dact", "G": "g", "U": "u", "DG": "dg", "DU": "du"},
+    "_activate_kernel": {"G": "g", "U": "u", "H": "act"},
+    "_activate_backward_kernel": {"DH": "dact", "G": "g", "U": "u", "DG": "dg", "DU": "du"},
 }
 
 

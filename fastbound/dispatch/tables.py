@@ -24,6 +24,7 @@ from fastbound.dispatch.entries import (
     read_entry,
     typed,
 )
+from fastbound.files import replace_files
 from fastbound.version import versions
 
 FORMAT = "fastbound plan table 2"
@@ -164,9 +165,7 @@ def write_table(path: Path, table: PlanTable) -> None:
         "blocks": [as_json(entry) for entry in table.blocks],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    replace_files({path: (json.dumps(content, indent=1) + "\n").encode()})
 
 
 def require_same_gpu(table: PlanTable, architecture: str, multiprocessors: int) -> None:

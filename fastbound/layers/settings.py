@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastbound.dispatch.plan import BACKENDS
+from fastbound.errors import positive
 from fastbound.layers.bounds import bound_of_weight, rms_factor
 from fastbound.operator.dropout import check_dropout
 
@@ -61,12 +61,3 @@ def adapter_settings(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     return AdapterSettings(rank, alpha, bound, check_dropout(dropout), adapter_dtype, backend)
-
-
-def positive(name: str, value: float) -> float:
-    """The value as a float, or a ValueError naming it."""
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)

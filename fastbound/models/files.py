@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastbound.errors import positive
+from fastbound.files import replace_files
 from fastbound.layers.settings import AdapterSettings, adapter_settings
 from fastbound.models.names import check_same_names, lookup
 from fastbound.version import __version__
@@ -109,11 +109,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
     for field in ("alpha_pattern", "bound_pattern"):
         for layer, value in config[field].items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"{path}: {field} of {layer} must be positive and finite, got {value!r}"
-                )
+            positive(f"{path}: {field} of {layer}", value)
     for layer, shape in config["shapes"].items():
         if not (isinstance(shape, list) and len(shape) == 2):
             raise ValueError(f"{path}: shapes of {layer} must be [N, K], got {shape!r}")
@@ -184,19 +180,3 @@ def write_adapter(folder: Path, tensors: bytes, config: Mapping[str, Any]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2).encode()
     replace_files({folder / TENSORS: tensors, folder / CONFIG: text})
-
-
-def replace_files(files: dict[Path, bytes]) -> None:
-    """Write all files beside their places, then move each into its place."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, data in files.items():
-            with open(parts[path], "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def direct(operator: Callable[..., _R], implementation: Callable[..., _R]) -> Ca
     """
 
     def call(*arguments: Any) -> _R:
-        if nothing_intercepts() and plain(*arguments):
+        if nothing_intercepts() and _PLAIN.issuperset(map(type, arguments)):
             return implementation(*arguments)
         return operator(*arguments)
 

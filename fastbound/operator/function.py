@@ -92,10 +92,10 @@ class _BoundedLinear(torch.autograd.Function):
             x, S, weight, A, B, seed = ctx.saved_tensors
             need_dx, _, need_db, need_dresult, _, need_dA, need_dB, *_ = ctx.needs_input_grad
             if need_dx or need_dA or need_dB:
-                term = Term(A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout)
-                made = ops.backward(dy, x, S, weight, ctx.dtype, need_dx, need_dA, need_dB, *term)
                 needs = (need_dx, need_dA, need_dB)
-                dx, dA, dB = (g if need else None for g, need in zip(made, needs, strict=True))
+                adapter = (A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout)
+                dx, dA, dB = ops.backward(dy, x, S, weight, ctx.dtype, *needs, *adapter)
+                dx, dA, dB = dx if need_dx else None, dA if need_dA else None, dB if need_dB else None
             if need_db:
                 rows = dy.reshape(-1, dy.shape[-1])
                 wide = torch.promote_types(dy.dtype, torch.float32)

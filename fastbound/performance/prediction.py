@@ -128,8 +128,8 @@ _FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_descriptor_kernel": lambda given: 2 * given.M * given.N * (given.K + given.R),
     "_thin_kernel": lambda given: 2 * given.M * given.K * given.R,
     "_reduce_kernel": lambda given: 2 * given.M * given.N * given.R * (1 + given.WITH_P),
-    "_forward_kernel": lambda given: 2 * given.M * given.N * given.R * given.WITH_P,
-    "_backward_kernel": lambda given: (
+    "_activate_kernel": lambda given: 2 * given.M * given.N * given.R * given.WITH_P,
+    "_activate_backward_kernel": lambda given: (
         2 * given.M * given.N * (2 * given.WIDTH + given.R * given.ADAPT_DOWN)
     ),
 }

@@ -4,7 +4,7 @@ from fastbound.errors import InputError, NonFiniteError
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded, collate, encode
 from fastbound.unlearning.data.rows import Row, authors, load_rows
-from fastbound.unlearning.losses.functions import gradient_difference
+from fastbound.unlearning.losses import gradient_difference
 from fastbound.unlearning.metrics.answers import Score, evaluate
 from fastbound.unlearning.training.loop import Evaluation, UnlearnResult, unlearn
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import rms_factor
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
+from fastbound.unlearning.losses.objective import Objective, check_losses
 
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -41,7 +42,7 @@ class UnlearnConfig:
         forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
         losses: name -> weight, to minimise another sum than gradient difference; the names are
             gradient_ascent, retain, npo, simnpo, ihl, kl, idk and dpo, see
-            `fastbound.unlearning.losses.functions`. None is
+            `fastbound.unlearning.losses`. None is
             `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
         max_length: the most tokens of a row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.
@@ -110,32 +111,28 @@ class UnlearnConfig:
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("lr", "epochs"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("alpha", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                positive(name, getattr(self, name))
         if isinstance(self.bound, str):
             try:
                 rms_factor(self.bound)
             except ValueError as error:
                 raise InputError(str(error)) from error
         elif self.bound is not None:
-            _positive("bound", self.bound)
+            positive("bound", self.bound)
         for name in ("weight_decay", "forget_weight", "retain_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be >= 0 and finite, got {value}")
         if self.losses is not None:
-            from fastbound.unlearning.losses.objective import check_losses
-
             object.__setattr__(self, "losses", check_losses(self.losses))
             if (self.forget_weight, self.retain_weight) != (1.0, 1.0):
                 raise InputError(
                     "give weights in losses, or as forget_weight and retain_weight, not both"
                 )
         if self.cross_entropy in ("chunked", "liger"):
-            from fastbound.unlearning.losses.objective import Objective
-
             taking = Objective(self.weighted_losses).whole_logits
             if taking:
                 raise InputError(
@@ -173,8 +170,3 @@ def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
 def _at_least_one(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, (bool, str)) or not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} must be positive and finite, got {value!r}")

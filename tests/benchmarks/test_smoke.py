@@ -16,7 +16,8 @@ from benchmarks.report import __main__ as report
 from benchmarks.report.rows import read
 from benchmarks.rivals.cases import block_cases
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # minutes; rivals/ measures every competitor in seconds
+
 # What a CPU without a GPU leaves out, and where there is no compiler `compiled` as well.
 ALWAYS = {"frozen", "fused", "addmm", "peft_fp32", "peft_bf16"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW = ("stability", "vision")  # pages that train a model
+SLOW = {"stability", "vision"}  # they train a model
 EXAMPLES = [
     pytest.param(
         path.name,

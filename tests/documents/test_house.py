@@ -1,4 +1,4 @@
-"""The house stays in order: what a kernel may import, docstrings of rooms, imports, listings."""
+"""The shape of the code: what no test of behaviour would notice, read from the files themselves."""
 
 from __future__ import annotations
 
@@ -11,72 +11,88 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-OWN = {"", "fastbound", "benchmarks", "kernels"}  # "": a relative import
-# PyTorch's engine runs where there is no Triton to import.
-IMPORTED_WHERE_USED = [("fastbound/operator/engine.py", "fastbound.operator.triton_engine")]
-LISTING = 14
+MOST_ENTRIES = 14
+# Triton is optional: the engine that needs it is imported where a plan asks for it.
+MAY_IMPORT_OURS_IN_FUNCTIONS = {"fastbound/operator/engine.py"}
 
 
-def sources(*rooms: str) -> list[Path]:
-    return sorted(path for room in rooms for path in (REPOSITORY / room).rglob("*.py"))
-
-
-def named(path: Path) -> str:
+def relative(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
+def folders(root: str) -> Iterator[Path]:
+    """The folder and every one below it that holds code."""
+    top = REPOSITORY / root
+    yield from sorted({top, *(path.parent for path in top.rglob("*.py"))})
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every module that is imported somewhere in the tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or "")
+            assert node.level == 0 and node.module, f"line {node.lineno} imports relatively"
+            yield node.lineno, node.module
 
 
-def test_kernels_import_torch_triton_and_each_other_alone():
-    allowed = {*sys.stdlib_module_names, "torch", "triton"}
-    for path in sources("kernels"):
-        for name in imported(ast.parse(path.read_text())):
-            fine = name.split(".")[0] in allowed or name.startswith("fastbound.kernels")
-            assert fine, f"{named(path)} imports {name}"
+def ours(module: str) -> bool:
+    return module.split(".")[0] in ("fastbound", "benchmarks", "kernels")
 
 
-@pytest.mark.parametrize("room", ["fastbound", "benchmarks"])
-def test_a_docstring_opens_every_room(room):
-    folders = {path.parent for path in sources(room)}
-    assert folders
-    for folder in folders:
-        opening = folder / "__init__.py"
-        assert opening.exists(), f"{named(folder)} has no __init__.py"
-        assert ast.get_docstring(ast.parse(opening.read_text())), f"{named(opening)} says nothing"
+def test_kernels_is_no_package_of_its_own():
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()
 
 
-def test_own_modules_are_imported_at_the_top():
-    """So that the import graph is what it looks like; third parties may be imported where used."""
-    found = []
-    for path in sources("fastbound", "kernels", "benchmarks"):
-        nodes = ast.walk(ast.parse(path.read_text()))
-        functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-        names = {name for function in functions for name in imported(function)}
-        found += [(named(path), name) for name in sorted(names) if name.split(".")[0] in OWN]
-    assert [offence for offence in found if offence not in IMPORTED_WHERE_USED] == []
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "kernels").glob("*.py")), ids=relative)
+def test_a_kernel_imports_torch_triton_and_kernels_alone(path):
+    foreign = [
+        f"{relative(path)}:{line} imports {module}"
+        for line, module in imports(ast.parse(path.read_text()))
+        if module.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}
+        and module.split(".")[:2] != ["fastbound", "kernels"]
+    ]
+    assert not foreign, "\n".join(foreign)
 
 
-def test_no_listing_is_longer_than_a_reader_takes_in():
-    hidden = re.compile(r"^(\.|__pycache__$)|\.egg-info$")
-    rooms = [REPOSITORY / room for room in ("fastbound", "kernels", "benchmarks", "tests")]
-    folders = {*rooms, *(p for room in rooms for p in room.rglob("*") if p.is_dir())}
-    for folder in folders:
-        if any(hidden.search(part) for part in folder.relative_to(REPOSITORY).parts):
-            continue
-        entries = [entry.name for entry in folder.iterdir() if not hidden.search(entry.name)]
-        assert len(entries) <= LISTING, f"{named(folder)} holds {len(entries)}: {sorted(entries)}"
+@pytest.mark.parametrize("folder", [*folders("fastbound"), *folders("benchmarks")], ids=relative)
+def test_every_folder_opens_by_saying_what_lives_there(folder):
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+
+
+@pytest.mark.parametrize("folder", [*folders("fastbound"), *folders("benchmarks")], ids=relative)
+def test_no_function_imports_modules_of_ours(folder):
+    hidden = {
+        f"{relative(path)}:{line} imports {module}"
+        for path in sorted(folder.glob("*.py"))
+        if relative(path) not in MAY_IMPORT_OURS_IN_FUNCTIONS
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for line, module in imports(function)
+        if ours(module)
+    }
+    assert not hidden, "\n".join(sorted(hidden))
+
+
+@pytest.mark.parametrize(
+    "folder", [*folders("fastbound"), *folders("benchmarks"), *folders("tests")], ids=relative
+)
+def test_a_folder_is_listed_at_a_glance(folder):
+    entries = {path.name for path in folder.iterdir()} - {"__pycache__"}
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
 
 
 def test_files_that_the_documentation_names_are_there():
-    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*/*.md")]
-    for page in pages:
-        for name in re.findall(
-            r"`((?:tests|docs|fastbound|kernels)/[\w/]+\.\w+)`", page.read_text()
-        ):
-            assert (REPOSITORY / name).exists(), f"{named(page)} names {name}"
+    pages = [
+        *REPOSITORY.glob("*.md"),
+        *REPOSITORY.glob("docs/*.md"),
+        REPOSITORY / "benchmarks/NOTES.md",
+    ]
+    named = re.compile(r"`((?:tests|docs|fastbound|kernels|benchmarks)/[\w/]+\.\w+)`")
+    gone = {
+        f"{relative(page)} names {name}"
+        for page in pages
+        for name in named.findall(page.read_text())
+        if not (REPOSITORY / name).exists()
+    }
+    assert not gone, "\n".join(sorted(gone))

@@ -97,10 +97,6 @@ def origins(python: Path, names: list[str], cwd: Path, **environment: str) -> di
     return {name: Path(path) for name, path in map(str.split, lines.splitlines())}
 
 
-def test_kernels_is_no_package_of_its_own(repository):
-    assert not (repository / "kernels" / "__init__.py").exists()
-
-
 def test_a_build_stops_when_kernels_became_a_package(checkout, tmp_path):
     copy = shutil.copytree(checkout, tmp_path / "copy")
     (copy / "kernels" / "__init__.py").touch()
@@ -160,6 +156,7 @@ def test_installed_editable(checkout, fresh_environment, tmp_path):
         assert {found[name] for name in names} == {copy / "kernels" / f"{n}.py" for n in names}
 
 
+@pytest.mark.slow
 def test_a_bare_checkout(checkout, fresh_environment, tmp_path):
     names = modules_of(checkout / "kernels")
     here = origins(fresh_environment, names, cwd=checkout)
@@ -185,7 +182,6 @@ print(is_kernels_available(), getattr(sys.modules.get("kernels"), "__file__", No
 """
 
 
-@pytest.mark.slow
 def test_llama_loads_at_the_root_without_hugging_face_kernels(repository, tmp_path):
     if _has_kernels():
         pytest.skip("Hugging Face's kernels is installed here: its absence cannot be shown")
@@ -251,6 +247,12 @@ def loaded_after(statement: str, repository: Path) -> set[str]:
 
 def test_importing_fastbound_imports_nothing_heavy(repository):
     assert loaded_after("import fastbound", repository) == set()
+
+
+def test_the_help_imports_nothing_heavy(repository):
+    show = "import fastbound.cli\ntry: fastbound.cli.main(['--help'])\nexcept SystemExit: pass"
+    assert "torch" not in loaded_after(show, repository)
+    assert not set(HEAVY) & loaded_after(show, repository)
 
 
 def test_using_every_public_name_leaves_the_model_libraries_out(repository):

@@ -26,7 +26,7 @@ target, gated, rank = sys.argv[1], sys.argv[2] == "gated", int(sys.argv[3])
 device, ranks = Device(target, TARGETS[target].multiprocessors), (rank,) * (2 + gated)
 settings = {"gated": gated, "backend": "fused"}
 calls = block_calls(device, 4096, 14336, 4096, ranks, torch.bfloat16, **settings)
-backward = next(c for c in calls.launches if c.kernel.__name__ == "_backward_kernel")
+backward = next(c for c in calls.launches if c.kernel.__name__ == "_activate_backward_kernel")
 stages = build(backward, target).asm
 print(json.dumps({"ttgir": stages["ttgir"], "ptx": stages.get("ptx", "")}))
 """
@@ -85,6 +85,7 @@ def test_each_thread_reads_back_what_it_wrote_itself(
     assert "ld.global.nc" not in found["ptx"]
 
 
+@pytest.mark.slow
 def test_a_barrier_stands_between_blocks_of_columns(repository: Path) -> None:
     """Where waves of 64 give an element to several threads, the barrier orders them."""
     ir = stages("gfx942", "gated", 16, repository)["ttgir"]

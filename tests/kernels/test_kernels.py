@@ -30,13 +30,11 @@ from fastbound import bounded_linear
 from fastbound.dispatch.defaults import padded_rank
 from fastbound.truth.exactness import assert_within_rounding
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = [1, 3, 4, 8, 16, 24, 64]
 ODD = [(1, 1, 1), (33, 65, 17), (70, 31, 100), (129, 64, 96), (64, 130, 257)]
-
-
-pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -44,6 +44,7 @@ def found(results: list[dict], case: str) -> list[dict]:
     return [result[case] for result in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in sharding_cases.CASES if "," in case])
 def test_gradients_are_those_of_one_process(results, case):
     apart = case.startswith(("fsdp1 adapters", "fsdp1 flat"))
@@ -52,6 +53,7 @@ def test_gradients_are_those_of_one_process(results, case):
         assert result["fused"] == [not case.endswith("by layers") and not apart]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["bf16", "bf16 fsdp1"])
 def test_factors_stay_fp32_over_a_bf16_base(results, case):
     for result in found(results, case):
@@ -59,12 +61,14 @@ def test_factors_stay_fp32_over_a_bf16_base(results, case):
         assert result["error"] <= 2e-2  # bf16's rounding; fp32 factors rounded to it are at 6e-2
 
 
+@pytest.mark.slow
 def test_fsdp1_with_adapters_in_the_unit_of_their_weights_is_refused(results):
     """Its flat parameter makes the frozen weight ask for a gradient, which would be lost."""
     for result in results:
         assert "ValueError: weight requires grad" in result["fsdp1 together"]["failed"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_saved_from_shards_and_loaded_into_them(results):
     for result in found(results, "files"):
         assert result["same"] == [True, True]
@@ -72,11 +76,13 @@ def test_an_adapter_is_saved_from_shards_and_loaded_into_them(results):
         assert result["fused"] == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+@pytest.mark.slow
 def test_a_sharded_peft_model_saves_what_a_whole_one_saves(results):
     for result in found(results, "peft files"):
         assert result["same"] == [True] * 12
 
 
+@pytest.mark.slow
 def test_steps_on_shards_are_those_of_one_process(results):
     for result in found(results, "steps"):
         one, two = result["norms"][:3], result["norms"][3:]
@@ -84,6 +90,7 @@ def test_steps_on_shards_are_those_of_one_process(results):
         assert result["difference"] <= 1e-5  # of steps of 1e-3
 
 
+@pytest.mark.slow
 def test_explain_knows_what_a_unit_gathers(results):
     for result in found(results, "explained"):
         assert "6 of them in 2 fused blocks" in result["layers"]

@@ -86,9 +86,8 @@ def test_trains_as_in_the_plain_settings(adapted, tmp_path, settings, tolerance)
         assert factor.dtype is torch.float32 and not torch.equal(factor, before[name]), name
 
 
-@pytest.mark.parametrize(
-    "adapted", ["fused", pytest.param("peft", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", ["fused", "peft"], indirect=True)
 def test_compiled_it_trains_as_uncompiled(adapted, tmp_path):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     test_trains_as_in_the_plain_settings(adapted, tmp_path, compiled, 1e-5)

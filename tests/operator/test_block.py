@@ -16,14 +16,11 @@ from fastbound.truth.exactness import assert_block_as_exact
 from fastbound.truth.formula import ACTIVATIONS
 from fastbound.truth.operands import BlockOperands, block_operands, run
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "fused"]
 FORMS = {"gated": True, "plain": False}
 RANKS = [1, 4, 8, 16, 32]
-
-
-pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
-
 Block = partial(block_operands, device=DEVICE)
 
 
@@ -59,7 +56,8 @@ def test_every_rank(backend: str, rank: int) -> None:
     check(Block((41, 37), 70, (rank, rank, rank), torch.float32), "silu", backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_matches_fp64_on_any_shape(backend: str, data: st.DataObject) -> None:

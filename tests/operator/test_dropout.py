@@ -20,11 +20,9 @@ from fastbound.truth.exactness import assert_as_exact_as_the_formula
 from fastbound.truth.operands import LayerOperands, layer_operands, run
 from tests.support.models import Gated
 
+pytestmark = pytest.mark.usefixtures("interpreted_bf16")
 BACKENDS = ["torch", "split", "fused", "reference"]
 P = 0.3
-
-
-pytestmark = pytest.mark.usefixtures("interpreted_bf16")
 
 
 def mask(M: int, K: int, p: float, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""What two processes run for models/test_sharding.py: gradients against one process on all rows."""
+"""What two processes run for test_sharding.py: gradients against one process on all rows."""
 
 from __future__ import annotations
 

@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fastbound.unlearning import Row, authors, load_rows
-from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
-from fastbound.unlearning.pretrained import load_pretrained
-
-TINY = SmallModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    heads=2,
-    vocabulary=400,
-    lr=1e-2,
-    batch_size=5,
-    known_loss=0.2,
+from fastbound.unlearning import (
+    Row,
+    UnlearnConfig,
+    UnlearnResult,
+    authors,
+    load_rows,
+    unlearn,
 )
+from fastbound.unlearning.demo.small_model import learn
+from fastbound.unlearning.model import load_pretrained
+from tests.support.small_model import TINY_MODEL
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +39,7 @@ def model_folder(
     forget_rows: list[Row], retain_rows: list[Row], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A model that has learned the rows, with dropout, so that random state matters."""
-    learned = learn([*forget_rows, *retain_rows], TINY, progress=False)
+    learned = learn([*forget_rows, *retain_rows], TINY_MODEL, progress=False)
     assert learned.loss < 0.2
     learned.model.config.attention_dropout = 0.1
     folder = tmp_path_factory.mktemp("model")
@@ -59,6 +57,24 @@ def tokenizer(model_folder: Path) -> Any:
 def new_model(model_folder: Path) -> Callable[[], nn.Module]:
     """Loads the same model anew each time."""
     return lambda: load_pretrained(str(model_folder))[0]
+
+
+@pytest.fixture
+def unlearn_rows(
+    new_model: Callable[[], nn.Module],
+    tokenizer: Any,
+    forget_rows: list[Row],
+    retain_rows: list[Row],
+) -> Callable[..., UnlearnResult]:
+    """A run over the small rows, of a model made anew unless one is given."""
+
+    def run(config: UnlearnConfig, model: nn.Module | None = None, **options: Any) -> UnlearnResult:
+        model = model or new_model()
+        return unlearn(
+            model, tokenizer, forget_rows, retain_rows, config, progress=False, **options
+        )
+
+    return run
 
 
 def write(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> Path:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbound.errors import positive
 from fastbound.layers.bounds import bound_of_weight, rms_factor
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def inject_peft(
     """
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
-    slope = _positive("alpha", rank if alpha is None else alpha)
+    slope = positive("alpha", rank if alpha is None else alpha)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     if variant == "lora":
         if bound is not None:
@@ -88,7 +89,7 @@ def inject_peft(
         elif isinstance(bound, str):
             rms_factor(bound)
         else:
-            bound = _positive("bound", bound)
+            bound = positive("bound", bound)
         config = _sine_config(rank, targets, alpha=slope, bound=bound)
     else:
         raise ValueError(f"variant must be 'sine' or 'lora', got {variant!r}")
@@ -147,12 +148,6 @@ def _adapt(model: nn.Module, config: Any, adapter_dtype: torch.dtype) -> PeftMod
             module.lora_A.to(adapter_dtype)
             module.lora_B.to(adapter_dtype)
     return cast("PeftModel", adapted)
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
 
 
 def _sine_config(

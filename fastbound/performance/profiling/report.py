@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbound.figures import new_figure, save_figure
 from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, ProfilePoint
 
 FORMAT = "fastbound profile 1"
 MIB = 2**20
-DPI = 130
 JSON, PICTURE, TRACE = "profile.json", "profile.png", "trace.json"
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
 COLOURS = {
@@ -148,20 +148,10 @@ def write(profile: Profile, folder: Path) -> None:
     draw(profile, folder / PICTURE)
 
 
-def panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of inches that no window shows, and its axes [rows, columns]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def draw(profile: Profile, path: Path) -> None:
     """A row for each place: time over the frozen module, and memory, against the length."""
     places = profile.places
-    figure, panels = panel_grid(len(places), 2, 11, 1.3 + 3.5 * len(places))
+    figure, panels = new_figure(len(places), 2, (11, 1.3 + 3.5 * len(places)))
     for place, (left, right) in zip(places, panels, strict=True):
         lengths = sorted({p.tokens for p in profile.points if p.place == place})
         left.set_title(
@@ -185,8 +175,6 @@ def draw(profile: Profile, path: Path) -> None:
             axes.set_xticks(lengths, [length(M) for M in lengths])
             axes.minorticks_off()
             axes.set_xlabel("tokens")
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
@@ -194,7 +182,7 @@ def draw(profile: Profile, path: Path) -> None:
         f"{profile.rounds} interleaved rounds with quartiles",
         fontsize=10,
     )
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
 
 
 def _draw_time(axes: Any, name: str, points: Sequence[ProfilePoint]) -> None:

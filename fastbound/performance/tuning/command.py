@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import importlib.util
 
-HELP = "measure this machine's GPU and write its table of plans"
-DESCRIPTION = """\
-Times tiles and strategies of bounded layers, and tiles of whole MLP blocks, on the GPU, most useful
-shapes first, until the budget ends, and writes the best of each into a table. Every process started
-afterwards looks its plans up there: fastbound.explain prints from where a plan came.
-"""
-EPILOG = """\
-A table elsewhere than in its default place is only read once it is moved there. Leave the GPU to
-the tuner while it runs.
-"""
+import torch
+from tqdm import tqdm
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
-    parser.add_argument(
-        "--shapes",
-        metavar="NAMES",
-        default="llama-3-8b,llama-2-7b,phi-1.5,gpt-neo-125m",
-        help="models whose MLP projections and blocks are measured, with commas between "
-        "(default: all known)",
-    )
-    parser.add_argument(
-        "--tokens",
-        metavar="RANGE",
-        default="1024:32768",
-        help="rows of x: 4096, 1k,8k or 1k:32k for its doublings (default: 1024:32768)",
-    )
-    parser.add_argument(
-        "--ranks",
-        metavar="N,N",
-        default="16,32",
-        help="ranks, rounded up to 16, 32 or 64; blocks look up twice theirs (default: 16,32)",
-    )
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float16 (bfloat16)")
-    parser.add_argument(
-        "--budget-minutes", type=float, default=8.0, metavar="X", help="stop after (default: 8)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="table to write (default: ~/.cache/fastbound/plans/<architecture>.json)",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the table at --output")
+from fastbound.dispatch.device import describe
+from fastbound.dispatch.plan import MAX_TRITON_RANK
+from fastbound.dispatch.tables import software, user_folder
+from fastbound.errors import InputError
+from fastbound.performance.prediction import datasheet_of
+from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
+from fastbound.performance.tuning.bench import DeviceBench
+from fastbound.performance.tuning.candidates import Machine, points
+from fastbound.performance.tuning.tune import start_table, tune
 
 
 def run(arguments: argparse.Namespace) -> int:
     """1 where a shape failed; raises InputError for what cannot be done as asked."""
-    from fastbound.errors import InputError
-    from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
-
     try:
         names = [name.strip() for name in arguments.shapes.split(",") if name.strip()]
         shapes: list[Shape | Block] = []
@@ -72,16 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.budget_minutes > 0:
         raise InputError(f"--budget-minutes must be positive, got {arguments.budget_minutes}")
     _require_gpu()
-
-    import torch
-    from tqdm import tqdm
-
-    from fastbound.dispatch.device import describe
-    from fastbound.dispatch.tables import software, user_folder
-    from fastbound.performance.prediction import datasheet_of
-    from fastbound.performance.tuning.bench import DeviceBench
-    from fastbound.performance.tuning.candidates import Machine, points
-    from fastbound.performance.tuning.tune import start_table, tune
 
     device = torch.device("cuda", torch.cuda.current_device())
     described = describe(device)
@@ -122,7 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ranks(text: str) -> list[int]:
-    from fastbound.dispatch.plan import MAX_TRITON_RANK
 
     ranks = [part.strip() for part in text.split(",")]
     if not all(r.isascii() and r.isdigit() and 1 <= int(r) <= MAX_TRITON_RANK for r in ranks):
@@ -131,11 +85,6 @@ def _ranks(text: str) -> list[int]:
 
 
 def _require_gpu() -> None:
-    import importlib.util
-
-    import torch
-
-    from fastbound.errors import InputError
 
     missing = [] if torch.cuda.is_available() else ["a GPU that torch sees (CUDA or ROCm)"]
     if importlib.util.find_spec("triton") is None:

@@ -114,15 +114,19 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
 
 
+def _parsed(text: str, path: Path, row: int | None, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}" if row is None else f"row {row}"
+        raise InputError(
+            f"{path}, {place}: not JSON ({error.msg}, column {error.colno}); {remedy}"
+        ) from None
+
+
 def _array_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """One array, as MUSE's own folder has it: objects, or texts without a field's name."""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); "
-            "write one array, or one object a line"
-        ) from None
+    values = _parsed(text, path, None, "write one array, or one object a line")
     for number, value in enumerate(values, start=1):
         if not isinstance(value, (str, dict)):
             raise InputError(
@@ -136,13 +140,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, row {number}: not JSON ({error.msg}, column {error.colno}); "
-                "write one object a line"
-            ) from None
+        record = _parsed(line, path, number, "write one object a line")
         if not isinstance(record, dict):
             raise InputError(
                 f"{path}, row {number}: a JSON object was expected, got {type(record).__name__}; "

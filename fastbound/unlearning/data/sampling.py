@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import torch
@@ -11,13 +12,14 @@ import torch
 from fastbound.unlearning.data.encoding import Encoded
 
 
+@dataclass(eq=False)
 class Pairing:
     """Forget rows in a new order each epoch, each paired with a retain row.
 
     Both sides are endless streams of shuffled passes: every row comes up before any comes again.
     An epoch is one pass over the forget rows; retain rows go on through their own passes.
 
-    Args:
+    Attributes:
         forget, retain: how many rows each side has.
         batch_size: pairs in a batch of one process.
         accumulation: batches a step in each process.
@@ -25,22 +27,15 @@ class Pairing:
         seed: of both shuffles.
     """
 
-    def __init__(
-        self,
-        forget: int,
-        retain: int,
-        *,
-        batch_size: int,
-        accumulation: int = 1,
-        processes: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.forget = forget
-        self.retain = retain
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.processes = processes
-        self.seed = seed
+    forget: int
+    retain: int
+    _: KW_ONLY
+    batch_size: int
+    accumulation: int = 1
+    processes: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
         # Kept per object: a step asks for few passes, in order.
         self._order = lru_cache(maxsize=4)(self._shuffled)
 

@@ -16,9 +16,8 @@ from fastbound.models.ranks import EVEN
 from fastbound.performance.profiling.baselines import inject_peft
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Batch, Encoded, collate
-from fastbound.unlearning.forward import autocast, autocast_dtype, forward
-from fastbound.unlearning.losses.functions import gradient_difference
-from fastbound.unlearning.pretrained import quiet
+from fastbound.unlearning.losses import gradient_difference
+from fastbound.unlearning.model import autocast, autocast_dtype, forward, quiet
 
 
 @dataclass(frozen=True)

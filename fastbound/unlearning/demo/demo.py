@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,14 +16,13 @@ from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.cost import compare_cost
 from fastbound.unlearning.demo.report import Run, write_report
-from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
-from fastbound.unlearning.pretrained import load_pretrained, quiet
+from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
+from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, write_json
 from fastbound.unlearning.training.loop import unlearn
 
 _MARKER = "demo.json"
 _MODEL = "model"
-_LEARNED = "learned.json"
 FACTOR = 10.0  # the second learning rate is so many times the first
 
 
@@ -160,22 +157,8 @@ def _learn(
             device=_device(config),
             progress=progress,
         )
-        part = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        with quiet():
-            learned.model.save_pretrained(part)
-            learned.tokenizer.save_pretrained(part)
-        write_json(
-            part / _LEARNED,
-            {
-                "parameters": sum(p.numel() for p in learned.model.parameters()),
-                "epochs": learned.epochs,
-                "training_loss": learned.loss,
-                "seconds": round(learned.seconds, 2),
-            },
-        )
-        os.replace(part, folder)
-    return read_json(folder / _LEARNED)
+        learned.save(folder)
+    return read_json(folder / LEARNED)
 
 
 def _device(config: UnlearnConfig) -> torch.device:

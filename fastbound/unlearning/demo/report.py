@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbound.figures import new_figure, save_figure
 from fastbound.models.ranks import RankAllocation
 from fastbound.unlearning.demo.cost import Comparison
 from fastbound.unlearning.runs.environment import environment
-from fastbound.unlearning.runs.folder import RESULT, read_json, replace, write_json
+from fastbound.unlearning.runs.folder import RESULT, read_json, write_json
 
 REPORT = "report.json"
 PICTURE = "curves.png"
@@ -149,12 +150,7 @@ def cost_lines(cost: Comparison | None) -> list[str]:
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
     """Three panels over steps: forget loss, retain loss, largest |ΔW| with each bound dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    figure, (axes,) = new_figure(1, 3, (13.5, 4.4))
     slowest = min((run.lr for run in runs), default=0.0)
     for run in runs:
         style = {
@@ -183,8 +179,6 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[2].set_yscale("log")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    save_figure(figure, path)

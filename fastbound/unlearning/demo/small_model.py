@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastbound.files import whole_folder
 from fastbound.unlearning.data.encoding import TEMPLATE, collate, encode_all, padding
 from fastbound.unlearning.data.rows import Row
-from fastbound.unlearning.forward import forward
-from fastbound.unlearning.losses.functions import answer_tokens
+from fastbound.unlearning.losses import answer_tokens
+from fastbound.unlearning.model import forward, quiet
+from fastbound.unlearning.runs.folder import write_json
+
+LEARNED = "learned.json"  # beside the saved model: what it took
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,20 @@ class Learned:
     epochs: int
     loss: float
     seconds: float
+
+    def save(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+        """Model, tokenizer and what it took into `folder`, in one move; `about` is added to it."""
+        with whole_folder(folder) as part:
+            with quiet():
+                self.model.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
+            took = {
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "epochs": self.epochs,
+                "training_loss": self.loss,
+                "seconds": round(self.seconds, 2),
+            }
+            write_json(part / LEARNED, {**took, **(about or {})})
 
 
 def train_tokenizer(rows: Sequence[Row], vocabulary: int, template: str = TEMPLATE) -> Any:

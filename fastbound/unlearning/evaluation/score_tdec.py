@@ -15,8 +15,8 @@ from fastbound.unlearning.evaluation import score_validation, tdec
 from fastbound.unlearning.evaluation.generation import continuations, stop_tokens
 from fastbound.unlearning.evaluation.session import Session
 from fastbound.unlearning.evaluation.templates import end_of_text
-from fastbound.unlearning.forward import forward
 from fastbound.unlearning.metrics.memorisation import extraction_likelihood, memorisation_accuracy
+from fastbound.unlearning.model import forward
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from fastbound.errors import NonFiniteError
 from fastbound.unlearning.data.encoding import IGNORED, Encoded, collate, padding
 from fastbound.unlearning.evaluation.generation import continuations
 from fastbound.unlearning.evaluation.templates import end_of_text
-from fastbound.unlearning.forward import forward
 from fastbound.unlearning.metrics.memorisation import exact_memorisation, extraction_strength
 from fastbound.unlearning.metrics.privacy import min_k
 from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores
+from fastbound.unlearning.model import forward
 
 T = TypeVar("T")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fastbound.figures import new_figure, save_figure
 from fastbound.unlearning import metrics
 from fastbound.unlearning.evaluation import score_validation, tdec_validation
 from fastbound.unlearning.metrics.conventions import MUSE
 from fastbound.unlearning.metrics.logs import FORGET, SECTIONS, column, losses
 from fastbound.unlearning.metrics.truth import warn_same_model
-from fastbound.unlearning.runs.folder import replace
 
 Summary = dict[str, Any]
 _BLUE, _RED, _GREY = "#0b6e99", "#c4511d", "0.45"
@@ -69,7 +69,7 @@ def table_tofu(summary: Summary) -> list[str]:
 
 def draw_tofu(path: Path, log: Mapping[str, Any], retain: Any, summary: Summary) -> None:
     """The scores of each section, and the distribution of the forget rows' truth ratio."""
-    figure, (bars, curve) = _figure()
+    figure, ((bars, curve),) = new_figure(1, 2, (10, 4))
     names = list(summary["sections"])
     for place, part in enumerate(("probability", "rouge", "truth_ratio")):
         heights = [summary["sections"][name][part] for name in names]
@@ -93,7 +93,7 @@ def draw_tofu(path: Path, log: Mapping[str, Any], retain: Any, summary: Summary)
     curve.set_xlabel("truth ratio")
     curve.set_ylabel("share of rows up to it")
     curve.legend(loc="lower right", fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def summarise_muse(
@@ -143,7 +143,7 @@ def table_muse(summary: Summary) -> list[str]:
 
 def draw_muse(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
     """The memorisation scores, and Min-40 % of forget and holdout texts."""
-    figure, (bars, curve) = _figure()
+    figure, ((bars, curve),) = new_figure(1, 2, (10, 4))
     names = ("forget_verbmem", "forget_knowmem", "retain_knowmem")
     labels = ("VerbMem, forget", "KnowMem, forget", "KnowMem, retain")
     bars.bar(labels, [summary[name] for name in names], 0.5, color=(_RED, _RED, _BLUE))
@@ -155,7 +155,7 @@ def draw_muse(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
     curve.set_xlabel("score, nats a token (low: known)")
     curve.set_ylabel("share of texts up to it")
     curve.legend(loc="lower right", fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def summarise_tdec(log: Mapping[str, Any]) -> Summary:
@@ -206,7 +206,7 @@ def _table_validation(sets: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
     """How both values are spread over the sequences, thresholds dashed."""
-    figure, axes = _figure()
+    figure, (axes,) = new_figure(1, 2, (10, 4))
     parts = (
         ("extraction_likelihood", "el", f"EL_{log['n']}"),
         ("memorisation_accuracy", "ma", "MA"),
@@ -222,7 +222,7 @@ def draw_tdec(path: Path, log: Mapping[str, Any], summary: Summary) -> None:
         axis.set_title(title)
         axis.set_xlabel("value (low: forgotten)")
         axis.set_ylabel("share of sequences up to it")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
@@ -232,21 +232,3 @@ def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float
         InputError: one is missing, empty, or holds what is no finite number.
     """
     return {side: column(log, "privleak", side, name).tolist() for side in ("forget", "holdout")}
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

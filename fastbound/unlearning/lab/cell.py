@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastbound.models.ranks import allocate_ranks
 from fastbound.unlearning.data.encoding import IGNORED, Encoded, collate
-from fastbound.unlearning.forward import forward
 from fastbound.unlearning.lab.adapters import (
     CLAMP,
     CLIP,
@@ -22,7 +21,8 @@ from fastbound.unlearning.lab.adapters import (
     parse_adapter,
     targets,
 )
-from fastbound.unlearning.losses.functions import answer_tokens, gradient_difference
+from fastbound.unlearning.losses import answer_tokens, gradient_difference
+from fastbound.unlearning.model import forward
 from fastbound.unlearning.training.rank_choice import mean_loss
 
 WRONG = 2  # wrong answers a row in the truth ratio

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ import torch
 from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
-from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
+from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
 from fastbound.unlearning.lab.adapters import parse_adapter
 from fastbound.unlearning.lab.cell import (
     Cell,
@@ -33,7 +32,7 @@ from fastbound.unlearning.lab.cell import (
     score_model,
     with_wrong_answers,
 )
-from fastbound.unlearning.pretrained import load_pretrained, quiet
+from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import check_free, read_json, write_json
 
 MARKER = "lab.json"
@@ -166,7 +165,7 @@ def read_models(output: Path) -> dict[int, dict[str, Any]]:
     """What each small model took to train, and its scores before unlearning, by seed."""
     return {
         int(path.parent.name.removeprefix("model-")): read_json(path)
-        for path in sorted(output.glob("model-*/learned.json"))
+        for path in sorted(output.glob(f"model-*/{LEARNED}"))
     }
 
 
@@ -220,25 +219,10 @@ def _learn(output: str, seed: int) -> None:
         seed=seed,
         progress=False,
     )
-    folder = Path(output) / f"model-{seed}"
-    part = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    with quiet():
-        learned.model.save_pretrained(part)
-        learned.tokenizer.save_pretrained(part)
     rows = _encode(forget, retain, learned.tokenizer)
-    write_json(
-        part / "learned.json",
-        {
-            "parameters": sum(p.numel() for p in learned.model.parameters()),
-            "vocabulary": len(learned.tokenizer),
-            "epochs": learned.epochs,
-            "training_loss": learned.loss,
-            "seconds": round(learned.seconds, 2),
-            **score_model(learned.model, rows, pad=padding(learned.tokenizer)),
-        },
-    )
-    os.replace(part, folder)
+    scores = score_model(learned.model, rows, pad=padding(learned.tokenizer))
+    about = {"vocabulary": len(learned.tokenizer), **scores}
+    learned.save(Path(output) / f"model-{seed}", about)
 
 
 def _run(output: str, cell: Cell) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastbound.figures import new_figure, save_figure
 from fastbound.unlearning.lab.summary import USEFUL
-from fastbound.unlearning.runs.folder import replace
 
 Cells = Sequence[Mapping[str, Any]]
 PICTURES = ("utility.png", "size.png", "gradient.png")
@@ -24,7 +24,7 @@ def draw(cells: Cells, folder: Path) -> None:
 
 def _against_rate(cells: Cells, path: Path) -> None:
     """Utility and retain loss: the mean over seeds, and a band from lowest to highest."""
-    figure, axes = _figure(1, 2, (11, 5))
+    figure, axes = new_figure(1, 2, (11, 5))
     for axis, name, label in zip(
         axes[0],
         ("utility", "retain_loss"),
@@ -44,7 +44,7 @@ def _against_steps(cells: Cells, names: Mapping[str, str], path: Path) -> None:
     """One column a rate (lowest, middle, highest), one row a quantity: median and band of seeds."""
     rates = sorted({cell["lr"] for cell in cells})
     chosen = sorted({rates[0], rates[len(rates) // 2], rates[-1]})
-    figure, axes = _figure(len(names), len(chosen), (3.9 * len(chosen), 0.9 + 3.2 * len(names)))
+    figure, axes = new_figure(len(names), len(chosen), (3.9 * len(chosen), 0.9 + 3.2 * len(names)))
     for row, (name, label) in enumerate(names.items()):
         for axis, lr in zip(axes[row], chosen, strict=True):
             for label_of, group, style in _groups([c for c in cells if c["lr"] == lr]):
@@ -88,18 +88,6 @@ def _band(
     axis.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def _finish(figure: Any, axes: Any, path: Path) -> None:
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    save_figure(figure, path, dpi=100)

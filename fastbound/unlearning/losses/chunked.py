@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastbound.unlearning.losses.functions import AnswerTokens, answer_positions
+from fastbound.unlearning.losses.formulas import AnswerTokens, answer_positions
 
 CHUNK = 256  # answer tokens at a time: 131 MB of fp32 logits for a vocabulary of 128 thousand
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from fastbound.errors import InputError
 from fastbound.operator.partition import partition
 from fastbound.unlearning.data.encoding import Batch
-from fastbound.unlearning.forward import autocast, forward
 from fastbound.unlearning.losses.chunked import CHUNK, chunked_answer_tokens
-from fastbound.unlearning.losses.functions import AnswerTokens
+from fastbound.unlearning.losses.formulas import AnswerTokens
 from fastbound.unlearning.losses.liger import liger_answer_tokens, liger_chunk, missing
 from fastbound.unlearning.losses.objective import Answers
+from fastbound.unlearning.model import autocast, forward
 
 WHOLE_BYTES = 2**28  # "auto" forms logits up to this size whole
 

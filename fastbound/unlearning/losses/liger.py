@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastbound.unlearning.losses.functions import AnswerTokens, answer_positions
+from fastbound.unlearning.losses.formulas import AnswerTokens, answer_positions
 
 OLDEST = "0.8.2"  # earlier ones give wrong gradients where tokens weigh differently, and no error
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import Batch
 from fastbound.unlearning.data.rows import Row
-from fastbound.unlearning.losses import functions as losses
-from fastbound.unlearning.losses.functions import AnswerTokens, GradientDifference
+from fastbound.unlearning.losses import formulas
+from fastbound.unlearning.losses.formulas import AnswerTokens, GradientDifference
 
 
 class Answers(NamedTuple):
@@ -26,7 +26,7 @@ class Answers(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Answers:
         """From logits `[rows, length, vocabulary]`, which are kept."""
-        return cls(losses.answer_tokens(logits, labels), logits)
+        return cls(formulas.answer_tokens(logits, labels), logits)
 
 
 class _Scored:
@@ -52,36 +52,36 @@ class _Scored:
 
     @cached_property
     def _likelihoods(self) -> tuple[Tensor, Tensor]:
-        return losses.row_likelihoods(self.now.tokens, len(self.batch.labels))
+        return formulas.row_likelihoods(self.now.tokens, len(self.batch.labels))
 
     @cached_property
     def nll_before(self) -> Tensor:
         if self.before is None:
             raise ValueError("the answers of the unadapted model are missing: give reference")
-        return losses.row_likelihoods(self.before.tokens, len(self.batch.labels))[0]
+        return formulas.row_likelihoods(self.before.tokens, len(self.batch.labels))[0]
 
 
 def _npo(scored: _Scored) -> Tensor:
-    return losses.npo(scored.nll[scored.forget], scored.nll_before[scored.forget])
+    return formulas.npo(scored.nll[scored.forget], scored.nll_before[scored.forget])
 
 
 def _simnpo(scored: _Scored) -> Tensor:
-    return losses.simnpo(scored.nll[scored.forget], scored.lengths[scored.forget])
+    return formulas.simnpo(scored.nll[scored.forget], scored.lengths[scored.forget])
 
 
 def _dpo(scored: _Scored) -> Tensor:
     wanted, unwanted, before = scored.refused, scored.forget, scored.nll_before
-    return losses.dpo(scored.nll[wanted], before[wanted], scored.nll[unwanted], before[unwanted])
+    return formulas.dpo(scored.nll[wanted], before[wanted], scored.nll[unwanted], before[unwanted])
 
 
 def _ihl(scored: _Scored) -> Tensor:
-    return losses.ihl(_whole(scored.now)[scored.forget], scored.batch.labels[scored.forget])
+    return formulas.ihl(_whole(scored.now)[scored.forget], scored.batch.labels[scored.forget])
 
 
 def _kl(scored: _Scored) -> Tensor:
     rows = scored.retain
     mask = scored.batch.attention_mask[rows]
-    return losses.retain_kl(_whole(scored.now)[rows], _whole(scored.before)[rows], mask)
+    return formulas.retain_kl(_whole(scored.now)[rows], _whole(scored.before)[rows], mask)
 
 
 def _whole(answers: Answers | None) -> Tensor:
@@ -160,7 +160,7 @@ class Objective:
     """`Σ weight · loss`, with `forget` and `retain` the mean cross-entropies to be shown.
 
     gradient_ascent is −CE(forget), retain CE(retain), idk CE(refusals); the others are functions of
-    :mod:`fastbound.unlearning.losses.functions`, a mean over the rows or tokens of a batch.
+    `fastbound.unlearning.losses`, a mean over the rows or tokens of a batch.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -198,7 +198,7 @@ class Objective:
             weight("retain", 0.0) * shares[1],
             weight("idk", 0.0) * part,
         )
-        difference = losses.weighted_cross_entropy(answers.tokens, rows, signed[: len(rows)])
+        difference = formulas.weighted_cross_entropy(answers.tokens, rows, signed[: len(rows)])
         total = difference.loss
         scored = _Scored(batch, rows, answers, reference)
         for name, factor in self.weights.items():

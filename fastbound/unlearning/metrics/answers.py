@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastbound.unlearning.data.encoding import Encoded, collate
-from fastbound.unlearning.forward import autocast
 from fastbound.unlearning.losses.cross_entropy import WHOLE, CrossEntropy
+from fastbound.unlearning.model import autocast
 
 
 @dataclass(frozen=True)

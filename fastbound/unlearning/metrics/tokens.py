@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbound.unlearning.data.encoding import IGNORED
-from fastbound.unlearning.losses.functions import answer_tokens
+from fastbound.unlearning.losses import answer_tokens
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fastbound.errors import InputError
+from fastbound.files import replace_files
 from fastbound.unlearning.data.encoding import Encoded
 
 RUN = "run.json"
@@ -76,7 +77,8 @@ class RunFolder:
         if self.writes:
             log = self.path / _LOG
             logged = log.stat().st_size if log.exists() else 0
-            replace(self.path / _CHECKPOINT, lambda p: torch.save({**state, "logged": logged}, p))
+            whole = {**state, "logged": logged}
+            replace_files({self.path / _CHECKPOINT: lambda part: torch.save(whole, part)})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, or None before the first; the log is cut back to where it was."""
@@ -144,16 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    replace(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def replace(path: Path, write: Any) -> None:
-    """Have `write(temporary)` write beside `path`, reach the disk, and take its place."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_files({path: text.encode()})
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

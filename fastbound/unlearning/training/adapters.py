@@ -15,7 +15,7 @@ from fastbound.errors import InputError
 from fastbound.models.ranks import even_rank
 from fastbound.operator.partition import whole
 from fastbound.unlearning.config import UnlearnConfig
-from fastbound.unlearning.pretrained import quiet
+from fastbound.unlearning.model import quiet
 
 Ranks = int | Mapping[str, int]
 

@@ -21,7 +21,7 @@ from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import Pairing, evenly
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.metrics.answers import Score, totals
-from fastbound.unlearning.pretrained import checkpoint_activations
+from fastbound.unlearning.model import checkpoint_activations
 from fastbound.unlearning.runs.folder import (
     ADAPTER,
     RANKS,

@@ -13,8 +13,8 @@ from fastbound.models.ranks import RankAllocation, allocate_ranks
 from fastbound.unlearning.config import RANK_ROWS, UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded, answer_length, collate
 from fastbound.unlearning.data.sampling import evenly
-from fastbound.unlearning.forward import autocast, autocast_dtype, forward
-from fastbound.unlearning.losses.functions import answer_tokens
+from fastbound.unlearning.losses import answer_tokens
+from fastbound.unlearning.model import autocast, autocast_dtype, forward
 from fastbound.unlearning.training.adapters import target_layers
 from fastbound.unlearning.training.sides import Sides
 

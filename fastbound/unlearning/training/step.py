@@ -16,9 +16,9 @@ from fastbound.operator.partition import like, whole
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Batch, collate
 from fastbound.unlearning.data.sampling import Pairing
-from fastbound.unlearning.forward import autocast, autocast_dtype
 from fastbound.unlearning.losses.cross_entropy import choose_cross_entropy
 from fastbound.unlearning.losses.objective import Answers, Objective
+from fastbound.unlearning.model import autocast, autocast_dtype
 from fastbound.unlearning.training.adapters import Adapter
 from fastbound.unlearning.training.processes import gradients_travel, shares, spread
 from fastbound.unlearning.training.sides import Sides

@@ -18,7 +18,7 @@ from benchmarks.report import __main__ as report
 from benchmarks.report import compare
 from benchmarks.report.summary import summary
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # minutes; the stages have quick tests of their own beside this
 CPU = torch.device("cpu")
 
 

@@ -24,7 +24,7 @@ from fastbound.performance.recorder import layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 LAYER = {"factors", "thin", "descriptor", "pointer", "reduce", "finish_both", "finish", "keep"}
-BLOCK = {"forward", "backward"}
+BLOCK = {"activate", "activate_backward"}
 
 
 def compiled(repository: Path, tmp_path: Path, *options: str) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ def written_parts(counted: Counted) -> list[int]:
     """Bytes of every workspace that a launch writes; it is written whole."""
     found = []
     for step in counted.steps["backward"]:
-        if step.name in ("_reduce_kernel", "_backward_kernel"):
+        if step.name in ("_reduce_kernel", "_activate_backward_kernel"):
             for argument in ("P", "Q", "QG", "QU", "QD"):
                 region = step.operands.get(argument)
                 if region in step.moved and step.moved[region].written:
@@ -251,7 +251,7 @@ class TestBlock:
 
     def test_one_kernel_each_way_holds_the_activation(self, gated: Counted) -> None:
         names = [step.name for direction in DIRECTIONS for step in gated.steps[direction]]
-        assert names.count("_forward_kernel") == names.count("_backward_kernel") == 1
+        assert names.count("_activate_kernel") == names.count("_activate_backward_kernel") == 1
 
     def test_dx_is_made_by_gemms_alone(self, gated: Counted) -> None:
         assert gated.accesses("backward", "dx") == (0, 0)
@@ -308,7 +308,7 @@ def assert_moved(call: Call, step: Step) -> None:
         assert (region.elements, region.itemsize) == (given.elements, given.itemsize)
         moved = step.moved[given]
         tall = region.elements in (M * K, M * N)
-        parts = name in PARTS and tensor.dim() == 3 and step.name != "_backward_kernel"
+        parts = name in PARTS and tensor.dim() == 3 and step.name != "_activate_backward_kernel"
         if step.gemm and (tall or region.elements == N * K):
             assert (moved.read > 0) + (moved.written > 0) == 1
         elif tall or parts:

@@ -23,6 +23,7 @@ from fastbound.dispatch.tables import find_table, read_table
 from fastbound.performance.passes import BLOCK_PASSES, LAYER_PASSES, PASSES, Candidate
 from fastbound.performance.prediction import DATASHEET, datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
+from fastbound.performance.tuning import command
 from fastbound.performance.tuning import tune as tuning
 from fastbound.performance.tuning.candidates import (
     COMPILED,
@@ -374,17 +375,17 @@ def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything of it but the device."""
-    from fastbound.dispatch import device as devices
-    from fastbound.dispatch import tables as plan_tables
-    from fastbound.performance.tuning import bench as tuning_bench
-
     bench = FakeBench()
+    here = {
+        "describe": lambda device: HOPPER.device,
+        "user_folder": lambda: tmp_path / "plans",
+        "DeviceBench": lambda *arguments, **settings: bench,
+    }
+    for name, stand_in in here.items():
+        monkeypatch.setattr(command, name, stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(devices, "describe", lambda *device: HOPPER.device)
-    monkeypatch.setattr(plan_tables, "user_folder", lambda: tmp_path / "plans")
-    monkeypatch.setattr(tuning_bench, "DeviceBench", lambda *arguments, **settings: bench)
     arguments = ["tune", "--shapes", "llama-3-8b", "--tokens", "8k", "--ranks", "16"]
     assert main(arguments) == 0
     path = tmp_path / "plans" / "sm_90.json"

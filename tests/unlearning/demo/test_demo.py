@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -10,16 +11,9 @@ import pytest
 from fastbound.unlearning import InputError, UnlearnConfig
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
+from tests.support.small_model import TINY_MODEL
 
-SMALL = SmallModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    heads=2,
-    vocabulary=400,
-    lr=1e-2,
-    batch_size=5,
-    known_loss=0.3,
-)
+SMALL = dataclasses.replace(TINY_MODEL, known_loss=0.3)
 CONFIG = UnlearnConfig(lr=1e-3, epochs=4, batch_size=3, rank=2, log_every=2, device="cpu")
 NAMES = ["bounded-lr0.001", "lora-lr0.001", "bounded-lr0.01", "lora-lr0.01"]
 
@@ -27,9 +21,7 @@ NAMES = ["bounded-lr0.001", "lora-lr0.001", "bounded-lr0.01", "lora-lr0.01"]
 def test_learns_until_it_knows_the_rows(forget_rows):
     learned = learn(forget_rows, SMALL, progress=False)
     assert learned.loss <= SMALL.known_loss and learned.epochs < SMALL.most_epochs
-    hopeless = learn(
-        forget_rows, SmallModelConfig(**{**vars(SMALL), "most_epochs": 2}), progress=False
-    )
+    hopeless = learn(forget_rows, dataclasses.replace(SMALL, most_epochs=2), progress=False)
     assert hopeless.epochs == 2 and hopeless.loss > SMALL.known_loss
 
 

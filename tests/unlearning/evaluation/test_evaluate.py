@@ -25,7 +25,7 @@ from fastbound.unlearning.evaluation.run import (
 from fastbound.unlearning.evaluation.score_tdec import first_choices, prefix_continuations
 from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.metrics.logs import FORGET, SECTIONS
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 
 PNG = b"\x89PNG"
 
@@ -203,10 +203,9 @@ class Killed(BaseException):
     ("which", "batches"),
     [
         ("tofu", 1),
-        pytest.param("tofu", 7, marks=pytest.mark.slow),
         ("muse", 2),
-        pytest.param("tdec", 1, marks=pytest.mark.slow),
-        pytest.param("tdec", 3, marks=pytest.mark.slow),
+        ("tdec", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tofu", 7), ("tdec", 3))),
     ],
 )
 def test_a_killed_evaluation_resumes_to_the_same_log(

@@ -230,7 +230,7 @@ def folder(forget_rows, retain_rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(folder, model_folder, tokenizer):
-    from fastbound.unlearning.pretrained import load_pretrained
+    from fastbound.unlearning.model import load_pretrained
 
     model = load_pretrained(str(model_folder))[0].eval()
     session = Session(model, tokenizer, 4, Pieces(), progress=False)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbound.unlearning.losses import functions as losses
+from fastbound.unlearning import losses
 from fastbound.unlearning.losses.chunked import chunked_answer_tokens
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 33, 8, 500

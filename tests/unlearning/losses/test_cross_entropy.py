@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbound
 from fastbound.performance.memory import saved_bytes
-from fastbound.unlearning import InputError, UnlearnConfig, evaluate, unlearn
+from fastbound.unlearning import InputError, UnlearnConfig, evaluate
 from fastbound.unlearning.data.encoding import IGNORED, Batch, encode_all
+from fastbound.unlearning.demo.report import Run, write_report
 from fastbound.unlearning.losses import cross_entropy
 from fastbound.unlearning.losses.chunked import CHUNK
 from fastbound.unlearning.losses.cross_entropy import WHOLE, choose_cross_entropy
@@ -163,19 +164,10 @@ def test_bytes_at_a_vocabulary_of_fifty_thousand():
 
 class TestLoop:
     @pytest.fixture
-    def run(self, new_model, tokenizer, forget_rows, retain_rows):
+    def run(self, unlearn_rows):
         def run(model=None, **settings):
             output, resume = settings.pop("output", None), settings.pop("resume", False)
-            return unlearn(
-                model or new_model(),
-                tokenizer,
-                forget_rows,
-                retain_rows,
-                config(**settings),
-                output=output,
-                resume=resume,
-                progress=False,
-            )
+            return unlearn_rows(config(**settings), model, output=output, resume=resume)
 
         return run
 
@@ -233,8 +225,6 @@ class TestLoop:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     def test_result_and_report_say_what_was_chosen(self, run, tmp_path):
-        from fastbound.unlearning.demo.report import Run, write_report
-
         run(output=tmp_path / "run", epochs=1)
         held = json.loads((tmp_path / "run" / "result.json").read_text())["cross_entropy"]
         assert held["form"] == "whole" and held["reason"] == "auto, up to 268 MB"

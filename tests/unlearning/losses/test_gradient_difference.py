@@ -1,4 +1,4 @@
-"""The signed loss of one batch equals two separate passes, one per side."""
+"""Gradient difference: one batch of both sides equals a pass for each side."""
 
 from __future__ import annotations
 

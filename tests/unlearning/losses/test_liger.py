@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbound.errors import InputError
-from fastbound.unlearning import UnlearnConfig, unlearn
+from fastbound.unlearning import UnlearnConfig
 from fastbound.unlearning.data.encoding import IGNORED, Batch
 from fastbound.unlearning.losses import cross_entropy
 from fastbound.unlearning.losses.chunked import chunked_answer_tokens
@@ -103,9 +103,7 @@ def test_values_and_gradients_are_the_chunked_ones(biased):
 
 @pytest.mark.slow
 @installed
-def test_a_run_goes_where_a_whole_one_goes(
-    new_model, tokenizer, forget_rows, retain_rows, monkeypatch
-):
+def test_a_run_goes_where_a_whole_one_goes(unlearn_rows, monkeypatch):
     monkeypatch.setattr(cross_entropy, "missing", lambda device: None)  # the interpreter has it
 
     def run(form):
@@ -118,7 +116,7 @@ def test_a_run_goes_where_a_whole_one_goes(
             losses={"npo": 1.0, "retain": 1.0},
             cross_entropy=form,
         )
-        return unlearn(new_model(), tokenizer, forget_rows, retain_rows, settings, progress=False)
+        return unlearn_rows(settings)
 
     found, whole = run("liger"), run("whole")
     assert found.cross_entropy.form == "liger" and found.after.step == 2

@@ -1,4 +1,4 @@
-"""Scores of answers are what they say: greedy decoding, and the mean loss of the answer."""
+"""The scores of answers say what greedy decoding does, and scoring changes nothing."""
 
 from __future__ import annotations
 

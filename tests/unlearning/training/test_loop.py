@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastbound
-from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate, unlearn
+from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate
 from fastbound.unlearning.data.encoding import encode_all
 from fastbound.unlearning.losses.objective import Objective
 
@@ -28,18 +28,10 @@ def lines(folder: Path, event: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
-def test_raises_forget_loss_through_the_adapter_alone(
-    new_model, tokenizer, forget_rows, retain_rows, tmp_path, adapter
-):
+def test_raises_forget_loss_through_the_adapter_alone(unlearn_rows, new_model, tmp_path, adapter):
     model = new_model()
-    result = unlearn(
-        model,
-        tokenizer,
-        forget_rows,
-        retain_rows,
-        config(adapter=adapter, epochs=30, lr=3e-2),
-        output=tmp_path / "run",
-        progress=False,
+    result = unlearn_rows(
+        config(adapter=adapter, epochs=30, lr=3e-2), model, output=tmp_path / "run"
     )
     assert result.before.forget.loss < 0.2 and result.before.forget.accuracy > 0.98
     assert result.after.forget.loss > max(3.0, 2 * result.after.retain.loss)
@@ -53,21 +45,19 @@ def test_raises_forget_loss_through_the_adapter_alone(
     assert files == {"run.json", "log.jsonl", "checkpoint.pt", "adapter", "result.json"}
 
 
-def test_frozen_weights_do_not_move(new_model, tokenizer, forget_rows, retain_rows):
+def test_frozen_weights_do_not_move(unlearn_rows, new_model):
     model = new_model()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    unlearn(model, tokenizer, forget_rows, retain_rows, FAST, progress=False)
+    unlearn_rows(FAST, model)
     after = dict(model.named_parameters())
     for name, parameter in before.items():
         assert torch.equal(after[name], parameter), name
 
 
 def test_saved_adapter_reloads_to_the_same_scores(
-    new_model, tokenizer, forget_rows, retain_rows, tmp_path
+    unlearn_rows, new_model, tokenizer, forget_rows, tmp_path
 ):
-    result = unlearn(
-        new_model(), tokenizer, forget_rows, retain_rows, FAST, output=tmp_path, progress=False
-    )
+    result = unlearn_rows(FAST, output=tmp_path)
     fresh = new_model()
     fastbound.load_adapter(fresh, tmp_path / "adapter")
     score = evaluate(fresh, encode_all(forget_rows, tokenizer), pad=tokenizer.pad_token_id)
@@ -75,34 +65,18 @@ def test_saved_adapter_reloads_to_the_same_scores(
     assert result.bound is not None and result.largest_delta <= result.bound
 
 
-def test_bound_holds_at_an_absurd_rate(new_model, tokenizer, forget_rows, retain_rows):
-    result = unlearn(
-        new_model(), tokenizer, forget_rows, retain_rows, config(lr=1e3), progress=False
-    )
+def test_bound_holds_at_an_absurd_rate(unlearn_rows):
+    result = unlearn_rows(config(lr=1e3))
     assert result.bound is not None and result.largest_delta <= result.bound * (1 + 1e-6)
-    plain = unlearn(
-        new_model(),
-        tokenizer,
-        forget_rows,
-        retain_rows,
-        config(lr=1e3, adapter="lora"),
-        progress=False,
-    )
+    plain = unlearn_rows(config(lr=1e3, adapter="lora"))
     assert plain.bound is None and plain.largest_delta > 100 * result.bound
 
 
-def test_lora_adapts_the_layers_that_inject_would(new_model, tokenizer, forget_rows, retain_rows):
+def test_lora_adapts_the_layers_that_inject_would(unlearn_rows, new_model):
     names = {}
     for adapter in ("bounded", "lora"):
         model = new_model()
-        unlearn(
-            model,
-            tokenizer,
-            forget_rows,
-            retain_rows,
-            config(adapter=adapter, epochs=0.1),
-            progress=False,
-        )
+        unlearn_rows(config(adapter=adapter, epochs=0.1), model)
         kinds = ("FusedBoundedLinear", "Linear")
         names[adapter] = {
             name
@@ -114,25 +88,13 @@ def test_lora_adapts_the_layers_that_inject_would(new_model, tokenizer, forget_r
     assert names["bounded"] == names["lora"] and len(names["lora"]) == 6
 
 
-def test_gradient_checkpointing_changes_nothing(new_model, tokenizer, forget_rows, retain_rows):
-    results = [
-        unlearn(
-            new_model(),
-            tokenizer,
-            forget_rows,
-            retain_rows,
-            config(gradient_checkpointing=on),
-            progress=False,
-        )
-        for on in (False, True)
-    ]
+def test_gradient_checkpointing_changes_nothing(unlearn_rows):
+    results = [unlearn_rows(config(gradient_checkpointing=on)) for on in (False, True)]
     assert results[0].after == results[1].after
     assert results[0].largest_delta == results[1].largest_delta > 0
 
 
-def test_a_step_is_one_mean_over_its_tokens_however_it_is_cut(
-    new_model, tokenizer, forget_rows, retain_rows, monkeypatch
-):
+def test_a_step_is_one_mean_over_its_tokens_however_it_is_cut(unlearn_rows, new_model, monkeypatch):
     taken = []
 
     def keep(optimizer, *args, **kwargs):
@@ -146,7 +108,7 @@ def test_a_step_is_one_mean_over_its_tokens_however_it_is_cut(
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.0
         settings = config(accumulation=accumulation, batch_size=batch_size, epochs=0.1)
-        unlearn(model, tokenizer, forget_rows, retain_rows, settings, progress=False)
+        unlearn_rows(settings, model)
         return taken[0]
 
     whole = first_gradient(4, 1)
@@ -163,15 +125,8 @@ def test_a_step_is_one_mean_over_its_tokens_however_it_is_cut(
         ({}, None),
     ],
 )
-def test_stops_early_and_says_why(new_model, tokenizer, forget_rows, retain_rows, settings, reason):
-    result = unlearn(
-        new_model(),
-        tokenizer,
-        forget_rows,
-        retain_rows,
-        config(epochs=30, eval_every=2, **settings),
-        progress=False,
-    )
+def test_stops_early_and_says_why(unlearn_rows, settings, reason):
+    result = unlearn_rows(config(epochs=30, eval_every=2, **settings))
     assert result.stopped == (reason or "all steps")
     if reason == "forget_target":
         assert result.after.forget.loss >= 3.0 > result.history[-2].forget.loss
@@ -179,7 +134,7 @@ def test_stops_early_and_says_why(new_model, tokenizer, forget_rows, retain_rows
 
 
 def test_non_finite_loss_keeps_the_checkpoint_and_names_the_batch(
-    new_model, tokenizer, forget_rows, retain_rows, tmp_path, monkeypatch
+    unlearn_rows, tmp_path, monkeypatch
 ):
     honest, seen = Objective.__call__, []
 
@@ -190,15 +145,7 @@ def test_non_finite_loss_keeps_the_checkpoint_and_names_the_batch(
 
     monkeypatch.setattr(Objective, "__call__", spoiled)
     with pytest.raises(NonFiniteError) as caught:
-        unlearn(
-            new_model(),
-            tokenizer,
-            forget_rows,
-            retain_rows,
-            config(checkpoint_every=1),
-            output=tmp_path,
-            progress=False,
-        )
+        unlearn_rows(config(checkpoint_every=1), output=tmp_path)
     message = str(caught.value)
     assert "step 4 of 8" in message and "Try a lower lr than 0.01" in message
     assert "authors_forget.jsonl, row" in message and "authors_retain.jsonl, row" in message
@@ -206,31 +153,13 @@ def test_non_finite_loss_keeps_the_checkpoint_and_names_the_batch(
     assert state["step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["adapter"].values())
     monkeypatch.undo()
-    resumed = unlearn(
-        new_model(),
-        tokenizer,
-        forget_rows,
-        retain_rows,
-        config(checkpoint_every=1),
-        output=tmp_path,
-        resume=True,
-        progress=False,
-    )
+    resumed = unlearn_rows(config(checkpoint_every=1), output=tmp_path, resume=True)
     assert resumed.after.step == 8
 
 
-def test_folder_of_another_run_is_refused(new_model, tokenizer, forget_rows, retain_rows, tmp_path):
+def test_folder_of_another_run_is_refused(unlearn_rows, tmp_path):
     def start(settings=FAST, **kwargs):
-        return unlearn(
-            new_model(),
-            tokenizer,
-            forget_rows,
-            retain_rows,
-            settings,
-            output=tmp_path / "run",
-            progress=False,
-            **kwargs,
-        )
+        return unlearn_rows(settings, output=tmp_path / "run", **kwargs)
 
     first = start()
     kept = (tmp_path / "run" / "log.jsonl").read_text()
@@ -243,31 +172,13 @@ def test_folder_of_another_run_is_refused(new_model, tokenizer, forget_rows, ret
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="is not empty and holds no run"):
-        unlearn(
-            new_model(),
-            tokenizer,
-            forget_rows,
-            retain_rows,
-            FAST,
-            output=tmp_path / "other",
-            progress=False,
-        )
+        unlearn_rows(FAST, output=tmp_path / "other")
 
 
-def test_nothing_is_written_when_no_layer_matches(
-    new_model, tokenizer, forget_rows, retain_rows, tmp_path
-):
+def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_path):
     model = new_model()
     with pytest.raises(InputError, match="target_modules"):
-        unlearn(
-            model,
-            tokenizer,
-            forget_rows,
-            retain_rows,
-            config(target_modules=["up_porj"]),
-            output=tmp_path / "run",
-            progress=False,
-        )
+        unlearn_rows(config(target_modules=["up_porj"]), model, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert all(type(m) is not fastbound.FusedBoundedLinear for m in model.modules())
 
@@ -294,19 +205,15 @@ def test_settings_out_of_range_are_refused_at_once(changes, message):
         config(**changes)
 
 
-def test_bfloat16_autocast_keeps_masters_in_fp32(new_model, tokenizer, forget_rows, retain_rows):
+def test_bfloat16_autocast_keeps_masters_in_fp32(unlearn_rows, new_model):
     model: nn.Module = new_model()
-    result = unlearn(
-        model, tokenizer, forget_rows, retain_rows, config(dtype="bfloat16"), progress=False
-    )
+    result = unlearn_rows(config(dtype="bfloat16"), model)
     assert result.after.forget.loss > result.before.forget.loss
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.dtype == torch.float32 for p in trained)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_missing_cuda_is_an_error(new_model, tokenizer, forget_rows, retain_rows):
+def test_missing_cuda_is_an_error(unlearn_rows):
     with pytest.raises(InputError, match="sees no CUDA device"):
-        unlearn(
-            new_model(), tokenizer, forget_rows, retain_rows, config(device="cuda"), progress=False
-        )
+        unlearn_rows(config(device="cuda"))

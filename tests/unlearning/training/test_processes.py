@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import fastbound
 from fastbound.cli import main
 from fastbound.unlearning import InputError, UnlearnConfig, unlearn
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
@@ -121,7 +121,7 @@ def test_a_sharded_run_resumes_to_the_bits_of_an_uninterrupted_one(
         f"""
 from fastbound.unlearning import UnlearnConfig, unlearn
 from fastbound.unlearning.training.loop import _Run
-from fastbound.unlearning.pretrained import load_pretrained
+from fastbound.unlearning.model import load_pretrained
 
 config = UnlearnConfig(
     epochs=4, rank=2, device="cpu", batch_size=1, accumulation=2, shard=True, checkpoint_every=2

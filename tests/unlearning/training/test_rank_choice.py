@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbound.cli import main
-from fastbound.unlearning import InputError, UnlearnConfig, unlearn
+from fastbound.unlearning import InputError, UnlearnConfig
 from fastbound.unlearning.training import loop
 
 BUDGET = 3 * 480  # six layers of 32 + 48
@@ -20,13 +20,8 @@ def config(**settings) -> UnlearnConfig:
 
 
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
-def test_both_adapters_take_the_ranks(
-    adapter, new_model, tokenizer, forget_rows, retain_rows, tmp_path
-):
-    result = unlearn(
-        new_model(), tokenizer, forget_rows, retain_rows, config(adapter=adapter, alpha=6.0),
-        output=tmp_path / "run", progress=False,
-    )  # fmt: skip
+def test_both_adapters_take_the_ranks(unlearn_rows, adapter, tmp_path):
+    result = unlearn_rows(config(adapter=adapter, alpha=6.0), output=tmp_path / "run")
     assert result.ranks is not None and result.ranks.budget == BUDGET
     assert len(set(result.ranks.ranks.values())) > 1
     trained = [p for p in result.model.parameters() if p.requires_grad]
@@ -36,14 +31,9 @@ def test_both_adapters_take_the_ranks(
     assert held["alpha" if adapter == "bounded" else "lora_alpha"] == 6.0
 
 
-def test_a_resumed_run_keeps_its_ranks(
-    new_model, tokenizer, forget_rows, retain_rows, tmp_path, monkeypatch
-):
+def test_a_resumed_run_keeps_its_ranks(unlearn_rows, tmp_path, monkeypatch):
     def run(output: str, **settings):
-        return unlearn(
-            new_model(), tokenizer, forget_rows, retain_rows, config(epochs=2),
-            output=tmp_path / output, progress=False, **settings,
-        )  # fmt: skip
+        return unlearn_rows(config(epochs=2), output=tmp_path / output, **settings)
 
     whole = run("whole")
     step = loop._Run._take_step
@@ -78,7 +68,7 @@ def test_the_command_prints_the_choice(
     assert said.count("model.layers.0.mlp.down_proj") == 1
 
 
-def test_bad_budgets(new_model, tokenizer, forget_rows, retain_rows, tmp_path):
+def test_bad_budgets(unlearn_rows, tmp_path):
     with pytest.raises(InputError, match='rank_budget is for rank "auto", and rank is 8'):
         UnlearnConfig(rank_budget=1000)
     with pytest.raises(InputError, match="rank_budget must be a whole number >= 1, got 0"):
@@ -86,8 +76,5 @@ def test_bad_budgets(new_model, tokenizer, forget_rows, retain_rows, tmp_path):
     with pytest.raises(InputError, match="rank must be a whole number"):
         UnlearnConfig(rank="most")
     with pytest.raises(InputError, match="does not give 6 layers rank 1: that takes 480"):
-        unlearn(
-            new_model(), tokenizer, forget_rows, retain_rows, config(rank_budget=479),
-            output=tmp_path / "run", progress=False,
-        )  # fmt: skip
+        unlearn_rows(config(rank_budget=479), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -51,6 +51,7 @@ def log(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(
     model_folder, write_rows, forget_rows, retain_rows, tmp_path, repository
 ):

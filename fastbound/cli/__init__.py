@@ -1,32 +1,26 @@
-"""The command line, `fastbound COMMAND ...`: each command is a module named in `COMMANDS`."""
+"""The command line, `fastbound COMMAND ...`: each command is a module of this folder."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 
 import fastbound
+from fastbound.cli import evaluate, lab, profile, tune, unlearn
+from fastbound.errors import InputError, NonFiniteError
 
-# Name -> module with HELP, DESCRIPTION, EPILOG, add_arguments(parser) and run(arguments) -> int.
-# Such a module imports nothing heavy at its top: all of them are read to show the help.
-COMMANDS = {
-    "unlearn": "fastbound.unlearning.command",
-    "tune": "fastbound.performance.tuning.command",
-    "profile": "fastbound.performance.profiling.command",
-    "evaluate": "fastbound.unlearning.evaluation.command",
-    "lab": "fastbound.unlearning.lab.command",
-}
+# Each has HELP, DESCRIPTION, EPILOG, add_arguments(parser) and RUN, which names the function that
+# does the work, (arguments) -> int. Torch stays out until a command is chosen: help is instant.
+COMMANDS = {"unlearn": unlearn, "tune": tune, "profile": profile, "evaluate": evaluate, "lab": lab}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 stopped on the way, 2 cannot be done as asked."""
-    from fastbound.errors import InputError, NonFiniteError
-
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        return int(pkgutil.resolve_name(arguments.run)(arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,8 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastbound", description="Bounded low-rank adapters, fused.")
     parser.add_argument("--version", action="version", version=f"fastbound {fastbound.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, where in COMMANDS.items():
-        module = importlib.import_module(where)
+    for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -58,5 +51,5 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.RUN)
     return parser

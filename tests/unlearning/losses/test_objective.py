@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import fastbound
-from fastbound.unlearning import InputError, Row, UnlearnConfig, unlearn
+from fastbound.cli import main
+from fastbound.unlearning import InputError, Row, UnlearnConfig, losses, unlearn
 from fastbound.unlearning.data.encoding import Batch
-from fastbound.unlearning.losses import functions as losses
 from fastbound.unlearning.losses.objective import LOSSES, Answers, Objective, refusals
 
 # The original functions ran in fp32.
@@ -247,8 +247,6 @@ class TestBadInput:
             refusals([Row(None, "text", "a.jsonl:3")])
 
     def test_the_command_names_a_weight_that_is_none(self, user_folder, capsys):
-        from fastbound.cli import main
-
         rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
         assert main(["unlearn", "--model", "my-model", *rows, "--loss", "npo=x"]) == 2
         assert "--loss must be NAME or NAME=WEIGHT; got 'npo=x'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer from a folder or the Hugging Face hub."""
+"""A causal language model of transformers: loading it, a pass of it, and the autocast around."""
 
 from __future__ import annotations
 
@@ -61,3 +61,22 @@ def checkpoint_activations(model: nn.Module) -> None:
     if enable is None:
         raise InputError(f"{type(model).__name__} has no gradient checkpointing: leave it off")
     enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def forward(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    """Logits `[rows, length, vocabulary]`."""
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """What `autocast` takes for a setting's `dtype`: None for float32."""
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
+def autocast(
+    device: torch.device | str, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to `dtype`, or nothing at all for None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=dtype)

@@ -1,0 +1,30 @@
+"""Figures without a display: panels in the house's frame, saved whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastbound.files import replace_files
+
+
+def new_figure(
+    rows: int, columns: int, size: tuple[float, float], *, framed: bool = False
+) -> tuple[Any, Any]:
+    """A figure and its panels `[rows, columns]`: a light grid, and a whole frame where asked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in () if framed else panels.flat:
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 130) -> None:
+    """The figure as a PNG."""
+    replace_files({path: lambda part: figure.savefig(part, format="png", dpi=dpi)})
