@@ -155,7 +155,7 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
-    return engine_for(block_key(weight.device, tokens, N, K, ranks, dtype, backend, named)).plan
+    return engine_for(*block_key(weight.device, tokens, N, K, ranks, dtype, backend, named)).plan
 
 
 def _explain_layer(
@@ -195,11 +195,11 @@ def _layer_plan(
     adapter = active[0]
     shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
     if injected or (obstacle is None and not over_base):
-        return engine_for(plan_key(device, *shape)).plan
+        return engine_for(*plan_key(device, *shape)).plan
     reason = f"it {obstacle}, so the base layer runs and each adapter is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
-    plan = engine_for(plan_key(device, *shape, over_base=True)).plan
+    plan = engine_for(*plan_key(device, *shape, over_base=True)).plan
     return replace(plan, reason=f"{reason}; {plan.reason}")
 
 

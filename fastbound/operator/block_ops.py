@@ -63,7 +63,7 @@ class ReadyBlock:
         N, K = call.gate.weight.shape
         form = block_form(call.activation, call.up is not None)
         settings = (call.ranks, X.dtype, call.backend, form)
-        self.engine = engine_for(block_key(X.device, X.shape[0], N, K, *settings))
+        self.engine = engine_for(*block_key(X.device, X.shape[0], N, K, *settings))
         self.gate, self.down = self._ready(call.gate, X.dtype), self._ready(call.down, X.dtype)
         self.up = None if call.up is None else self._ready(call.up, X.dtype)
 

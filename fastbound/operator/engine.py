@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastbound.dispatch.plan import Plan, PlanKey, plan_for
 from fastbound.operator.torch_engine import TorchEngine
@@ -15,9 +15,12 @@ Engine: TypeAlias = "TorchEngine | TritonEngine"
 
 
 @lru_cache(maxsize=4096)
-def engine_for(key: PlanKey) -> Engine:
-    """The engine of a key's plan; ``engine.plan`` is that plan, reason included."""
-    return engine_of(plan_for(key))
+def engine_for(*key: Any) -> Engine:
+    """The engine of a :class:`PlanKey`, given field by field, since making one takes a while.
+
+    ``engine.plan`` is its plan, reason included.
+    """
+    return engine_of(plan_for(PlanKey(*key)))
 
 
 def engine_of(plan: Plan) -> Engine:

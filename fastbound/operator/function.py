@@ -74,14 +74,14 @@ class _BoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, _, _, *adapter = inputs
-        A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout = adapter
+        x, weight, bias, _, _, A, B, scaling, omega, backend, seed, dropout = inputs
+        ctx.scaling, ctx.omega, ctx.backend, ctx.dropout = scaling, omega, backend, dropout
         _, S = output
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        _, _, _, _, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        need_dA, need_dB = ctx.needs_input_grad[5:7]
         ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B, seed)
 
     @staticmethod
@@ -95,7 +95,11 @@ class _BoundedLinear(torch.autograd.Function):
                 needs = (need_dx, need_dA, need_dB)
                 adapter = (A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout)
                 dx, dA, dB = ops.backward(dy, x, S, weight, ctx.dtype, *needs, *adapter)
-                dx, dA, dB = dx if need_dx else None, dA if need_dA else None, dB if need_dB else None
+                dx, dA, dB = (
+                    dx if need_dx else None,
+                    dA if need_dA else None,
+                    dB if need_dB else None,
+                )
             if need_db:
                 rows = dy.reshape(-1, dy.shape[-1])
                 wide = torch.promote_types(dy.dtype, torch.float32)

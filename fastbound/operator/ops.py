@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbound.dispatch.plan import plan_key
+from fastbound.dispatch.device import describe
+from fastbound.dispatch.tables import row_bucket
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
 from fastbound.operator.dropout import keep_rate
@@ -159,12 +160,11 @@ def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
 
 def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
     """For a tall matrix T [M, ·], in whose dtype the products are computed."""
-    A, B = term.A, term.B
+    A, B, _, _, backend, _, _ = term
     rank, K = A.shape
-    key = plan_key(
-        T.device, T.shape[0], B.shape[0], K, rank, T.dtype, term.backend, None, over_base
-    )
-    return engine_for(key)
+    where = describe(T.device) if T.is_meta else T.device
+    M, N = row_bucket(T.shape[0]), B.shape[0]
+    return engine_for(where, M, N, K, rank, T.dtype, backend, None, over_base)
 
 
 def dS_and_dB(

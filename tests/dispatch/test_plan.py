@@ -129,7 +129,7 @@ def test_a_path_asked_for_by_name_runs_or_says_why_not() -> None:
 def test_rows_enter_in_powers_of_two() -> None:
     cpu = torch.device("cpu")
     few, more = (plan_key(cpu, M, 64, 64, 8, torch.float32) for M in (1000, 1024))
-    assert engine_for(few) is engine_for(more)
+    assert engine_for(*few) is engine_for(*more)
 
 
 class TestExplain:

@@ -206,7 +206,7 @@ def test_the_products_are_tritons_where_they_can_run_and_never_fused():
     cpu = torch.device("cpu")
 
     def plan(N, dtype, backend="auto"):
-        return engine_for(plan_key(cpu, 64, N, 32, 4, dtype, backend, over_base=True)).plan
+        return engine_for(*plan_key(cpu, 64, N, 32, 4, dtype, backend, over_base=True)).plan
 
     assert plan(32, torch.float32, "split").strategy == "split"
     assert plan(32, torch.float32).strategy == "torch"
