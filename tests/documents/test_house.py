@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,19 +79,3 @@ def test_no_function_imports_modules_of_ours(folder):
 def test_a_folder_is_listed_at_a_glance(folder):
     entries = {path.name for path in folder.iterdir()} - {"__pycache__"}
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
-
-
-def test_files_that_the_documentation_names_are_there():
-    pages = [
-        *REPOSITORY.glob("*.md"),
-        *REPOSITORY.glob("docs/*.md"),
-        REPOSITORY / "benchmarks/NOTES.md",
-    ]
-    named = re.compile(r"`((?:tests|docs|fastbound|kernels|benchmarks)/[a-z0-9_/]+\.\w+)`")  # NAME.py is any
-    gone = {
-        f"{relative(page)} names {name}"
-        for page in pages
-        for name in named.findall(page.read_text())
-        if not (REPOSITORY / name).exists()
-    }
-    assert not gone, "\n".join(sorted(gone))
