@@ -56,6 +56,7 @@ def test_a_block_without_a_model_is_named() -> None:
         saved.hugging_face(Block("other", 8, 16, "silu", gated=True, bias=False))
 
 
+@pytest.mark.slow
 def test_notes_hold_the_saved_bytes_that_the_script_prints(repository: Path) -> None:
     text = (repository / "benchmarks" / "NOTES.md").read_text()
     if saved.versions() not in text:
