@@ -28,6 +28,11 @@ elif hasattr(os, "sched_getaffinity"):
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """With a GPU no workers: one process has it to itself. Else a worker per core."""
+    return 0 if torch.cuda.is_available() else None
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

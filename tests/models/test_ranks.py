@@ -196,7 +196,7 @@ class TestInject:
         with pytest.raises(ValueError, match="alpha"):
             self.inject(network(), "auto", alpha=-1.0, forget=never, retain=never)
 
-    def test_a_layer_that_cutsgradients_off_is_named(self) -> None:
+    def test_a_layer_that_cuts_gradients_off_is_named(self) -> None:
         class Cut(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
                 with torch.no_grad():
