@@ -9,18 +9,20 @@ from fastbound.files import replace_files
 
 
 def new_figure(
-    rows: int, columns: int, size: tuple[float, float], *, framed: bool = False
+    rows: int, columns: int, size: tuple[float, float], *, grid: float | None = 0.25
 ) -> tuple[Any, Any]:
-    """A figure and its panels `[rows, columns]`: a light grid, and a whole frame where asked."""
+    """A figure and its panels `[rows, columns]`: a grid that dark, and half a frame.
+
+    For None there is no grid, and the frame is whole.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in () if framed else panels.flat:
-        panel.grid(alpha=0.25)
-        panel.set_axisbelow(True)
+    for panel in () if grid is None else panels.flat:
+        panel.grid(alpha=grid)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
 

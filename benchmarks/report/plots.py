@@ -49,7 +49,7 @@ def _time_over_floor(device: str, rows: Sequence[BenchmarkRow], path: Path) -> N
         len(shapes),
         len(directions),
         (5.6 * len(directions), (3.2 if several else 2.6) * len(shapes)),
-        framed=True,
+        grid=None,
     )
     for i, shape in enumerate(shapes):
         for j, direction in enumerate(directions):
@@ -115,7 +115,7 @@ def _bars(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> N
 def _saved_bytes(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
     """Bytes per token: one panel per shape, at its largest number of tokens."""
     shapes = _unique([row.shape for row in rows])
-    figure, panels = new_figure(len(shapes), 1, (7.0, 2.4 * len(shapes)), framed=True)
+    figure, panels = new_figure(len(shapes), 1, (7.0, 2.4 * len(shapes)), grid=None)
     for shape, (axes,) in zip(shapes, panels, strict=True):
         members = [row for row in rows if row.shape == shape]
         M = max(row.M for row in members)

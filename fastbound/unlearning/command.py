@@ -14,10 +14,10 @@ from fastbound.errors import InputError
 from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
-from fastbound.unlearning.demo.report import Run, write_report
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free
+from fastbound.unlearning.runs.report import Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 from fastbound.unlearning.training.processes import end_processes
 

@@ -151,7 +151,7 @@ def write(profile: Profile, folder: Path) -> None:
 def draw(profile: Profile, path: Path) -> None:
     """A row for each place: time over the frozen module, and memory, against the length."""
     places = profile.places
-    figure, panels = new_figure(len(places), 2, (11, 1.3 + 3.5 * len(places)))
+    figure, panels = new_figure(len(places), 2, (11, 1.3 + 3.5 * len(places)), grid=0.3)
     for place, (left, right) in zip(places, panels, strict=True):
         lengths = sorted({p.tokens for p in profile.points if p.place == place})
         left.set_title(

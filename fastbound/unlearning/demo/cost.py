@@ -6,7 +6,6 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +17,7 @@ from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Batch, Encoded, collate
 from fastbound.unlearning.losses import gradient_difference
 from fastbound.unlearning.model import autocast, autocast_dtype, forward, quiet
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """One step: forward, backward and update of A and B.
-
-    Attributes:
-        seconds: median.
-        saved_bytes: kept from forward for backward by the whole model, each storage once,
-            parameters left out. Exact on any device.
-        peak_bytes: most CUDA memory allocated during a step, weights included; None elsewhere.
-    """
-
-    seconds: float
-    saved_bytes: int
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The bounded adapter fused and unfused, on the same batch; steps were interleaved."""
-
-    fused: StepCost
-    unfused: StepCost
-    steps: int
-    rows: int
-    tokens: int
+from fastbound.unlearning.runs.report import Comparison, StepCost
 
 
 def compare_cost(

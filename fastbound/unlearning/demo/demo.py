@@ -15,10 +15,10 @@ from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.cost import compare_cost
-from fastbound.unlearning.demo.report import Run, write_report
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
 from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, write_json
+from fastbound.unlearning.runs.report import Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 
 _MARKER = "demo.json"

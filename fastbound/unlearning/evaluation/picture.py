@@ -16,5 +16,7 @@ BLUE, RED, GREY = "#0b6e99", "#c4511d", "0.45"
 def picture(path: Path) -> Iterator[tuple[Any, Any]]:
     """Two panels to draw on; what stands on them at the end is written to `path`."""
     figure, (panels,) = new_figure(1, 2, (10, 4))
+    for panel in panels:
+        panel.set_axisbelow(True)
     yield panels
     save_figure(figure, path)

@@ -9,14 +9,12 @@ evaluation.png             the plots
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 import fastbound
@@ -27,6 +25,7 @@ from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.evaluation.templates import check_family
 from fastbound.unlearning.metrics.conventions import check_convention
 from fastbound.unlearning.metrics.logs import read_log
+from fastbound.unlearning.model import evaluating
 from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import RunFolder, fingerprint, read_json, write_json
 
@@ -140,7 +139,7 @@ def evaluate_benchmark(
     run = RunFolder(folder, identity, resume=resume)
     run.begin()
     session = Session(model, tokenizer, config.batch_size, Pieces(folder / PIECES), progress)
-    with _evaluating(model):
+    with evaluating(model):
         log = chosen.score(session, prepared, config)
     write_json(folder / chosen.LOG, log)
     summary = chosen.summarise(log, retain, config)
@@ -152,17 +151,6 @@ def evaluate_benchmark(
 def _settings(config: EvaluationConfig) -> dict[str, Any]:
     """Settings that change a value; the data is compared by its tokens."""
     return {name: value for name, value in vars(config).items() if name != "data"}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from fastbound.unlearning.lab.adapters import (
     targets,
 )
 from fastbound.unlearning.losses import answer_tokens, gradient_difference
+from fastbound.unlearning.metrics.utility import harmonic_mean
 from fastbound.unlearning.model import forward
 from fastbound.unlearning.training.rank_choice import mean_loss
 
@@ -191,15 +193,13 @@ def score_model(model: nn.Module, rows: Rows, *, pad: int) -> dict[str, float]:
         "forget_accuracy": float(forget_right.mean()),
         "retain_loss": float(retain.mean()),
         **parts,
-        "utility": harmonic_mean(list(parts.values())),
+        "utility": utility_of(list(parts.values())),
     }
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """0 if a value is 0 or is no number."""
-    if not all(value > 0 for value in values):
-        return 0.0
-    return len(values) / sum(1 / value for value in values)
+def utility_of(parts: Sequence[float]) -> float:
+    """Their harmonic mean; 0 if one is 0 or is no number."""
+    return harmonic_mean(np.nan_to_num(parts))
 
 
 @torch.no_grad()

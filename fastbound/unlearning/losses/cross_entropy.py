@@ -26,7 +26,7 @@ from fastbound.unlearning.losses.chunked import CHUNK, chunked_answer_tokens
 from fastbound.unlearning.losses.formulas import AnswerTokens
 from fastbound.unlearning.losses.liger import liger_answer_tokens, liger_chunk, missing
 from fastbound.unlearning.losses.objective import Answers
-from fastbound.unlearning.model import autocast, forward
+from fastbound.unlearning.model import autocast, evaluating, forward
 
 WHOLE_BYTES = 2**28  # "auto" forms logits up to this size whole
 
@@ -145,7 +145,6 @@ def _obstacle(
     return _differs(model, head, name, example, dtype)
 
 
-@torch.no_grad()
 def _differs(
     model: nn.Module, head: nn.Linear, name: str, example: Batch, dtype: torch.dtype | None
 ) -> str | None:
@@ -168,14 +167,11 @@ def _differs(
 
     device = example.input_ids.device
     hook = head.register_forward_hook(replace)
-    training = model.training
-    model.eval()
     try:
-        with autocast(device, dtype):
+        with evaluating(model), autocast(device, dtype):
             logits = forward(model, example.input_ids[:1, :8], example.attention_mask[:1, :8])
     finally:
         hook.remove()
-        model.train(training)
     if len(seen) != 1:
         return f"{name} runs {len(seen)} times in a pass"
     ((problem, ramp),) = seen

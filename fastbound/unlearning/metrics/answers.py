@@ -10,7 +10,7 @@ from torch import nn
 
 from fastbound.unlearning.data.encoding import Encoded, collate
 from fastbound.unlearning.losses.cross_entropy import WHOLE, CrossEntropy
-from fastbound.unlearning.model import autocast
+from fastbound.unlearning.model import autocast, evaluating
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,17 @@ def totals(
     """Sums that add up across processes: loss, right tokens, tokens, whole rows, rows."""
     rows = sorted(rows, key=lambda row: len(row.ids))
     sums = [0.0] * 5
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(device, dtype):
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                batch = collate(part, pad).to(device)
-                tokens = cross_entropy.answers(model, batch).tokens
-                broken = tokens.row[~tokens.correct].unique().numel()
-                sums[0] += float(tokens.loss.sum())
-                sums[1] += float(tokens.correct.sum())
-                sums[2] += tokens.loss.numel()
-                sums[3] += len(part) - broken
-                sums[4] += len(part)
-    finally:
-        model.train(training)
+    with evaluating(model), autocast(device, dtype):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            batch = collate(part, pad).to(device)
+            tokens = cross_entropy.answers(model, batch).tokens
+            broken = tokens.row[~tokens.correct].unique().numel()
+            sums[0] += float(tokens.loss.sum())
+            sums[1] += float(tokens.correct.sum())
+            sums[2] += tokens.loss.numel()
+            sums[3] += len(part) - broken
+            sums[4] += len(part)
     return sums
 
 

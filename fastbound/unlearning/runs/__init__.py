@@ -1,4 +1,4 @@
-"""The folder of a run, and the state that a resumed run needs.
+"""The folder of a run, the state that a resumed run needs, and the report of finished runs.
 
 Uses `data`.
 """

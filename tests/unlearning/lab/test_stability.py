@@ -16,7 +16,7 @@ from fastbound.unlearning.data.rows import Row, authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.lab import grid as grids
 from fastbound.unlearning.lab.adapters import KINDS, ComparedLinear, delta_of, parse_adapter
-from fastbound.unlearning.lab.cell import CellConfig, harmonic_mean
+from fastbound.unlearning.lab.cell import CellConfig, utility_of
 from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
 from fastbound.unlearning.lab.plots import PICTURES, draw
 from fastbound.unlearning.lab.summary import lines_of, ranges_of
@@ -114,10 +114,10 @@ def test_the_bound_is_a_multiple_of_the_weights_rms():
     assert parse_adapter("sine@2+ranks").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
 
 
-def test_harmonic_mean_is_zero_when_a_part_is():
-    assert harmonic_mean([1.0, 0.5]) == pytest.approx(2 / 3)
-    assert harmonic_mean([1.0, 0.0]) == 0.0
-    assert harmonic_mean([1.0, math.nan]) == 0.0
+def test_utility_is_zero_when_a_part_is():
+    assert utility_of([1.0, 0.5]) == pytest.approx(2 / 3)
+    assert utility_of([1.0, 0.0]) == 0.0
+    assert utility_of([1.0, math.nan]) == 0.0
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_cell_forgets_stays_in_its_bound_and_is_written_down(finished):
         assert cell["stopped"] is None
         assert [line["step"] for line in cell["history"]] == [1, 10, 12]
         parts = [cell[name] for name in ("probability", "accuracy", "truth_ratio")]
-        assert cell["utility"] == pytest.approx(harmonic_mean(parts))
+        assert cell["utility"] == pytest.approx(utility_of(parts))
     assert list(read_cells(output)) == [
         "lora|lr=0.01|rank=8|seed=0",
         "sine@4|lr=0.01|rank=8|seed=0",

@@ -13,11 +13,11 @@ import fastbound
 from fastbound.performance.memory import saved_bytes
 from fastbound.unlearning import InputError, UnlearnConfig, evaluate
 from fastbound.unlearning.data.encoding import IGNORED, Batch, encode_all
-from fastbound.unlearning.demo.report import Run, write_report
 from fastbound.unlearning.losses import cross_entropy
 from fastbound.unlearning.losses.chunked import CHUNK
 from fastbound.unlearning.losses.cross_entropy import WHOLE, choose_cross_entropy
 from fastbound.unlearning.losses.objective import Objective
+from fastbound.unlearning.runs.report import Run, write_report
 from fastbound.unlearning.training.loop import _Run
 from tests.support.models import stir
 

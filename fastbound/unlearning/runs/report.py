@@ -10,13 +10,39 @@ from typing import Any
 
 from fastbound.figures import new_figure, save_figure
 from fastbound.models.ranks import RankAllocation
-from fastbound.unlearning.demo.cost import Comparison
 from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import RESULT, read_json, write_json
 
 REPORT = "report.json"
 PICTURE = "curves.png"
 _COLOURS = {"bounded": "#0b6e99", "lora": "#c4511d"}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step: forward, backward and update of A and B.
+
+    Attributes:
+        seconds: median.
+        saved_bytes: kept from forward for backward by the whole model, each storage once,
+            parameters left out. Exact on any device.
+        peak_bytes: most CUDA memory allocated during a step, weights included; None elsewhere.
+    """
+
+    seconds: float
+    saved_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The bounded adapter fused and unfused, on the same batch; steps were interleaved."""
+
+    fused: StepCost
+    unfused: StepCost
+    steps: int
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True)
