@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 import fastbound
@@ -88,9 +89,11 @@ def test_trains_as_in_the_plain_settings(adapted, tmp_path, settings, tolerance)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapted", ["fused", "peft"], indirect=True)
-def test_compiled_it_trains_as_uncompiled(adapted, tmp_path, monkeypatch):
-    # TrainingArguments sets it for good: a later Accelerator in this process would compile as well.
+def test_compiled_it_trains_as_uncompiled(adapted, tmp_path, monkeypatch, request):
+    # TrainingArguments sets it for good, accelerate's state keeps it: a later Accelerator in this
+    # process would compile as well.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    request.addfinalizer(AcceleratorState._reset_state)
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     test_trains_as_in_the_plain_settings(adapted, tmp_path, compiled, 1e-5)
 

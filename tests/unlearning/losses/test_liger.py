@@ -101,7 +101,6 @@ def test_values_and_gradients_are_the_chunked_ones(biased):
     assert (gradient - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.slow
 @installed
 def test_a_run_goes_where_a_whole_one_goes(unlearn_rows, monkeypatch):
     monkeypatch.setattr(cross_entropy, "missing", lambda device: None)  # the interpreter has it
