@@ -12,7 +12,8 @@ loss against the rate, the size of the change and the gradient norm against step
 """
 EPILOG = """\
 An adapter is lora, lora-clamp (factors within 1), lora-clip (gradient norm within 1), or sine, tanh
-or product with its bound: sine@4 is bounded by 4 x RMS(W), sine@alpha by alpha. All have the slope
+or product with its bound: sine@0.5*spectral keeps ΔW within half the spectral norm of W, sine@4
+within 4 x RMS(W) per entry, sine@alpha within alpha. All have the slope
 of LoRA. With +ranks behind it (sine@4+ranks) the same parameters are spread over layers by
 gradients, as --rank auto of unlearn does. One process a core. The output folder gets cells.jsonl,
 summary.json, utility.png, size.png and gradient.png; --resume goes on with it, also with more

@@ -25,8 +25,9 @@ class BoundedConfig(PeftConfig):
             "all-linear". None or "mlp": the MLP projections of a known `config.model_type`.
         exclude_modules: PEFT's: suffixes or a regular expression of what not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW; None means alpha; "2*rms" 2 x the root mean
-            square of each layer's weight, and so any multiple; "auto" means "4*rms".
+        bound: the largest magnitude of an entry of ΔW; None means alpha; "0.5*spectral" half of
+            σ₁(W) / sqrt(NK) of each layer's weight, and so any multiple, also of its root mean
+            square ("2*rms"); "auto" means "4*rms".
         rank_pattern, alpha_pattern, bound_pattern: {suffix or regular expression: value} for layers
             that differ from `r`, `alpha` and `bound`. In an adapter that was put on a model,
             `bound_pattern` holds the number that each layer got, and so does its file.

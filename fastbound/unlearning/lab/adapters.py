@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastbound import FusedBoundedLinear
 from fastbound.errors import InputError
+from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.layers.conversion import swap
 
 KINDS = ("lora", "lora-clamp", "lora-clip", "sine", "tanh", "product")
@@ -26,33 +27,34 @@ class Adapter:
     """One adapter of the grid.
 
     Attributes:
-        name: as it was asked for: `kind`, `kind@alpha` or `kind@FACTOR`, with `+ranks` or not.
+        name: as it was asked for: `kind`, `kind@alpha` or `kind@BOUND`, with `+ranks` or not.
         kind: `lora`, `lora-clamp`, `lora-clip`, `sine`, `tanh` or `product`.
-        factor: the bound over the root mean square of the layer's weight; None means bound = alpha
-            for a bounded kind, and no bound for the others.
+        bound: in units of the layer's weight, as "0.5*spectral"; None means bound = alpha for a
+            bounded kind, and no bound for the others.
         adaptive: the same parameters, with ranks as `fastbound.models.ranks` spreads them.
     """
 
     name: str
     kind: str
-    factor: float | None = None
+    bound: str | None = None
     adaptive: bool = False
 
     @property
     def bounded(self) -> bool:
         return self.kind in _BOUNDED
 
-    def bound(self, weight: Tensor, alpha: float) -> float:
+    def bound_in(self, weight: Tensor, alpha: float) -> float:
         """The bound in this layer; infinite where the kind has none."""
         if not self.bounded:
             return math.inf
-        return alpha if self.factor is None else self.factor * _rms(weight)
+        return alpha if self.bound is None else bound_of_weight(self.bound, weight)
 
 
 def parse_adapter(text: str) -> Adapter:
-    """`lora`, `lora-clamp`, `lora-clip`, or `sine`, `tanh`, `product` with `@alpha` or `@FACTOR`.
+    """`lora`, `lora-clamp`, `lora-clip`, or `sine`, `tanh`, `product` with `@alpha` or `@BOUND`.
 
-    With `+ranks` behind it the ranks are spread by gradients.
+    BOUND is a multiple such as `0.5*spectral`; a number alone is a multiple of RMS(W). With
+    `+ranks` behind it the ranks are spread by gradients.
 
     Raises:
         InputError: an unknown kind, a bound where there is none, or none where there must be one.
@@ -67,15 +69,15 @@ def parse_adapter(text: str) -> Adapter:
         return Adapter(text, kind, None, adaptive)
     if bound == "alpha":
         return Adapter(text, kind, None, adaptive)
+    bound = bound if "*" in bound else f"{bound}*rms"
     try:
-        factor = float(bound)
-    except ValueError:
-        factor = math.nan
-    if not (math.isfinite(factor) and factor > 0):
+        weight_bound(bound)
+    except ValueError as error:
         raise InputError(
-            f"adapter {text!r}: give {kind}@alpha, or {kind}@FACTOR for a bound of FACTOR x RMS(W)"
-        )
-    return Adapter(text, kind, factor, adaptive)
+            f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
+            "such as 0.5*spectral, or a number for so many RMS(W)"
+        ) from error
+    return Adapter(text, kind, bound, adaptive)
 
 
 class ComparedLinear(nn.Module):
@@ -145,7 +147,7 @@ def adapt(
     torch.manual_seed(seed)
     for name, layer in targets(model).items():
         rank = ranks[name]
-        bound = adapter.bound(layer.weight, alpha)
+        bound = adapter.bound_in(layer.weight, alpha)
         if adapter.kind == "sine":
             made[name] = FusedBoundedLinear.from_linear(layer, rank, alpha=alpha, bound=bound)
         else:
@@ -153,7 +155,3 @@ def adapt(
         new[layer] = made[name]
     swap(model, new)
     return made
-
-
-def _rms(weight: Tensor) -> float:
-    return float(weight.detach().double().square().mean().sqrt())

@@ -94,11 +94,11 @@ def test_the_compared_sine_is_the_fused_layer():
     [
         ("dora", "unknown adapter 'dora'"),
         ("lora+ranks+ranks", "unknown adapter"),
-        ("sine+ranks", "sine@FACTOR"),
+        ("sine+ranks", "sine@BOUND"),
         ("lora@4", "lora has no bound"),
-        ("sine", "sine@FACTOR"),
-        ("tanh@-1", "tanh@FACTOR"),
-        ("product@nan", "product@FACTOR"),
+        ("sine", "sine@BOUND"),
+        ("tanh@-1", "tanh@BOUND"),
+        ("product@nan", "product@BOUND"),
     ],
 )
 def test_an_adapter_that_does_not_exist_is_refused(text, message):
@@ -106,12 +106,17 @@ def test_an_adapter_that_does_not_exist_is_refused(text, message):
         parse_adapter(text)
 
 
-def test_the_bound_is_a_multiple_of_the_weights_rms():
+def test_the_bound_is_in_units_of_the_weight():
     weight = torch.tensor([[3.0, -4.0]])
-    assert parse_adapter("sine@2").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
-    assert parse_adapter("sine@alpha").bound(weight, 16.0) == 16.0
-    assert parse_adapter("lora").bound(weight, 16.0) == math.inf
-    assert parse_adapter("sine@2+ranks").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
+    assert parse_adapter("sine@2").bound_in(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
+    assert parse_adapter("tanh@0.5*spectral").bound_in(weight, 16.0) == pytest.approx(
+        0.5 * float(torch.linalg.matrix_norm(weight.detach(), 2)) / weight.numel() ** 0.5
+    )
+    assert parse_adapter("sine@alpha").bound_in(weight, 16.0) == 16.0
+    assert parse_adapter("lora").bound_in(weight, 16.0) == math.inf
+    assert parse_adapter("sine@2+ranks").bound_in(weight, 16.0) == pytest.approx(
+        2 * math.sqrt(12.5)
+    )
 
 
 def test_utility_is_zero_when_a_part_is():
