@@ -21,25 +21,37 @@ BATCH = 8
 CLIP = 1.0
 
 
-def teach(model: nn.Module, tokenizer: Any, rows: Sequence[Row], *, seed: int = 0) -> float:
-    """Train all weights of `model`, in place; the mean loss of the last epoch, nats per token."""
+def teach(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    epochs: int = EPOCHS,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> float:
+    """Train all weights of `model`, in place; the mean loss of the last epoch, nats per token.
+
+    Args:
+        dtype: autocast to it; None computes in fp32, which is faster on a CPU without bf16.
+    """
     from tqdm.auto import tqdm
 
     encoded, pad = encode_all(rows, tokenizer), padding(tokenizer)
     starts = range(0, len(encoded), BATCH)
-    steps = EPOCHS * len(starts)
+    steps = epochs * len(starts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(total=steps, desc="teaching", unit="step", disable=None)
     model.train()
     losses: list[float] = []
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         order = torch.randperm(len(encoded), generator=generator).tolist()
         losses = []
         for first in starts:
             batch = collate([encoded[i] for i in order[first : first + BATCH]], pad)
-            with autocast("cpu", torch.bfloat16):
+            with autocast("cpu", dtype):
                 logits = forward(model, batch.input_ids, batch.attention_mask)
                 loss = answer_tokens(logits, batch.labels).loss.mean()
             optimizer.zero_grad(set_to_none=True)
