@@ -3,8 +3,9 @@
     python -m benchmarks.real_model --forget forget01.jsonl --retain retain.jsonl --output map
 
 The output folder gets the models (`pretrained`, `full`, which knows all rows, and `retain`, which
-never saw those to forget) and the map. It needs the package `gguf`. What is there already is not made again. Every flag that is
+never saw those to forget) and the map; what is there already is not made again. Every flag that is
 not named here goes to `fastbound lab`, such as --general, --adapters, --lr, --steps and --workers.
+Reading the fetched weights needs the package `gguf`.
 """
 
 from __future__ import annotations
