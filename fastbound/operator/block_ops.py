@@ -22,7 +22,7 @@ from fastbound.dispatch.plan import PlanKey, plan_key
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import BLOCK_SCHEMA, BlockCall, Factors
 from fastbound.operator.engine import engine_for
-from fastbound.operator.ops import check_storage, given, library, rows, rows_as_of, scope
+from fastbound.operator.ops import given, in_memory, library, rows, rows_as_of, scope
 from fastbound.truth.formula import Projection
 
 library.define(
@@ -103,8 +103,8 @@ class ReadyBlock:
 
 
 def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = BlockCall.of(arguments)
-    check_storage(x, *call.tensors())
+    x, *tensors = in_memory(x, *arguments[:-4])
+    call = BlockCall.of((*tensors, *arguments[-4:]))
     with scope(x):
         X = rows(x)
         block = ReadyBlock(X, call)
@@ -127,8 +127,8 @@ def compute_backward(
     need_dx: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    call = BlockCall.of(arguments)
-    check_storage(dy, x, G, U, S, S_down, *call.tensors())
+    dy, x, G, U, S, S_down, *tensors = in_memory(dy, x, G, U, S, S_down, *arguments[:-4])
+    call = BlockCall.of((*tensors, *arguments[-4:]))
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
         block = ReadyBlock(X, call)

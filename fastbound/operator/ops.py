@@ -46,8 +46,8 @@ def compute_forward(
     engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``engine``: None takes that of the plan."""
-    term = Term(*adapter)
-    check_storage(x, weight, bias, result, term.A, term.B)
+    x, weight, bias, result, A, B = in_memory(x, weight, bias, result, *adapter[:2])
+    term = Term(A, B, *adapter[2:])
     with scope(x):
         X = rows(x)
         engine = engine or _engine(X, term, over_base=weight is None)
@@ -79,10 +79,10 @@ def compute_backward(
     engine: Engine | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dtype`` is x's; over a base dy's is that of the base's result. ``engine`` as above."""
-    term = Term(*adapter)
-    A, B, omega = term.A, term.B, term.omega
+    dy, x, S, weight, A, B = in_memory(dy, x, S, weight, *adapter[:2])
+    term = Term(A, B, *adapter[2:])
+    omega = term.omega
     dx = dA = dB = None
-    check_storage(dy, x, S, weight, A, B)
     with scope(dy):
         DY = rows(dy)
         engine = engine or _engine(DY, term, over_base=weight is None)
@@ -215,16 +215,28 @@ def scope(x: Tensor) -> AbstractContextManager[object]:
     return entered
 
 
-def check_storage(*tensors: Tensor | None) -> None:
-    """Raise for a tensor whose memory was given back, before a kernel is handed its address, 0."""
+def in_memory(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, for a kernel that reads their memory at its address; None stays None.
+
+    What torch keeps as a mark on a tensor is written out: a negative bit, and a tensor of zeros
+    without memory. Raises RuntimeError for a tensor whose memory was given back.
+    """
     for tensor in tensors:
-        if tensor is None or tensor.data_ptr() or not tensor.numel() or tensor.is_meta:
-            continue
-        raise RuntimeError(
-            f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
-            "it has not gathered it for this module. Make the module that owns it, or one "
-            "around it, the unit that is gathered"
-        )
+        if tensor is not None and (tensor.is_neg() or not tensor.data_ptr()):
+            return tuple(None if t is None else _in_memory(t) for t in tensors)
+    return tensors
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    if tensor._is_zerotensor():
+        return torch.zeros_like(tensor)
+    if tensor.data_ptr() or not tensor.numel() or tensor.is_meta:
+        return tensor.resolve_neg()
+    raise RuntimeError(
+        f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
+        "it has not gathered it for this module. Make the module that owns it, or one "
+        "around it, the unit that is gathered"
+    )
 
 
 def given(saved: Tensor | None) -> Tensor:
