@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +57,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ValueError("the adapters are PEFT's: save them with model.save_pretrained(folder)")
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to save")
+    data, config = adapter_files(model, layers)
+    sharded = any(is_dtensor(layer.adapter.A) for layer in layers.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        write_adapter(Path(folder), data, config)
+    if sharded:
+        torch.distributed.barrier()
+
+
+def adapter_files(
+    model: nn.Module,
+    layers: Mapping[str, FusedBoundedLinear],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> tuple[bytes, dict[str, Any]]:
+    """The contents of both files; of factors in a whole ``state_dict`` of the model, if given."""
     tensors = {
-        tensor_key(name, factor): _whole(name, factor, layer)
+        tensor_key(name, factor): _whole(name, factor, layer, state_dict)
         for name, layer in layers.items()
         for factor in "AB"
     }
@@ -77,11 +93,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "shapes": {n: [layer.out_features, layer.in_features] for n, layer in layers.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
-    sharded = any(is_dtensor(layer.adapter.A) for layer in layers.values())
-    if not sharded or torch.distributed.get_rank() == 0:
-        write_adapter(Path(folder), data, config)
-    if sharded:
-        torch.distributed.barrier()
+    return data, config
 
 
 def load_adapter(
@@ -159,8 +171,18 @@ def _check_plain(model: nn.Module, saved: dict[str, SavedLayer]) -> None:
             )
 
 
-def _whole(name: str, factor: str, layer: FusedBoundedLinear) -> Tensor:
+def _whole(
+    name: str,
+    factor: str,
+    layer: FusedBoundedLinear,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     tensor: Tensor = getattr(layer.adapter, factor)
+    if state_dict is not None:
+        key = f"{name}.adapter.{factor}"
+        if key not in state_dict:
+            raise ValueError(f"the state dict lacks {key!r}, and holds other factors: give all")
+        tensor = state_dict[key]
     r, N, K = layer.rank, layer.out_features, layer.in_features
     shape = (r, K) if factor == "A" else (N, r)
     tensor = whole(tensor.detach())
