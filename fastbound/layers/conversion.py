@@ -15,6 +15,7 @@ from fastbound.layers.base import (
 )
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.over_base import BoundedOverBase
+from fastbound.layers.readers import weight_reader
 from fastbound.layers.settings import AdapterSettings
 
 
@@ -48,7 +49,7 @@ def refusal(model: nn.Module, name: str) -> str | None:
     for owner, module in model.named_modules():
         if module not in inside and any(p in own for p in module.parameters(recurse=False)):
             return f"its weight is tied to {owner}, which a merge would untie"
-    return None
+    return weight_reader(model, name)
 
 
 def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:

@@ -73,6 +73,7 @@ class BoundedModel(BaseTuner):
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
+        _share(model)
         fuse(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -169,10 +170,22 @@ class BoundedModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        left = [m for m in model.modules() if isinstance(m, BoundedLayer)]  # under a second name
+        swap(model, {layer: layer.base_layer for layer in left})
         blocks = [m for m in model.modules() if isinstance(m, FusedBoundedMLP)]
         bare = [m for m in blocks if not any(isinstance(c, Adapted) for c in m.children())]
         swap(model, {block: block.to_mlp(merge=False) for block in bare})
         return model
+
+
+def _share(model: nn.Module) -> None:
+    """Put a bounded layer wherever its base hangs: PEFT replaces a module under its first name."""
+    held = {m.base_layer: m for m in model.modules() if isinstance(m, BoundedLayer)}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if module in held and owner is not held[module]:
+            setattr(owner, child, held[module])
 
 
 def _refusal(module: nn.Module, adapter_name: str, is_output: bool) -> str | None:
