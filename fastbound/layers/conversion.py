@@ -43,6 +43,11 @@ def refusal(model: nn.Module, name: str) -> str | None:
             return f"its {key} is on the meta device: load the model first"
         if over_reason(layer) is None and not parameter.is_floating_point():
             return f"its {key} is {parameter.dtype}, not floating point"
+    return tied(model, layer)
+
+
+def tied(model: nn.Module, layer: nn.Module) -> str | None:
+    """Which module of the model shares a layer's weight, so that ΔW would go into both; or None."""
     own = {p for key, p in layer.named_parameters() if key != "bias"}
     inside = set(layer.modules())
     for owner, module in model.named_modules():

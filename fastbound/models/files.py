@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastbound.errors import positive
 from fastbound.files import replace_files
-from fastbound.layers.settings import AdapterSettings, adapter_settings
+from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
 from fastbound.models.names import check_same_names, lookup
 from fastbound.version import __version__
 
@@ -74,6 +74,8 @@ def read_adapter(folder: Path) -> dict[str, SavedLayer]:
                 f"{list(B.shape)}, but {CONFIG} says [{rank}, {K}] and [{N}, {rank}] of one dtype"
             )
         alpha = lookup(config["alpha_pattern"], name, config["alpha"])
+        if config["use_rslora"]:
+            alpha = rank_stabilised(rank, alpha)
         bound = lookup(config["bound_pattern"], name, config["bound"])
         if isinstance(bound, str):
             raise ValueError(
@@ -101,7 +103,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, path)
     if config["dropout"] is None:  # an earlier version's file
         config["dropout"] = 0.0
-    for field in ("bias", "modules_to_save"):
+    for field in ("bias", "modules_to_save", "trainable_token_indices"):
         if config.get(field) not in (None, "none"):
             raise ValueError(
                 f"{path}: {field} is {config[field]!r}: what PEFT trained beside the adapter "
@@ -126,6 +128,7 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         "alpha_pattern": dict,
         "bound_pattern": dict,
         "shapes": dict,
+        "use_rslora": bool | None,
     }
     if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
         fields |= {"target_modules": list, "tensors_sha256": str}
