@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,3 +63,8 @@ def adapter_settings(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     return AdapterSettings(rank, alpha, bound, check_dropout(dropout), adapter_dtype, backend)
+
+
+def rank_stabilised(rank: int, alpha: float | None) -> float:
+    """alpha·sqrt(r), which makes the slope alpha / sqrt(r), as LoRA's `use_rslora`; None is r."""
+    return positive("alpha", rank if alpha is None else alpha) * math.sqrt(rank)

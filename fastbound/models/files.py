@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastbound.errors import InputError, NotThereError, positive
 from fastbound.files import replace_files
-from fastbound.layers.settings import AdapterSettings, adapter_settings
+from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
 from fastbound.models.names import check_same_names, lookup
 from fastbound.version import __version__
 
@@ -83,6 +83,8 @@ def _saved_layer(
     try:
         rank = lookup(config["rank_pattern"], name, config["r"])
         alpha = lookup(config["alpha_pattern"], name, config["alpha"])
+        if config["use_rslora"]:
+            alpha = rank_stabilised(rank, alpha)
         bound = lookup(config["bound_pattern"], name, config["bound"])
     except re.error as error:
         raise InputError(
@@ -158,7 +160,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, path)
     if config["dropout"] is None:  # an earlier version's file
         config["dropout"] = 0.0
-    for field in ("bias", "modules_to_save"):
+    for field in ("bias", "modules_to_save", "trainable_token_indices"):
         if config.get(field) not in (None, "none"):
             raise InputError(
                 f"{path}: {field} is {config[field]!r}: what PEFT trained beside the adapter "
@@ -190,6 +192,7 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         "alpha_pattern": dict,
         "bound_pattern": dict,
         "shapes": dict,
+        "use_rslora": bool | None,
     }
     if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
         fields |= {"target_modules": list | str, "tensors_sha256": str}
