@@ -10,6 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from torch import nn
+
+from fastbound.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -24,6 +28,19 @@ def unmatched(patterns: Mapping[str, object], names: Iterable[str]) -> list[str]
     """The keys that fit none of the names."""
     names = set(names)
     return [k for k in patterns if k not in names and not any(_matches(k, n) for n in names)]
+
+
+def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """`target_modules` of these modules alone, for PEFT, which takes a listed name as an ending.
+
+    The names, or where another module's name ends in one of them, a regular expression.
+    """
+    wanted = list(names)
+    endings = tuple(f".{name}" for name in wanted)
+    others = (n for n, _ in model.named_modules(remove_duplicate=False) if n not in set(wanted))
+    if any(name.endswith(endings) for name in others):
+        return f"^({'|'.join(map(re.escape, wanted))})$"
+    return wanted
 
 
 def _matches(key: str, name: str) -> bool:
@@ -57,12 +74,12 @@ def _common_end(one: str, other: str) -> int:
 
 
 def check_same_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raise ValueError, which begins with ``what``, unless both hold the same names."""
+    """Raise InputError, which begins with ``what``, unless both hold the same names."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
     if missing or extra:
-        raise ValueError(f"{what}: missing {some(missing)}, unexpected {some(extra)}")
+        raise InputError(f"{what}: missing {some(missing)}, unexpected {some(extra)}")
 
 
 def some(names: list[str]) -> str:
