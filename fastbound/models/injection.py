@@ -172,29 +172,23 @@ def merge(model: nn.Module) -> nn.Module:
     layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
-        ValueError: there is no such layer, an A or B holds a NaN or an infinity, a weight is
-            spread over processes, or a layer is over a base whose weight cannot take ΔW, such as a
-            quantised one (nothing is merged then).
+        ValueError: there is no such layer, an A or B holds a NaN or an infinity, W + ΔW would hold
+            one, a weight is spread over processes, or a layer is over a base whose weight cannot
+            take ΔW, such as a quantised one. Nothing is merged then.
     """
     layers = injected_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
     for name, layer in layers.items():
-        stands = layer.merge_obstacle() if isinstance(layer, BoundedOverBase) else None
-        if stands is not None:
-            raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
         spread = partition(layer.weight)
         if spread is not None:
             raise ValueError(
                 f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into a "
                 "whole model and merge it there"
             )
-        for factor, tensor in (("A", layer.adapter.A), ("B", layer.adapter.B)):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"adapter.{factor} of {name or 'the layer'!r} holds a NaN or an infinity: "
-                    "go back to an adapter saved earlier"
-                )
+        stands = layer.merge_obstacle()
+        if stands is not None:
+            raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
     if isinstance(model, FusedBoundedLinear):
         return model.to_linear(merge=True)
     for layer in layers.values():
