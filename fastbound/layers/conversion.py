@@ -69,7 +69,10 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
         for name, each in settings.items():
             layer = model.get_submodule(name)
             kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
-            made[layer] = kind.with_settings(layer, each)
+            try:
+                made[layer] = kind.with_settings(layer, each)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from error
     except BaseException:
         for parameter in trained:  # the layers made so far have frozen the weights they share
             parameter.requires_grad_(True)

@@ -198,7 +198,7 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         fields |= {"target_modules": list | str, "tensors_sha256": str}
     for name, kind in fields.items():
         value = config.setdefault(name, None)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and name != "use_rslora"):
             word = getattr(kind, "__name__", kind)
             raise InputError(f"{path}: {name} must be a {word}, got {value!r}")
     if "tensors_sha256" in config:

@@ -19,13 +19,13 @@ from peft.utils import constants, register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from fastbound.layers.base import Adapted, features, is_adaptable
-from fastbound.layers.conversion import swap, tied
+from fastbound.layers.base import Adapted, features
+from fastbound.layers.conversion import swap
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.adapted import fuse
 from fastbound.models.files import PEFT_TYPE
 from fastbound.models.names import renamed, unmatched
-from fastbound.models.targets import has_mlp_suffixes, mlp_suffixes, near_misses
+from fastbound.models.targets import has_mlp_suffixes, mlp_suffixes
 
 
 def _add_peft_type(name: str) -> None:
@@ -45,16 +45,19 @@ if PEFT_TYPE not in PeftType.__members__:
     _add_peft_type(PEFT_TYPE)
 
 # After the enumeration knows the name.
+from fastbound.peft.checks import (  # noqa: E402
+    NoMatchingPeftModuleError,
+    bare_name,
+    check_each_is_there,
+    no_match,
+    plain_name,
+    refusal,
+)
 from fastbound.peft.config import BoundedConfig  # noqa: E402
 from fastbound.peft.layer import BoundedLayer  # noqa: E402
 
 __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
 
-
-try:
-    from peft.utils.error import NoMatchingPeftModuleError
-except ImportError:  # PEFT 0.20
-    NoMatchingPeftModuleError = ValueError
 
 # Where no MLP is known: what PEFT adapts by default, LoRA's own table first.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
@@ -80,7 +83,8 @@ class BoundedModel(BaseTuner):
     ) -> None:
         """BaseTuner's, with the config's values for each layer worked out and checked first."""
         config: Any = self.peft_config[adapter_name]
-        if config.worked_out is not None:  # it keeps the numbers of the adapter that it was put on
+        if config.worked_out is not None and not hasattr(BaseTuner, "_get_adapter_state_dict"):
+            # PEFT 0.20 does not say whose config it saves: this one is another adapter's already.
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         before = dict(vars(config))
         try:
@@ -119,13 +123,14 @@ class BoundedModel(BaseTuner):
         self._prepare_adapter_config(config, self.get_model_config(model))
         targets = self._targets(model, config, state_dict)
         if not targets and config.target_modules != DUMMY_TARGET_MODULES:
-            raise NoMatchingPeftModuleError(_no_match(model, config))
+            raise NoMatchingPeftModuleError(no_match(model, config))
         if state_dict is None and not isinstance(asked, str | None):
-            _check_each_is_there(model, config)
+            check_each_is_there(model, config)
         for name, module in targets.items():
-            reason = _refusal(model, module, adapter_name)
+            reason = refusal(model, name, module, adapter_name)
             if reason is not None:
-                raise ValueError(f"cannot adapt {name}: it {reason}")
+                it = "" if reason.startswith("its ") else "it "
+                raise ValueError(f"cannot adapt {name}: {it}{reason}")
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(
                 f"bias={config.bias!r} needs PEFT 0.21: earlier ones do not save biases"
@@ -156,7 +161,7 @@ class BoundedModel(BaseTuner):
         """The modules that BaseTuner is going to hand over, by name."""
         saved = None
         if state_dict is not None:
-            saved = {_plain_name(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
+            saved = {plain_name(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
         found: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
@@ -165,12 +170,34 @@ class BoundedModel(BaseTuner):
             if isinstance(module, BaseTunerLayer):
                 inside += (f"{name}.",)
             if (
-                _plain_name(name) in saved
+                plain_name(name) in saved
                 if saved is not None
                 else self._check_target_module_exists(config, name)
             ):
-                found[_plain_name(name)] = module
+                found[plain_name(name)] = module
         return found
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """BaseTuner's; the config, which PEFT saves next, gets the numbers of this model's layers.
+
+        It may have been put on other models since.
+        """
+        found: dict[str, Any] = {
+            bare_name(name): module
+            for name, module in model.named_modules()
+            if isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
+        }
+        config.worked_out = {
+            "bound_pattern": {n: m.fastbound_ab[adapter_name].bound for n, m in found.items()},
+            "shapes": {n: [m.out_features, m.in_features] for n, m in found.items()},
+        }
+        state: dict[str, Any] = super()._get_adapter_state_dict(
+            model, config, adapter_name, *args, **kwargs
+        )
+        return state
 
     def _create_and_replace(
         self,
@@ -189,7 +216,7 @@ class BoundedModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(
             adapter_name,
-            peft_config.of_layer(self._names[_plain_name(current_key)], layer.base_layer),
+            peft_config.of_layer(self._names[plain_name(current_key)], layer.base_layer),
             zero=peft_config.init_weights,
         )
 
@@ -211,66 +238,6 @@ def _share(model: nn.Module) -> None:
         owner = model.get_submodule(parent)
         if module in held and owner is not held[module]:
             setattr(owner, child, held[module])
-
-
-def _plain_name(name: str) -> str:
-    """Without what torch.compile puts before the names of a model."""
-    return name.removeprefix("_orig_mod.")
-
-
-def _no_match(model: nn.Module, config: Any) -> str:
-    wanted = config.target_modules
-    one = wanted if isinstance(wanted, str) else min(wanted, default="")
-    limits = {
-        name: getattr(config, name)
-        for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    }
-    given = "".join(f", {name}={value!r}" for name, value in limits.items() if value is not None)
-    return f"target_modules={wanted!r}{given} matches no module; {near_misses(model, one)}"
-
-
-def _check_each_is_there(model: nn.Module, config: Any) -> None:
-    """Raise for a suffix that names nothing, and for a whole name where layers are to be chosen."""
-    names = {_plain_name(name) for name, _ in model.named_modules()}
-    for target in sorted(config.target_modules):
-        if target in names and config.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform chooses among layers of one suffix, and {target!r} in "
-                "target_modules is a whole name: give the end of it, or leave layers_to_transform"
-            )
-        if target not in names and not any(name.endswith(f".{target}") for name in names):
-            raise NoMatchingPeftModuleError(
-                f"target_modules: no module's name ends in {target!r}; {near_misses(model, target)}"
-            )
-
-
-def _refusal(model: nn.Module, module: nn.Module, adapter_name: str) -> str | None:
-    """Why a module cannot get an adapter of that name, or None when it can."""
-    if isinstance(module, BoundedLayer):
-        held = adapter_name in module.fastbound_ab
-        return f"already has an adapter named {adapter_name!r}" if held else None
-    if isinstance(module, BaseTunerLayer):
-        return (
-            f"already holds another method's adapter ({type(module).__module__}): merge and unload "
-            "that one first, or target other layers"
-        )
-    if isinstance(module, Adapted):
-        return "was injected by fastbound: call fastbound.merge(model) first"
-    if not is_adaptable(module):
-        return f"is of class {type(module).__name__}, {_not_linear(module)}"
-    return tied(model, module)
-
-
-def _not_linear(module: nn.Module) -> str:
-    """What to do about a module that is no linear layer."""
-    only = "and only linear layers (nn.Linear, its subclasses and Conv1D) can be adapted: "
-    if isinstance(module, nn.Embedding):
-        return f"{only}train it with modules_to_save, or rows of it with trainable_token_indices"
-    if isinstance(module, nn.MultiheadAttention):
-        return f"{only}it keeps q, k and v in one parameter; train it whole with modules_to_save"
-    if next(module.parameters(), None) is not None:
-        return f"{only}train it whole with modules_to_save, or leave it out of target_modules"
-    return f"{only}leave it out of target_modules"
 
 
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
