@@ -83,10 +83,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watching = parser.add_argument_group("watching and stopping")
     watching.add_argument("--eval-every", type=int, metavar="N", help="steps (once an epoch)")
     watching.add_argument("--eval-rows", type=int, metavar="N", help="most rows a side (400)")
-    watching.add_argument("--log-every", type=int, metavar="N", help="steps (10)")
+    watching.add_argument(
+        "--log-every", type=int, metavar="N", help="steps between looks at max|ΔW| (10)"
+    )
     watching.add_argument("--checkpoint-every", type=int, metavar="N", help="steps (as eval)")
-    watching.add_argument("--forget-target", type=float, metavar="X", help="stop at this loss")
-    watching.add_argument("--retain-limit", type=float, metavar="X", help="stop past this loss")
+    watching.add_argument(
+        "--all-steps",
+        action="store_const",
+        const=False,
+        dest="early_stop",
+        help="go on when the rows are forgotten and the others kept, where a run else ends",
+    )
+    watching.add_argument(
+        "--forget-target",
+        type=float,
+        metavar="X",
+        help="forget loss that counts as forgotten (the logarithm of the vocabulary)",
+    )
+    watching.add_argument(
+        "--retain-slack",
+        type=float,
+        metavar="X",
+        help="rise of the retain loss that counts as kept (0.1)",
+    )
+    watching.add_argument(
+        "--retain-limit", type=float, metavar="X", help="give up past this retain loss (none)"
+    )
 
 
 def _rank(text: str) -> int | str:

@@ -15,9 +15,10 @@ from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.small_model import SmallModelConfig
+from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
 from fastbound.unlearning.model import load_pretrained
-from fastbound.unlearning.runs.folder import RUN, check_free
-from fastbound.unlearning.runs.report import Run, write_report
+from fastbound.unlearning.runs.folder import RUN, check_free, write_json
+from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 from fastbound.unlearning.training.processes import end_processes
 
@@ -70,14 +71,21 @@ def _unlearn(
     check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model, tokenizer = load_pretrained(arguments.model, dtype)
-    unlearn(model, tokenizer, forget, retain, config, output=output, resume=arguments.resume)
+    shown = {} if config.shard else chosen(forget, retain)  # spread weights answer to no one alone
+    before = answers(model, tokenizer, shown, config)
+    result = unlearn(
+        model, tokenizer, forget, retain, config, output=output, resume=arguments.resume
+    )
     table = None
     if _is_first_process():
+        after = answers(result.model, tokenizer, shown, config)
+        write_json(output / EXAMPLES, {"examples": examples(shown, before, after)})
         about = {
             "model": arguments.model,
             "rows": {"forget": len(forget), "retain": len(retain)},
         }
-        table = write_report(output, [Run.read(output)], about=about)
+        run = Run.read(output)
+        table = "\n".join([write_report(output, [run], about=about), *lines_of(run.examples)])
     end_processes()
     return table
 
