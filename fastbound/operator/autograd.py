@@ -77,7 +77,7 @@ def apply_of(function: type[_F]) -> Callable[..., Any]:
         if not _differentiated(arguments):
             return function.forward(*arguments)
         if torch.compiler.is_compiling():
-            return function.apply(*arguments)  # type: ignore[attr-defined]
+            return function.apply(*arguments)
         return (eager if nothing_intercepts() else transformed).apply(*arguments)
 
     return apply
