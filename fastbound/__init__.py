@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbound.models.hook import keep_adapters_in_save_pretrained
 from fastbound.peft.hook import register_with_peft
 from fastbound.version import __version__ as __version__
 
@@ -106,3 +107,4 @@ def _bind_kernels() -> None:
 
 _bind_kernels()
 register_with_peft()
+keep_adapters_in_save_pretrained()

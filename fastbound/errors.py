@@ -10,6 +10,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message names it and the remedy. Nothing was done."""
 
 
+class NotThereError(InputError, FileNotFoundError):
+    """A file or folder that the user named is not there."""
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or its gradient stopped being finite; the last checkpoint is intact."""
 

@@ -15,6 +15,7 @@ from fastbound.layers.base import (
 )
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.over_base import BoundedOverBase
+from fastbound.layers.readers import weight_reader
 from fastbound.layers.settings import AdapterSettings
 
 
@@ -43,6 +44,11 @@ def refusal(model: nn.Module, name: str) -> str | None:
             return f"its {key} is on the meta device: load the model first"
         if over_reason(layer) is None and not parameter.is_floating_point():
             return f"its {key} is {parameter.dtype}, not floating point"
+    return tied(model, layer) or weight_reader(model, name)
+
+
+def tied(model: nn.Module, layer: nn.Module) -> str | None:
+    """Which module of the model shares a layer's weight, so that ΔW would go into both; or None."""
     own = {p for key, p in layer.named_parameters() if key != "bias"}
     inside = set(layer.modules())
     for owner, module in model.named_modules():
@@ -63,7 +69,10 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
         for name, each in settings.items():
             layer = model.get_submodule(name)
             kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
-            made[layer] = kind.with_settings(layer, each)
+            try:
+                made[layer] = kind.with_settings(layer, each)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from error
     except BaseException:
         for parameter in trained:  # the layers made so far have frozen the weights they share
             parameter.requires_grad_(True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastbound.errors import positive
+from fastbound.errors import InputError, NotThereError, positive
 from fastbound.files import replace_files
-from fastbound.layers.settings import AdapterSettings, adapter_settings
+from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
 from fastbound.models.names import check_same_names, lookup
 from fastbound.version import __version__
 
@@ -28,6 +29,7 @@ TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PEFT_TYPE = "FASTBOUND"
 FORMAT_VERSION = 1
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DISAGREE = "do not agree with the saved adapter"
 
 
@@ -41,59 +43,116 @@ class SavedLayer:
 
 
 def read_adapter(folder: Path) -> dict[str, SavedLayer]:
-    """Both files, checked against each other."""
+    """Both files, checked against each other.
+
+    Raises InputError, which names the file, for whatever is not as it was written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give the folder of a saved adapter")
     for path in (folder / CONFIG, folder / TENSORS):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: {folder} does not hold a saved adapter")
+        if not path.exists():
+            raise NotThereError(f"{path} is not there: {folder} does not hold a saved adapter")
     config = _read_config(folder / CONFIG)
-    data = (folder / TENSORS).read_bytes()
+    data = _read(folder / TENSORS)
     digest = hashlib.sha256(data).hexdigest()
     if digest != config.get("tensors_sha256", digest):
-        raise ValueError(
+        raise InputError(
             f"{folder / TENSORS} is not the file that {CONFIG} was written with: one of them is "
             "damaged or from another save; copy both again"
         )
-    try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} is damaged: {error}") from error
+    tensors = _read_tensors(folder / TENSORS, data)
     names = list(config["shapes"]) or _names(tensors)
+    if not names:
+        raise InputError(f"{folder / TENSORS} holds no factors: copy the adapter's folder again")
     keys = [tensor_key(name, factor) for name in names for factor in "AB"]
     check_same_names(f"{folder}: tensors {DISAGREE}", tensors, keys)
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder / TENSORS}: {key} holds a NaN or an infinity")
-    saved = {}
-    for name in names:
-        A, B = tensors[tensor_key(name, "A")], tensors[tensor_key(name, "B")]
+    return {
+        name: _saved_layer(folder, name, config, tensors[key_A], tensors[key_B])
+        for name, key_A, key_B in zip(names, keys[::2], keys[1::2], strict=True)
+    }
+
+
+def _saved_layer(
+    folder: Path, name: str, config: dict[str, Any], A: Tensor, B: Tensor
+) -> SavedLayer:
+    if A.ndim != 2 or B.ndim != 2:
+        raise InputError(
+            f"{folder / TENSORS}: A and B of {name} must be matrices, got {list(A.shape)} and "
+            f"{list(B.shape)}: copy the adapter's folder again"
+        )
+    try:
         rank = lookup(config["rank_pattern"], name, config["r"])
-        N, K = config["shapes"].get(name, (B.shape[0], A.shape[1]))
-        if A.shape != (rank, K) or B.shape != (N, rank) or A.dtype != B.dtype:
-            raise ValueError(
-                f"{folder / TENSORS}: A of {name} is {A.dtype} {list(A.shape)} and B {B.dtype} "
-                f"{list(B.shape)}, but {CONFIG} says [{rank}, {K}] and [{N}, {rank}] of one dtype"
-            )
         alpha = lookup(config["alpha_pattern"], name, config["alpha"])
+        if config["use_rslora"]:
+            alpha = rank_stabilised(rank, alpha)
         bound = lookup(config["bound_pattern"], name, config["bound"])
-        if isinstance(bound, str):
-            raise ValueError(
-                f'{folder / CONFIG}: bound of {name} is "{bound}", not the value it had'
-            )
+    except re.error as error:
+        raise InputError(
+            f"{folder / CONFIG}: a key of its patterns is no regular expression ({error}): copy "
+            "the adapter's folder again"
+        ) from error
+    if isinstance(bound, str):
+        raise InputError(
+            f'{folder / CONFIG}: bound of {name} is "{bound}", not the value it had: save the '
+            "adapter of a model that it was put on"
+        )
+    try:
         settings = adapter_settings(rank, alpha, bound, config["dropout"], A.dtype)
-        saved[name] = SavedLayer(settings, A, B)
-    return saved
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG}: {name}: {error}: copy the folder again") from error
+    N, K = config["shapes"].get(name, (B.shape[0], A.shape[1]))
+    if A.shape != (rank, K) or B.shape != (N, rank) or A.dtype != B.dtype:
+        raise InputError(
+            f"{folder / TENSORS}: A of {name} is {A.dtype} {list(A.shape)} and B {B.dtype} "
+            f"{list(B.shape)}, but {CONFIG} says [{rank}, {K}] and [{N}, {rank}] of one dtype: "
+            "copy both files again, from one save"
+        )
+    return SavedLayer(settings, A, B)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # its own, and Python's for a header of another kind
+        raise InputError(f"{path} is damaged ({error}): copy the adapter's folder again") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise InputError(f"{path}: {key} is {tensor.dtype}, which no adapter is saved in")
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{path}: {key} holds a NaN or an infinity: go back to an adapter saved earlier"
+            )
+    return tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter's config of any method. Raises InputError where it is no JSON object."""
+    data = _read(path)
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:  # not JSON, or not even UTF-8
+        raise InputError(f"{path} is damaged ({error}): copy the adapter's folder again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold a JSON object, got a {type(config).__name__}")
+    return config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not even UTF-8
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: peft_type must be {PEFT_TYPE!r}, got {kind!r}")
+    config = read_config(path)
+    if config.get("peft_type") != PEFT_TYPE:
+        raise InputError(
+            f"{path}: peft_type must be {PEFT_TYPE!r}, got {config.get('peft_type')!r}: an adapter "
+            "of another method is loaded by PEFT"
+        )
     if config.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
+        raise InputError(
             f"{path}: format_version {config.get('format_version')!r} was written by fastbound "
             f"{config.get('fastbound_version')}; this is fastbound {__version__}, which reads "
             f"format_version {FORMAT_VERSION}"
@@ -101,19 +160,26 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, path)
     if config["dropout"] is None:  # an earlier version's file
         config["dropout"] = 0.0
-    for field in ("bias", "modules_to_save"):
+    for field in ("bias", "modules_to_save", "trainable_token_indices"):
         if config.get(field) not in (None, "none"):
-            raise ValueError(
+            raise InputError(
                 f"{path}: {field} is {config[field]!r}: what PEFT trained beside the adapter "
                 "cannot be loaded here; use PeftModel.from_pretrained"
             )
     for field in ("alpha_pattern", "bound_pattern"):
         for layer, value in config[field].items():
             positive(f"{path}: {field} of {layer}", value)
+    for layer, rank in config["rank_pattern"].items():
+        if not _is_size(rank):
+            raise InputError(f"{path}: rank_pattern of {layer} must be an integer, got {rank!r}")
     for layer, shape in config["shapes"].items():
-        if not (isinstance(shape, list) and len(shape) == 2):
-            raise ValueError(f"{path}: shapes of {layer} must be [N, K], got {shape!r}")
+        if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape))):
+            raise InputError(f"{path}: shapes of {layer} must be [N, K], got {shape!r}")
     return config
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_fields(config: dict[str, Any], path: Path) -> None:
@@ -126,16 +192,21 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         "alpha_pattern": dict,
         "bound_pattern": dict,
         "shapes": dict,
+        "use_rslora": bool | None,
     }
     if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
-        fields |= {"target_modules": list, "tensors_sha256": str}
+        fields |= {"target_modules": list | str, "tensors_sha256": str}
     for name, kind in fields.items():
-        if not isinstance(config.setdefault(name, None), kind):
+        value = config.setdefault(name, None)
+        if not isinstance(value, kind) or (isinstance(value, bool) and name != "use_rslora"):
             word = getattr(kind, "__name__", kind)
-            raise ValueError(f"{path}: {name} must be a {word}, got {config[name]!r}")
+            raise InputError(f"{path}: {name} must be a {word}, got {value!r}")
     if "tensors_sha256" in config:
-        for name in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
-            check_same_names(f"{path}: {name} {DISAGREE}", config[name], config["target_modules"])
+        for name in ("rank_pattern", "alpha_pattern", "bound_pattern"):
+            check_same_names(f"{path}: {name} {DISAGREE}", config[name], config["shapes"])
+        if isinstance(config["target_modules"], list):
+            targets = map(str, config["target_modules"])
+            check_same_names(f"{path}: target_modules {DISAGREE}", targets, config["shapes"])
 
 
 def tensor_key(name: str, factor: str) -> str:

@@ -53,7 +53,8 @@ def inject(
         alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
             Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
             more. None is then the rank that the same parameters buy everywhere.
-            A bound of `"auto"` or `"2*rms"` is worked out for each layer from its own weight.
+            A bound of `"auto"`, `"0.5*spectral"` or `"2*rms"` is worked out for each layer from its
+            own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
@@ -67,8 +68,9 @@ def inject(
     Exact `nn.Linear` and `Conv1D` layers become `FusedBoundedLinear`. Quantised layers, other
     subclasses of `nn.Linear` and layers with forward or backward hooks, parametrizations or
     accelerate's offloading become `BoundedOverBase`, which calls the layer and adds to its result.
-    Sharded layers, layers with forward pre-hooks of the user's and layers tied to another module
-    are left alone. The report has the reason for each.
+    Sharded layers, layers with forward pre-hooks of the user's, layers tied to another module and
+    those whose owner reads their weight instead of calling them (`nn.MultiheadAttention`'s
+    out_proj, Mamba's dt_proj) are left alone. The report has the reason for each.
 
     With gradient checkpointing: the non-reentrant form works as it is. The reentrant form finds no
     gradient to keep when the input of a block needs none, as behind a frozen embedding;
@@ -98,18 +100,7 @@ def inject(
             f"the model already holds {len(held)} injected layers (first: {next(iter(held))!r}): "
             "call fastbound.merge(model) first, and target all layers in one call of inject"
         )
-    first = {module: name for name, module in model.named_modules()}
-    names = match(model, target_modules)
-    matched = list(dict.fromkeys(first[model.get_submodule(name)] for name in names))
-    reasons = {name: refusal(model, name) for name in matched}
-    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-    chosen = [name for name, reason in reasons.items() if reason is None]
-    if not chosen:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise ValueError(
-            f"target_modules={target_modules!r} matches {len(skipped)} modules, "
-            f"none of which can be replaced ({listed})"
-        )
+    chosen, skipped = _chosen(model, target_modules)
     _check_rank(rank, forget, retain, budget)
     shapes = {name: features(model.get_submodule(name)) for name in chosen}
     settings = partial(
@@ -132,6 +123,28 @@ def inject(
     if fuse_mlp:
         fuse(model)
     return replace(injection_report(model, skipped), allocation=allocation)
+
+
+def _chosen(
+    model: nn.Module, target_modules: str | Collection[str]
+) -> tuple[list[str], dict[str, str]]:
+    """First names of the layers to replace; and name -> reason of those that cannot be.
+
+    Raises ValueError where nothing can be replaced.
+    """
+    first = {module: name for name, module in model.named_modules()}
+    names = match(model, target_modules)
+    matched = list(dict.fromkeys(first[model.get_submodule(name)] for name in names))
+    reasons = {name: refusal(model, name) for name in matched}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    chosen = [name for name, reason in reasons.items() if reason is None]
+    if not chosen:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ValueError(
+            f"target_modules={target_modules!r} matches {len(skipped)} modules, "
+            f"none of which can be replaced ({listed})"
+        )
+    return chosen, skipped
 
 
 def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: int | None) -> None:

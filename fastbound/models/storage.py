@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastbound.errors import InputError
 from fastbound.layers.base import features
 from fastbound.layers.conversion import convert, refusal
 from fastbound.layers.linear import FusedBoundedLinear
@@ -26,7 +29,7 @@ from fastbound.models.files import (
     unwrapped,
     write_adapter,
 )
-from fastbound.models.names import check_same_names, some
+from fastbound.models.names import check_same_names, exact_targets, some
 from fastbound.models.report import InjectionReport, injection_report
 from fastbound.operator.partition import is_dtensor, like, whole
 from fastbound.version import __version__
@@ -46,17 +49,31 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Of a model sharded by FSDP2 the factors are gathered: all processes must call this, the first
     writes, and the files are there when it returns.
 
-    Raises ValueError when the model holds no such layer, or a factor is not finite or is sharded
+    Raises InputError when the model holds no such layer, or a factor is not finite or is sharded
     in another way.
     """
     model = unwrapped(model)
     layers = injected_layers(model)
     if len(adapted_layers(model)) > len(layers):
-        raise ValueError("the adapters are PEFT's: save them with model.save_pretrained(folder)")
+        raise InputError("the adapters are PEFT's: save them with model.save_pretrained(folder)")
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to save")
+        raise InputError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to save")
+    data, config = adapter_files(model, layers)
+    sharded = any(is_dtensor(layer.adapter.A) for layer in layers.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        write_adapter(Path(folder), data, config)
+    if sharded:
+        torch.distributed.barrier()
+
+
+def adapter_files(
+    model: nn.Module,
+    layers: Mapping[str, FusedBoundedLinear],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> tuple[bytes, dict[str, Any]]:
+    """The contents of both files; of factors in a whole ``state_dict`` of the model, if given."""
     tensors = {
-        tensor_key(name, factor): _whole(name, factor, layer)
+        tensor_key(name, factor): _whole(name, factor, layer, state_dict)
         for name, layer in layers.items()
         for factor in "AB"
     }
@@ -70,18 +87,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "alpha": statistics.mode(layer.alpha for layer in layers.values()),
         "bound": statistics.mode(layer.bound for layer in layers.values()),
         "dropout": statistics.mode(layer.adapter.dropout for layer in layers.values()),
-        "target_modules": list(layers),
+        "target_modules": exact_targets(model, layers),
         "rank_pattern": {name: layer.rank for name, layer in layers.items()},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items()},
         "bound_pattern": {name: layer.bound for name, layer in layers.items()},
         "shapes": {n: [layer.out_features, layer.in_features] for n, layer in layers.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
-    sharded = any(is_dtensor(layer.adapter.A) for layer in layers.values())
-    if not sharded or torch.distributed.get_rank() == 0:
-        write_adapter(Path(folder), data, config)
-    if sharded:
-        torch.distributed.barrier()
+    return data, config
 
 
 def load_adapter(
@@ -97,14 +110,14 @@ def load_adapter(
     Returns the same report as `inject`.
 
     Raises:
-        FileNotFoundError: one of the two files is not there.
-        ValueError: the files are damaged or do not belong together, hold a NaN or an infinity, are
+        NotThereError: one of the two files is not there; a FileNotFoundError, and an InputError.
+        InputError: the files are damaged or do not belong together, hold a NaN or an infinity, are
             of another method or format version, or are for another model, shape, rank or dtype; or
             `model` holds adapters of PEFT's, which loads its own.
     """
     model = unwrapped(model)
     if len(adapted_layers(model)) > len(injected_layers(model)):
-        raise ValueError("the model's adapters are PEFT's: use model.load_adapter(folder, name)")
+        raise InputError("the model's adapters are PEFT's: use model.load_adapter(folder, name)")
     saved = read_adapter(Path(folder))
     layers = injected_layers(model)
     if layers:
@@ -131,7 +144,7 @@ def _check_injected(layers: dict[str, FusedBoundedLinear], saved: dict[str, Save
         for factor in "AB":
             here, there = getattr(adapter, factor), getattr(entry, factor)
             if (here.shape, here.dtype) != (there.shape, there.dtype):
-                raise ValueError(
+                raise InputError(
                     f"{factor} of {name} is {here.dtype} {list(here.shape)} in the model and "
                     f"{there.dtype} {list(there.shape)} in the file: inject with "
                     f"rank={entry.settings.rank} and adapter_dtype={entry.A.dtype}, "
@@ -143,32 +156,42 @@ def _check_plain(model: nn.Module, saved: dict[str, SavedLayer]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = [name for name in saved if name not in modules]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the adapter is for another model: {type(model).__name__} has no {some(missing)}"
         )
     for name, entry in saved.items():
         reason = refusal(model, name)
         if reason is not None:
-            raise ValueError(f"the adapter does not fit on {name}: it {reason}")
+            raise InputError(f"the adapter does not fit on {name}: it {reason}")
         stored = [entry.B.shape[0], entry.A.shape[1]]
         here = list(features(modules[name]))
         if here != stored:
-            raise ValueError(
+            raise InputError(
                 f"the adapter is for another model: {name} is [N, K] = {here} in the model and "
                 f"{stored} in the file"
             )
 
 
-def _whole(name: str, factor: str, layer: FusedBoundedLinear) -> Tensor:
+def _whole(
+    name: str,
+    factor: str,
+    layer: FusedBoundedLinear,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     tensor: Tensor = getattr(layer.adapter, factor)
+    if state_dict is not None:
+        key = f"{name}.adapter.{factor}"
+        if key not in state_dict:
+            raise InputError(f"the state dict lacks {key!r}, and holds other factors: give all")
+        tensor = state_dict[key]
     r, N, K = layer.rank, layer.out_features, layer.in_features
     shape = (r, K) if factor == "A" else (N, r)
     tensor = whole(tensor.detach())
     if type(tensor) is not Tensor or tensor.shape != shape:
-        raise ValueError(
+        raise InputError(
             f"adapter.{factor} of {name} is a {type(tensor).__name__} {list(tensor.shape)}, "
             f"not a whole tensor {list(shape)}: gather the sharded model's parameters first"
         )
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"adapter.{factor} of {name} holds a NaN or an infinity: nothing is saved")
+        raise InputError(f"adapter.{factor} of {name} holds a NaN or an infinity: nothing is saved")
     return tensor.cpu().contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,8 @@ _MLP = {
 
 def match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
     """The names of modules that `target_modules` means, in the model's order."""
+    if target_modules == "all-linear":
+        return _all_linear(model)
     if isinstance(target_modules, str):
         return _match_pattern(model, target_modules)
     suffixes = list(target_modules)
@@ -44,13 +47,25 @@ def match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
         raise ValueError("target_modules is empty: give 'mlp', suffixes or a regular expression")
     names = _names(model)
     matches = {s: [n for n in names if n == s or n.endswith(f".{s}")] for s in suffixes}
-    for suffix, found in matches.items():
-        if not found:
-            raise ValueError(
-                f"target_modules: no module's name ends in {suffix!r}; {near_misses(model, suffix)}"
-            )
+    unknown = [f"{s!r} ({near_misses(model, s)})" for s, found in matches.items() if not found]
+    if unknown:
+        raise ValueError(f"target_modules: no module's name ends in {', nor in '.join(unknown)}")
     wanted = {name for found in matches.values() for name in found}
     return [name for name in names if name in wanted]
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    """Every linear layer but the output layer of a language model, as PEFT has it."""
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    heads = [module.get_output_embeddings() for module in found]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [n for n, m in modules.items() if n and is_adaptable(m) and m not in heads]
+    if not names:
+        raise ValueError(
+            f"target_modules='all-linear': {type(model).__name__} holds no linear layer beside its "
+            "output layer"
+        )
+    return names
 
 
 def _match_pattern(model: nn.Module, target_modules: str) -> list[str]:
@@ -85,6 +100,11 @@ def _mlp_pattern(model: nn.Module) -> str:
     return _MLP[model_type]
 
 
+def has_mlp_suffixes(model: nn.Module) -> bool:
+    """Whether the MLP projections of the model are known."""
+    return getattr(getattr(model, "config", None), "model_type", None) in _MLP
+
+
 def mlp_suffixes(model: nn.Module) -> set[str]:
     """The MLP projections of a known model as suffixes; ValueError where the model is unknown."""
     found = (name.split(".") for name in _match_pattern(model, "mlp"))
@@ -101,7 +121,9 @@ def _is_target(module: nn.Module) -> bool:
 
 def _suffixes(model: nn.Module) -> list[str]:
     """The last one and two parts of the names of the linear layers, sorted, without numbers."""
-    names = [name.split(".") for name, module in model.named_modules() if _is_target(module)]
+    found = [name for name, module in model.named_modules() if _is_target(module)]
+    adapted = tuple(f"{n}." for n in found if isinstance(model.get_submodule(n), Adapted))
+    names = [name.split(".") for name in found if not name.startswith(adapted)]
     ends = {".".join(parts[-n:]) for parts in names for n in (1, 2)}
     return sorted(end for end in ends if not re.search(r"(^|\.)\d+(\.|$)", end))
 

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import pytorch_utils
 
 import fastbound
 from tests.support.models import MLP, example, logits, stir, trained
@@ -73,6 +74,27 @@ def test_a_regular_expression_matches_whole_names(tiny_model):
     assert report.replaced == (f"{stem}.q_proj", f"{stem}.v_proj")
     with pytest.raises(ValueError, match="matches no module's whole name"):
         fastbound.inject(tiny_model("llama"), 2, target_modules="q_proj")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "vit"])
+def test_all_linear_is_every_linear_layer_but_the_output_layer(tiny_model, model_type):
+    model = tiny_model(model_type)
+    kinds = (nn.Linear, pytorch_utils.Conv1D)
+    linear = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+    report = fastbound.inject(model, 2, target_modules="all-linear")
+    assert report.replaced == tuple(name for name in linear if name != "lm_head")
+    assert not report.skipped
+
+
+def test_all_linear_needs_a_linear_layer():
+    with pytest.raises(ValueError, match="Sequential holds no linear layer beside its output"):
+        fastbound.inject(nn.Sequential(nn.LayerNorm(4)), 2, target_modules="all-linear")
+
+
+def test_every_misspelt_target_is_named_with_what_it_may_have_meant(tiny_model):
+    message = "ends in 'gate_prj' .near misses: gate_proj.*, nor in 'xyzzy' .its linear layers end"
+    with pytest.raises(ValueError, match=message):
+        fastbound.inject(tiny_model("llama"), 2, target_modules=["gate_prj", "up_proj", "xyzzy"])
 
 
 def test_weights_are_shared_with_the_replaced_layers():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -135,6 +137,64 @@ def test_a_shared_layer_is_saved_once_and_shared_again(tmp_path):
     assert torch.equal(loaded["b"].adapter.B, model["b"].adapter.B)
 
 
+class Shared(nn.Module):
+    """A layer under two names, and one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+        self.c = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def test_peft_adapts_a_shared_layer_under_both_names(tmp_path):
+    model = adapted(Shared(), target_modules=["a", "c"])
+    fastbound.save_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Shared(), tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(loaded(x), model(x)) and loaded.b is loaded.a
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(x), model(x))
+    assert type(merged.b) is nn.Linear and merged.b is merged.a
+
+
+def test_a_shared_layer_is_not_exported_as_lora(tmp_path):
+    model = adapted(Shared(), target_modules=["a", "c"])
+    with pytest.raises(ValueError, match="'a' is also 'b', one layer under two names"):
+        fastbound.export_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize("inner", [nn.Linear(4, 4), nn.Embedding(3, 4)])
+@pytest.mark.parametrize("save", [fastbound.save_adapter, fastbound.export_lora])
+def test_peft_adapts_the_named_layers_and_none_whose_name_ends_so(tmp_path, save, inner):
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "sub": nn.ModuleDict({"fc": inner})})
+    base = copy.deepcopy(model)
+    save(adapted(model, target_modules="fc"), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    trains = {
+        n.rpartition(".fastbound_ab")[0] or n.rpartition(".lora_")[0] for n in _trained(loaded)
+    }
+    assert trains == {"base_model.model.fc"}
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_a_file_that_lists_all_names_is_read_as_it_was(tiny_model, saved):
+    model, folder = saved
+    config = json.loads((folder / CONFIG).read_text())
+    assert isinstance(config["target_modules"], list)
+    _rewrite(folder, target_modules=f"^({'|'.join(config['target_modules'])})$")
+    loaded = tiny_model("llama")
+    fastbound.load_adapter(loaded, folder)
+    assert state(loaded) == state(model)
+
+
 def test_a_compiled_model_has_the_names_of_its_base(tiny_model, tmp_path, saved):
     model, folder = saved
     fastbound.save_adapter(torch.compile(model, backend="eager"), tmp_path / "compiled")
@@ -204,7 +264,7 @@ SPOILED = [
     (_truncate, ValueError, "is not the file that adapter_config.json was written with"),
     (lambda f: (f / CONFIG).write_text("{"), ValueError, "adapter_config.json is damaged"),
     (lambda f: (f / CONFIG).write_bytes(b"\xff"), ValueError, "adapter_config.json is damaged"),
-    (lambda f: (f / CONFIG).write_text("[]"), ValueError, "peft_type must be 'FASTBOUND'"),
+    (lambda f: (f / CONFIG).write_text("[]"), ValueError, "must hold a JSON object, got a list"),
     (lambda f: _rewrite(f, peft_type="LORA"), ValueError, "got 'LORA'"),
     (lambda f: _rewrite(f, format_version=2), ValueError, "which reads format_version 1"),
     (lambda f: _rewrite(f, bound_pattern={}), ValueError, "bound_pattern do not agree"),

@@ -1,0 +1,110 @@
+"""transformers' save_pretrained of a model with injected layers: base and adapter in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastbound.errors import InputError
+from fastbound.layers.base import offloaded
+from fastbound.layers.over_base import BoundedOverBase
+from fastbound.models.adapted import injected_layers
+from fastbound.models.files import CONFIG, PEFT_TYPE, write_adapter
+from fastbound.models.storage import adapter_files
+
+
+def save_pretrained(
+    plain: Callable[..., Any],
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """transformers' own, ``plain``, and for injected layers also the two files of `save_adapter`.
+
+    The folder is then what transformers calls a model with an embedded adapter: `from_pretrained`
+    loads the base and puts the adapter on it, or raises ``KeyError: 'FASTBOUND'`` where fastbound
+    is not imported. The weights hold A and B as well, which is what Trainer resumes from. A
+    ``state_dict`` without A and B is saved as it is, as the base alone.
+
+    Raises InputError, before anything is written, for ``push_to_hub`` of an injected model (it
+    would upload the base), layers over an offloaded base, PEFT's adapters beside injected layers,
+    and for a model without injected layers and a folder with an adapter of fastbound, which
+    `from_pretrained` would put on that model.
+    """
+    folder, peft = Path(save_directory), getattr(model, "_hf_peft_config_loaded", False)
+    layers = injected_layers(model)
+    if state_dict is not None:
+        held = any(f"{name}.adapter.A" in state_dict for name in layers)
+        layers = layers if held else {}
+    if not layers:
+        if not peft and _holds_adapter(folder):
+            raise InputError(
+                f"{folder} holds an adapter of fastbound, which from_pretrained would put on the "
+                f"{type(model).__name__} saved there: save to another folder, or remove {CONFIG}"
+            )
+        return plain(
+            model, save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs
+        )
+    _check(model, layers, peft, push_to_hub)
+    if state_dict is None or is_main_process:
+        data, config = adapter_files(model, layers, state_dict)
+        if is_main_process:
+            write_adapter(folder, data, config)
+    if state_dict is not None:
+        state_dict = dict(state_dict)
+        _with_names_of_the_base(model, state_dict)
+    hook = model.register_state_dict_post_hook(
+        lambda m, state, *_: _with_names_of_the_base(m, state)
+    )
+    try:
+        return plain(model, save_directory, is_main_process, state_dict, False, *args, **kwargs)
+    finally:
+        hook.remove()
+
+
+def _check(model: nn.Module, layers: dict[str, Any], peft: bool, push_to_hub: bool) -> None:
+    if peft:
+        raise InputError(
+            f"{type(model).__name__} holds adapters of PEFT beside injected layers, and "
+            "save_pretrained keeps PEFT's alone: use fastbound.save_adapter for the injected ones"
+        )
+    if push_to_hub:
+        raise InputError(
+            "save_pretrained(push_to_hub=True) would upload the base without its adapter: use "
+            "model.push_to_hub(name)"
+        )
+    for name, layer in layers.items():
+        if isinstance(layer, BoundedOverBase) and offloaded(layer.base_layer):
+            raise InputError(
+                f"the base of {name} is offloaded: save the adapter alone, with "
+                "fastbound.save_adapter(model, folder)"
+            )
+
+
+def _with_names_of_the_base(model: nn.Module, state: dict[str, Any]) -> None:
+    """Rename the weights of layers over a base, in place, to what the model calls them without."""
+    over = [
+        f"{name}.base_layer."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, BoundedOverBase)
+    ]
+    for key in list(state):
+        prefix = next((start for start in over if key.startswith(start)), None)
+        if prefix is not None:
+            state[prefix.removesuffix("base_layer.") + key.removeprefix(prefix)] = state.pop(key)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / CONFIG).read_bytes()).get("peft_type") == PEFT_TYPE)
+    except (OSError, ValueError, AttributeError):
+        return False
