@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastbound.layers.base import Adapted, hooked, transposed
+from fastbound.layers.base import Adapted, hooked, hooked_everywhere, transposed
 from fastbound.layers.conversion import convert
 from fastbound.layers.forms import Form, UnknownForm, activation_name, form_of
 from fastbound.layers.linear import FusedBoundedLinear
@@ -112,6 +112,8 @@ class FusedBoundedMLP(nn.Module):
 
         ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
         """
+        if hooked_everywhere():
+            return "hooks are set on all modules, and must see its projections called"
         reason = parts_obstacle(self, self.fusion.form, gathered=gathered)
         if reason is not None:
             return reason

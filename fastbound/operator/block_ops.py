@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastbound.after_import import after_import
 from fastbound.dispatch.defaults import padded_rank
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import PlanKey, plan_key
+from fastbound.hook import after_import
 from fastbound.operator import flops
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import BLOCK_SCHEMA, BlockCall, Factors

@@ -17,9 +17,10 @@ from fastbound.layers.base import (
     is_conv1d,
     is_linear,
     is_watched,
+    keeps_no_output,
     tensor_obstacle,
 )
-from fastbound.layers.over_base import check_gradient
+from fastbound.layers.over_base import check_result
 from fastbound.layers.settings import AdapterSettings
 
 
@@ -99,10 +100,11 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             return y
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if active:
-            check_gradient(self.base_layer, x, result)
-        watched = is_watched(self.base_layer)
+            check_result(self.base_layer, x, result)
+        own = keeps_no_output(self.base_layer)
         for adapter in active:
-            result = adapter.add_to(result, x, give_up=not watched)
+            result = adapter.add_to(result, x, give_up=own)
+            own = True  # a sum that nobody else has seen
         return result
 
     @torch.no_grad()
