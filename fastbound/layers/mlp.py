@@ -37,8 +37,9 @@ class FusedBoundedMLP(nn.Module):
 
     Where something other than plain layers has to run, a projection with hooks, one that was
     replaced, quantised, sharded on its own or is to be trained whole, an activation that was
-    exchanged, and in training adapter dropout, the forward of the original class runs instead,
-    layer by layer. :meth:`obstacle` names the reason, and so does ``fastbound.explain``.
+    exchanged, hooks on all modules (`register_module_forward_hook`), and in training adapter
+    dropout, the forward of the original class runs instead, layer by layer. :meth:`obstacle` names
+    the reason, and so does ``fastbound.explain``.
 
     Parameters are read in this module's forward: a wrapper that gathers them must take this module
     or one around it as its unit (``fully_shard(block)`` or ``fully_shard(decoder_layer)``).

@@ -16,6 +16,7 @@ from fastbound.layers.base import (
     features,
     is_conv1d,
     is_linear,
+    hooked_everywhere,
     is_watched,
     keeps_no_output,
     tensor_obstacle,
@@ -159,4 +160,6 @@ def _base_obstacle(base: Any, gathered: bool = False) -> str | None:
         return f"wraps a {type(base).__name__}"
     if is_watched(base):
         return "has hooks or a forward of its own on its base, which must be called"
+    if hooked_everywhere():
+        return "has a base that must be called: hooks are set on all modules"
     return tensor_obstacle({"weight": base.weight, "bias": base.bias}, gathered)
