@@ -14,9 +14,9 @@ from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
 from fastbound.layers.base import (
     Adapted,
     features,
+    hooked_everywhere,
     is_conv1d,
     is_linear,
-    hooked_everywhere,
     is_watched,
     keeps_no_output,
     tensor_obstacle,
