@@ -19,7 +19,7 @@ from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.adapted import adapted_layers, fuse, injected_layers
 from fastbound.models.names import check_same_names
-from fastbound.models.ranks import Loss, allocate_ranks, even_rank
+from fastbound.models.ranks import Loss, allocate_ranks, check_ranks, even_rank
 from fastbound.models.report import InjectionReport, injection_report
 from fastbound.models.targets import match
 from fastbound.operator.partition import partition
@@ -80,9 +80,9 @@ def inject(
     Raises:
         TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
-            misses are named) or nothing that can be replaced, a layer refuses its arguments, ranks
-            by name are not those of the layers, `rank="auto"` lacks its losses, or
-            `allocate_ranks` raises.
+            misses are named) or nothing that can be replaced, a layer refuses its arguments, a rank
+            is above both sides of its layer, ranks by name are not those of the layers,
+            `rank="auto"` lacks its losses, or `allocate_ranks` raises.
     """
     if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
         raise TypeError(
@@ -119,7 +119,9 @@ def inject(
         check_same_names("rank by name must name the layers to be replaced", rank, shapes)
         alpha = even_rank(rank, shapes) if alpha is None else alpha
     ranks: Mapping[str, Any] = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
-    convert(model, {name: settings(ranks[name], alpha) for name in chosen})
+    each = {name: settings(ranks[name], alpha) for name in chosen}
+    check_ranks(ranks, shapes)
+    convert(model, each)
     if fuse_mlp:
         fuse(model)
     return replace(injection_report(model, skipped), allocation=allocation)
