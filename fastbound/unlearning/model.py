@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -59,16 +60,18 @@ def load_pretrained(
 
 def _check_place(name: str) -> None:
     """A path that is not there is no model id: said before the hub is asked."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not any((path / file).exists() for file in ("config.json", ADAPTER_CONFIG)):
+    if not name:
+        raise InputError("model is empty: give a folder made by save_pretrained, or a model id")
+    if os.path.isdir(name):
+        files = (os.path.join(name, file) for file in ("config.json", ADAPTER_CONFIG))
+        if not any(map(os.path.exists, files)):
             raise InputError(
                 f"model {name!r} is a folder without config.json: give one made by save_pretrained"
             )
-    elif path.exists():
+    elif os.path.exists(name):
         raise InputError(f"model {name!r} is a file: give a folder made by save_pretrained")
-    elif not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) or (
-        "/" in name and path.parent.is_dir()
+    elif not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]{0,95}", name) or (
+        "/" in name and os.path.isdir(os.path.dirname(name))
     ):
         raise InputError(
             f"model {name!r} is not there: give a folder made by save_pretrained, or a model id"
@@ -124,15 +127,25 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     path = Path(folder)
     check_plain(model, "given")
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "is not there"
+    if not os.path.isdir(path):  # which a name too long is not; Path.is_dir() raises for it
+        what = "is a file" if os.path.exists(path) else "is not there"
         raise InputError(f"adapter {folder} {what}: give the folder of an adapter")
     if not (path / ADAPTER_CONFIG).exists():
         raise InputError(f"adapter {folder} has no {ADAPTER_CONFIG}: give an adapter's folder")
     config = read_config(path / ADAPTER_CONFIG)
-    if config.get("peft_type") == PEFT_TYPE:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise InputError(
+            f"{path / ADAPTER_CONFIG}: peft_type must name the adapter's method, got {kind!r}"
+        )
+    if kind == PEFT_TYPE:
         fastbound.load_adapter(model, folder)
         return model
+    tensors = [f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+    if not any((path / name).is_file() for name in tensors):
+        raise InputError(
+            f"adapter {folder} has no {' or '.join(tensors)}: give an adapter's folder"
+        )
     try:
         return _load_with_peft(model, path)
     except InputError:
