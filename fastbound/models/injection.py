@@ -81,7 +81,7 @@ def inject(
         TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
             misses are named) or nothing that can be replaced, a layer refuses its arguments, a rank
-            is above both sides of its layer, ranks by name are not those of the layers,
+            is above 128 and both sides of its layer, ranks by name are not those of the layers,
             `rank="auto"` lacks its losses, or `allocate_ranks` raises.
     """
     if isinstance(model, FusedBoundedLinear) or is_adaptable(model):

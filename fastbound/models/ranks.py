@@ -24,6 +24,7 @@ from fastbound.errors import InputError
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 EVEN = 8  # the rank that the default budget buys everywhere
+SMALL = 128  # a rank that is taken for a layer of any size
 _OVERSAMPLING = 8
 
 
@@ -173,15 +174,16 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
 
 
 def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> None:
-    """Raise InputError for a rank above both sides of its layer [N, K].
+    """Raise InputError for a rank above `SMALL` and above both sides of its layer [N, K].
 
-    A and B would each be larger than the weight, whose rank is at most the smaller side.
+    A and B would each be larger than the weight, whose own rank is at most the smaller side.
     """
     for name, (N, K) in layers.items():
-        if ranks[name] > max(N, K):
+        most = max(N, K, SMALL)
+        if ranks[name] > most:
             raise InputError(
                 f"rank {ranks[name]} of {name} is out of proportion: its weight is [N, K] = "
-                f"[{N}, {K}], and A and B would each be larger; give a rank of at most {max(N, K)}"
+                f"[{N}, {K}], and A and B would each be larger; give a rank of at most {most}"
             )
 
 

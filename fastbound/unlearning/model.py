@@ -126,12 +126,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         InputError: the folder holds no adapter, a damaged one, or one for another model.
     """
     path = Path(folder)
-    check_plain(model, "given")
     if not os.path.isdir(path):  # which a name too long is not; Path.is_dir() raises for it
         what = "is a file" if os.path.exists(path) else "is not there"
         raise InputError(f"adapter {folder} {what}: give the folder of an adapter")
     if not (path / ADAPTER_CONFIG).exists():
         raise InputError(f"adapter {folder} has no {ADAPTER_CONFIG}: give an adapter's folder")
+    check_plain(model, type(model).__name__)
     config = read_config(path / ADAPTER_CONFIG)
     kind = config.get("peft_type")
     if not isinstance(kind, str):
