@@ -204,10 +204,11 @@ def reduce(
     tile: Tile,
     multiprocessors: int,
     keep: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> as angle."""
     Q = reduced_parts(T, None, G, None, tile, multiprocessors, keep)
-    return factor_gradient(Q, angle, omega, scaling)
+    return factor_gradient(Q, angle, omega, scaling, dtype)
 
 
 def thin_and_reduce(
@@ -219,12 +220,16 @@ def thin_and_reduce(
     scaling: float,
     tile: Tile,
     multiprocessors: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R]."""
+    """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R].
+
+    ``dtype``: of both instead.
+    """
     P = T.new_empty(cdiv(T.shape[1], tile.block_n), *G.shape, dtype=torch.float32)
     Q = reduced_parts(T, F, G, P, tile, multiprocessors)
-    thin = T.new_empty(G.shape)
-    gradient = torch.empty_like(angle)
+    thin = T.new_empty(G.shape, dtype=dtype)
+    gradient = torch.empty_like(angle, dtype=dtype)
     launch_finish_both(P, thin, Q, gradient, angle, omega, scaling).run()
     return thin, gradient
 
@@ -246,8 +251,10 @@ def reduced_parts(
     return Q
 
 
-def factor_gradient(Q: Tensor, angle: Tensor, omega: float, scaling: float) -> Tensor:
-    """scaling·omega·cos(omega·angle) ⊙ Σ Q, in angle's dtype and strides."""
-    gradient = torch.empty_like(angle)
+def factor_gradient(
+    Q: Tensor, angle: Tensor, omega: float, scaling: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """scaling·omega·cos(omega·angle) ⊙ Σ Q, in angle's dtype or ``dtype``, and its strides."""
+    gradient = torch.empty_like(angle, dtype=dtype)
     launch_finish(Q, gradient, angle, omega, scaling).run()
     return gradient

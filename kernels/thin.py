@@ -86,11 +86,12 @@ def launch_thin(
 
 
 def thin(
-    T: Tensor, F: Tensor, tile: Tile, multiprocessors: int, keep: Tensor | None = None
+    T: Tensor, F: Tensor, tile: Tile, multiprocessors: int, keep: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``T F`` [M, R] in T's dtype, accumulated in fp32; with bits of a mask, of mask ⊙ T."""
+    """``T F`` [M, R] in T's dtype or ``dtype``, accumulated in fp32; with a mask, of mask ⊙ T."""
     (M, K), R = T.shape, F.shape[1]
-    P = T.new_empty(M, R)
+    P = T.new_empty(M, R, dtype=dtype)
     chunks, chunk = step_chunks(M, K, tile, multiprocessors)
     parts = thin_parts(P, chunks)
     launch_thin(T, F, parts, chunk, tile, keep).run()

@@ -41,7 +41,7 @@ SHAPES = {
 }
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
 GEMMS = ("descriptor", "pointer")
-WITHOUT_DOT = ("factors", "finish", "finish_both", "keep")
+WITHOUT_DOT = ("factors", "finish", "finish_both", "keep", "narrow")
 # fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
 WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}
 

@@ -44,12 +44,17 @@ def refusal(model: nn.Module, name: str) -> str | None:
             return f"its {key} is on the meta device: load the model first"
         if over_reason(layer) is None and not parameter.is_floating_point():
             return f"its {key} is {parameter.dtype}, not floating point"
+    return tied(model, layer) or weight_reader(model, name)
+
+
+def tied(model: nn.Module, layer: nn.Module) -> str | None:
+    """Which module of the model shares a layer's weight, so that ΔW would go into both; or None."""
     own = {p for key, p in layer.named_parameters() if key != "bias"}
     inside = set(layer.modules())
     for owner, module in model.named_modules():
         if module not in inside and any(p in own for p in module.parameters(recurse=False)):
             return f"its weight is tied to {owner}, which a merge would untie"
-    return weight_reader(model, name)
+    return None
 
 
 def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
@@ -64,7 +69,10 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
         for name, each in settings.items():
             layer = model.get_submodule(name)
             kind = FusedBoundedLinear if over_reason(layer) is None else BoundedOverBase
-            made[layer] = kind.with_settings(layer, each)
+            try:
+                made[layer] = kind.with_settings(layer, each)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from error
         for parameter in trained:
             parameter.requires_grad_(False)
         swap(model, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +27,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
         in_features, out_features: K and N.
         rank: r >= 1.
         alpha: None means ``rank``.
-        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "2*rms" twice the
-            root mean square of this layer's weight, and so any multiple; "auto" means "4*rms".
+        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "0.5*spectral"
+            0.5 σ₁(W) / sqrt(NK) of this layer's weight, so that ‖ΔW‖_F <= 0.5 ‖W‖₂; "2*rms" twice
+            its root mean square; any other multiple likewise; "auto" means "4*rms".
         dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
@@ -173,12 +175,46 @@ class FusedBoundedLinear(nn.Module, Adapted):
         """A plain layer of the original class.
 
         ``merge=True``: a new weight W + ΔW, added in fp32 and rounded once. ``merge=False``: the
-        frozen weight itself, shared, without the adapter.
+        frozen weight itself, shared, without the adapter. Raises ValueError where
+        :meth:`merge_obstacle` finds one.
         """
+        if merge:
+            self._check_merge()
         layer = self._plain_layer()
         layer.register_parameter("weight", self._merged_weight() if merge else self.weight)
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
+
+    @torch.no_grad()
+    def merge_obstacle(self) -> str | None:
+        """Why ΔW cannot go into the weight, with the remedy; None where it can.
+
+        A sum that is not finite is one: fp16 ends at 65504.
+        """
+        for name, factor in (("A", self.adapter.A), ("B", self.adapter.B)):
+            if not factor.isfinite().all():
+                return (
+                    f"its adapter.{name} holds a NaN or an infinity: go back to an adapter saved "
+                    "earlier"
+                )
+        weight = self.weight
+        largest = torch.linalg.vector_norm(weight, math.inf).item() if weight.numel() else 0.0
+        if not largest < math.inf:
+            return "its weight itself holds a NaN or an infinity: load the base model again"
+        # Most often the bound answers for every entry.
+        if largest + self.bound <= 0.999 * torch.finfo(weight.dtype).max:
+            return None
+        if self._merged_weight().isfinite().all():
+            return None
+        return (
+            f"W + ΔW is not finite in {weight.dtype}, with |W| up to {largest:g} and |ΔW| up "
+            f"to {self.bound:g}: merge it in a wider dtype, model.float() first"
+        )
+
+    def _check_merge(self) -> None:
+        obstacle = self.merge_obstacle()
+        if obstacle is not None:
+            raise ValueError(f"cannot be merged: {obstacle}")
 
     def _merged_weight(self) -> nn.Parameter:
         """W + ΔW in W's layout and dtype, added in fp32 and rounded once."""

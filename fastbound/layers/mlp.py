@@ -150,7 +150,8 @@ class FusedBoundedMLP(nn.Module):
     def to_mlp(self, merge: bool = True) -> nn.Module:
         """A block of the original class with plain projections, and everything else as it is here.
 
-        ``merge`` as for `FusedBoundedLinear.to_linear`.
+        ``merge`` as for `FusedBoundedLinear.to_linear`, and so is what is raised, which names the
+        projection.
         """
         state = _shell(self)
         for name in ("fusion", "recompute", "_compiled_call_impl"):
@@ -158,7 +159,10 @@ class FusedBoundedMLP(nn.Module):
         for name in self.fusion.form.projections:
             layer = state["_modules"][name]
             if isinstance(layer, FusedBoundedLinear):
-                state["_modules"][name] = layer.to_linear(merge)
+                try:
+                    state["_modules"][name] = layer.to_linear(merge)
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}") from None
         return _with_class(self.fusion.block_class, state)
 
     def extra_repr(self) -> str:

@@ -94,9 +94,7 @@ class BoundedOverBase(FusedBoundedLinear):
         """
         if not merge:
             return self.base_layer
-        obstacle = self.merge_obstacle()
-        if obstacle is not None:
-            raise ValueError(f"cannot be merged: {obstacle}")
+        self._check_merge()
         merged = copy.copy(self.base_layer)
         merged._parameters = {**self.base_layer._parameters, "weight": self._merged_weight()}
         return merged.train(self.training)
@@ -134,7 +132,7 @@ class BoundedOverBase(FusedBoundedLinear):
                 f"its base is a {kind} with a forward of its own, which need not be x Wᵀ: "
                 "keep the adapter beside it"
             )
-        return None
+        return super().merge_obstacle()
 
     def extra_repr(self) -> str:
         return self.reason

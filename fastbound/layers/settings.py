@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastbound.dispatch.plan import BACKENDS
 from fastbound.errors import positive
-from fastbound.layers.bounds import bound_of_weight, rms_factor
+from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.operator.dropout import check_dropout
 
 LEAST, MOST = 1e-12, 1e12  # of alpha and bound
@@ -19,7 +20,8 @@ LEAST, MOST = 1e-12, 1e12  # of alpha and bound
 class AdapterSettings:
     """The keywords of :class:`fastbound.BoundedAdapter`, as :func:`adapter_settings` makes them.
 
-    ``bound`` is a number, or a text such as "2*rms" until :meth:`for_weight` has read the weight.
+    ``bound`` is a number, or a text such as "0.5*spectral" until :meth:`for_weight` has read the
+    weight.
     """
 
     rank: int
@@ -30,7 +32,7 @@ class AdapterSettings:
     backend: str
 
     def for_weight(self, weight: Tensor) -> AdapterSettings:
-        """With the bound as a number: a multiple of this weight's RMS, where a text asks for one.
+        """With the bound as a number: in units of this weight, where a text asks for that.
 
         Raises ValueError for a weight that cannot be read, see
         :func:`fastbound.layers.bounds.bound_of_weight`.
@@ -50,7 +52,7 @@ def adapter_settings(
 ) -> AdapterSettings:
     """The settings; alpha None is rank, and bound None alpha. A ValueError names a bad value."""
     if isinstance(bound, str):
-        rms_factor(bound)
+        weight_bound(bound)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"rank must be an integer, got {rank!r}")
     if rank < 1:
@@ -69,3 +71,8 @@ def adapter_settings(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     return AdapterSettings(rank, alpha, bound, check_dropout(dropout), adapter_dtype, backend)
+
+
+def rank_stabilised(rank: int, alpha: float | None) -> float:
+    """alpha·sqrt(r), which makes the slope alpha / sqrt(r), as LoRA's `use_rslora`; None is r."""
+    return positive("alpha", rank if alpha is None else alpha) * math.sqrt(rank)

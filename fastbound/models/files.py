@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastbound.errors import InputError, NotThereError, positive
 from fastbound.files import replace_files
-from fastbound.layers.settings import AdapterSettings, adapter_settings
+from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
 from fastbound.models.names import check_same_names, lookup
 from fastbound.version import __version__
 
@@ -84,6 +84,8 @@ def _saved_layer(
     try:
         rank = lookup(config["rank_pattern"], name, config["r"])
         alpha = lookup(config["alpha_pattern"], name, config["alpha"])
+        if config["use_rslora"]:
+            alpha = rank_stabilised(rank, alpha)
         bound = lookup(config["bound_pattern"], name, config["bound"])
     except re.error as error:
         raise InputError(
@@ -159,7 +161,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, path)
     if config["dropout"] is None:  # an earlier version's file
         config["dropout"] = 0.0
-    for field in ("bias", "modules_to_save"):
+    for field in ("bias", "modules_to_save", "trainable_token_indices"):
         if config.get(field) not in (None, "none"):
             raise InputError(
                 f"{path}: {field} is {config[field]!r}: what PEFT trained beside the adapter "
@@ -191,12 +193,13 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         "alpha_pattern": dict,
         "bound_pattern": dict,
         "shapes": dict,
+        "use_rslora": bool | None,
     }
     if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
         fields |= {"target_modules": list | str, "tensors_sha256": str}
     for name, kind in fields.items():
         value = config.setdefault(name, None)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and name != "use_rslora"):
             word = getattr(kind, "__name__", kind)
             raise InputError(f"{path}: {name} must be a {word}, got {value!r}")
     if "tensors_sha256" in config:

@@ -15,7 +15,6 @@ from fastbound.layers.base import features, is_adaptable
 from fastbound.layers.conversion import convert, refusal, swap
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
-from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.adapted import adapted_layers, fuse, injected_layers
 from fastbound.models.names import check_same_names
@@ -54,7 +53,8 @@ def inject(
         alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
             Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
             more. None is then the rank that the same parameters buy everywhere.
-            A bound of `"auto"` or `"2*rms"` is worked out for each layer from its own weight.
+            A bound of `"auto"`, `"0.5*spectral"` or `"2*rms"` is worked out for each layer from its
+            own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
@@ -174,29 +174,23 @@ def merge(model: nn.Module) -> nn.Module:
     layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
-        ValueError: there is no such layer, an A or B holds a NaN or an infinity, a weight is
-            spread over processes, or a layer is over a base whose weight cannot take ΔW, such as a
-            quantised one (nothing is merged then).
+        ValueError: there is no such layer, an A or B holds a NaN or an infinity, W + ΔW would hold
+            one, a weight is spread over processes, or a layer is over a base whose weight cannot
+            take ΔW, such as a quantised one. Nothing is merged then.
     """
     layers = injected_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
     for name, layer in layers.items():
-        stands = layer.merge_obstacle() if isinstance(layer, BoundedOverBase) else None
-        if stands is not None:
-            raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
         spread = partition(layer.weight)
         if spread is not None:
             raise ValueError(
                 f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into a "
                 "whole model and merge it there"
             )
-        for factor, tensor in (("A", layer.adapter.A), ("B", layer.adapter.B)):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"adapter.{factor} of {name or 'the layer'!r} holds a NaN or an infinity: "
-                    "go back to an adapter saved earlier"
-                )
+        stands = layer.merge_obstacle()
+        if stands is not None:
+            raise ValueError(f"{name or 'the layer'!r} cannot be merged: {stands}")
     if isinstance(model, FusedBoundedLinear):
         return model.to_linear(merge=True)
     for layer in layers.values():

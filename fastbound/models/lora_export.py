@@ -75,7 +75,7 @@ def _check_whole(model: Any, layers: Iterable[Any]) -> None:
     """Raise where what PEFT trained is more than ΔW."""
     active = {name for layer in layers for name in getattr(layer, "active_adapters", ())}
     for name in active:
-        for field in ("bias", "modules_to_save"):
+        for field in ("bias", "modules_to_save", "trainable_token_indices"):
             value = getattr(model.peft_config[name], field, None)
             if value not in (None, "none"):
                 raise InputError(

@@ -5,6 +5,7 @@ A pattern is `{end of a layer's name, as a regular expression: value}`, exact na
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -44,6 +45,32 @@ def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
 
 def _matches(key: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def renamed(names: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
+    """What each layer was called when it was saved, where a model has another name in the middle.
+
+    A name that was saved stands for itself; each other one for the only saved name that shares the
+    longest end with it, of whole parts, if that makes one of each. Otherwise all are as they are.
+    """
+    names, saved = list(names), set(saved)
+    same = {name: name for name in names}
+    if not saved or saved == set(names) or len(saved) != len(names):
+        return same
+    found = {}
+    for name in names:
+        lengths = {old: _common_end(name, old) for old in saved}
+        longest = max(lengths.values())
+        best = [old for old, length in lengths.items() if length == longest]
+        if longest == 0 or len(best) > 1:
+            return same
+        found[name] = best[0]
+    return found if len(set(found.values())) == len(names) else same
+
+
+def _common_end(one: str, other: str) -> int:
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def check_same_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:

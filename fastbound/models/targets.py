@@ -100,6 +100,11 @@ def _mlp_pattern(model: nn.Module) -> str:
     return _MLP[model_type]
 
 
+def has_mlp_suffixes(model: nn.Module) -> bool:
+    """Whether the MLP projections of the model are known."""
+    return getattr(getattr(model, "config", None), "model_type", None) in _MLP
+
+
 def mlp_suffixes(model: nn.Module) -> set[str]:
     """The MLP projections of a known model as suffixes; ValueError where the model is unknown."""
     found = (name.split(".") for name in _match_pattern(model, "mlp"))
@@ -116,7 +121,9 @@ def _is_target(module: nn.Module) -> bool:
 
 def _suffixes(model: nn.Module) -> list[str]:
     """The last one and two parts of the names of the linear layers, sorted, without numbers."""
-    names = [name.split(".") for name, module in model.named_modules() if _is_target(module)]
+    found = [name for name, module in model.named_modules() if _is_target(module)]
+    adapted = tuple(f"{n}." for n in found if isinstance(model.get_submodule(n), Adapted))
+    names = [name.split(".") for name in found if not name.startswith(adapted)]
     ends = {".".join(parts[-n:]) for parts in names for n in (1, 2)}
     return sorted(end for end in ends if not re.search(r"(^|\.)\d+(\.|$)", end))
 

@@ -22,8 +22,8 @@ from fastbound.dispatch.plan import PlanKey, plan_key
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import BLOCK_SCHEMA, BlockCall, Factors
 from fastbound.operator.engine import engine_for
-from fastbound.operator.ops import check_storage, given, library, rows, rows_as_of, scope
-from fastbound.truth.formula import Projection
+from fastbound.operator.ops import given, in_memory, library, rows, rows_as_of, scope
+from fastbound.truth.formula import Projection, thin_dtype
 
 library.define(
     f"mlp_forward(Tensor x, {BLOCK_SCHEMA})"
@@ -103,17 +103,21 @@ class ReadyBlock:
 
 
 def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = BlockCall.of(arguments)
-    check_storage(x, *call.tensors())
+    x, *tensors = in_memory(x, *arguments[:-4])
+    call = BlockCall.of((*tensors, *arguments[-4:]))
     with scope(x):
         X = rows(x)
         block = ReadyBlock(X, call)
         down, SA = block.down, block.stacked_SA()
-        S = X.new_empty(X.shape[0], 0) if SA is None else block.engine.thin(X, SA.t())
+        if SA is None:
+            S = X.new_empty(X.shape[0], 0, dtype=thin_dtype(X.dtype))
+        else:
+            S = block.engine.thin(X, SA.t())
         G, U = block.preactivations(X, S)
         H, S_down = block.engine.activate(G, U, down.SA, call.activation)
         Y = block.gemm(H, down.weight, S_down, down.SB, down.bias)
-        U, S_down = (X.new_empty(0) if t is None else t for t in (U, S_down))
+        U = X.new_empty(0) if U is None else U
+        S_down = S.new_empty(0) if S_down is None else S_down
         return rows_as_of(x, Y), G, U, S, S_down
 
 
@@ -127,8 +131,8 @@ def compute_backward(
     need_dx: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    call = BlockCall.of(arguments)
-    check_storage(dy, x, G, U, S, S_down, *call.tensors())
+    dy, x, G, U, S, S_down, *tensors = in_memory(dy, x, G, U, S, S_down, *arguments[:-4])
+    call = BlockCall.of((*tensors, *arguments[-4:]))
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
         block = ReadyBlock(X, call)
@@ -161,13 +165,14 @@ def compute_backward(
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = BlockCall.of(arguments)
     M, N = x.numel() // x.shape[-1], call.gate.weight.shape[0]
+    thin = thin_dtype(x.dtype)
     width = call.R * sum(p is not None and p.A is not None for p in (call.gate, call.up))
     return (
         x.new_empty(*x.shape[:-1], call.down.weight.shape[0]),
         x.new_empty(M, N),
         x.new_empty(0) if call.up is None else x.new_empty(M, N),
-        x.new_empty(M, width),
-        x.new_empty(0) if call.down.A is None else x.new_empty(M, call.R),
+        x.new_empty(M, width, dtype=thin),
+        x.new_empty((0,) if call.down.A is None else (M, call.R), dtype=thin),
     )
 
 

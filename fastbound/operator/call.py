@@ -85,10 +85,6 @@ class BlockCall(NamedTuple):
         """gate, up and down."""
         return self.gate, self.up, self.down
 
-    def tensors(self) -> list[Tensor]:
-        """All that the block holds."""
-        return [t for p in self.projections() if p is not None for t in p[:4] if t is not None]
-
     @property
     def ranks(self) -> tuple[int, ...]:
         """Of the adapted projections."""
@@ -149,6 +145,8 @@ def check_operands(
             raise ValueError(f"{name} is on {tensor.device} and x on {device}: move one of them")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no storage: load it first")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}: call {name}.to_dense() first")
     base = result if weight is None else weight
     if base is None:
         raise ValueError("a call needs a weight, or a base's result to add to")

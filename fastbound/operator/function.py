@@ -145,7 +145,8 @@ def bounded_linear(
     differentiable once.
 
     Raises:
-        TypeError: a non-floating tensor, or x and weight of different dtypes outside autocast.
+        TypeError: a tensor that is not floating or not dense, or x and weight of different dtypes
+            outside autocast.
         ValueError: shapes that do not match, tensors on different devices, a weight that requires
             grad, a tensor that is spread over processes or has no storage, a scaling or omega that
             is not finite, a dropout outside 0 <= p < 1, an unknown backend.
@@ -190,7 +191,7 @@ def bounded_addition(
         accumulate in fp32 (fp64 for fp64). The gradient is differentiable once.
 
     Raises:
-        TypeError: a tensor that is not floating.
+        TypeError: a tensor that is not floating or not dense.
         ValueError: shapes that do not match, tensors on different devices, a DTensor, a scaling or
             omega that is not finite, a dropout outside 0 <= p < 1, a backend that is unknown or
             "fused".
@@ -248,7 +249,7 @@ def can_write_into(result: Tensor, x: Tensor) -> bool:
     for a subclass, a parameter or a leaf that is trained; for a part of a larger tensor, an
     expanded one or x itself; and where the node that made it may keep it for its backward.
     """
-    if not nothing_intercepts() or type(result) is not Tensor:
+    if not nothing_intercepts() or type(result) is not Tensor or result.is_neg():
         return False
     storage = result.untyped_storage()
     if not result.is_contiguous() or storage.nbytes() != result.numel() * result.itemsize:

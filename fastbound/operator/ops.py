@@ -22,6 +22,7 @@ from fastbound.operator.autograd import direct
 from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
 from fastbound.operator.dropout import keep_rate
 from fastbound.operator.engine import Engine, engine_for
+from fastbound.truth.formula import thin_dtype
 
 # Kept for the life of the process: a collected Library leaves dangling operators behind.
 library = torch.library.Library("fastbound", "DEF")
@@ -46,8 +47,8 @@ def compute_forward(
     engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``engine``: None takes that of the plan."""
-    term = Term(*adapter)
-    check_storage(x, weight, bias, result, term.A, term.B)
+    x, weight, bias, result, A, B = in_memory(x, weight, bias, result, *adapter[:2])
+    term = Term(A, B, *adapter[2:])
     with scope(x):
         X = rows(x)
         engine = engine or _engine(X, term, over_base=weight is None)
@@ -60,10 +61,11 @@ def compute_forward(
         if base.dtype is not X.dtype:  # SB once more, from the masters: never rounded twice
             _, SB = engine.factors(term.A, term.B, scaling, term.omega, base.dtype, term.R)
         # One product with beta = 1 reads the base's result once and writes y once.
+        S_wide = _cast(S, SB.dtype)
         if in_place:
-            base.view(-1, base.shape[-1]).addmm_(S.to(base.dtype), SB.t())
+            engine.add_lowrank(base.view(-1, base.shape[-1]), S_wide, SB, True)
             return base, S
-        return rows_as_of(base, torch.addmm(rows(base), S.to(base.dtype), SB.t())), S
+        return rows_as_of(base, engine.add_lowrank(rows(base), S_wide, SB)), S
 
 
 def compute_backward(
@@ -79,23 +81,23 @@ def compute_backward(
     engine: Engine | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dtype`` is x's; over a base dy's is that of the base's result. ``engine`` as above."""
-    term = Term(*adapter)
-    A, B, omega = term.A, term.B, term.omega
+    dy, x, S, weight, A, B = in_memory(dy, x, S, weight, *adapter[:2])
+    term = Term(A, B, *adapter[2:])
+    omega = term.omega
     dx = dA = dB = None
-    check_storage(dy, x, S, weight, A, B)
     with scope(dy):
         DY = rows(dy)
         engine = engine or _engine(DY, term, over_base=weight is None)
         keep, scaling = kept(engine, term, DY.shape[0])
         SA, SB = engine.factors(A, B, scaling, omega, DY.dtype, term.R)
-        S = None if S is None else _cast(S, DY.dtype)
+        S = None if S is None else _cast(S, SB.dtype)
         DS, dB = dS_and_dB(engine, DY, SB, S, B, scaling, omega, need_dx or need_dA, need_dB)
         if dtype is not DY.dtype:
-            DS = None if DS is None else DS.to(dtype)
+            DS = None if DS is None else _cast(DS, thin_dtype(dtype))
             SA, _ = engine.factors(A, B, scaling, omega, dtype, term.R) if need_dx else (SA, SB)
         if need_dx:
             if weight is None:
-                DX = engine.lowrank_product(given(DS), SA.t(), keep)
+                DX = engine.lowrank_product(given(DS), SA.t(), dtype, keep)
             else:
                 W = _cast(weight, DY.dtype)
                 DX = engine.lowrank_gemm(DY, W.t(), given(DS), SA.t(), None, keep)
@@ -111,7 +113,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     term = Term(*adapter)
     y = x.new_empty(*x.shape[:-1], term.B.shape[0]) if result is None else torch.empty_like(result)
-    return y, x.new_empty(x.numel() // x.shape[-1], term.R)
+    return y, x.new_empty(x.numel() // x.shape[-1], term.R, dtype=thin_dtype(x.dtype))
 
 
 def _fake_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,16 +217,28 @@ def scope(x: Tensor) -> AbstractContextManager[object]:
     return entered
 
 
-def check_storage(*tensors: Tensor | None) -> None:
-    """Raise for a tensor whose memory was given back, before a kernel is handed its address, 0."""
+def in_memory(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, for a kernel that reads their memory at its address; None stays None.
+
+    What torch keeps as a mark on a tensor is written out: a negative bit, and a tensor of zeros
+    without memory. Raises RuntimeError for a tensor whose memory was given back.
+    """
     for tensor in tensors:
-        if tensor is None or tensor.data_ptr() or not tensor.numel() or tensor.is_meta:
-            continue
-        raise RuntimeError(
-            f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
-            "it has not gathered it for this module. Make the module that owns it, or one "
-            "around it, the unit that is gathered"
-        )
+        if tensor is not None and (tensor.is_neg() or not tensor.data_ptr()):
+            return tuple(None if t is None else _in_memory(t) for t in tensors)
+    return tensors
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    if tensor._is_zerotensor():
+        return torch.zeros_like(tensor)
+    if tensor.data_ptr() or not tensor.numel() or tensor.is_meta:
+        return tensor.resolve_neg()
+    raise RuntimeError(
+        f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
+        "it has not gathered it for this module. Make the module that owns it, or one "
+        "around it, the unit that is gathered"
+    )
 
 
 def given(saved: Tensor | None) -> Tensor:

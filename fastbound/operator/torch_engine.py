@@ -1,8 +1,9 @@
 """The operator's products in PyTorch operations: the CPU path, and what Triton does not take.
 
-Same contract as ``triton_engine``: operands in the compute dtype, the rank zero-padded, scaling
-folded into SB, and no [M, N] tensor besides the result. ``keep`` is dropout's mask of the tall
-matrix, as bits (``fastbound/dropout.py``): what it drops is zero in the product.
+Same contract as ``triton_engine``: operands in the compute dtype, but SA, SB and the thin products
+in fp32 where that is fp16 (``formula.thin_dtype``); the rank zero-padded, scaling folded into SB,
+and no [M, N] tensor besides the result. ``keep`` is dropout's mask of the tall matrix, as bits
+(``operator/dropout.py``): what it drops is zero in the product.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch.nn.functional import linear
 from fastbound.dispatch.plan import Plan
 from fastbound.operator.call import Factors
 from fastbound.operator.dropout import keep_bits, keep_mask
-from fastbound.truth.formula import apply_activation, wide_dtype
+from fastbound.truth.formula import apply_activation, thin_dtype, wide_dtype
 
-_MASKED_ROWS = 512  # masked at a time, so that the copy of them stays in cache
+_ROWS = 512  # masked or widened at a time, so that the copy of them stays in cache
 
 
 class TorchEngine:
@@ -34,8 +35,11 @@ class TorchEngine:
     def factors(
         self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
     ) -> tuple[Tensor, Tensor]:
-        """SA = sin(omega·A) [R, K] and SB = scaling·sin(omega·B) [N, R], zero beyond the rank."""
-        rank = A.shape[0]
+        """SA = sin(omega·A) [R, K] and SB = scaling·sin(omega·B) [N, R], zero beyond the rank.
+
+        In the ``thin_dtype`` of a compute ``dtype``.
+        """
+        rank, dtype = A.shape[0], thin_dtype(dtype)
         SA = A.new_zeros(R, A.shape[1], dtype=dtype)
         SB = B.new_zeros(B.shape[0], R, dtype=dtype)
         SA[:rank].copy_(torch.sin(A.to(wide_dtype(A)) * omega))
@@ -43,12 +47,12 @@ class TorchEngine:
         return SA, SB
 
     def thin(self, T: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
-        """``T F``: T [M, K], F [K, R] -> [M, R]."""
-        if keep is None:
+        """``T F``: T [M, K], F [K, R] -> [M, R], in F's dtype."""
+        if keep is None and T.dtype is F.dtype:
             return torch.mm(T, F)
-        P = T.new_empty(T.shape[0], F.shape[1])
-        for p, masked in _masked(T, keep, P):
-            torch.mm(masked, F, out=p)
+        P = F.new_empty(T.shape[0], F.shape[1])
+        for p, t in _copied(T, keep, P):
+            torch.mm(t, F, out=p)
         return P
 
     def factor_gradient(
@@ -61,12 +65,12 @@ class TorchEngine:
         keep: Tensor | None = None,
     ) -> Tensor:
         """``scaling·omega·cos(omega·P) ⊙ (Tᵀ G)``: T [M, N], G [M, R], P [N, r] -> [N, r], as P."""
-        if keep is None:
+        if keep is None and T.dtype is G.dtype:
             raw = _transposed_product(T, G)
         else:
             raw = G.new_zeros(T.shape[1], G.shape[1], dtype=wide_dtype(G))
-            for g, masked in _masked(T, keep, G):
-                raw += _transposed_product(masked, g)
+            for g, t in _copied(T, keep, G):
+                raw += _transposed_product(t, g)
         return _times_cosine(raw[:, : P.shape[1]], P, omega, scaling)
 
     def thin_and_factor_gradient(
@@ -75,13 +79,25 @@ class TorchEngine:
         """``thin(T, F)`` and ``factor_gradient(T, G, P)``."""
         return self.thin(T, F), self.factor_gradient(T, G, P, omega, scaling)
 
-    def lowrank_product(self, S: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
-        """``S Fᵀ``: S [M, R], F [N, R] -> [M, N]; ``keep`` masks it."""
-        Y = torch.mm(S, F.t())
-        if keep is not None:
-            for y, bits in _rows_at_a_time(Y, keep):
-                y.mul_(keep_mask(bits, F.shape[0]))
+    def lowrank_product(
+        self, S: Tensor, F: Tensor, dtype: torch.dtype, keep: Tensor | None = None
+    ) -> Tensor:
+        """``S Fᵀ``: S [M, R], F [N, R] -> [M, N] in a compute ``dtype``; ``keep`` masks it."""
+        if keep is None and dtype is S.dtype:
+            return torch.mm(S, F.t())
+        Y = S.new_empty(S.shape[0], F.shape[0], dtype=dtype)
+        for y, term in _terms(Y, S, F, keep):
+            y.copy_(term)
         return Y
+
+    def add_lowrank(self, Y: Tensor, S: Tensor, F: Tensor, in_place: bool = False) -> Tensor:
+        """``Y + S Fᵀ``: Y [M, N], S [M, R], F [N, R]; a new tensor, or Y's memory."""
+        if Y.dtype is S.dtype:
+            return Y.addmm_(S, F.t()) if in_place else torch.addmm(Y, S, F.t())
+        sum_ = Y if in_place else Y.clone()
+        for y, term in _terms(sum_, S, F):
+            y.add_(term)
+        return sum_
 
     def lowrank_gemm(
         self,
@@ -99,10 +115,10 @@ class TorchEngine:
         and finds its output in cache (benchmarks/NOTES.md). ``keep`` masks S Fᵀ.
         """
         b = None if bias is None else bias.to(X.dtype)
-        if keep is not None:
+        if keep is not None or S.dtype is not X.dtype:
             Y = linear(X, W, b)
-            for s, bits, y in _rows_at_a_time(S, keep, Y):
-                y.add_(torch.mm(s, F.t()).mul_(keep_mask(bits, W.shape[0])))
+            for y, term in _terms(Y, S, F, keep):
+                y.add_(term)
             return Y
         if X.device.type == "cpu":
             return linear(X, W, b).addmm_(S, F.t())
@@ -189,14 +205,24 @@ def activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.gelu_backward(dy, x, approximate=approximate)
 
 
-def _masked(T: Tensor, keep: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of ``other`` with those of mask ⊙ T, some at a time."""
-    for t, bits, rows in _rows_at_a_time(T, keep, other):
-        yield rows, t * keep_mask(bits, T.shape[1])
+def _copied(T: Tensor, keep: Tensor | None, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of ``other`` with those of mask ⊙ T, in ``other``'s dtype, some at a time."""
+    for rows, t, *bits in _rows_at_a_time(other, T, *(() if keep is None else (keep,))):
+        t = t.to(other.dtype)
+        yield rows, t * keep_mask(bits[0], T.shape[1]) if bits else t
+
+
+def _terms(
+    Y: Tensor, S: Tensor, F: Tensor, keep: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of ``Y`` with those of mask ⊙ (S Fᵀ), some at a time."""
+    for y, s, *bits in _rows_at_a_time(Y, S, *(() if keep is None else (keep,))):
+        term = torch.mm(s, F.t())
+        yield y, term.mul_(keep_mask(bits[0], F.shape[0])) if bits else term
 
 
 def _rows_at_a_time(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(t.split(_MASKED_ROWS) for t in tensors), strict=True)
+    return zip(*(t.split(_ROWS) for t in tensors), strict=True)
 
 
 def _transposed_product(T: Tensor, G: Tensor) -> Tensor:

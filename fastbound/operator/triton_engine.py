@@ -1,4 +1,8 @@
-"""The operator's products in Triton with a plan's tiles; "split" leaves the GEMM to cuBLAS."""
+"""The operator's products in Triton with a plan's tiles; "split" leaves the GEMM to cuBLAS.
+
+In fp16, where SA, SB and the thin products are fp32, they are narrowed for each product by powers
+of two that leave nothing out of range (``kernels/narrow.py``).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from fastbound.kernels.gated import (
     spanned_chunks,
 )
 from fastbound.kernels.lowrank_gemm import is_transposed, lowrank_gemm
+from fastbound.kernels.narrow import narrowed, narrowed_pair
 from fastbound.kernels.reduce import (
     factor_gradient,
     launch_finish,
@@ -27,6 +32,7 @@ from fastbound.kernels.tiles import GemmTile
 from fastbound.operator.call import Factors
 from fastbound.operator.dropout import ROUNDS, threshold
 from fastbound.operator.torch_engine import TorchEngine
+from fastbound.truth.formula import thin_dtype
 
 
 class TritonEngine:
@@ -49,10 +55,13 @@ class TritonEngine:
     def factors(
         self, A: Tensor, B: Tensor, scaling: float, omega: float, dtype: torch.dtype, R: int
     ) -> tuple[Tensor, Tensor]:
-        return factors(A, B, R, scaling, omega, dtype)
+        return factors(A, B, R, scaling, omega, thin_dtype(dtype))
 
     def thin(self, T: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
-        return thin(T, F, self._thin, self._multiprocessors, keep)
+        if T.dtype is F.dtype:
+            return thin(T, F, self._thin, self._multiprocessors, keep)
+        F, f = narrowed(F)
+        return thin(T, F, self._thin, self._multiprocessors, keep, f.dtype).mul_(f)
 
     def factor_gradient(
         self,
@@ -63,17 +72,35 @@ class TritonEngine:
         scaling: float,
         keep: Tensor | None = None,
     ) -> Tensor:
-        return reduce(T, G, P, omega, scaling, self._reduce, self._multiprocessors, keep)
+        how = (omega, scaling, self._reduce, self._multiprocessors, keep)
+        if T.dtype is G.dtype:
+            return reduce(T, G, P, *how)
+        G, g = narrowed(G)
+        return _widened(reduce(T, G, P, *how, g.dtype), g, P)
 
     def thin_and_factor_gradient(
         self, T: Tensor, F: Tensor, G: Tensor, P: Tensor, omega: float, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        return thin_and_reduce(T, F, G, P, omega, scaling, self._reduce, self._multiprocessors)
+        how = (omega, scaling, self._reduce, self._multiprocessors)
+        if T.dtype is F.dtype:
+            return thin_and_reduce(T, F, G, P, *how)
+        (F, f), (G, g) = narrowed(F), narrowed(G)
+        product, gradient = thin_and_reduce(T, F, G, P, *how, f.dtype)
+        return product.mul_(f), _widened(gradient, g, P)
 
-    def lowrank_product(self, S: Tensor, F: Tensor, keep: Tensor | None = None) -> Tensor:
+    def lowrank_product(
+        self, S: Tensor, F: Tensor, dtype: torch.dtype, keep: Tensor | None = None
+    ) -> Tensor:
+        if S.dtype is not dtype:
+            S, F = narrowed_pair(S, F)
         if keep is None:
-            return self._torch.lowrank_product(S, F)
+            return self._torch.lowrank_product(S, F, dtype)
         return self._start(S, F, keep, self._gemm_t)
+
+    def add_lowrank(self, Y: Tensor, S: Tensor, F: Tensor, in_place: bool = False) -> Tensor:
+        if S.dtype is not Y.dtype:
+            S, F = narrowed_pair(S, F)
+        return self._torch.add_lowrank(Y, S, F, in_place)
 
     def _start(self, S: Tensor, F: Tensor, keep: Tensor, tile: GemmTile) -> Tensor:
         """S Fᵀ masked: where the GEMM starts, and K = 0."""
@@ -89,6 +116,8 @@ class TritonEngine:
         keep: Tensor | None = None,
     ) -> Tensor:
         tile = self._gemm_t if is_transposed(W) else self._gemm
+        if S.dtype is not X.dtype:
+            S, F = narrowed_pair(S, F)
         if self._fused:
             return lowrank_gemm(X, W, S, F, bias, tile, self._multiprocessors, keep)
         if keep is None:
@@ -103,9 +132,10 @@ class TritonEngine:
         H = torch.empty_like(G)
         F = None if SA is None else SA.t()
         R = 16 if SA is None else SA.shape[0]
-        P = None if F is None else torch.empty(G.shape[0], R, dtype=G.dtype, device=G.device)
+        P = None if F is None else F.new_empty(G.shape[0], R)
+        F, f = _narrowed(F, G.dtype)
         launch_activation(G, U, F, H, P, activation, R, self._activate).run()
-        return H, P
+        return H, P if P is None or f is None else P.mul_(f)
 
     def activate_backward(
         self,
@@ -123,7 +153,8 @@ class TritonEngine:
         M, N = G.shape
         tile = self._gated
         chunks, chunk = spanned_chunks(M, N, tile, self._multiprocessors)
-        SB_up = None if up is None else up.SB
+        SB_gate, f_gate = _narrowed(gate.SB, G.dtype)
+        SB_up, f_up = _narrowed(None if up is None else up.SB, G.dtype)
         width = R * ((gate.SB is not None) + (SB_up is not None))
 
         def workspace(*shape: int) -> Tensor:
@@ -134,25 +165,31 @@ class TritonEngine:
         P = workspace(column_blocks(N, tile) if width else 0, M, width)
         QG, QU, QD = (
             workspace(0 if absent else chunks, N, R)
-            for absent in (gate.SB is None, SB_up is None, DS_down is None)
+            for absent in (SB_gate is None, SB_up is None, DS_down is None)
         )
+        S_first, s = _narrowed(S if width else None, G.dtype)
+        s_gate, s_up = (None, None) if s is None else (s[:R], s[-R:])
+        DS_down, ds = _narrowed(DS_down, G.dtype)
         launch_activation_backward(
-            DH, G, U, S if width else None, DS_down, gate.SB, SB_up, DG, DU, P, QG, QU, QD,
+            DH, G, U, S_first, DS_down, SB_gate, SB_up, DG, DU, P, QG, QU, QD,
             activation, R, chunk, chunks, tile,
         ).run()  # fmt: skip
         DS = None
         if width:
-            DS = torch.empty(M, width, dtype=G.dtype, device=G.device)
+            DS = S.new_empty(M, width)
             for column in range(0, width, R):
                 part = slice(column, column + R)
                 launch_finish(P[:, :, part], DS[:, part]).run()
+            scales = [f for f in (f_gate, f_up) if f is not None]
+            if scales:
+                DS.mul_(torch.cat(scales))
         dB_gate = dB_up = dA_down = None
         if gate.B is not None:
-            dB_gate = factor_gradient(QG, gate.B, gate.omega, gate.scaling)
+            dB_gate = _gradient(QG, gate.B, gate.omega, gate.scaling, s_gate)
         if up is not None and up.B is not None:
-            dB_up = factor_gradient(QU, up.B, up.omega, up.scaling)
+            dB_up = _gradient(QU, up.B, up.omega, up.scaling, s_up)
         if down.A is not None:
-            dA_down = factor_gradient(QD, down.A.t(), down.omega, 1.0).t()
+            dA_down = _gradient(QD, down.A.t(), down.omega, 1.0, ds).t()
         return DG, DU, DS, dB_gate, dB_up, dA_down
 
     def stacked_factor_gradients(
@@ -160,6 +197,9 @@ class TritonEngine:
     ) -> tuple[Tensor | None, Tensor | None]:
         if DS is None:
             return None, None
+        ds = None
+        if DS.dtype is not X.dtype:
+            DS, ds = narrowed(DS)
         Q = reduced_parts(X, None, DS, None, self._reduce, self._multiprocessors)
         gradients: list[Tensor | None] = []
         column = 0
@@ -168,6 +208,24 @@ class TritonEngine:
                 gradients.append(None)
                 continue
             part = Q[:, :, column : column + R]
-            gradients.append(factor_gradient(part, p.A.t(), p.omega, 1.0).t())
+            scale = None if ds is None else ds[column : column + R]
+            gradients.append(_gradient(part, p.A.t(), p.omega, 1.0, scale).t())
             column += R
         return gradients[0], gradients[1]
+
+
+def _narrowed(P: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """P as an operand of that dtype, and the scale of its columns where it is another's."""
+    return (P, None) if P is None or P.dtype is dtype else narrowed(P)
+
+
+def _widened(gradient: Tensor, scale: Tensor, P: Tensor) -> Tensor:
+    """The gradient [N, r] of P, of narrowed columns."""
+    return gradient.mul_(scale[: P.shape[1]]).to(P.dtype)
+
+
+def _gradient(Q: Tensor, P: Tensor, omega: float, scaling: float, scale: Tensor | None) -> Tensor:
+    """P's gradient from its parts, those of columns with a ``scale`` where there is one."""
+    if scale is None:
+        return factor_gradient(Q, P, omega, scaling)
+    return _widened(factor_gradient(Q, P, omega, scaling, scale.dtype), scale, P)

@@ -2,19 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 from torch import nn
 
-from fastbound.layers.settings import AdapterSettings, adapter_settings
+from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
 from fastbound.models.files import FORMAT_VERSION, PEFT_TYPE
 from fastbound.models.names import lookup
 
 BIAS = ("none", "all", "fastbound_only")
 
+# LoRA's names of the same things, which BoundedConfig takes and has, too.
+LORA_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init_weights",
+}
+_PATTERNS = ("rank_pattern", "alpha_pattern", "bound_pattern")
+# What to do without one of LoRA's options; those that are not here get the last sentence.
+_INSTEAD = {
+    "target_parameters": "adapters are for linear layers, not for parameters such as the 3-D "
+    "weights of experts: name linear layers in target_modules",
+    "layer_replication": "replicate the layers of the model before it is adapted",
+    "loftq_config": "quantise the base by itself, as docs/quantised.md says",
+}
+_NO_SUCH = "leave it out, or use LoraConfig in a model of its own"
 
+
+def _taking_lora_names(cls: type[Any]) -> type[Any]:
+    """Let the constructor take LoRA's names, and LoRA's own options where they ask for nothing."""
+    init: Callable[..., None] = cls.__init__
+    ours = inspect.signature(init)
+    defaults = {f.name: _default(f) for f in dataclasses.fields(LoraConfig)}
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for theirs, name in LORA_NAMES.items():
+            if theirs in kwargs:
+                value = kwargs.pop(theirs)
+                if kwargs.get(name, value) != value:
+                    raise ValueError(
+                        f"{theirs}={value!r} and {name}={kwargs[name]!r} are two names of one "
+                        "thing with two values: give one of them"
+                    )
+                kwargs[name] = value
+        kwargs.pop("fan_in_fan_out", None)  # read of each layer itself
+        for name in [name for name in kwargs if name in defaults and name not in ours.parameters]:
+            value = kwargs.pop(name)
+            if value != defaults[name]:
+                raise TypeError(
+                    f"{name}={value!r} is an option of LoRA that bounded adapters do not have: "
+                    f"{_INSTEAD.get(name, _NO_SUCH)}"
+                )
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    for theirs, name in LORA_NAMES.items():
+        setattr(cls, theirs, _other_name(name))
+    return cls
+
+
+def _default(one: dataclasses.Field[Any]) -> Any:
+    if one.default_factory is not dataclasses.MISSING:
+        return one.default_factory()
+    return one.default
+
+
+def _other_name(name: str) -> property:
+    return property(
+        lambda self: getattr(self, name),
+        lambda self, value: setattr(self, name, value),
+        doc=f"LoRA's name of `{name}`.",
+    )
+
+
+@_taking_lora_names
 @dataclass
 class BoundedConfig(PeftConfig):
     """Bounded low-rank adapters as a PEFT method: ΔW = s·sin(ωB) sin(ωA), |ΔW_ij| <= bound.
@@ -22,22 +90,33 @@ class BoundedConfig(PeftConfig):
     Args:
         r: rank of ΔW.
         target_modules: PEFT's: a list of name suffixes, a regular expression for the whole name, or
-            "all-linear". None or "mlp": the MLP projections of a known `config.model_type`.
+            "all-linear". "mlp": the MLP projections of a known `config.model_type`. None: "mlp", or
+            for other types what PEFT's own table names.
         exclude_modules: PEFT's: suffixes or a regular expression of what not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW; None means alpha; "2*rms" 2 x the root mean
-            square of each layer's weight, and so any multiple; "auto" means "4*rms".
+        bound: the largest magnitude of an entry of ΔW; None means alpha; "0.5*spectral" half of
+            σ₁(W) / sqrt(NK) of each layer's weight, and so any multiple, also of its root mean
+            square ("2*rms"); "auto" means "4*rms".
         rank_pattern, alpha_pattern, bound_pattern: {suffix or regular expression: value} for layers
-            that differ from `r`, `alpha` and `bound`. In an adapter that was put on a model,
-            `bound_pattern` holds the number that each layer got, and so does its file.
+            that differ from `r`, `alpha` and `bound`. :meth:`to_dict` of a config that was put on a
+            model, and so the file, has the number that each layer got as its bound.
+        use_rslora: LoRA's: alpha·sqrt(r) is taken for alpha, so that the slope is alpha / sqrt(r).
+            A `bound` that is given stays; with None the bound is alpha·sqrt(r), too.
         dropout: LoRA's `lora_dropout`, on what enters the low-rank term.
-        bias: biases to train: "none", "all", or "fastbound_only" (of adapted layers).
+        bias: biases to train: "none", "all", or "fastbound_only" (of adapted layers), which may be
+            called "lora_only".
         modules_to_save: other modules to train and to save whole.
+        trainable_token_indices: PEFT's: rows of the embedding to train beside the adapter.
+        ensure_weight_tying: PEFT's: what `modules_to_save` trains of tied embeddings stays tied.
         layers_to_transform: indices of the layers to adapt, of those that `target_modules` names.
         layers_pattern: name of the list of layers that these indices count in.
-        init_weights: True: B starts at zero and the model is unchanged. False: B is random, which
-            is for tests.
-        shapes: [N, K] of each adapted layer; filled in, and compared when the adapter is loaded.
+        init_weights: LoRA's `init_lora_weights`. True: B starts at zero and the model is unchanged.
+            False: B is random, which is for tests.
+        shapes: [N, K] of each adapted layer, which the file has; compared when it is loaded.
+
+    LoRA's own names, `lora_alpha`, `lora_dropout` and `init_lora_weights`, are taken for the same
+    things; other options of LoRA are taken where they ask for nothing, and refused by name where
+    they do.
 
     Raises ValueError for settings that are out of range or contradict each other, and TypeError for
     a name that is none of these.
@@ -51,9 +130,12 @@ class BoundedConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bound_pattern: dict[str, float | str | None] = field(default_factory=dict)
+    use_rslora: bool = False
     dropout: float = 0.0
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True
@@ -63,31 +145,40 @@ class BoundedConfig(PeftConfig):
     fastbound_version: InitVar[str | None] = None
     tensors_sha256: InitVar[str | None] = None
 
+    # bound_pattern and shapes of the layers that the config was put on.
+    worked_out = None
+
     def __post_init__(self, fastbound_version: str | None, tensors_sha256: str | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType[PEFT_TYPE]
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version {self.format_version!r} was written by fastbound "
                 f"{fastbound_version}; this one reads format_version {FORMAT_VERSION}"
             )
+        self._check_names()
+        if self.bias == "lora_only":
+            self.bias = "fastbound_only"
         if self.bias not in BIAS:
             raise ValueError(f"bias must be one of {', '.join(BIAS)}, got {self.bias!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if isinstance(self.target_modules, str | None):
-            default = self.target_modules in (None, "mlp")
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None and not default:
-                    raise ValueError(
-                        f"{name} cannot be used when target_modules is a regular expression: "
-                        "give a list of suffixes, or write the indices into the expression"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform, the indices to adapt")
+        for name in ("r", "alpha", "bound", "dropout", "init_weights", "use_rslora"):
+            setattr(self, name, _plain(getattr(self, name)))
+        for name in _PATTERNS:
+            setattr(self, name, {k: _plain(v) for k, v in getattr(self, name).items()})
+        for name, meaning in (
+            ("init_weights", "True, B is zero and the model unchanged, or False, B is random"),
+            ("use_rslora", "True or False"),
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name} must be {meaning}: bounded adapters have no other, "
+                    f"got {getattr(self, name)!r}"
+                )
+        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        if not number or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"dropout must be a number, at least 0 and below 1, got {self.dropout!r}"
+            )
         adapter_settings(self.r, self.alpha, self.bound)
         for rank in self.rank_pattern.values():
             adapter_settings(rank, self.alpha, self.bound)
@@ -96,18 +187,71 @@ class BoundedConfig(PeftConfig):
         for bound in self.bound_pattern.values():
             adapter_settings(self.r, self.alpha, bound)
 
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            listed = isinstance(value, list | tuple | set) and all(
+                isinstance(v, str) for v in value
+            )
+            if not (value is None or listed or (isinstance(value, str) and "save" not in name)):
+                raise TypeError(f"{name} must be a list of names, got {value!r}")
+            if listed and name != "modules_to_save":
+                setattr(self, name, set(value))
+        layers = self.layers_to_transform
+        indices: Any = [layers] if isinstance(layers, int) else layers
+        if indices is not None:
+            if not isinstance(indices, list | tuple | range) or not all(
+                isinstance(index, int) and not isinstance(index, bool) for index in indices
+            ):
+                raise TypeError(
+                    f"layers_to_transform must be the index of a layer, or a list of them, "
+                    f"got {layers!r}"
+                )
+            self.layers_to_transform = layers if isinstance(layers, int) else list(indices)
+        if isinstance(self.target_modules, str) and self.target_modules != "mlp":
+            everything = self.target_modules.lower() == "all-linear"
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} cannot be used when target_modules is "
+                        + ('"all-linear"' if everything else "a regular expression")
+                        + ": give a list of suffixes"
+                        + ("" if everything else ", or write the indices into the expression")
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, the indices to adapt")
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's, with the bounds and shapes of the layers of the model that the config is on."""
+        return {**super().to_dict(), **(self.worked_out or {})}
+
     def of_layer(self, name: str, base: nn.Module) -> AdapterSettings:
         """The settings of the layer of that name, the bound a number; a text reads base.weight."""
-        settings = adapter_settings(
-            lookup(self.rank_pattern, name, self.r),
-            lookup(self.alpha_pattern, name, self.alpha),
-            lookup(self.bound_pattern, name, self.bound),
-            self.dropout,
-        )
+        rank = lookup(self.rank_pattern, name, self.r)
+        alpha = lookup(self.alpha_pattern, name, self.alpha)
+        if self.use_rslora:
+            alpha = rank_stabilised(rank, alpha)
+        bound = lookup(self.bound_pattern, name, self.bound)
+        settings = adapter_settings(rank, alpha, bound, self.dropout)
         weight: Any = base.weight
         if isinstance(settings.bound, str) and not weight.is_floating_point():
             raise ValueError(
                 f'bound="{settings.bound}" cannot read the quantised weight of {name}: give a '
                 "number, or load an adapter whose bounds were worked out on the unquantised model"
             )
-        return settings.for_weight(weight)
+        try:
+            return settings.for_weight(weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        raise TypeError(
+            "custom modules are LoRA's: bounded adapters are for nn.Linear, its subclasses and "
+            f"Conv1D alone, got {', '.join(kind.__name__ for kind in mapping)}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's, which JSON can hold; anything else as it is."""
+    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if single else value

@@ -15,17 +15,17 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
-from peft.utils import register_peft_method
+from peft.utils import constants, register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from fastbound.layers.base import Adapted, features, is_adaptable
+from fastbound.layers.base import Adapted, features
 from fastbound.layers.conversion import swap
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.adapted import fuse
 from fastbound.models.files import PEFT_TYPE
-from fastbound.models.names import unmatched
-from fastbound.models.targets import mlp_suffixes, near_misses
+from fastbound.models.names import renamed, unmatched
+from fastbound.models.targets import has_mlp_suffixes, mlp_suffixes
 
 
 def _add_peft_type(name: str) -> None:
@@ -45,10 +45,25 @@ if PEFT_TYPE not in PeftType.__members__:
     _add_peft_type(PEFT_TYPE)
 
 # After the enumeration knows the name.
+from fastbound.peft.checks import (  # noqa: E402
+    NoMatchingPeftModuleError,
+    bare_name,
+    check_each_is_there,
+    no_match,
+    plain_name,
+    refusal,
+)
 from fastbound.peft.config import BoundedConfig  # noqa: E402
 from fastbound.peft.layer import BoundedLayer  # noqa: E402
 
 __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
+
+
+# Where no MLP is known: what PEFT adapts by default, LoRA's own table first.
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    **constants.TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING,
+    **constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+}
 
 
 class BoundedModel(BaseTuner):
@@ -61,54 +76,68 @@ class BoundedModel(BaseTuner):
 
     prefix = "fastbound_"
     tuner_layer_cls = BoundedLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str] | str]] = DEFAULT_TARGETS
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: Any = None, **kwargs: Any
     ) -> None:
         """BaseTuner's, with the config's values for each layer worked out and checked first."""
+        config: Any = self.peft_config[adapter_name]
+        if config.worked_out is not None and not hasattr(BaseTuner, "_get_adapter_state_dict"):
+            # PEFT 0.20 does not say whose config it saves: this one is another adapter's already.
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        before = dict(vars(config))
         try:
-            self.peft_config[adapter_name] = self._worked_out(model, adapter_name, state_dict)
+            self._work_out(model, config, adapter_name, state_dict)
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         except BaseException:
+            vars(config).clear()
+            vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
             raise
         _share(model)
         fuse(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        if peft_config.target_modules in (None, "mlp"):
+        known = peft_config.target_modules is None and has_mlp_suffixes(self.model)
+        if known or peft_config.target_modules == "mlp":
             peft_config.target_modules = mlp_suffixes(self.model)
+        elif peft_config.target_modules is None:
+            if model_config.get("model_type") not in self.target_module_mapping:
+                mlp_suffixes(self.model)  # raises, and says what is known and what there is
+            super()._prepare_adapter_config(peft_config, model_config)
+        elif str(peft_config.target_modules).lower() == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            # PEFT tells them by a class that has "Linear" in its name.
+            held = {n for n, m in self.model.named_modules() if isinstance(m, BoundedLayer)}
+            peft_config.target_modules |= held
         return peft_config
 
-    def _worked_out(self, model: nn.Module, adapter_name: str, state_dict: Any) -> BoundedConfig:
-        """A copy of the config with rank, alpha, bound and shape of every layer it will adapt.
+    def _work_out(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any) -> None:
+        """Give the config the bound and shape of every layer that it will adapt.
 
-        Raises ValueError for layers that cannot be adapted, patterns that fit no layer, and shapes
-        that are not those of the saved adapter.
+        Raises ValueError for layers that cannot be adapted, names and patterns that fit none, and
+        shapes that are not those of the saved adapter.
         """
-        config: Any = copy.deepcopy(self.peft_config[adapter_name])
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
-        config = _maybe_include_all_linear_layers(config, model)
+        asked = config.target_modules
+        self._prepare_adapter_config(config, self.get_model_config(model))
         targets = self._targets(model, config, state_dict)
         if not targets and config.target_modules != DUMMY_TARGET_MODULES:
-            wanted = config.target_modules
-            one = wanted if isinstance(wanted, str) else min(wanted, default="")
-            near = near_misses(model, one)
-            limits = {n: getattr(config, n) for n in ("exclude_modules", "layers_to_transform")}
-            given = "".join(f", {name}={value!r}" for name, value in limits.items() if value)
-            raise ValueError(f"target_modules={wanted!r}{given} matches no module; {near}")
-        output = getattr(model, "get_output_embeddings", lambda: None)()
+            raise NoMatchingPeftModuleError(no_match(model, config))
+        if state_dict is None and not isinstance(asked, str | None):
+            check_each_is_there(model, config)
         for name, module in targets.items():
-            reason = _refusal(module, adapter_name, module is output)
+            reason = refusal(model, name, module, adapter_name)
             if reason is not None:
-                raise ValueError(f"cannot adapt {name}: it {reason}")
+                it = "" if reason.startswith("its ") else "it "
+                raise ValueError(f"cannot adapt {name}: {it}{reason}")
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(
                 f"bias={config.bias!r} needs PEFT 0.21: earlier ones do not save biases"
             )
+        names = renamed(targets, config.shapes)
         for field in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
-            left = unmatched(getattr(config, field), targets) if targets else []
+            left = unmatched(getattr(config, field), names.values()) if targets else []
             if left:
                 raise ValueError(
                     f"{field}: {', '.join(map(repr, left[:5]))} fits none of the {len(targets)} "
@@ -117,35 +146,58 @@ class BoundedModel(BaseTuner):
         bounds, shapes = {}, {}
         for name, module in targets.items():
             base = module.base_layer if isinstance(module, BoundedLayer) else module
-            bounds[name] = config.of_layer(name, base).bound
+            bounds[name] = config.of_layer(names[name], base).bound
             shapes[name] = list(features(base))
-            if config.shapes.get(name, shapes[name]) != shapes[name]:
+            saved = config.shapes.get(names[name], shapes[name])
+            if saved != shapes[name]:
                 raise ValueError(
                     f"the adapter is for another model: {name} is [N, K] = {shapes[name]} in the "
-                    f"model and {config.shapes[name]} in the adapter"
+                    f"model and {saved} in the adapter"
                 )
-        config.bound_pattern, config.shapes = bounds, shapes
-        return config
+        config.worked_out = {"bound_pattern": bounds, "shapes": shapes}
+        self._names = names
 
     def _targets(self, model: nn.Module, config: Any, state_dict: Any) -> dict[str, nn.Module]:
         """The modules that BaseTuner is going to hand over, by name."""
         saved = None
         if state_dict is not None:
-            saved = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+            saved = {plain_name(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
         found: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if not name or name.startswith(inside or ("\0",)):
+            if not name or name.startswith(inside):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside += (f"{name}.",)
             if (
-                name in saved
+                plain_name(name) in saved
                 if saved is not None
                 else self._check_target_module_exists(config, name)
             ):
-                found[name] = module
+                found[plain_name(name)] = module
         return found
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """BaseTuner's; the config, which PEFT saves next, gets the numbers of this model's layers.
+
+        It may have been put on other models since.
+        """
+        found: dict[str, Any] = {
+            bare_name(name): module
+            for name, module in model.named_modules()
+            if isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
+        }
+        config.worked_out = {
+            "bound_pattern": {n: m.fastbound_ab[adapter_name].bound for n, m in found.items()},
+            "shapes": {n: [m.out_features, m.in_features] for n, m in found.items()},
+        }
+        state: dict[str, Any] = super()._get_adapter_state_dict(
+            model, config, adapter_name, *args, **kwargs
+        )
+        return state
 
     def _create_and_replace(
         self,
@@ -164,7 +216,7 @@ class BoundedModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(
             adapter_name,
-            peft_config.of_layer(current_key, layer.base_layer),
+            peft_config.of_layer(self._names[plain_name(current_key)], layer.base_layer),
             zero=peft_config.init_weights,
         )
 
@@ -186,25 +238,6 @@ def _share(model: nn.Module) -> None:
         owner = model.get_submodule(parent)
         if module in held and owner is not held[module]:
             setattr(owner, child, held[module])
-
-
-def _refusal(module: nn.Module, adapter_name: str, is_output: bool) -> str | None:
-    """Why a module cannot get an adapter of that name, or None when it can."""
-    if isinstance(module, BoundedLayer):
-        held = adapter_name in module.fastbound_ab
-        return f"already has an adapter named {adapter_name!r}" if held else None
-    if isinstance(module, BaseTunerLayer):
-        return (
-            f"already holds another method's adapter ({type(module).__module__}): merge and unload "
-            "that one first, or target other layers"
-        )
-    if isinstance(module, Adapted):
-        return "was injected by fastbound: call fastbound.merge(model) first"
-    if is_output:
-        return "is the model's output layer, which is left alone: name other layers"
-    if not is_adaptable(module):
-        return f"is a {type(module).__name__}: only linear layers (and Conv1D) can be adapted"
-    return None
 
 
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:

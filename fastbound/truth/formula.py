@@ -46,11 +46,12 @@ def bounded_linear(
     """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, one rounding per operation.
 
     Shapes: x [..., K], weight [N, K], A [r, K], B [N, r], bias [N]; returns [..., N] in x's dtype.
-    The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype. ``keep``, a
-    mask like x, is dropout's: the low-rank term then takes x zeroed where it is False.
+    The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype; where that
+    is fp16, whose range the term's parts may leave, the term stays in fp32 up to the sum. ``keep``,
+    a mask like x, is dropout's: the low-rank term then takes x zeroed where it is False.
     """
     term = _lowrank_term(x, A, B, omega, keep, x.dtype)
-    return linear(x, weight, bias) + scaling * term
+    return (linear(x, weight, bias) + scaling * term).to(x.dtype)
 
 
 def bounded_addition(
@@ -67,15 +68,25 @@ def bounded_addition(
 
     As :func:`bounded_linear`, whose x Wᵀ + b is ``result`` [..., N] here.
     """
-    return result + scaling * _lowrank_term(x, A, B, omega, keep, result.dtype)
+    return (result + scaling * _lowrank_term(x, A, B, omega, keep, result.dtype)).to(result.dtype)
 
 
 def _lowrank_term(
     x: Tensor, A: Tensor, B: Tensor, omega: float, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    x, dtype = x.to(thin_dtype(x.dtype)), thin_dtype(dtype)
     SA = torch.sin(omega * A.to(wide_dtype(A))).to(x.dtype)  # [r, K]
     SB = torch.sin(omega * B.to(wide_dtype(B))).to(dtype)  # [N, r]
     return linear(linear(x if keep is None else x * keep, SA).to(dtype), SB)
+
+
+def thin_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of SA, SB, S and dS in a compute dtype: itself, but fp32 for fp16.
+
+    A sum over K or N passes fp16's 65504 where the result does not, and s·sin(omega·B) is below its
+    6e-8 in the first steps of a training.
+    """
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def wide_dtype(P: Tensor) -> torch.dtype:

@@ -276,7 +276,9 @@ def test_merge_refuses_a_nan_before_merging_anything():
     fastbound.inject(model, 2, target_modules=["up_proj", "down_proj"])
     with torch.no_grad():
         model.down_proj.adapter.B[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"adapter\.B of 'down_proj' holds a NaN"):
+    with pytest.raises(
+        ValueError, match=r"'down_proj' cannot be merged: its adapter\.B holds a NaN"
+    ):
         fastbound.merge(model)
     assert isinstance(model.up_proj, fastbound.FusedBoundedLinear)
 

@@ -190,7 +190,7 @@ def test_patterns_and_the_bound_that_each_layer_got(tiny_model):
         assert gate.bound == 0.25
         weight = layer.mlp.up_proj.weight
         assert up.bound == pytest.approx(4 * weight.square().mean().sqrt().item())
-        kept = model.peft_config["default"].bound_pattern
+        kept = model.peft_config["default"].to_dict()["bound_pattern"]
         assert kept[f"model.layers.{index}.mlp.up_proj"] == up.bound
     assert config.bound_pattern == {"gate_proj": 0.25}  # the user's own is as it was
 

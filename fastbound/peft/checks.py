@@ -1,0 +1,86 @@
+"""What a config asks of a model, checked before anything is changed: are the layers there, and fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from fastbound.layers.base import Adapted, is_adaptable
+from fastbound.layers.conversion import tied
+from fastbound.layers.readers import weight_reader
+from fastbound.models.targets import near_misses
+from fastbound.peft.layer import BoundedLayer
+
+try:
+    from peft.utils.error import NoMatchingPeftModuleError
+except ImportError:  # PEFT 0.20
+    NoMatchingPeftModuleError = ValueError
+
+
+def plain_name(name: str) -> str:
+    """Without what torch.compile puts before the names of a model."""
+    return name.removeprefix("_orig_mod.")
+
+
+def bare_name(name: str) -> str:
+    """A name inside the base model, whatever wraps it: PEFT, torch.compile, FSDP."""
+    for shell in ("_fsdp_wrapped_module.", "_orig_mod."):
+        name = name.replace(shell, "")
+    return name.removeprefix("base_model.model.")
+
+
+def no_match(model: nn.Module, config: Any) -> str:
+    wanted = config.target_modules
+    one = wanted if isinstance(wanted, str) else min(wanted, default="")
+    limits = {
+        name: getattr(config, name)
+        for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    }
+    given = "".join(f", {name}={value!r}" for name, value in limits.items() if value is not None)
+    return f"target_modules={wanted!r}{given} matches no module; {near_misses(model, one)}"
+
+
+def check_each_is_there(model: nn.Module, config: Any) -> None:
+    """Raise for a suffix that names nothing, and for a whole name where layers are to be chosen."""
+    names = {plain_name(name) for name, _ in model.named_modules()}
+    for target in sorted(config.target_modules):
+        if target in names and config.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform chooses among layers of one suffix, and {target!r} in "
+                "target_modules is a whole name: give the end of it, or leave layers_to_transform"
+            )
+        if target not in names and not any(name.endswith(f".{target}") for name in names):
+            raise NoMatchingPeftModuleError(
+                f"target_modules: no module's name ends in {target!r}; {near_misses(model, target)}"
+            )
+
+
+def refusal(model: nn.Module, name: str, module: nn.Module, adapter_name: str) -> str | None:
+    """Why a module cannot get an adapter of that name, or None when it can."""
+    if isinstance(module, BoundedLayer):
+        held = adapter_name in module.fastbound_ab
+        return f"already has an adapter named {adapter_name!r}" if held else None
+    if isinstance(module, BaseTunerLayer):
+        return (
+            f"already holds another method's adapter ({type(module).__module__}): merge and unload "
+            "that one first, or target other layers"
+        )
+    if isinstance(module, Adapted):
+        return "was injected by fastbound: call fastbound.merge(model) first"
+    if not is_adaptable(module):
+        return f"is of class {type(module).__name__}, {_not_linear(module)}"
+    return tied(model, module) or weight_reader(model, name)
+
+
+def _not_linear(module: nn.Module) -> str:
+    """What to do about a module that is no linear layer."""
+    only = "and only linear layers (nn.Linear, its subclasses and Conv1D) can be adapted: "
+    if isinstance(module, nn.Embedding):
+        return f"{only}train it with modules_to_save, or rows of it with trainable_token_indices"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{only}it keeps q, k and v in one parameter; train it whole with modules_to_save"
+    if next(module.parameters(), None) is not None:
+        return f"{only}train it whole with modules_to_save, or leave it out of target_modules"
+    return f"{only}leave it out of target_modules"
