@@ -138,7 +138,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise InputError(
             f"{path / ADAPTER_CONFIG}: peft_type must name the adapter's method, got {kind!r}"
         )
-    if kind == PEFT_TYPE:
+    trained = [config.get(field) for field in ("bias", "modules_to_save")]
+    if kind == PEFT_TYPE and set(map(str, trained)) <= {"None", "none"}:
         fastbound.load_adapter(model, folder)
         return model
     tensors = [f"adapter_model.{ending}" for ending in ("safetensors", "bin")]

@@ -160,7 +160,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other targets": (config_with(target_modules=["up", 3]), "target_modules do not agree"),
     "a digest of another file": (config_with(tensors_sha256="0" * 64), "is not the file that"),
     "a digest that is none": (config_with(tensors_sha256=4), "tensors_sha256 must be a str"),
-    "biases trained": (config_with(bias="all"), "use PeftModel.from_pretrained"),
     "one bit of the tensors": (lambda f: _flip(f / TENSORS), "is not the file that"),
     "empty tensors": (data(lambda _: b""), "is damaged"),
     "half the tensors": (data(lambda found: found[: len(found) // 2]), "is damaged"),
@@ -285,3 +284,21 @@ def test_a_damaged_folder_of_lora_is_refused(lora, tmp_path, way):
 
 def test_a_good_folder_of_lora_loads(lora):
     assert isinstance(load_adapter(network(), lora), peft.PeftModel)
+
+
+def test_what_peft_trained_beside_the_adapter_is_loaded_by_peft(tmp_path):
+    config = fastbound.BoundedConfig(r=2, target_modules=["up"], modules_to_save=["down"])
+    model = peft.get_peft_model(network(), config)
+    stir(model)
+    with torch.no_grad():
+        model.base_model.model["down"].modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=r"modules_to_save is \['down'\].*PeftModel.from_pretrained"
+    ):
+        fastbound.load_adapter(network(), tmp_path)
+    loaded = load_adapter(network(), tmp_path)
+    x = torch.randn(3, 4)
+    for name in ("up", "down"):
+        assert torch.equal(loaded.base_model.model[name](x), model.base_model.model[name](x))
+        x = x.repeat(1, 2)[:, :6]
