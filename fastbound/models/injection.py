@@ -170,8 +170,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Turn every `FusedBoundedLinear` back into its original class, with ΔW in the weight.
 
     So does every `FusedBoundedMLP`. ΔW is added in fp32 and rounded once. The work is done in
-    place, one layer at a time, and the merged layers stay frozen. Returns the model, or the plain
-    layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
+    place, one layer at a time, and the merged layers stay frozen. A transformers model is no longer
+    the one that it was loaded from, and forgets that name, which an adapter put on it later would
+    give as its base. Returns the model, or the plain layer or block when `model` is itself a
+    `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
         ValueError: there is no such layer, an A or B holds a NaN or an infinity, W + ΔW would hold
@@ -195,6 +197,9 @@ def merge(model: nn.Module) -> nn.Module:
         return model.to_linear(merge=True)
     for layer in layers.values():
         swap(model, {layer: layer.to_linear(merge=True)})
+    config = getattr(model, "config", None)
+    if getattr(config, "name_or_path", None):
+        config.name_or_path = ""
     if isinstance(model, FusedBoundedMLP):
         return model.to_mlp()
     swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})
