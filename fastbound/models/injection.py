@@ -197,7 +197,7 @@ def merge(model: nn.Module) -> nn.Module:
         return model.to_linear(merge=True)
     for layer in layers.values():
         swap(model, {layer: layer.to_linear(merge=True)})
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "name_or_path", None):
         config.name_or_path = ""
     if isinstance(model, FusedBoundedMLP):
