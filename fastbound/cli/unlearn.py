@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; every default that is None here is the one of `UnlearnConfig`."""
     what = parser.add_argument_group("what to unlearn")
     what.add_argument("--model", metavar="DIR_OR_ID", help="model to change (default: a small one)")
+    what.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     what.add_argument("--forget", metavar="ROWS", help="rows to forget (default: two authors)")
     what.add_argument("--retain", metavar="ROWS", help="rows to keep (default: eighteen authors)")
     what.add_argument(
@@ -47,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most |ΔW|: a number, 0.5*spectral, 2*rms, alpha, or auto: 4*rms (auto)",
     )
     adapter.add_argument(
-        "--target-modules", metavar="NAMES", help="mlp, suffixes with commas between, or a regex"
+        "--target-modules",
+        metavar="NAMES",
+        help="mlp, all-linear, suffixes with commas between, or a regex (mlp)",
     )
 
     training = parser.add_argument_group("training")
