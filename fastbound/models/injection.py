@@ -15,7 +15,6 @@ from fastbound.layers.base import features, is_adaptable
 from fastbound.layers.conversion import convert, refusal, swap
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
-from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.adapted import adapted_layers, fuse, injected_layers
 from fastbound.models.names import check_same_names

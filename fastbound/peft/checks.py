@@ -1,4 +1,4 @@
-"""What a config asks of a model, checked before anything is changed: are the layers there, and fit."""
+"""What a config asks of a model, checked before anything is changed: is it there, does it fit."""
 
 from __future__ import annotations
 
@@ -84,5 +84,3 @@ def _not_linear(module: nn.Module) -> str:
     if next(module.parameters(), None) is not None:
         return f"{only}train it whole with modules_to_save, or leave it out of target_modules"
     return f"{only}leave it out of target_modules"
-
-
