@@ -42,6 +42,16 @@ def no_match(model: nn.Module, config: Any) -> str:
     return f"target_modules={wanted!r}{given} matches no module; {near_misses(model, one)}"
 
 
+def no_default(model: nn.Module) -> str:
+    """Why there are no targets for a model where the config names none."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    what = "has no config.model_type" if kind is None else f"is of type {kind!r}, which is unknown"
+    return (
+        f"Please specify `target_modules`: {type(model).__name__} {what}; give a list of name "
+        f"suffixes, a regular expression or 'all-linear'; {near_misses(model, '')}"
+    )
+
+
 def check_each_is_there(model: nn.Module, config: Any) -> None:
     """Raise for a suffix that names nothing, and for a whole name where layers are to be chosen."""
     names = {plain_name(name) for name, _ in model.named_modules()}
