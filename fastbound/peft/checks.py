@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,10 +43,12 @@ def no_match(model: nn.Module, config: Any) -> str:
     return f"target_modules={wanted!r}{given} matches no module; {near_misses(model, one)}"
 
 
-def no_default(model: nn.Module) -> str:
+def no_default(model: nn.Module, model_config: Mapping[str, Any]) -> str:
     """Why there are no targets for a model where the config names none."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    what = "has no config.model_type" if kind is None else f"is of type {kind!r}, which is unknown"
+    kind = model_config.get("model_type")
+    what = f"is of type {kind!r}, which has no default"
+    if kind in (None, "custom"):
+        what = "has no config.model_type"
     return (
         f"Please specify `target_modules`: {type(model).__name__} {what}; give a list of name "
         f"suffixes, a regular expression or 'all-linear'; {near_misses(model, '')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,22 @@ from fastbound.layers.base import (
 )
 from fastbound.layers.over_base import check_gradient
 from fastbound.layers.settings import AdapterSettings
+
+class _Scalings(Mapping[str, float]):
+    """s by the adapter's name, as it is when it is read."""
+
+    def __init__(self, adapters: Any) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> float:
+        return float(self._adapters[name].scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
 
 BASE_ROWS = "__base__"  # PEFT's name for rows of a batch that get no adapter
 
@@ -114,8 +130,9 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         """Each row of the batch with the adapter of its name, as it is in LoRA."""
         if self.merged:
             raise ValueError(
-                f"adapter_names: {', '.join(map(repr, self.merged_adapters))} is merged into the "
-                "weight, under every row of the batch: call unmerge_adapter() first"
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                f"`unmerge_adapter` first. {', '.join(map(repr, self.merged_adapters))} would act "
+                "on every row of the batch"
             )
         if len(x) != len(names):
             raise ValueError(
@@ -131,10 +148,9 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return result
 
     @property
-    def scaling(self) -> dict[str, float]:
+    def scaling(self) -> Mapping[str, float]:
         """s of each adapter, by name; :meth:`set_scale` changes it."""
-        adapters: Any = self.fastbound_ab
-        return {name: adapter.scaling for name, adapter in adapters.items()}
+        return _Scalings(self.fastbound_ab)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """ΔW times ``scale``, counted from what it is at first; the bound is |scale|·bound then.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from peft.utils import AuxiliaryTrainingWrapper, constants, register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from fastbound.hook import after_import
 from fastbound.layers.base import Adapted, features
 from fastbound.layers.conversion import swap
 from fastbound.layers.mlp import FusedBoundedMLP
@@ -32,6 +34,7 @@ from fastbound.models.adapted import fuse
 from fastbound.models.files import PEFT_TYPE
 from fastbound.models.names import exact_targets, renamed, unmatched
 from fastbound.models.targets import has_mlp_suffixes, mlp_suffixes
+from fastbound.peft.optimizers import correct_optimizers
 
 
 def _add_peft_type(name: str) -> None:
@@ -68,10 +71,11 @@ __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
 
 
 # Where no MLP is known: what PEFT adapts by default, LoRA's own table first.
-DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    **constants.TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING,
-    **constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-}
+DEFAULT_TARGETS: Mapping[str, list[str] | str] = ChainMap(
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
+    {"dinov2": ["query", "value"]},
+)
 
 
 class BoundedModel(BaseTuner):
@@ -84,7 +88,7 @@ class BoundedModel(BaseTuner):
 
     prefix = "fastbound_"
     tuner_layer_cls = BoundedLayer
-    target_module_mapping: ClassVar[dict[str, list[str] | str]] = DEFAULT_TARGETS
+    target_module_mapping: ClassVar[Mapping[str, list[str] | str]] = DEFAULT_TARGETS
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: Any = None, **kwargs: Any
@@ -112,6 +116,7 @@ class BoundedModel(BaseTuner):
         weights: list[float],
         adapter_name: str,
         combination_type: str = "cat",
+        **unused: Any,
     ) -> None:
         """Add Σ weight_i·ΔW_i of the named adapters as a new one, exactly; weights of any sign.
 
@@ -121,7 +126,7 @@ class BoundedModel(BaseTuner):
         until `set_adapter`.
 
         Raises ValueError for adapters that are not there, a name that is, adapters that trained
-        more than ΔW, and LoRA's other ways to combine.
+        more than ΔW, and LoRA's other ways to combine; LoRA's further arguments are for those.
         """
         _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         held: dict[str, BoundedLayer] = {
@@ -167,7 +172,9 @@ class BoundedModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names: not in training mode, call model.eval() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval()"
+            )
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names must be a list of names, one for a row, got {names!r}")
         layers = [m for m in self.modules() if isinstance(m, BoundedLayer)]
@@ -226,7 +233,7 @@ class BoundedModel(BaseTuner):
             peft_config.target_modules = mlp_suffixes(self.model)
         elif peft_config.target_modules is None:
             if model_config.get("model_type") not in self.target_module_mapping:
-                raise ValueError(no_default(self.model))
+                raise ValueError(no_default(self.model, model_config))
             super()._prepare_adapter_config(peft_config, model_config)
         elif str(peft_config.target_modules).lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, self.model)
@@ -409,5 +416,6 @@ def _check_combination(
                 )
 
 
+after_import("peft.optimizers", correct_optimizers)
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=BoundedConfig, model_cls=BoundedModel)

@@ -88,7 +88,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was(tiny_model, settings, mes
 def test_an_unknown_model_needs_target_modules(tiny_model):
     model = nn.Sequential(nn.Linear(4, 4))
     before = state(model)
-    with pytest.raises(ValueError, match="MLP projections are known for"):
+    with pytest.raises(ValueError, match="Please specify `target_modules`: Sequential has no"):
         get_peft_model(model, fastbound.BoundedConfig())
     assert state(model) == before
 
