@@ -22,6 +22,7 @@ from fastbound.layers.base import (
 from fastbound.layers.over_base import check_gradient
 from fastbound.layers.settings import AdapterSettings
 
+
 class _Scalings(Mapping[str, float]):
     """s by the adapter's name, as it is when it is read."""
 
@@ -137,7 +138,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         if len(x) != len(names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(x)}: give one name for each row that the layer sees"
+                f"{len(names)} and {len(x)}: give a name for each row; a layer that is handed the "
+                "rows of a batch as one, as OPT's fc1 is, must not hold an adapter"
             )
         result: Tensor = self.base_layer(x, *args, **kwargs)
         adapters: Any = self.fastbound_ab
@@ -195,9 +197,9 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
                 merged = self._moved_weight(name, 1)
                 if not torch.isfinite(merged).all():
                     raise ValueError(
-                        f"NaNs detected in the merged weights, or infinities in {merged.dtype}. "
-                        f"The adapter {name} seems to be broken, or too large for this dtype: go "
-                        "back to one saved earlier, or load the model in float32"
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be "
+                        f"broken, or too large for {merged.dtype}: go back to one saved earlier, or "
+                        "load the model in float32"
                     )
                 self.base_layer.weight.data = merged
                 self.merged_adapters.append(name)
