@@ -198,8 +198,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
                 if not torch.isfinite(merged).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be "
-                        f"broken, or too large for {merged.dtype}: go back to one saved earlier, or "
-                        "load the model in float32"
+                        f"broken, or too large for {merged.dtype}: go back to one saved earlier, "
+                        "or load the model in float32"
                     )
                 self.base_layer.weight.data = merged
                 self.merged_adapters.append(name)
