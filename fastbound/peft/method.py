@@ -70,6 +70,8 @@ from fastbound.peft.layer import BASE_ROWS, BoundedLayer  # noqa: E402
 __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
 # Where no MLP is known: what PEFT adapts by default, LoRA's own table first.
 DEFAULT_TARGETS: Mapping[str, list[str] | str] = ChainMap(
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -213,6 +215,14 @@ class BoundedModel(BaseTuner):
         own = [m for m in peft_config.modules_to_save if not any(_is_end(m, f) for f in followers)]
         peft_config.modules_to_tie = followers
         peft_config.modules_to_save = [*own, *([] if name in own else [name])]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """BaseTuner's; without the cast to fp32, A and B take the dtype of a half base."""
+        for module in self.model.modules():
+            held = isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
+            if held and not autocast_adapter_dtype and module.weight.dtype in _HALF:
+                module.fastbound_ab[adapter_name].to(module.weight.dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
         """BaseTuner's, and that all bases can take a ΔW: no model is left merged in part."""
