@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     adapter.add_argument("--alpha", type=float, metavar="X", help="slope times rank (rank)")
     adapter.add_argument(
-        "--bound", metavar="X", help="most |ΔW|: a number, 2*rms, alpha, or auto: 4*rms (auto)"
+        "--bound",
+        metavar="X",
+        help="most |ΔW|: a number, 0.5*spectral, 2*rms, alpha, or auto: 4*rms (auto)",
     )
     adapter.add_argument(
         "--target-modules", metavar="NAMES", help="mlp, suffixes with commas between, or a regex"

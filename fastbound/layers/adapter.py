@@ -47,7 +47,7 @@ class BoundedAdapter(nn.Module):
         super().__init__()
         if isinstance(bound, str):
             raise ValueError(
-                f"bound must be a number, got {bound!r}; a bound by RMS(W) needs a layer"
+                f"bound must be a number, got {bound!r}; a bound in units of W needs a layer"
             )
         settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
         self.rank = rank

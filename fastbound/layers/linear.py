@@ -27,8 +27,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
         in_features, out_features: K and N.
         rank: r >= 1.
         alpha: None means ``rank``.
-        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "2*rms" twice the
-            root mean square of this layer's weight, and so any multiple; "auto" means "4*rms".
+        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "0.5*spectral"
+            0.5 σ₁(W) / sqrt(NK) of this layer's weight, so that ‖ΔW‖_F <= 0.5 ‖W‖₂; "2*rms" twice
+            its root mean square; any other multiple likewise; "auto" means "4*rms".
         dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.

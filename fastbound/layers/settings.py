@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbound.dispatch.plan import BACKENDS
 from fastbound.errors import positive
-from fastbound.layers.bounds import bound_of_weight, rms_factor
+from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.operator.dropout import check_dropout
 
 
@@ -18,7 +18,8 @@ from fastbound.operator.dropout import check_dropout
 class AdapterSettings:
     """The keywords of :class:`fastbound.BoundedAdapter`, as :func:`adapter_settings` makes them.
 
-    ``bound`` is a number, or a text such as "2*rms" until :meth:`for_weight` has read the weight.
+    ``bound`` is a number, or a text such as "0.5*spectral" until :meth:`for_weight` has read the
+    weight.
     """
 
     rank: int
@@ -29,7 +30,7 @@ class AdapterSettings:
     backend: str
 
     def for_weight(self, weight: Tensor) -> AdapterSettings:
-        """With the bound as a number: a multiple of this weight's RMS, where a text asks for one.
+        """With the bound as a number: in units of this weight, where a text asks for that.
 
         Raises ValueError for a weight that cannot be read, see
         :func:`fastbound.layers.bounds.bound_of_weight`.
@@ -49,7 +50,7 @@ def adapter_settings(
 ) -> AdapterSettings:
     """The settings; alpha None is rank, and bound None alpha. A ValueError names a bad value."""
     if isinstance(bound, str):
-        rms_factor(bound)
+        weight_bound(bound)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"rank must be an integer, got {rank!r}")
     if rank < 1:

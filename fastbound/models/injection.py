@@ -53,7 +53,8 @@ def inject(
         alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
             Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
             more. None is then the rank that the same parameters buy everywhere.
-            A bound of `"auto"` or `"2*rms"` is worked out for each layer from its own weight.
+            A bound of `"auto"`, `"0.5*spectral"` or `"2*rms"` is worked out for each layer from its
+            own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
             ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each

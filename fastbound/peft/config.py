@@ -94,8 +94,9 @@ class BoundedConfig(PeftConfig):
             for other types what PEFT's own table names.
         exclude_modules: PEFT's: suffixes or a regular expression of what not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW; None means alpha; "2*rms" 2 x the root mean
-            square of each layer's weight, and so any multiple; "auto" means "4*rms".
+        bound: the largest magnitude of an entry of ΔW; None means alpha; "0.5*spectral" half of
+            σ₁(W) / sqrt(NK) of each layer's weight, and so any multiple, also of its root mean
+            square ("2*rms"); "auto" means "4*rms".
         rank_pattern, alpha_pattern, bound_pattern: {suffix or regular expression: value} for layers
             that differ from `r`, `alpha` and `bound`. :meth:`to_dict` of a config that was put on a
             model, and so the file, has the number that each layer got as its bound.

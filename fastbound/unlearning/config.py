@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastbound.errors import InputError, positive
-from fastbound.layers.bounds import rms_factor
+from fastbound.layers.bounds import weight_bound
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
 from fastbound.unlearning.losses.objective import Objective, check_losses
 
@@ -117,7 +117,7 @@ class UnlearnConfig:
                 positive(name, getattr(self, name))
         if isinstance(self.bound, str):
             try:
-                rms_factor(self.bound)
+                weight_bound(self.bound)
             except ValueError as error:
                 raise InputError(str(error)) from error
         elif self.bound is not None:

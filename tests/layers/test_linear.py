@@ -179,8 +179,11 @@ class TestBadInput:
             ({"alpha": float("inf")}, "alpha must be positive and finite, got inf"),
             ({"bound": -1.0}, "bound must be positive and finite, got -1"),
             ({"bound": float("nan")}, "bound must be positive and finite, got nan"),
-            ({"bound": "tight"}, '"auto" or a multiple as ".*", got .tight'),
+            ({"bound": "tight"}, '"auto" or a positive multiple such as ".*", got .tight'),
             ({"bound": "0*rms"}, "got '0.rms'"),
+            ({"bound": "0*spectral"}, "got '0.spectral'"),
+            ({"bound": "nan*spectral"}, "got 'nan.spectral'"),
+            ({"bound": "spectral"}, "got 'spectral'"),
             ({"bound": "inf*rms"}, "got 'inf.rms'"),
             ({"bound": "2*max"}, "got '2.max'"),
             ({"backend": "cuda"}, "unknown backend 'cuda'"),
@@ -214,7 +217,7 @@ class TestBadInput:
             FusedBoundedLinear.from_linear(nn.Linear(2, 2, device="meta"), 1, bound="auto")
 
     def test_an_adapter_by_itself_has_no_auto_bound(self) -> None:
-        with pytest.raises(ValueError, match=r"a bound by RMS\(W\) needs a layer"):
+        with pytest.raises(ValueError, match=r"a bound in units of W needs a layer"):
             BoundedAdapter(2, 2, 1, bound="auto")
 
     def test_a_weight_on_meta_is_named_when_it_runs(self) -> None:

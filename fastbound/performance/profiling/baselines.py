@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbound.errors import positive
-from fastbound.layers.bounds import bound_of_weight, rms_factor
+from fastbound.layers.bounds import bound_of_weight, weight_bound
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,7 +87,7 @@ def inject_peft(
         if bound is None:
             bound = slope
         elif isinstance(bound, str):
-            rms_factor(bound)
+            weight_bound(bound)
         else:
             bound = positive("bound", bound)
         config = _sine_config(rank, targets, alpha=slope, bound=bound)

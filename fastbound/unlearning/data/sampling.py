@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
-from fastbound.unlearning.data.encoding import Encoded
+Item = TypeVar("Item")
 
 
 @dataclass(eq=False)
@@ -73,7 +74,7 @@ class Pairing:
         return torch.randperm(rows, generator=generator).tolist()
 
 
-def evenly(rows: Sequence[Encoded], most: int | None) -> Sequence[Encoded]:
+def evenly(rows: Sequence[Item], most: int | None) -> Sequence[Item]:
     """At most so many of `rows`, evenly spaced."""
     if most is None or len(rows) <= most:
         return rows

@@ -16,7 +16,7 @@ from fastbound.errors import InputError
 from fastbound.unlearning import metrics
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.records import check_split, records
-from fastbound.unlearning.data.rows import Row, text_field
+from fastbound.unlearning.data.rows import Row, read_records, text_field
 from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
 from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture
 from fastbound.unlearning.evaluation.session import Session
@@ -117,6 +117,11 @@ def load(split: str, data: str | Path | None = None) -> list[TofuRow]:
                     f"first row {wrong}: give each row the same number"
                 )
     return rows
+
+
+def load_public(source: str | Path) -> list[TofuRow]:
+    """Rows of a file with wrong answers, as those of `PUBLIC_PERTURBED`. Raises `InputError`."""
+    return [_row(record, PUBLIC_PERTURBED[0], where) for where, record in read_records(source)]
 
 
 def _row(record: Mapping[str, Any], split: str, where: str) -> TofuRow:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from fastbound import FusedBoundedLinear
 from fastbound.errors import InputError
+from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.layers.conversion import swap
+from fastbound.models.targets import match
 
-KINDS = ("lora", "lora-clamp", "lora-clip", "sine", "tanh", "product")
+KINDS = ("lora", "lora-clamp", "lora-clip", "lora-decay", "sine", "tanh", "product")
 _BOUNDED = ("sine", "tanh", "product")
 ADAPTIVE = "+ranks"
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
 CLIP = 1.0  # of "lora-clip": the norm of the whole gradient
+DECAY = 0.1  # of "lora-decay": AdamW's weight decay of A and B
 
 
 @dataclass(frozen=True)
@@ -26,33 +29,34 @@ class Adapter:
     """One adapter of the grid.
 
     Attributes:
-        name: as it was asked for: `kind`, `kind@alpha` or `kind@FACTOR`, with `+ranks` or not.
-        kind: `lora`, `lora-clamp`, `lora-clip`, `sine`, `tanh` or `product`.
-        factor: the bound over the root mean square of the layer's weight; None means bound = alpha
-            for a bounded kind, and no bound for the others.
+        name: as it was asked for: `kind`, `kind@alpha` or `kind@BOUND`, with `+ranks` or not.
+        kind: one of `KINDS`.
+        bound: in units of the layer's weight, as "0.5*spectral"; None means bound = alpha for a
+            bounded kind, and no bound for the others.
         adaptive: the same parameters, with ranks as `fastbound.models.ranks` spreads them.
     """
 
     name: str
     kind: str
-    factor: float | None = None
+    bound: str | None = None
     adaptive: bool = False
 
     @property
     def bounded(self) -> bool:
         return self.kind in _BOUNDED
 
-    def bound(self, weight: Tensor, alpha: float) -> float:
+    def bound_in(self, weight: Tensor, alpha: float) -> float:
         """The bound in this layer; infinite where the kind has none."""
         if not self.bounded:
             return math.inf
-        return alpha if self.factor is None else self.factor * _rms(weight)
+        return alpha if self.bound is None else bound_of_weight(self.bound, weight)
 
 
 def parse_adapter(text: str) -> Adapter:
-    """`lora`, `lora-clamp`, `lora-clip`, or `sine`, `tanh`, `product` with `@alpha` or `@FACTOR`.
+    """`lora` and its kin, or `sine`, `tanh`, `product` with `@alpha` or `@BOUND`.
 
-    With `+ranks` behind it the ranks are spread by gradients.
+    BOUND is a multiple such as `0.5*spectral`; a number alone is a multiple of RMS(W). With
+    `+ranks` behind it the ranks are spread by gradients.
 
     Raises:
         InputError: an unknown kind, a bound where there is none, or none where there must be one.
@@ -67,19 +71,19 @@ def parse_adapter(text: str) -> Adapter:
         return Adapter(text, kind, None, adaptive)
     if bound == "alpha":
         return Adapter(text, kind, None, adaptive)
+    bound = bound if "*" in bound else f"{bound}*rms"
     try:
-        factor = float(bound)
-    except ValueError:
-        factor = math.nan
-    if not (math.isfinite(factor) and factor > 0):
+        weight_bound(bound)
+    except ValueError as error:
         raise InputError(
-            f"adapter {text!r}: give {kind}@alpha, or {kind}@FACTOR for a bound of FACTOR x RMS(W)"
-        )
-    return Adapter(text, kind, factor, adaptive)
+            f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
+            "such as 0.5*spectral, or a number for so many RMS(W)"
+        ) from error
+    return Adapter(text, kind, bound, adaptive)
 
 
 class ComparedLinear(nn.Module):
-    """A frozen linear layer plus ΔW of factors A and B, in plain PyTorch: `y = x (W + ΔW)ᵀ + b`.
+    """A frozen linear layer plus ΔW of factors A and B, in plain PyTorch: `y = x Wᵀ + b + x ΔWᵀ`.
 
     Near zero every kind is LoRA with slope alpha / rank.
 
@@ -100,7 +104,12 @@ class ComparedLinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight + self.delta_weight(), self.layer.bias)
+        if self.kind == "product":
+            weight = self.layer.weight + self.delta_weight().to(self.layer.weight)
+            return F.linear(x, weight, self.layer.bias)
+        A, B = factors_of(self.kind, self.A, self.B, alpha=self.alpha, bound=self.bound)
+        x = x.to(self.layer.weight)
+        return self.layer(x) + F.linear(F.linear(x, A.to(x)), B.to(x))
 
     def delta_weight(self) -> Tensor:
         """ΔW, `[N, K]`."""
@@ -110,26 +119,36 @@ class ComparedLinear(nn.Module):
 def delta_of(kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float) -> Tensor:
     """ΔW by its formula; r is the number of rows of A.
 
-    - lora, lora-clamp, lora-clip: (alpha / r) B A
+    - lora and its kin: (alpha / r) B A
     - sine, tanh: (bound / r) f(ωB) f(ωA), ω = sqrt(alpha / bound)
     - product: bound · sin((alpha / (r · bound)) B A)
     """
     rank = A.shape[0]
     if kind == "product":
         return bound * torch.sin((alpha / (rank * bound)) * (B @ A))
+    A, B = factors_of(kind, A, B, alpha=alpha, bound=bound)
+    return B @ A
+
+
+def factors_of(
+    kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float
+) -> tuple[Tensor, Tensor]:
+    """The two factors whose product ΔW is, of every kind but product."""
+    rank = A.shape[0]
     if kind not in _BOUNDED:
-        return (alpha / rank) * (B @ A)
+        return A, (alpha / rank) * B
     f: Callable[[Tensor], Tensor] = torch.sin if kind == "sine" else torch.tanh
     omega = math.sqrt(alpha / bound)
-    return (bound / rank) * (f(omega * B) @ f(omega * A))
+    return f(omega * A), (bound / rank) * f(omega * B)
 
 
 Adapted = dict[str, ComparedLinear | FusedBoundedLinear]
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The MLP projections of a Llama."""
-    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and ".mlp." in n}
+    """The MLP projections that are plain linear layers."""
+    found = ((name, model.get_submodule(name)) for name in match(model, "mlp"))
+    return {name: layer for name, layer in found if type(layer) is nn.Linear}
 
 
 def adapt(
@@ -145,7 +164,7 @@ def adapt(
     torch.manual_seed(seed)
     for name, layer in targets(model).items():
         rank = ranks[name]
-        bound = adapter.bound(layer.weight, alpha)
+        bound = adapter.bound_in(layer.weight, alpha)
         if adapter.kind == "sine":
             made[name] = FusedBoundedLinear.from_linear(layer, rank, alpha=alpha, bound=bound)
         else:
@@ -153,7 +172,3 @@ def adapt(
         new[layer] = made[name]
     swap(model, new)
     return made
-
-
-def _rms(weight: Tensor) -> float:
-    return float(weight.detach().double().square().mean().sqrt())

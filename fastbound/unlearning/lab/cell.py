@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,11 @@ from torch import Tensor, nn
 
 from fastbound.models.ranks import allocate_ranks
 from fastbound.unlearning.data.encoding import IGNORED, Encoded, collate
+from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.lab.adapters import (
     CLAMP,
     CLIP,
+    DECAY,
     Adapted,
     adapt,
     parse_adapter,
@@ -24,8 +29,9 @@ from fastbound.unlearning.lab.adapters import (
 )
 from fastbound.unlearning.losses import answer_tokens, gradient_difference
 from fastbound.unlearning.metrics.utility import harmonic_mean
-from fastbound.unlearning.model import forward
+from fastbound.unlearning.model import autocast, autocast_dtype, forward
 from fastbound.unlearning.training.rank_choice import mean_loss
+from fastbound.unlearning.training.step import rate_share
 
 WRONG = 2  # wrong answers a row in the truth ratio
 
@@ -49,25 +55,38 @@ class CellConfig:
     """How every cell is run.
 
     Attributes:
-        steps: of AdamW at a constant rate, without weight decay.
+        steps: of AdamW, without weight decay but that of "lora-decay".
+        warmup: share of the steps in which the rate rises, to fall to 0 in the others, as in
+            `fastbound unlearn`; None keeps the rate constant.
         batch_size: forget rows a step, and as many retain rows.
         slope: alpha / rank, the slope of every adapter at zero.
+        dtype: of the weights, and autocast to it: "float32" or "bfloat16".
+        eval_rows: score at most so many rows of each side, spread evenly; None: all.
         log_every: steps between two logged ones.
     """
 
     steps: int = 300
+    warmup: float | None = None
     batch_size: int = 8
     slope: float = 2.0
+    dtype: str = "float32"
+    eval_rows: int | None = None
     log_every: int = 10
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of the forget rows, of the retain rows, and of retain rows with wrong answers."""
+    """The rows of a map as tokens.
+
+    Attributes:
+        wrong: of each row in `retain` its question with `WRONG` answers of others.
+        general: what was never in the rows: of each question the right answer, then wrong ones.
+    """
 
     forget: Sequence[Encoded]
     retain: Sequence[Encoded]
     wrong: Sequence[Encoded]
+    general: Sequence[Sequence[Encoded]] = ()
 
 
 def with_wrong_answers(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -94,7 +113,10 @@ def run_cell(
     ranks = _ranks(model, rows, cell, pad) if adapter.adaptive else even_ranks(model, cell.rank)
     layers = adapt(model, adapter, ranks, alpha=config.slope * cell.rank, seed=cell.seed)
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=cell.lr, weight_decay=0.0)
+    decay = DECAY if adapter.kind == "lora-decay" else 0.0
+    optimizer = torch.optim.AdamW(factors, lr=cell.lr, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share, config=config))
+    dtype = autocast_dtype(config.dtype)
     generator = torch.Generator().manual_seed(cell.seed)
     history: list[dict[str, float]] = []
     stopped: int | None = None
@@ -103,8 +125,9 @@ def run_cell(
         forget = _draw(rows.forget, config.batch_size, generator)
         retain = _draw(rows.retain, config.batch_size, generator)
         batch = collate([*forget, *retain], pad)
-        logits = forward(model, batch.input_ids, batch.attention_mask)
-        loss = gradient_difference(logits, batch.labels, len(forget))
+        with autocast("cpu", dtype):
+            logits = forward(model, batch.input_ids, batch.attention_mask)
+            loss = gradient_difference(logits, batch.labels, len(forget))
         optimizer.zero_grad(set_to_none=True)
         loss.loss.backward()
         norm = float(
@@ -116,6 +139,7 @@ def run_cell(
             stopped = step
             break
         optimizer.step()
+        schedule.step()
         if adapter.kind == "lora-clamp":
             with torch.no_grad():
                 for factor in factors:
@@ -130,7 +154,7 @@ def run_cell(
                     **_size(layers),
                 }
             )
-    scores = score_model(model, rows, pad=pad)
+    scores = score_model(model, rows, config, pad=pad)
     if stopped is not None:
         scores["utility"] = 0.0
     return {
@@ -166,7 +190,7 @@ def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, i
     ).ranks
 
 
-def score_model(model: nn.Module, rows: Rows, *, pad: int) -> dict[str, float]:
+def score_model(model: nn.Module, rows: Rows, config: CellConfig, *, pad: int) -> dict[str, float]:
     """Utility and its parts on the retain rows, and the loss on both sides.
 
     - probability: mean over rows of exp(-mean loss of the answer's tokens)
@@ -176,12 +200,16 @@ def score_model(model: nn.Module, rows: Rows, *, pad: int) -> dict[str, float]:
       mean over its tokens) / exp(-mean loss of the right one); the wrong answers are those of the
       next rows of the file, most of them about the same person
     - utility: the harmonic mean of these three, 0 if one is 0
+    - general: mean over the general questions of p / (p + the sum of p of the wrong answers), p
+      being exp(-mean loss) of an answer; only where there are such questions
 
     The losses are means over rows of the mean over tokens, nats a token.
     """
-    forget, forget_right = _score_rows(model, rows.forget, pad)
-    retain, right = _score_rows(model, rows.retain, pad)
-    wrong, _ = _score_rows(model, rows.wrong, pad)
+    score = partial(_score_rows, model, pad=pad, dtype=autocast_dtype(config.dtype))
+    chosen: Sequence[int] = evenly(range(len(rows.retain)), config.eval_rows)
+    forget, forget_right = score(evenly(rows.forget, config.eval_rows))
+    retain, right = score([rows.retain[i] for i in chosen])
+    wrong, _ = score([rows.wrong[i * WRONG + k] for i in chosen for k in range(WRONG)])
     ratio = (retain - wrong.view(-1, WRONG).mean(1)).exp()
     parts = {
         "probability": float((-retain).exp().mean()),
@@ -194,7 +222,15 @@ def score_model(model: nn.Module, rows: Rows, *, pad: int) -> dict[str, float]:
         "retain_loss": float(retain.mean()),
         **parts,
         "utility": utility_of(list(parts.values())),
+        **_general(score(list(chain(*rows.general)))[0], rows.general),
     }
+
+
+def _general(losses: Tensor, questions: Sequence[Sequence[Encoded]]) -> dict[str, float]:
+    if not questions:
+        return {}
+    likely = (-losses).exp().split([len(answers) for answers in questions])
+    return {"general": float(torch.stack([p[0] / p.sum() for p in likely]).mean())}
 
 
 def utility_of(parts: Sequence[float]) -> float:
@@ -203,7 +239,9 @@ def utility_of(parts: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def _score_rows(model: nn.Module, rows: Sequence[Encoded], pad: int) -> tuple[Tensor, Tensor]:
+def _score_rows(
+    model: nn.Module, rows: Sequence[Encoded], *, pad: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """fp64 mean loss and share of right tokens of each row, in the order of `rows`."""
     model.eval()
     loss, right = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
@@ -211,7 +249,8 @@ def _score_rows(model: nn.Module, rows: Sequence[Encoded], pad: int) -> tuple[Te
     for first in range(0, len(order), 32):
         part = order[first : first + 32]
         batch = collate([rows[i] for i in part], pad)
-        logits = forward(model, batch.input_ids, batch.attention_mask)
+        with autocast("cpu", dtype):
+            logits = forward(model, batch.input_ids, batch.attention_mask)
         tokens = answer_tokens(logits, batch.labels)
         counts = torch.bincount(tokens.row, minlength=len(part)).double()
         for total, each in ((loss, tokens.loss), (right, tokens.correct)):
@@ -222,12 +261,28 @@ def _score_rows(model: nn.Module, rows: Sequence[Encoded], pad: int) -> tuple[Te
 
 @torch.no_grad()
 def _size(layers: Adapted) -> dict[str, float]:
-    """The largest |ΔW| of any entry and the norm of all ΔW together."""
-    deltas = [layer.delta_weight() for layer in layers.values()]
+    """The largest |ΔW| of any entry, the norm of all ΔW together, and how far the bound is used.
+
+    `bound_in_use` is the root mean square of ΔW over its bound, a mean over layers: at most 1, and
+    0 without a bound.
+    """
+    largest, squares, used = [], [], []
+    for layer in layers.values():
+        delta = layer.delta_weight()
+        largest.append(float(delta.abs().max()))
+        squares.append(float(delta.square().sum()))
+        used.append(math.sqrt(squares[-1] / delta.numel()) / layer.bound)
     return {
-        "largest_delta": max(float(delta.abs().max()) for delta in deltas),
-        "delta_norm": math.sqrt(sum(float(delta.square().sum()) for delta in deltas)),
+        "largest_delta": max(largest),
+        "delta_norm": math.sqrt(sum(squares)),
+        "bound_in_use": statistics.fmean(used),
     }
+
+
+def _share(step: int, *, config: CellConfig) -> float:
+    if config.warmup is None:
+        return 1.0
+    return rate_share(step, steps=config.steps, warmup=config.warmup)
 
 
 def _draw(rows: Sequence[Encoded], count: int, generator: torch.Generator) -> list[Encoded]:

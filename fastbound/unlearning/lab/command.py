@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
 from fastbound.unlearning.data.rows import authors, load_rows
+from fastbound.unlearning.evaluation.tofu import load_public
 from fastbound.unlearning.lab.cell import CellConfig
-from fastbound.unlearning.lab.grid import Grid, read_models, run_grid
+from fastbound.unlearning.lab.grid import (
+    PRETRAINED_ADAPTERS,
+    PRETRAINED_CELL,
+    PRETRAINED_RATES,
+    Grid,
+    read_models,
+    run_grid,
+)
 from fastbound.unlearning.lab.plots import draw
-from fastbound.unlearning.lab.summary import lines_of, ranges_of, table_of
+from fastbound.unlearning.lab.subject import Pretrained
+from fastbound.unlearning.lab.summary import SMALL, kept_of, lines_of, ranges_of, table_of
 from fastbound.unlearning.runs.folder import write_json
 
 _QUICK_RATES = (1e-3, 1e-2, 1e-1)
@@ -30,14 +40,30 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.forget is None) != (arguments.retain is None):
         raise InputError("give --forget and --retain together, or neither")
+    if arguments.model is None and arguments.general is not None:
+        raise InputError("--general is knowledge of a pretrained model: give --model")
+    if arguments.model is not None and arguments.forget is None:
+        raise InputError("--model needs --forget and --retain, the rows that it knows")
     grid = _grid(arguments)
+    general = [] if arguments.general is None else load_public(arguments.general)
     forget = load_rows(arguments.forget or authors("forget"))
     retain = load_rows(arguments.retain or authors("retain"))
     output = Path(arguments.output)
     cells = run_grid(
-        forget, retain, grid, output, workers=arguments.workers, resume=arguments.resume
+        forget,
+        retain,
+        grid,
+        output,
+        workers=arguments.workers,
+        general=general,
+        resume=arguments.resume,
     )
     models = read_models(output)
+    before = {
+        name: statistics.fmean(each[name] for each in models.values())
+        for name in ("utility", "accuracy")
+    }
+    standard = SMALL if arguments.model is None else kept_of(before)
     lines = lines_of(cells, max(each["vocabulary"] for each in models.values()))
     write_json(
         output / "summary.json",
@@ -46,14 +72,18 @@ def run(arguments: argparse.Namespace) -> int:
             "grid": dataclasses.asdict(grid),
             "models": models,
             "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-            "ranges": ranges_of(lines),
+            "standard": dataclasses.asdict(standard),
+            "ranges": ranges_of(lines, standard),
             "lines": [dataclasses.asdict(line) for line in lines],
         },
     )
-    draw(cells, output)
-    before = sum(each["utility"] for each in models.values()) / len(models)
-    print(f"utility on the retain rows ({before:.3f} before), mean ± sd of {grid.seeds} seeds\n")
-    print(f"{table_of(lines)}\n\n* a seed did not forget")
+    draw(cells, output, standard)
+    measure = standard.measure
+    print(
+        f"{measure} on the retain rows ({before[measure]:.3f} before; {standard.least:.3f} holds), "
+        f"mean ± sd of {grid.seeds} seeds\n"
+    )
+    print(f"{table_of(lines, standard)}\n\n* a seed did not forget")
     print(f"Written to {output}: cells.jsonl, summary.json, utility.png, size.png, gradient.png")
     return 0
 
@@ -67,6 +97,13 @@ def _grid(arguments: argparse.Namespace) -> Any:
             "seeds": _QUICK_SEEDS,
             "cell": CellConfig(steps=_QUICK_STEPS),
         }
+    if arguments.model is not None:
+        given["model"] = Pretrained(arguments.model)
+        given["adapters"] = PRETRAINED_ADAPTERS
+        given["rates"] = PRETRAINED_RATES
+        given["ranks"] = (16,)
+        given["seeds"] = 3
+        given["cell"] = PRETRAINED_CELL
     if arguments.adapters is not None:
         given["adapters"] = _list("--adapters", arguments.adapters, str)
     if arguments.lr is not None:
@@ -75,9 +112,13 @@ def _grid(arguments: argparse.Namespace) -> Any:
         given["ranks"] = _list("--ranks", arguments.ranks, int)
     if arguments.seeds is not None:
         given["seeds"] = arguments.seeds
-    if arguments.steps is not None:
-        given["cell"] = CellConfig(steps=arguments.steps)
-    return Grid(**given)
+    cell = given.get("cell", CellConfig())
+    changed = {
+        name: getattr(arguments, name)
+        for name in ("steps", "batch_size", "dtype", "eval_rows")
+        if getattr(arguments, name) is not None
+    }
+    return Grid(**{**given, "cell": dataclasses.replace(cell, **changed)})
 
 
 def _list(flag: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:

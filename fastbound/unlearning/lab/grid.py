@@ -2,6 +2,7 @@
 
 lab.json       settings and rows; what `--resume` compares
 model-N/       the small model of seed N, trained by the grid itself
+model/         of a pretrained model the scores before unlearning, in learned.json
 cells.jsonl    one line a finished cell, appended
 """
 
@@ -9,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 
 from fastbound.errors import InputError
+from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
+from fastbound.unlearning.evaluation.tofu import TofuRow
 from fastbound.unlearning.lab.adapters import parse_adapter
 from fastbound.unlearning.lab.cell import (
     Cell,
@@ -32,7 +35,15 @@ from fastbound.unlearning.lab.cell import (
     score_model,
     with_wrong_answers,
 )
-from fastbound.unlearning.model import load_pretrained
+from fastbound.unlearning.lab.subject import (
+    Pretrained,
+    Subject,
+    check_memory,
+    folder_of,
+    load,
+    look,
+    subject_of,
+)
 from fastbound.unlearning.runs.folder import check_free, read_json, write_json
 
 MARKER = "lab.json"
@@ -50,6 +61,21 @@ ADAPTERS = (
     "product@4",
 )
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+# On a pretrained model: the weights' own unit, and as `fastbound unlearn` runs it.
+PRETRAINED_ADAPTERS = (
+    "lora",
+    "lora-clip",
+    "lora-decay",
+    "sine@2*rms",
+    "sine@0.1*spectral",
+    "sine@0.25*spectral",
+    "sine@0.5*spectral",
+    "sine@1*spectral",
+    "sine@2*spectral",
+    "tanh@0.5*spectral",
+)
+PRETRAINED_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+PRETRAINED_CELL = CellConfig(steps=80, warmup=0.1, slope=1.0, eval_rows=40)
 SMALL = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024, lr=4e-3)
 
 
@@ -62,7 +88,7 @@ class Grid:
         rates, ranks: of every adapter.
         seeds: 0, 1, ...: of the small model, the factors and the order of rows.
         cell: of every cell.
-        model: the small model.
+        model: the small model, or the pretrained one.
     """
 
     adapters: Sequence[str] = ADAPTERS
@@ -70,7 +96,7 @@ class Grid:
     ranks: Sequence[int] = (8,)
     seeds: int = 5
     cell: CellConfig = field(default_factory=CellConfig)
-    model: SmallModelConfig = SMALL
+    model: Subject = SMALL
 
     def __post_init__(self) -> None:
         for name in self.adapters:
@@ -78,8 +104,12 @@ class Grid:
         for name, values in (("lr", self.rates), ("rank", self.ranks), ("seeds", [self.seeds])):
             if not values or not all(0 < value < float("inf") for value in values):
                 raise InputError(f"{name} must be positive and finite, got {list(values)}")
-        if self.cell.steps < 1:
-            raise InputError(f"steps must be >= 1, got {self.cell.steps}")
+        for name in ("steps", "batch_size", "eval_rows"):
+            value = getattr(self.cell, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be >= 1, got {value}")
+        if self.cell.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {self.cell.dtype!r}")
 
     def cells(self) -> list[Cell]:
         """Every cell, whole seeds first."""
@@ -99,6 +129,7 @@ def run_grid(
     output: Path,
     *,
     workers: int | None = None,
+    general: Sequence[TofuRow] = (),
     resume: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -108,7 +139,8 @@ def run_grid(
     the settings of cell and model may not.
 
     Args:
-        workers: processes of one thread each; None: one a core.
+        workers: processes of one thread each; None: one per core, as far as memory goes.
+        general: questions that are in neither, with wrong answers to compare the right one with.
 
     Raises:
         InputError: rows, settings or output folder cannot be used.
@@ -121,7 +153,12 @@ def run_grid(
     if len(retain) < 3:
         raise InputError(f"the truth ratio needs at least 3 retain rows, got {len(retain)}")
     check_free(output, MARKER, resume=resume)
-    _begin(output, forget, retain, grid)
+    if isinstance(grid.model, Pretrained):
+        cores = os.cpu_count() or 1
+        workers, said = check_memory(grid.model, grid.cell, _MAX_LENGTH, workers, cores)
+        if progress:
+            print(said, file=sys.stderr)
+    _begin(output, forget, retain, general, grid)
     cells = grid.cells()
     finished = read_cells(output)
     left = [cell for cell in cells if cell.key not in finished]
@@ -133,7 +170,7 @@ def run_grid(
             tqdm(total=len(left), disable=not progress, unit="cell", dynamic_ncols=True) as bar,
         ):
             try:
-                _make_models(pool, output, sorted({cell.seed for cell in left}), bar)
+                _make_models(pool, grid.model, output, sorted({cell.seed for cell in left}), bar)
                 running = [pool.submit(_run, str(output), cell) for cell in left]
                 for future in as_completed(running):
                     result = future.result()
@@ -161,11 +198,11 @@ def read_cells(output: Path) -> dict[str, dict[str, Any]]:
     return {_cell(result).key: result for result in results}
 
 
-def read_models(output: Path) -> dict[int, dict[str, Any]]:
-    """What each small model took to train, and its scores before unlearning, by seed."""
+def read_models(output: Path) -> dict[str, dict[str, Any]]:
+    """What each small model took to train, and scores before unlearning: by seed, or "all"."""
     return {
-        int(path.parent.name.removeprefix("model-")): read_json(path)
-        for path in sorted(output.glob(f"model-*/{LEARNED}"))
+        path.parent.name.removeprefix("model").removeprefix("-") or "all": read_json(path)
+        for path in sorted(output.glob(f"model*/{LEARNED}"))
     }
 
 
@@ -173,18 +210,26 @@ def _cell(result: Mapping[str, Any]) -> Cell:
     return Cell(result["seed"], result["rank"], result["lr"], result["adapter"])
 
 
-def _begin(output: Path, forget: Sequence[Row], retain: Sequence[Row], grid: Grid) -> None:
+def _begin(
+    output: Path,
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    general: Sequence[TofuRow],
+    grid: Grid,
+) -> None:
     identity = {
         "cell": asdict(grid.cell),
         "model": asdict(grid.model),
         "forget": [[row.question, row.answer] for row in forget],
         "retain": [[row.question, row.answer] for row in retain],
+        "general": [[row.question, row.answer, *row.perturbed] for row in general],
     }
     if not (output / MARKER).exists():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / MARKER, identity)
         return
-    held = read_json(output / MARKER)
+    held = {"general": [], **read_json(output / MARKER)}
+    held["cell"] = asdict(CellConfig(**held["cell"]))  # an older map lacks what is new
     for name, value in identity.items():
         if held.get(name) != value:
             raise InputError(
@@ -193,12 +238,15 @@ def _begin(output: Path, forget: Sequence[Row], retain: Sequence[Row], grid: Gri
             )
 
 
-def _make_models(pool: ProcessPoolExecutor, output: Path, seeds: Sequence[int], bar: Any) -> None:
-    missing = [seed for seed in seeds if not (output / f"model-{seed}").exists()]
+def _make_models(
+    pool: ProcessPoolExecutor, subject: Subject, output: Path, seeds: Sequence[int], bar: Any
+) -> None:
+    folders = {folder_of(subject, output, seed): seed for seed in seeds}
+    missing = [seed for folder, seed in folders.items() if not (folder / LEARNED).exists()]
     waiting = [pool.submit(_learn, str(output), seed) for seed in missing]
     for done, future in enumerate(as_completed(waiting), start=1):
         future.result()
-        bar.set_postfix_str(f"model {done} of {len(missing)} learned")
+        bar.set_postfix_str(f"model {done} of {len(missing)} ready")
 
 
 # What follows runs in a worker process.
@@ -209,34 +257,31 @@ def _one_thread() -> None:
 
 
 def _learn(output: str, seed: int) -> None:
-    """Train the small model of this seed into its folder, in one move."""
+    """Train the small model of this seed into its folder, in one move, or score what is given."""
     held = read_json(Path(output) / MARKER)
-    forget, retain = (_rows(held, side) for side in ("forget", "retain"))
+    subject, config = subject_of(held["model"]), CellConfig(**held["cell"])
+    folder = folder_of(subject, Path(output), seed)
+    if isinstance(subject, Pretrained):
+        model, tokenizer = load(subject, Path(output), seed, config)
+        look(model, tokenizer, _encode(held, tokenizer), config, folder)
+        return
     learned = learn(
-        [*forget, *retain],
-        SmallModelConfig(**held["model"]),
+        [*_rows(held, "forget"), *_rows(held, "retain")],
+        subject,
         max_length=_MAX_LENGTH,
         seed=seed,
         progress=False,
     )
-    rows = _encode(forget, retain, learned.tokenizer)
-    scores = score_model(learned.model, rows, pad=padding(learned.tokenizer))
-    about = {"vocabulary": len(learned.tokenizer), **scores}
-    learned.save(Path(output) / f"model-{seed}", about)
+    rows = _encode(held, learned.tokenizer)
+    scores = score_model(learned.model, rows, config, pad=padding(learned.tokenizer))
+    learned.save(folder, {"vocabulary": len(learned.tokenizer), **scores})
 
 
 def _run(output: str, cell: Cell) -> dict[str, Any]:
-    config, rows = _prepared(output, cell.seed)
-    model, tokenizer = load_pretrained(str(Path(output) / f"model-{cell.seed}"))
-    return run_cell(model, rows, cell, config, pad=padding(tokenizer))
-
-
-@cache
-def _prepared(output: str, seed: int) -> tuple[CellConfig, Rows]:
     held = read_json(Path(output) / MARKER)
-    _, tokenizer = load_pretrained(str(Path(output) / f"model-{seed}"))
-    rows = _encode(_rows(held, "forget"), _rows(held, "retain"), tokenizer)
-    return CellConfig(**held["cell"]), rows
+    config = CellConfig(**held["cell"])
+    model, tokenizer = load(subject_of(held["model"]), Path(output), cell.seed, config)
+    return run_cell(model, _encode(held, tokenizer), cell, config, pad=padding(tokenizer))
 
 
 def _rows(held: Mapping[str, Any], side: str) -> list[Row]:
@@ -246,7 +291,13 @@ def _rows(held: Mapping[str, Any], side: str) -> list[Row]:
     ]
 
 
-def _encode(forget: Sequence[Row], retain: Sequence[Row], tokenizer: Any) -> Rows:
-    encoded = (encode_all(each, tokenizer, max_length=_MAX_LENGTH) for each in (forget, retain))
-    forgotten, kept = encoded
-    return Rows(forgotten, kept, with_wrong_answers(kept))
+def _encode(held: Mapping[str, Any], tokenizer: Any) -> Rows:
+    forget, retain = (
+        encode_all(_rows(held, side), tokenizer, max_length=_MAX_LENGTH)
+        for side in ("forget", "retain")
+    )
+    general = [
+        encode_all([Row(question, answer, "general") for answer in answers], tokenizer)
+        for question, *answers in held.get("general", ())
+    ]
+    return Rows(forget, retain, with_wrong_answers(retain), general)

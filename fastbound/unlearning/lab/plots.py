@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.figures import new_figure, save_figure
-from fastbound.unlearning.lab.summary import USEFUL
+from fastbound.unlearning.lab.summary import SMALL, Standard
 
 Cells = Sequence[Mapping[str, Any]]
 PICTURES = ("utility.png", "size.png", "gradient.png")
 
 
-def draw(cells: Cells, folder: Path) -> None:
+def draw(cells: Cells, folder: Path, standard: Standard = SMALL) -> None:
     """Write utility.png, size.png and gradient.png."""
-    _against_rate(cells, folder / PICTURES[0])
+    _against_rate(cells, standard, folder / PICTURES[0])
     sizes = {"largest_delta": "largest |ΔW| of any entry", "delta_norm": "‖ΔW‖ of all layers"}
     _against_steps(cells, sizes, folder / PICTURES[1])
     _against_steps(cells, {"gradient_norm": "gradient norm"}, folder / PICTURES[2])
 
 
-def _against_rate(cells: Cells, path: Path) -> None:
-    """Utility and retain loss: the mean over seeds, and a band from lowest to highest."""
+def _against_rate(cells: Cells, standard: Standard, path: Path) -> None:
+    """The standard's measure and retain loss: mean over seeds, band from lowest to highest."""
     figure, axes = new_figure(1, 2, (11, 5))
     for axis, name, label in zip(
         axes[0],
-        ("utility", "retain_loss"),
-        ("utility on retain rows", "retain loss, nats a token"),
+        (standard.measure, "retain_loss"),
+        (f"{standard.measure} on retain rows", "retain loss, nats per token"),
         strict=True,
     ):
         for label_of, group, style in _groups(cells):
@@ -36,7 +36,7 @@ def _against_rate(cells: Cells, path: Path) -> None:
             values = [[cell[name] for cell in group if cell["lr"] == lr] for lr in rates]
             _band(axis, rates, values, statistics.fmean, label_of, style)
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
-    axes[0][0].axhline(USEFUL, color="0.4", linestyle=":", linewidth=1)
+    axes[0][0].axhline(standard.least, color="0.4", linestyle=":", linewidth=1)
     _finish(figure, axes, path)
 
 

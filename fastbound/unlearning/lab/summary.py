@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-USEFUL = 0.45  # utility from which an adapter counts as holding
-COLLAPSED = 0.15  # utility below which it counts as collapsed
 _MEASURED = (
     "utility",
     "probability",
@@ -20,7 +18,32 @@ _MEASURED = (
     "largest_delta",
     "delta_norm",
     "largest_gradient_norm",
+    "bound_in_use",
+    "general",
 )
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What counts as holding: forgotten in every seed, with a mean `measure` of `least` or more.
+
+    With a mean below `collapsed` an adapter counts as collapsed.
+    """
+
+    measure: str
+    least: float
+    collapsed: float
+
+    def holds(self, line: Line) -> bool:
+        return line.forgotten == line.seeds and line.mean[self.measure] >= self.least
+
+
+SMALL = Standard("utility", 0.45, 0.15)
+
+
+def kept_of(before: Mapping[str, float]) -> Standard:
+    """For a pretrained model: 95 % of the answer tokens that it had right before; half of them."""
+    return Standard("accuracy", 0.95 * before["accuracy"], 0.5 * before["accuracy"])
 
 
 @dataclass(frozen=True)
@@ -46,20 +69,16 @@ class Line:
     forgotten: int
     stopped: int
 
-    @property
-    def holds(self) -> bool:
-        """Forgotten in every seed, and the mean utility is `USEFUL` or more."""
-        return self.forgotten == self.seeds and self.mean["utility"] >= USEFUL
-
 
 def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
-    """One line an (adapter, rank, rate), in the order of the cells."""
+    """One line per (adapter, rank, rate), in the order of the cells."""
     groups: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((cell["adapter"], cell["rank"], cell["lr"]), []).append(cell)
     lines = []
     for (adapter, rank, lr), group in groups.items():
-        values = {name: [cell[name] for cell in group] for name in _MEASURED}
+        names = [name for name in _MEASURED if name in group[0]]
+        values = {name: [cell[name] for cell in group] for name in names}
         lines.append(
             Line(
                 adapter,
@@ -79,11 +98,11 @@ def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
     return lines
 
 
-def ranges_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def ranges_of(lines: Sequence[Line], standard: Standard = SMALL) -> list[dict[str, Any]]:
     """For every adapter and rank, the longest run of neighbouring rates at which it holds.
 
     `fold` is the last rate of the run over the first, 1 for a single rate, 0 for none;
-    `collapsed` are the rates at which the mean utility is below `COLLAPSED`.
+    `collapsed` are the rates at which the mean is below that of the standard.
     """
     by_adapter: dict[tuple[str, int], list[Line]] = {}
     for line in lines:
@@ -93,7 +112,7 @@ def ranges_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
         best: list[float] = []
         run: list[float] = []
         for line in sorted(group, key=lambda each: each.lr):
-            run = [*run, line.lr] if line.holds else []
+            run = [*run, line.lr] if standard.holds(line) else []
             best = max(best, run, key=len)
         found.append(
             {
@@ -102,14 +121,16 @@ def ranges_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 "holds_from": best[0] if best else None,
                 "holds_to": best[-1] if best else None,
                 "fold": round(best[-1] / best[0], 6) if best else 0,
-                "collapsed": [li.lr for li in group if li.mean["utility"] < COLLAPSED],
+                "collapsed": [
+                    li.lr for li in group if li.mean[standard.measure] < standard.collapsed
+                ],
             }
         )
     return found
 
 
-def table_of(lines: Sequence[Line]) -> str:
-    """Markdown: mean utility ± spread over seeds for each adapter and rate.
+def table_of(lines: Sequence[Line], standard: Standard = SMALL) -> str:
+    """Markdown: the standard's measure, mean ± spread over seeds, for each adapter and rate.
 
     `*` marks rates at which a seed did not forget.
     """
@@ -117,13 +138,13 @@ def table_of(lines: Sequence[Line]) -> str:
     ranks = {line.rank for line in lines}
     head = ["adapter", *(f"lr {lr:g}" for lr in rates), "holds over"]
     rows = []
-    for found in ranges_of(lines):
+    for found in ranges_of(lines, standard):
         name = found["adapter"] + (f", rank {found['rank']}" if len(ranks) > 1 else "")
         row = [name]
         for lr in rates:
             row += [
-                f"{line.mean['utility']:.3f}"
-                + (f" ± {line.spread['utility']:.3f}" if line.seeds > 1 else "")
+                f"{line.mean[standard.measure]:.3f}"
+                + (f" ± {line.spread[standard.measure]:.3f}" if line.seeds > 1 else "")
                 + ("*" if line.forgotten < line.seeds else "")
                 for line in lines
                 if (line.adapter, line.rank, line.lr) == (found["adapter"], found["rank"], lr)

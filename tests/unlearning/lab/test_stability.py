@@ -19,7 +19,7 @@ from fastbound.unlearning.lab.adapters import KINDS, ComparedLinear, delta_of, p
 from fastbound.unlearning.lab.cell import CellConfig, utility_of
 from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
 from fastbound.unlearning.lab.plots import PICTURES, draw
-from fastbound.unlearning.lab.summary import lines_of, ranges_of
+from fastbound.unlearning.lab.summary import Standard, kept_of, lines_of, ranges_of
 
 TINY = SmallModelConfig(
     hidden_size=32, intermediate_size=48, layers=1, heads=2, vocabulary=400, lr=1e-2,
@@ -94,11 +94,11 @@ def test_the_compared_sine_is_the_fused_layer():
     [
         ("dora", "unknown adapter 'dora'"),
         ("lora+ranks+ranks", "unknown adapter"),
-        ("sine+ranks", "sine@FACTOR"),
+        ("sine+ranks", "sine@BOUND"),
         ("lora@4", "lora has no bound"),
-        ("sine", "sine@FACTOR"),
-        ("tanh@-1", "tanh@FACTOR"),
-        ("product@nan", "product@FACTOR"),
+        ("sine", "sine@BOUND"),
+        ("tanh@-1", "tanh@BOUND"),
+        ("product@nan", "product@BOUND"),
     ],
 )
 def test_an_adapter_that_does_not_exist_is_refused(text, message):
@@ -106,12 +106,17 @@ def test_an_adapter_that_does_not_exist_is_refused(text, message):
         parse_adapter(text)
 
 
-def test_the_bound_is_a_multiple_of_the_weights_rms():
+def test_the_bound_is_in_units_of_the_weight():
     weight = torch.tensor([[3.0, -4.0]])
-    assert parse_adapter("sine@2").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
-    assert parse_adapter("sine@alpha").bound(weight, 16.0) == 16.0
-    assert parse_adapter("lora").bound(weight, 16.0) == math.inf
-    assert parse_adapter("sine@2+ranks").bound(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
+    assert parse_adapter("sine@2").bound_in(weight, 16.0) == pytest.approx(2 * math.sqrt(12.5))
+    assert parse_adapter("tanh@0.5*spectral").bound_in(weight, 16.0) == pytest.approx(
+        0.5 * float(torch.linalg.matrix_norm(weight.detach(), 2)) / weight.numel() ** 0.5
+    )
+    assert parse_adapter("sine@alpha").bound_in(weight, 16.0) == 16.0
+    assert parse_adapter("lora").bound_in(weight, 16.0) == math.inf
+    assert parse_adapter("sine@2+ranks").bound_in(weight, 16.0) == pytest.approx(
+        2 * math.sqrt(12.5)
+    )
 
 
 def test_utility_is_zero_when_a_part_is():
@@ -124,7 +129,7 @@ def test_utility_is_zero_when_a_part_is():
 def test_a_cell_forgets_stays_in_its_bound_and_is_written_down(finished):
     output, cells = finished
     assert [cell["adapter"] for cell in cells] == ["lora", "sine@4"]
-    before = grids.read_models(output)[0]
+    before = grids.read_models(output)["0"]
     for cell in cells:
         assert cell["forget_loss"] > before["forget_loss"] + 1
         assert cell["stopped"] is None
@@ -191,10 +196,15 @@ def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
         }  # fmt: skip
 
     cells = [cell(1e-3, 0.9, 0.5), cell(3e-3, 0.5, 9), cell(1e-2, 0.6, 9), cell(3e-2, 0.1, 9)]
-    (found,) = ranges_of(lines_of(cells, vocabulary=400))
+    lines = lines_of(cells, vocabulary=400)
+    (found,) = ranges_of(lines)
     assert (found["holds_from"], found["holds_to"]) == (3e-3, 1e-2)
     assert found["fold"] == pytest.approx(10 / 3, rel=1e-5)
     assert found["collapsed"] == [3e-2]
+    (kept,) = ranges_of(lines, kept_of({"accuracy": 1.0}))  # every accuracy above is 1
+    assert (kept["holds_from"], kept["holds_to"], kept["collapsed"]) == (3e-3, 3e-2, [])
+    (lost,) = ranges_of(lines, Standard("accuracy", least=1.1, collapsed=1.05))
+    assert lost["holds_from"] is None and len(lost["collapsed"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -208,6 +218,12 @@ def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
         (["--steps", "0"], "steps must be >= 1"),
         (["--workers", "0"], "workers must be >= 1"),
         (["--forget", "rows.jsonl"], "together"),
+        (["--general", "rows.jsonl"], "--general is knowledge of a pretrained model"),
+        (["--model", "somewhere"], "--model needs --forget and --retain"),
+        (["--batch-size", "0"], "batch_size must be >= 1"),
+        (["--eval-rows", "0"], "eval_rows must be >= 1"),
+        (["--dtype", "float16"], "dtype must be one of float32, bfloat16"),
+        (["--adapters", "sine@0*spectral"], "BOUND with a positive multiple"),
     ],
 )
 def test_the_command_refuses_bad_flags_and_writes_nothing(flags, message, tmp_path, capsys):

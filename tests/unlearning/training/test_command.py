@@ -83,7 +83,7 @@ def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
         ("--bound nan", "bound must be positive and finite, got nan"),
         (
             "--bound wide",
-            'a positive number, None, "auto" or a multiple as "2*rms", got',
+            'a positive multiple such as "0.5*spectral" or "2*rms", got',
         ),
         ("--adapter dora", "adapter must be one of bounded, lora; got 'dora'"),
         ("--device tpu", "device must be one of auto, cpu, cuda; got 'tpu'"),

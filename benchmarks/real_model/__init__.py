@@ -1,0 +1,1 @@
+"""Unlearning a pretrained language model: fetched, taught the rows to forget, and mapped."""

@@ -1,0 +1,89 @@
+"""What is mapped: a small model for each seed, trained here, or one pretrained model for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fastbound.errors import InputError
+from fastbound.unlearning.data.encoding import padding
+from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig
+from fastbound.unlearning.lab.cell import CellConfig, Rows, score_model
+from fastbound.unlearning.model import autocast_dtype, load_pretrained
+from fastbound.unlearning.runs.folder import write_json
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that knows the rows: a folder made by `save_pretrained`, or an id on the hub."""
+
+    name: str
+
+
+Subject = SmallModelConfig | Pretrained
+
+
+def subject_of(held: Mapping[str, Any]) -> Subject:
+    """What `dataclasses.asdict` made of it."""
+    return Pretrained(**held) if held.keys() == {"name"} else SmallModelConfig(**held)
+
+
+def folder_of(subject: Subject, output: Path, seed: int) -> Path:
+    """Where a map keeps the small model of a seed, or the scores of the pretrained one."""
+    return output / ("model" if isinstance(subject, Pretrained) else f"model-{seed}")
+
+
+def load(subject: Subject, output: Path, seed: int, config: CellConfig) -> tuple[Any, Any]:
+    """Model and tokenizer of a seed, before unlearning."""
+    small = str(folder_of(subject, output, seed))
+    name = subject.name if isinstance(subject, Pretrained) else small
+    return load_pretrained(name, autocast_dtype(config.dtype) or torch.float32)
+
+
+def look(model: Any, tokenizer: Any, rows: Rows, config: CellConfig, folder: Path) -> None:
+    """Score a pretrained model before unlearning, as `LEARNED` in `folder`."""
+    scores = score_model(model, rows, config, pad=padding(tokenizer))
+    folder.mkdir(exist_ok=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    write_json(
+        folder / LEARNED,
+        {"parameters": parameters, "vocabulary": model.config.vocab_size, **scores},
+    )
+
+
+def check_memory(
+    subject: Pretrained, config: CellConfig, max_length: int, workers: int | None, processes: int
+) -> tuple[int, str]:
+    """How many processes fit, and a sentence that says so.
+
+    A process holds the weights, and of the largest batch it can meet the logits, their fp32 copy
+    and its gradient. `workers` None takes as many of `processes` as fit.
+
+    Raises:
+        InputError: not even one fits, or not as many as `workers` asks for.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(subject.name, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    size = (autocast_dtype(config.dtype) or torch.float32).itemsize
+    weights = sum(p.numel() for p in model.parameters()) * size
+    logits = 2 * config.batch_size * max_length * settings.vocab_size * (size + 4 + 4)
+    each, available = weights + logits, psutil.virtual_memory().available
+    fitting = available // each
+    if fitting < (workers or 1):
+        raise InputError(
+            f"{workers or 1} processes of about {each / 1e9:.1f} GB each (weights "
+            f"{weights / 1e9:.1f}, logits {logits / 1e9:.1f}) do not fit into the "
+            f"{available / 1e9:.1f} GB of memory that are available: give --workers "
+            f"{max(1, fitting)}, a smaller model or --dtype bfloat16"
+        )
+    count = workers or min(processes, fitting)
+    said = f"{count} processes of about {each / 1e9:.1f} GB each; {available / 1e9:.1f} GB are free"
+    return count, said
