@@ -2,8 +2,10 @@
 
 Eager calls, which nothing traces or intercepts, go without what takes time: a registered operator's
 dispatch takes about 5 µs, and `Function.apply` reads a signature for another 6 where the Function
-has a `setup_context`. A second derivative is an error: torch's own ``once_differentiable`` says
-nothing under ``torch.func.grad``, where it comes out as zero.
+has a `setup_context`. Where nothing asks for a gradient there is no Function at all: a tracer
+(torch.compile, torch.jit.trace) then meets the operator alone, which it can keep. A second
+derivative is an error: torch's own ``once_differentiable`` says nothing under ``torch.func.grad``,
+where it comes out as zero. A forward-mode one is an error, too.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _F = TypeVar("_F", bound=torch.autograd.Function)
 _R = TypeVar("_R")
@@ -51,26 +54,51 @@ def direct(operator: Callable[..., _R], implementation: Callable[..., _R]) -> Ca
 
 
 def apply_of(function: type[_F]) -> Callable[..., Any]:
-    """``function.apply``, and where nothing intercepts that of a form without `setup_context`."""
+    """``function.apply``, and where nothing intercepts that of a form without `setup_context`.
+
+    Where no derivative can be asked for, ``function.forward``.
+    """
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = function.forward(*arguments)
         function.setup_context(ctx, arguments, output)
         return output
 
-    eager = type(
-        function.__name__,
-        (function,),
-        {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(torch.autograd.Function.setup_context),
-        },
-    )
+    def form(**methods: Callable[..., Any]) -> Any:
+        bound = {name: staticmethod(method) for name, method in methods.items()}
+        return type(function.__name__, (function,), bound)
+
+    # torch.compile takes no Function with a jvp.
+    transformed = form(jvp=_no_jvp)
+    no_setup = torch.autograd.Function.setup_context
+    eager = form(jvp=_no_jvp, forward=forward, setup_context=no_setup)
 
     def apply(*arguments: Any) -> Any:
-        return (eager if nothing_intercepts() else function).apply(*arguments)  # type: ignore[attr-defined]
+        if not _differentiated(arguments):
+            return function.forward(*arguments)
+        if torch.compiler.is_compiling():
+            return function.apply(*arguments)  # type: ignore[attr-defined]
+        return (eager if nothing_intercepts() else transformed).apply(*arguments)
 
     return apply
+
+
+def _no_jvp(ctx: Any, *tangents: Any) -> Any:
+    raise RuntimeError(
+        "fastbound's operators have no forward-mode derivative (torch.func.jvp, jacfwd, "
+        'forward_ad): take torch.func.vjp or jacrev, or call them with backend="reference"'
+    )
+
+
+def _differentiated(arguments: tuple[Any, ...]) -> bool:
+    """Whether a derivative by one of the arguments, or a batch of them, can be asked for."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.get_dynamic_layer_stack_depth():
+        return True
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
 
 
 class _Once(torch.autograd.Function):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 import fastbound
@@ -91,9 +92,22 @@ def test_vmap_with_dropout_is_refused_by_name() -> None:
         vmap(lambda x: bounded_linear(x, W, A, B, dropout=0.5), randomness="different")(X)
 
 
-def test_forward_mode_is_refused_by_torch(pair) -> None:
-    with pytest.raises(NotImplementedError, match="jvp"):
+def test_forward_mode_is_refused_by_name(pair) -> None:
+    with pytest.raises(RuntimeError, match=r"fastbound's operators have no forward-mode.*reference"):
         jvp(lambda x: pair[0](x, A, B), (X,), (X,))
+    with pytest.raises(RuntimeError, match=r"no forward-mode"), forward_ad.dual_level():
+        pair[0](forward_ad.make_dual(X, X), A, B)
+
+
+def test_forward_mode_of_something_else_passes_by(pair) -> None:
+    y, tangent = jvp(lambda x: pair[0](X, A, B).sum() + x.sum(), (X,), (X,))
+    torch.testing.assert_close(tangent, X.sum())
+    torch.testing.assert_close(y, pair[1](X, A, B).sum() + X.sum())
+
+
+def test_forward_mode_by_the_formula(pair) -> None:
+    _, ours = jvp(lambda x: bounded_linear(x, W, A, B, backend="reference"), (X,), (X,))
+    torch.testing.assert_close(ours, formula.bounded_linear(X, W, A, B))  # linear in x
 
 
 def test_functional_call_trains_the_adapter_of_a_layer() -> None:
