@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -190,6 +192,8 @@ def test_a_scale_is_exported_but_not_saved(tiny_model, tmp_path):
     fastbound.export_lora(model, tmp_path / "lora")
     exported = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "lora")
     torch.testing.assert_close(logits(exported), y, rtol=1e-5, atol=1e-6)
+    if Version(peft.__version__) < Version("0.21"):  # which does not ask the method when it saves
+        return
     with pytest.warns(UserWarning, match=r"the scale of 'default' .* is not part of a saved"):
         model.save_pretrained(tmp_path / "one")
     bounds = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["bound_pattern"]
