@@ -132,7 +132,20 @@ class BoundedAdapter(nn.Module):
 
 
 class NamedAdapter(BoundedAdapter):
-    """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT."""
+    """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT.
 
+    ``scale`` multiplies ΔW, s and with it the bound: |ΔW_ij| <= |scale|·bound. It is not kept.
+    """
+
+    scale: float = 1.0
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
+
+    @property
+    def scaling(self) -> float:
+        """s = scale · bound / rank."""
+        return self.scale * self.bound / self.rank
+
+    def extra_repr(self) -> str:
+        scale = "" if self.scale == 1 else f", scale={self.scale:g}"
+        return super().extra_repr() + scale
