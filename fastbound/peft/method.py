@@ -33,6 +33,7 @@ from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.adapted import fuse
 from fastbound.models.files import PEFT_TYPE
 from fastbound.models.names import exact_targets, renamed, unmatched
+from fastbound.models.ranks import check_ranks
 from fastbound.models.targets import has_mlp_suffixes, mlp_suffixes
 from fastbound.peft.optimizers import correct_optimizers
 
@@ -285,7 +286,9 @@ class BoundedModel(BaseTuner):
         bounds, shapes = {}, {}
         for name, module in targets.items():
             base = module.base_layer if isinstance(module, BoundedLayer) else module
-            bounds[name] = config.of_layer(names[name], base).bound
+            settings = config.of_layer(names[name], base)
+            check_ranks({name: settings.rank}, {name: features(base)})
+            bounds[name] = settings.bound
             shapes[name] = list(features(base))
             saved = config.shapes.get(names[name], shapes[name])
             if saved != shapes[name]:

@@ -149,6 +149,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no rank of a layer": (config_with(rank_pattern={"down": 2}), "rank_pattern do not agree"),
     "alpha of a layer null": (config_with(alpha_pattern=layer(None)), "alpha_pattern of up"),
     "alpha of a layer NaN": (config_with(alpha_pattern=layer(float("nan"))), "alpha_pattern of up"),
+    "alpha of a layer of 400 digits": (
+        config_with(alpha_pattern=layer(10**400)),
+        "alpha_pattern of up must be positive and finite",
+    ),
     "alpha of a layer 1e300": (config_with(alpha_pattern=layer(1e300)), "up: alpha must lie"),
     "bound of a layer -1": (config_with(bound_pattern=layer(-1)), "bound_pattern of up"),
     "bound of a layer a text": (config_with(bound_pattern=layer("auto")), "bound_pattern of up"),

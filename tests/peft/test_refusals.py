@@ -56,6 +56,8 @@ def test_unknown_fields_are_named(field):
         ({"target_modules": ["up_prjo"]}, "matches no module; near misses: up_proj"),
         ({"target_modules": ["embed_tokens"]}, "of class Embedding, .* trainable_token_indices"),
         ({"target_modules": ["mlp.act_fn"]}, "only linear layers"),
+        ({"r": 257}, "gate_proj: rank 257 is out of proportion"),
+        ({"rank_pattern": {"up_proj": 999}}, "up_proj: rank 999 is out of proportion"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern: 'q_proj' fits none"),
         ({"alpha_pattern": {"nowhere": 4}}, "alpha_pattern: 'nowhere' fits none"),
         ({"bound_pattern": {"p_proj": 4}}, "bound_pattern: 'p_proj' fits none"),

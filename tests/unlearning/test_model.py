@@ -172,7 +172,16 @@ def test_settings_that_do_not_fit_the_model_leave_no_folder(user_folder, capsys,
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("targets", ["down_proj", "all-linear", "mlp.down_proj,", r".*\.down_proj"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "down_proj",
+        *(
+            pytest.param(targets, marks=pytest.mark.slow)  # a run each
+            for targets in ("all-linear", "mlp.down_proj,", r".*\.down_proj")
+        ),
+    ],
+)
 def test_targets_on_the_command_line(user_folder, targets):
     flags = ["--target-modules", targets, "--epochs", "1", "--batch-size", "2"]
     assert main([*COMMANDS["unlearn"], "--model", "my-model", "--output", "out", *flags]) == 0
