@@ -93,7 +93,9 @@ def test_vmap_with_dropout_is_refused_by_name() -> None:
 
 
 def test_forward_mode_is_refused_by_name(pair) -> None:
-    with pytest.raises(RuntimeError, match=r"fastbound's operators have no forward-mode.*reference"):
+    with pytest.raises(
+        RuntimeError, match=r"fastbound's operators have no forward-mode.*reference"
+    ):
         jvp(lambda x: pair[0](x, A, B), (X,), (X,))
     with pytest.raises(RuntimeError, match=r"no forward-mode"), forward_ad.dual_level():
         pair[0](forward_ad.make_dual(X, X), A, B)
