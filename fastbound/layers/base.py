@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -111,8 +112,29 @@ def offloaded(layer: Any) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calls of the module run hooks."""
+    """Whether calls of the module run hooks of its own."""
     return any(getattr(module, kind) for kind in _HOOKS)
+
+
+def hooked_everywhere() -> bool:
+    """Whether calls of every module run hooks, as `register_module_forward_hook` sets them."""
+    return bool(_has_any_global_hook())
+
+
+def keeps_no_output(layer: nn.Module) -> bool:
+    """Whether what a call returns is surely nobody else's: no hook and no code unknown sees it.
+
+    Known are nn.Linear's own forward, Conv1D's, and those of the packages that quantise.
+    """
+    kind = type(layer)
+    known = (
+        kind.forward is nn.Linear.forward
+        or is_conv1d(layer)
+        or kind.__module__.startswith(QUANTISED)
+    )
+    own = "forward" in layer.__dict__ and not offloaded(layer)
+    plain_call = kind.__call__ is nn.Module.__call__
+    return known and plain_call and not own and not hooked(layer) and not hooked_everywhere()
 
 
 def weight_hooks(layer: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastbound.layers.base import Adapted, hooked, transposed
+from fastbound.layers.base import Adapted, hooked, hooked_everywhere, transposed
 from fastbound.layers.conversion import convert
 from fastbound.layers.forms import Form, UnknownForm, activation_name, form_of
 from fastbound.layers.linear import FusedBoundedLinear
@@ -37,8 +37,9 @@ class FusedBoundedMLP(nn.Module):
 
     Where something other than plain layers has to run, a projection with hooks, one that was
     replaced, quantised, sharded on its own or is to be trained whole, an activation that was
-    exchanged, and in training adapter dropout, the forward of the original class runs instead,
-    layer by layer. :meth:`obstacle` names the reason, and so does ``fastbound.explain``.
+    exchanged, hooks on all modules (`register_module_forward_hook`), and in training adapter
+    dropout, the forward of the original class runs instead, layer by layer. :meth:`obstacle` names
+    the reason, and so does ``fastbound.explain``.
 
     Parameters are read in this module's forward: a wrapper that gathers them must take this module
     or one around it as its unit (``fully_shard(block)`` or ``fully_shard(decoder_layer)``).
@@ -112,6 +113,8 @@ class FusedBoundedMLP(nn.Module):
 
         ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
         """
+        if hooked_everywhere():
+            return "hooks are set on all modules, and must see its projections called"
         reason = parts_obstacle(self, self.fusion.form, gathered=gathered)
         if reason is not None:
             return reason

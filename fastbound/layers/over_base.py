@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize
 
 from fastbound.layers.base import (
     features,
-    hooked,
     is_adaptable,
     is_conv1d,
     is_quantised,
+    keeps_no_output,
     offloaded,
     over_reason,
     weight_hooks,
@@ -74,17 +74,18 @@ class BoundedOverBase(FusedBoundedLinear):
         """The base's bias."""
         return self.base_layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N], in the dtype of the base's output.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] -> [..., N], in the dtype of the base's output; the base gets all arguments.
 
-        Raises RuntimeError where x is to have a gradient and the base cuts it off.
+        Raises RuntimeError where x is to have a gradient and the base cuts it off, TypeError where
+        the base returns something else than a tensor.
         """
-        result = self.base_layer(x)
+        result = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
-            return result
-        check_gradient(self.base_layer, x, result)
-        # A hook may have kept the output, and must not see the term added to it.
-        return self.adapter.add_to(result, x, give_up=not hooked(self.base_layer))
+            return cast(Tensor, result)
+        check_result(self.base_layer, x, result)
+        # A base that may have kept its output must not find the term added to it.
+        return self.adapter.add_to(result, x, give_up=keeps_no_output(self.base_layer))
 
     @torch.no_grad()
     def to_linear(self, merge: bool = True) -> nn.Module:
@@ -138,19 +139,33 @@ class BoundedOverBase(FusedBoundedLinear):
         return self.reason
 
 
-def check_gradient(base: nn.Module, x: Tensor, result: Tensor) -> None:
-    """Raise RuntimeError where x is to have a gradient and the base's result has no way back to it.
+def check_result(base: nn.Module, x: Tensor, result: Any) -> None:
+    """Raise where a low-rank term of x cannot be added to what the base made of x.
 
-    bitsandbytes' packed weights only warn in backward.
+    TypeError for a result that is no tensor; RuntimeError where x is to have a gradient and the
+    result has no way back to it (bitsandbytes' packed weights only warn in backward).
     """
+    kind = type(base).__name__
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"the base, a {kind}, returns a {type(result).__name__} and not a tensor, to which "
+            "nothing can be added: leave the layer out of target_modules"
+        )
     if not (x.requires_grad and torch.is_grad_enabled()):
         return
     state = getattr(base._parameters.get("weight"), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False) or not result.requires_grad:
+    if getattr(state, "packing_format_for_cpu", False) or (
+        not result.requires_grad and type(base).__module__.startswith("bitsandbytes.")
+    ):
         raise RuntimeError(
-            f"the base, a {type(base).__name__}, gives x no gradient. bitsandbytes does so on the "
+            f"the base, a {kind}, gives x no gradient. bitsandbytes does so on the "
             "CPU after a 4-bit layer's first call in eval mode, when it repacks the weight for "
             "inference: load the model again and call model.train() before use"
+        )
+    if not result.requires_grad:
+        raise RuntimeError(
+            f"the base, a {kind}, gives x no gradient: its forward detaches x or runs without "
+            "gradients. Give it an x that requires none, or leave the layer out of target_modules"
         )
 
 

@@ -13,6 +13,8 @@ from fastbound.errors import positive
 from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.operator.dropout import check_dropout
 
+LEAST, MOST = 1e-12, 1e12  # of alpha and bound
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -58,6 +60,12 @@ def adapter_settings(
     alpha = positive("alpha", rank if alpha is None else alpha)
     if not isinstance(bound, str):
         bound = positive("bound", alpha if bound is None else bound)
+    for name, value in (("alpha", alpha), ("bound", bound)):
+        if not isinstance(value, str) and not LEAST <= value <= MOST:
+            raise ValueError(
+                f"{name} must lie between {LEAST:g} and {MOST:g}, where fp32 holds s and ω, got "
+                f"{value:g}"
+            )
     if not adapter_dtype.is_floating_point:
         raise ValueError(f"adapter_dtype must be a floating dtype, got {adapter_dtype}")
     if backend not in BACKENDS:

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
+from fastbound.errors import InputError
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 EVEN = 8  # the rank that the default budget buys everywhere
+SMALL = 128  # a rank that is taken for a layer of any size
 _OVERSAMPLING = 8
 
 
@@ -169,6 +171,20 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
             ranks[name] += 1
             left -= costs[name]
     return ranks
+
+
+def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> None:
+    """Raise InputError for a rank above `SMALL` and above both sides of its layer [N, K].
+
+    A and B would each be larger than the weight, whose own rank is at most the smaller side.
+    """
+    for name, (N, K) in layers.items():
+        most = max(N, K, SMALL)
+        if ranks[name] > most:
+            raise InputError(
+                f"rank {ranks[name]} of {name} is out of proportion: its weight is [N, K] = "
+                f"[{N}, {K}], and A and B would each be larger; give a rank of at most {most}"
+            )
 
 
 def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:

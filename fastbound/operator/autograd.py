@@ -77,7 +77,12 @@ def apply_of(function: type[_F]) -> Callable[..., Any]:
         if not _differentiated(arguments):
             return function.forward(*arguments)
         if torch.compiler.is_compiling():
-            return function.apply(*arguments)  # type: ignore[attr-defined]
+            return function.apply(*arguments)
+        if torch._C._is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace keeps no gradient of fastbound's operators: trace under "
+                "torch.no_grad(), or take torch.compile or torch.export"
+            )
         return (eager if nothing_intercepts() else transformed).apply(*arguments)
 
     return apply

@@ -19,6 +19,8 @@ from torch.nn.functional import linear
 from fastbound.dispatch.defaults import padded_rank
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import PlanKey, plan_key
+from fastbound.hook import after_import
+from fastbound.operator import flops
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import BLOCK_SCHEMA, BlockCall, Factors
 from fastbound.operator.engine import engine_for
@@ -189,6 +191,8 @@ for _device in ("CPU", "CUDA"):
     library.impl("mlp_backward", compute_backward, _device)
 torch.library.register_fake("fastbound::mlp_forward", _fake_forward, lib=library)
 torch.library.register_fake("fastbound::mlp_backward", _fake_backward, lib=library)
+
+after_import("torch.utils.flop_counter", flops.register)
 
 mlp_forward = direct(torch.ops.fastbound.mlp_forward.default, compute_forward)
 mlp_backward = direct(torch.ops.fastbound.mlp_backward.default, compute_backward)

@@ -14,12 +14,14 @@ from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
 from fastbound.layers.base import (
     Adapted,
     features,
+    hooked_everywhere,
     is_conv1d,
     is_linear,
     is_watched,
+    keeps_no_output,
     tensor_obstacle,
 )
-from fastbound.layers.over_base import check_gradient
+from fastbound.layers.over_base import check_result
 from fastbound.layers.settings import AdapterSettings
 
 
@@ -121,10 +123,11 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             return y
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if active:
-            check_gradient(self.base_layer, x, result)
-        watched = is_watched(self.base_layer)
+            check_result(self.base_layer, x, result)
+        own = keeps_no_output(self.base_layer)
         for adapter in active:
-            result = adapter.add_to(result, x, give_up=not watched)
+            result = adapter.add_to(result, x, give_up=own)
+            own = True  # a sum that nobody else has seen
         return result
 
     def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -244,4 +247,6 @@ def _base_obstacle(base: Any, gathered: bool = False) -> str | None:
         return f"wraps a {type(base).__name__}"
     if is_watched(base):
         return "has hooks or a forward of its own on its base, which must be called"
+    if hooked_everywhere():
+        return "has a base that must be called: hooks are set on all modules"
     return tensor_obstacle({"weight": base.weight, "bias": base.bias}, gathered)

@@ -148,6 +148,33 @@ def test_a_hook_on_a_projection_is_called_and_the_block_fuses_again_without_it()
     assert seen == [block.up]
 
 
+_EVERYWHERE = nn.modules.module
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        _EVERYWHERE.register_module_forward_hook,
+        _EVERYWHERE.register_module_forward_pre_hook,
+        _EVERYWHERE.register_module_full_backward_hook,
+    ],
+)
+def test_a_hook_on_all_modules_sees_every_projection(register):
+    block, x = fused(Gated), torch.randn(5, 6, requires_grad=True)
+    expected, seen = block(x), []
+    hook = register(lambda module, *_: seen.append(module))
+    try:
+        y = block(x)
+        y.sum().backward()
+        (explained,) = fastbound.explain(block).blocks
+        assert not explained.fused and "hooks are set on all modules" in explained.reason
+    finally:
+        hook.remove()
+    assert all(seen.count(layer) == 1 for layer in block.adapted_layers().values())
+    torch.testing.assert_close(y, expected)
+    assert fastbound.explain(block).blocks[0].fused and torch.equal(block(x), expected)
+
+
 def test_a_rank_beyond_the_blocks_kernels_runs_layer_by_layer():
     settings = {"backend": "fused", "target_modules": ["up", "down"]}
     report = fastbound.inject(model_of(Gated), 48, **settings)

@@ -1,0 +1,90 @@
+"""What a FLOP counter (``torch.utils.flop_counter``) counts of the operators: their products.
+
+Two for each multiply and add, as for aten's, of the formula at its own rank: the padding of the
+rank and the reading of dropout's mask are not counted.
+
+    forward     x Wᵀ 2MNK    S 2MKr    S SBᵀ 2MNr
+    backward    dy W 2MNK    dS 2MNr    dS SA 2MKr    dA 2MKr    dB 2MNr
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+Shape = Sequence[int]
+
+
+def register() -> None:
+    """Hand the formulas to PyTorch's counter, whose import would bring Triton with it."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    operators = torch.ops.fastbound
+    for formula in (forward, backward, mlp_forward, mlp_backward):
+        register_flop_formula(getattr(operators, formula.__name__))(formula)
+
+
+def forward(
+    x: Shape, weight: Shape | None, bias: Any, result: Any, A: Shape, B: Shape, *_: Any, **__: Any
+) -> int:
+    """Of ``fastbound::forward``: operands by their shapes, as the counter hands them over."""
+    return _forward(prod(x[:-1]), weight, A, B)
+
+
+def backward(
+    dy: Shape, x: Any, S: Any, weight: Shape | None, dtype: Any,
+    need_dx: bool, need_dA: bool, need_dB: bool, A: Shape, B: Shape, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Of ``fastbound::backward``."""
+    return _backward(prod(dy[:-1]), weight, A, B, need_dx, need_dA, need_dB)
+
+
+def mlp_forward(x: Shape, *call: Any, **_: Any) -> int:
+    """Of ``fastbound::mlp_forward``."""
+    M = prod(x[:-1])
+    return sum(_forward(M, weight, A, B) for weight, A, B in _projections(call))
+
+
+def mlp_backward(
+    dy: Shape, x: Any, G: Any, U: Any, S: Any, S_down: Any, need_dx: bool, *call: Any, **_: Any
+) -> int:
+    """Of ``fastbound::mlp_backward``: without g, that and u are made again from x and S."""
+    M = prod(dy[:-1])
+    *first, down = _projections(call)
+    flops = _backward(M, *down, True, True, True)
+    for weight, A, B in first:
+        flops += _backward(M, weight, A, B, need_dx, True, True)
+        if G is None:
+            flops += _product(M, weight) + _product(M, B)
+    return flops
+
+
+def _projections(call: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """weight, A and B of those that are there, the last one last."""
+    three = (call[4 * i : 4 * i + 4] for i in range(3))
+    return [(weight, A, B) for weight, _, A, B in three if weight is not None]
+
+
+def _forward(M: int, weight: Shape | None, A: Shape | None, B: Shape | None) -> int:
+    return _product(M, weight) + _product(M, A) + _product(M, B)
+
+
+def _backward(
+    M: int, weight: Shape | None, A: Shape | None, B: Shape | None,
+    need_dx: bool, need_dA: bool, need_dB: bool,
+) -> int:  # fmt: skip
+    need_dS = need_dx or need_dA
+    return (
+        need_dx * (_product(M, weight) + _product(M, A))
+        + need_dS * _product(M, B)
+        + need_dA * _product(M, A)
+        + need_dB * _product(M, B)
+    )
+
+
+def _product(M: int, matrix: Shape | None) -> int:
+    """Of M rows with a matrix, in either direction."""
+    return 0 if matrix is None else 2 * M * prod(matrix)
