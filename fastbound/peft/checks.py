@@ -40,7 +40,9 @@ def no_match(model: nn.Module, config: Any) -> str:
         for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     }
     given = "".join(f", {name}={value!r}" for name, value in limits.items() if value is not None)
-    return f"target_modules={wanted!r}{given} matches no module; {near_misses(model, one)}"
+    stacked = any(p.dim() == 3 and ".experts." in name for name, p in model.named_parameters())
+    experts = ", and experts that are kept as 3-D parameters get no adapter" if stacked else ""
+    return f"target_modules={wanted!r}{given} matches no module{experts}; {near_misses(model, one)}"
 
 
 def no_default(model: nn.Module, model_config: Mapping[str, Any]) -> str:
@@ -74,7 +76,12 @@ def refusal(model: nn.Module, name: str, module: nn.Module, adapter_name: str) -
     """Why a module cannot get an adapter of that name, or None when it can."""
     if isinstance(module, BoundedLayer):
         held = adapter_name in module.fastbound_ab
-        return f"already has an adapter named {adapter_name!r}" if held else None
+        if held:
+            return (
+                f"already has an adapter named {adapter_name!r}: give another adapter_name, or "
+                "delete that one first"
+            )
+        return None
     if isinstance(module, BaseTunerLayer):
         return (
             f"already holds another method's adapter ({type(module).__module__}): merge and unload "

@@ -147,6 +147,8 @@ class BoundedConfig(PeftConfig):
 
     # bound_pattern and shapes of the layers that the config was put on.
     worked_out = None
+    # LoRA's, which PEFT and others read: no parameter is adapted by itself.
+    target_parameters = None
 
     def __post_init__(self, fastbound_version: str | None, tensors_sha256: str | None) -> None:
         super().__post_init__()
