@@ -21,6 +21,7 @@ import torch
 
 from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import encode_all, padding
+from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
 from fastbound.unlearning.lab.adapters import parse_adapter
@@ -220,6 +221,7 @@ def _learn(output: str, seed: int) -> None:
         progress=False,
     )
     rows = _encode(forget, retain, learned.tokenizer)
+    check_fits(learned.model, learned.tokenizer, rows.wrong)
     scores = score_model(learned.model, rows, pad=padding(learned.tokenizer))
     about = {"vocabulary": len(learned.tokenizer), **scores}
     learned.save(Path(output) / f"model-{seed}", about)
