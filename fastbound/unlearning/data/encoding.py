@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastbound.errors import InputError
-from fastbound.unlearning.data.rows import Row
+from fastbound.unlearning.data.rows import Row, as_text
 
 IGNORED = -100  # the label that cross-entropy leaves out, here and in transformers
+_CHARACTERS = 64  # a token seldom holds as many
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
 
 
@@ -68,8 +69,12 @@ def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = T
             chat template (user asks, assistant answers).
 
     Raises:
-        InputError: the row takes more than `max_length` tokens, or the tokenizer cannot do this.
+        InputError: the row takes more than `max_length` tokens or the tokenizer makes none of its
+            answer; its text is none that a tokenizer takes; the tokenizer cannot do this.
     """
+    as_text(row.answer, "the answer", row.where)
+    if row.question is not None:
+        as_text(row.question, "the question", row.where)
     if not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets: use the fast tokenizer"
@@ -78,8 +83,15 @@ def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = T
     if end is None:
         raise InputError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
     prompt, special = _prompt(row, tokenizer, template)
+    kind = "the text takes" if row.question is None else "question and answer take"
+    text = prompt + row.answer
+    if beginning(text, tokenizer, max_length) != text:
+        raise InputError(
+            f"{row.where}: {kind} more than {2 * max_length} tokens ({len(text)} characters), more "
+            f"than the {max_length} of max_length: shorten the row"
+        )
     tokens = tokenizer(
-        prompt + row.answer,
+        text,
         add_special_tokens=special,
         return_offsets_mapping=True,
         verbose=False,  # our own message below names the row
@@ -87,12 +99,13 @@ def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = T
     ids: list[int] = list(tokens["input_ids"])
     begin = len(prompt.rstrip())
     answered = [stop > begin for _, stop in tokens["offset_mapping"]]
-    if not ids or ids[-1] != end or answered[-1]:
+    if not any(answered):
+        raise InputError(f"{row.where}: the tokenizer makes no token of the answer {row.answer!r}")
+    if ids[-1] != end or answered[-1]:
         ids.append(end)
         answered.append(True)
     answered[-1] = True
     if len(ids) > max_length:
-        kind = "the text takes" if row.question is None else "question and answer take"
         raise InputError(
             f"{row.where}: {kind} {len(ids)} tokens, more than the {max_length} of max_length: "
             f"raise it to {len(ids)} or shorten the row"
@@ -136,10 +149,55 @@ def _prompt(row: Row, tokenizer: Any, template: str) -> tuple[str, bool]:
     if template != "chat":
         before, _, _ = template.partition("{answer}")
         return before.replace("{question}", row.question), True
-    if not tokenizer.chat_template:
-        raise InputError('template "chat": the tokenizer has no chat template; give a text one')
     turns = [{"role": "user", "content": row.question}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
+    return chat_text(turns, tokenizer, row.where, add_generation_prompt=True), False
+
+
+def chat_text(
+    turns: Sequence[Mapping[str, str]], tokenizer: Any, where: str, **settings: Any
+) -> str:
+    """The text that the tokenizer's chat template makes of `turns`, each a role and its content.
+
+    Args:
+        where: file and row, for messages.
+        settings: of `apply_chat_template`.
+
+    Raises:
+        InputError: there is no template, it fails, or it leaves out what user or assistant say.
+    """
+    remedy = "give a template of text, or mend the tokenizer's chat_template"
+    if not tokenizer.chat_template:
+        raise InputError('template "chat": the tokenizer has no chat template; give one of text')
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **settings)
+    except Exception as error:  # of Jinja, or whatever an expression of the template raises
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f'{where}: template "chat": the tokenizer\'s own fails ({type(error).__name__}: '
+            f"{reason}); {remedy}"
+        ) from error
+    for turn in turns:
+        if turn["role"] != "system" and turn["content"].strip() not in text:
+            raise InputError(
+                f'{where}: template "chat": the tokenizer\'s own leaves out or changes what the '
+                f"{turn['role']} says; {remedy}"
+            )
+    return str(text)
+
+
+def beginning(text: str, tokenizer: Any, most: int) -> str:
+    """`text`, or of one far too long a beginning that takes more than twice `most` tokens.
+
+    A tokenizer takes 270 times the memory of a text. So a long one is not tokenised whole to find
+    that it does not fit, or to keep its first tokens: what comes later changes tokens near the cut
+    alone.
+    """
+    size = _CHARACTERS * most
+    while size < len(text):
+        if len(tokenizer(text[:size], verbose=False)["input_ids"]) > 2 * most:
+            return text[:size]
+        size *= 2
+    return text
 
 
 def answer_length(row: Encoded) -> int:

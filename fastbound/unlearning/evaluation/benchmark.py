@@ -36,6 +36,9 @@ class Prepared(Protocol):
 
     @property
     def encoded(self) -> Sequence[Encoded]: ...
+    @property
+    def continued(self) -> Sequence[tuple[Encoded, int]]:
+        """Each prompt, with the most tokens that the model adds to it."""
 
 
 class Benchmark(Protocol):

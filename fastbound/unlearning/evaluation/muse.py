@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbound.errors import InputError
 from fastbound.unlearning import metrics
-from fastbound.unlearning.data.encoding import IGNORED, Encoded
+from fastbound.unlearning.data.encoding import IGNORED, Encoded, beginning
 from fastbound.unlearning.data.files import SUFFIXES, read_text
 from fastbound.unlearning.data.records import Records, check_split, file_of
 from fastbound.unlearning.data.rows import Row, read_records, text_field
@@ -65,7 +65,7 @@ SPLITS = tuple(
 class Prompted:
     """Prompts with what a model that remembers adds to them."""
 
-    prompts: Sequence[list[int]]
+    prompts: Sequence[Encoded]
     expected: Sequence[str]
     most: int
     stops: Sequence[str] = ()
@@ -80,12 +80,12 @@ class Prepared:
 
     @property
     def encoded(self) -> list[Encoded]:
-        asked = [
-            Encoded(tuple(prompt), (), name)
-            for name, part in self.prompted.items()
-            for prompt in part.prompts
-        ]
+        asked = (prompt for prompt, _ in self.continued)
         return [*asked, *(row for rows in self.texts.values() for row in rows)]
+
+    @property
+    def continued(self) -> list[tuple[Encoded, int]]:
+        return [(prompt, part.most) for part in self.prompted.values() for prompt in part.prompts]
 
 
 def load(split: str, data: str | Path | None = None) -> list[Row]:
@@ -145,14 +145,16 @@ def prepare(settings: Settings, tokenizer: Any) -> Prepared:
         expected = [_first(tokenizer, text, VERBATIM_TOKENS) for text in expected]
     prompted = {
         "forget_verbmem": Prompted(
-            [_ids(tokenizer, row.question or "") for row in verbatim], expected, VERBATIM_TOKENS
+            [_prompt(row, row.question or "", tokenizer) for row in verbatim],
+            expected,
+            VERBATIM_TOKENS,
         )
     }
     for side in ("forget", "retain"):
         rows, shown = rows_of(f"knowmem/{side}_qa"), rows_of(f"knowmem/{side}_qa_icl")
         examples = "".join(f"Question: {r.question}\nAnswer: {r.answer}\n\n" for r in shown)
         prompted[f"{side}_knowmem"] = Prompted(
-            [_ids(tokenizer, f"{examples}Question: {row.question}\nAnswer:") for row in rows],
+            [_prompt(r, f"{examples}Question: {r.question}\nAnswer:", tokenizer) for r in rows],
             [row.answer for row in rows],
             ANSWER_TOKENS,
             _STOPS,
@@ -177,7 +179,9 @@ def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str,
     convention = str(settings.convention)
     log: dict[str, Any] = {}
     for name, part in prepared.prompted.items():
-        texts = session.texts(name, part.prompts, [part.most] * len(part.prompts))
+        texts = session.texts(
+            name, [prompt.ids for prompt in part.prompts], [part.most] * len(part.prompts)
+        )
         texts = [until(text, part.stops) for text in texts]
         log[name] = {
             "rougeL_f1": [
@@ -262,11 +266,17 @@ def draw(path: Path, log: Log, retain: Log | None, summary: Summary) -> None:
         curve.legend(loc="lower right", fontsize="small")
 
 
+def _prompt(row: Row, text: str, tokenizer: Any) -> Encoded:
+    return Encoded(tuple(_ids(tokenizer, text)), (), row.where)
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    text = beginning(text, tokenizer, MAX_LENGTH)
     return list(tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"])
 
 
 def _first(tokenizer: Any, text: str, tokens: int) -> str:
+    text = beginning(text, tokenizer, tokens)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 

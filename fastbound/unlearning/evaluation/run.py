@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastbound.errors import InputError
+from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.evaluation import benchmark_named
 from fastbound.unlearning.evaluation.benchmark import Benchmark
 from fastbound.unlearning.evaluation.session import Pieces, Session
@@ -108,6 +109,9 @@ def evaluate_benchmark(
     folder, chosen = Path(output), config.chosen
     retain = None if retain_log is None else read_log(retain_log)
     prepared = chosen.prepare(config, tokenizer)
+    check_fits(model, tokenizer, prepared.encoded)
+    continued = prepared.continued
+    check_fits(model, tokenizer, [row for row, _ in continued], [most for _, most in continued])
     if retain is not None:  # refused before minutes of evaluation
         for part, (theirs, ours) in chosen.compared(retain, prepared).items():
             if theirs != ours:

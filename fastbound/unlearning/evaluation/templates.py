@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastbound.errors import InputError
-from fastbound.unlearning.data.encoding import IGNORED, Encoded, answer_length
+from fastbound.unlearning.data.encoding import (
+    IGNORED,
+    Encoded,
+    answer_length,
+    beginning,
+    chat_text,
+)
 from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING
 
 
@@ -30,6 +36,7 @@ FAMILIES = {
 }
 CHAT = "chat"  # the tokenizer's own template
 MAX_LENGTH = 500
+_MOST = 2**16  # tokens of a chat, which is not cut
 # open-unlearning fixes both, so that tokens do not depend on the day.
 SYSTEM = "You are a helpful assistant."
 DATE = "10 Apr 2025"
@@ -65,8 +72,16 @@ def encode_answer(
     """
     end = end_of_text(tokenizer)
     if family == CHAT:
-        ids = _chat(tokenizer, question, answer)
-        prompt = len(_chat(tokenizer, question, None))
+        whole = _chat(question, answer, where, tokenizer)
+        asked = _chat(question, None, where, tokenizer)
+        if not whole.startswith(asked):
+            raise InputError(
+                f'{where}: template "chat": with an answer the tokenizer\'s own does not begin as '
+                f"it does without, {asked[-40:]!r} at its end: it cannot be told where the answer "
+                f"begins; give {', '.join(FAMILIES)}"
+            )
+        ids = _chat_tokens(tokenizer, whole)
+        prompt = len(_chat_tokens(tokenizer, asked))
         cut = False
     else:
         before, tag = _around(question, family)
@@ -96,7 +111,8 @@ def encode_prompt(
 ) -> list[int]:
     """Tokens after which the model is to answer: all that `encode_answer` leaves unlabelled."""
     if family == CHAT:
-        return _chat(tokenizer, question, None)
+        where = f"question {question[:60]!r}"
+        return _chat_tokens(tokenizer, _chat(question, None, where, tokenizer))
     return _tokens(tokenizer, _shown(*_around(question, family), convention), max_length)
 
 
@@ -135,22 +151,21 @@ def _shown(before: str, tag: str, convention: str) -> str:
 
 
 def _tokens(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    text = beginning(text, tokenizer, max_length)
     return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
 
 
-def _chat(tokenizer: Any, question: str, answer: str | None) -> list[int]:
-    if not tokenizer.chat_template:
-        raise InputError(
-            f'template "chat": the tokenizer has no chat template; give {", ".join(FAMILIES)}'
-        )
+def _chat(question: str, answer: str | None, where: str, tokenizer: Any) -> str:
     turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
-    return list(
-        tokenizer.apply_chat_template(
-            turns,
-            add_generation_prompt=answer is None,
-            return_dict=False,
-            date_string=DATE,
-        )
+    text = chat_text(
+        turns, tokenizer, where, add_generation_prompt=answer is None, date_string=DATE
     )
+    if beginning(text, tokenizer, _MOST) != text:
+        raise InputError(f"{where}: takes more than {2 * _MOST} tokens: shorten the row")
+    return text
+
+
+def _chat_tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

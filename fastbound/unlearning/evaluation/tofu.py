@@ -81,6 +81,7 @@ class Section:
     Attributes:
         paraphrased: the answers themselves where the rows have no other wording.
         perturbed: wrong answers, all of a row after all of the row before.
+        most: tokens that are generated after each prompt, at most.
     """
 
     rows: Sequence[TofuRow]
@@ -88,6 +89,7 @@ class Section:
     paraphrased: Sequence[Encoded] | None
     perturbed: Sequence[Encoded]
     prompts: Sequence[list[int]]
+    most: Sequence[int]
 
     @property
     def encoded(self) -> list[Encoded]:
@@ -147,6 +149,14 @@ class Sections:
     def encoded(self) -> list[Encoded]:
         return [row for part in self.parts.values() for row in part.encoded]
 
+    @property
+    def continued(self) -> list[tuple[Encoded, int]]:
+        return [
+            (Encoded(tuple(prompt), (), row.where), most)
+            for part in self.parts.values()
+            for row, prompt, most in zip(part.rows, part.prompts, part.most, strict=True)
+        ]
+
 
 def prepare(settings: Settings, tokenizer: Any) -> Sections:
     """All four sections; `settings.rows` is the first so many of each, TOFU's own code takes 300.
@@ -173,14 +183,19 @@ def prepare(settings: Settings, tokenizer: Any) -> Sections:
     for section, name in splits.items():
         rows = load(name, settings.data)[: settings.rows]
         reworded = [encode(row, row.paraphrased) for row in rows if row.paraphrased is not None]
+        prompts = [
+            encode_prompt(row.question or "", tokenizer, family=family, convention=convention)
+            for row in rows
+        ]
         part = sections[section] = Section(
             rows,
             [encode(row, row.answer) for row in rows],
             reworded or None,
             [encode(row, wrong) for row in rows for wrong in row.perturbed],
+            prompts,
             [
-                encode_prompt(row.question or "", tokenizer, family=family, convention=convention)
-                for row in rows
+                GENERATED if convention == OPEN_UNLEARNING else max(1, GENERATED - len(prompt))
+                for prompt in prompts
             ],
         )
         warn_of_empty_answers(name, part.encoded, end_of_text(tokenizer))
@@ -204,11 +219,7 @@ def score(session: Session, prepared: Sections, settings: Settings) -> dict[str,
             reworded = session.answers(f"{name} paraphrased", part.paraphrased)
         flat = iter(session.answers(f"{name} wrong", part.perturbed))
         wrong = [[next(flat) for _ in row.perturbed] for row in part.rows]
-        most = [
-            GENERATED if settings.convention == OPEN_UNLEARNING else max(1, GENERATED - len(prompt))
-            for prompt in part.prompts
-        ]
-        texts = session.texts(f"{name} texts", part.prompts, most)
+        texts = session.texts(f"{name} texts", part.prompts, part.most)
         scores = [rouge(row.answer, text) for row, text in zip(part.rows, texts, strict=True)]
         log[section] = {
             "avg_gt_loss": [each["loss"] for each in answers],

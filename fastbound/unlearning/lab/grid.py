@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from fastbound.errors import InputError
 from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
+from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
 from fastbound.unlearning.evaluation.tofu import TofuRow
@@ -263,7 +265,10 @@ def _learn(output: str, seed: int) -> None:
     folder = folder_of(subject, Path(output), seed)
     if isinstance(subject, Pretrained):
         model, tokenizer = load(subject, Path(output), seed, config)
-        look(model, tokenizer, _encode(held, tokenizer), config, folder)
+        rows = _encode(held, tokenizer)
+        everything = [*rows.forget, *rows.retain, *rows.wrong, *chain(*rows.general)]
+        check_fits(model, tokenizer, everything)
+        look(model, tokenizer, rows, config, folder)
         return
     learned = learn(
         [*_rows(held, "forget"), *_rows(held, "retain")],
@@ -273,6 +278,7 @@ def _learn(output: str, seed: int) -> None:
         progress=False,
     )
     rows = _encode(held, learned.tokenizer)
+    check_fits(learned.model, learned.tokenizer, rows.wrong)
     scores = score_model(learned.model, rows, config, pad=padding(learned.tokenizer))
     learned.save(folder, {"vocabulary": len(learned.tokenizer), **scores})
 

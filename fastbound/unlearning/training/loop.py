@@ -18,6 +18,7 @@ from fastbound.errors import InputError, NonFiniteError
 from fastbound.models.ranks import RankAllocation
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded
+from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import Pairing, evenly
 from fastbound.unlearning.losses.objective import Objective
@@ -78,6 +79,7 @@ def unlearn(
     config = config or UnlearnConfig()
     objective = Objective(config.weighted_losses)
     sides = encode_sides(forget, retain, tokenizer, config, refuse=objective.needs_refusals)
+    check_fits(model, tokenizer, [*sides.forget, *sides.retain, *sides.refused])
     return _Run(model, sides, objective, config, output, resume, progress).go()
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 from fastbound.unlearning import InputError, Row, authors, collate, encode, load_rows
 from fastbound.unlearning.data.encoding import IGNORED, encode_all
@@ -139,6 +140,49 @@ def test_uses_the_chat_template_of_the_tokenizer(tokenizer):
     finally:
         tokenizer.chat_template = None
     assert tokenizer.decode(row.ids[:-1]) == "<Q?>:A."
+
+
+BROKEN_CHATS = {
+    "{{ messages[0].content | nothing }}": r"fails \(TemplateAssertionError: No filter named",
+    "{% for m in messages %}{{ m.content }}": r"fails \(TemplateSyntaxError: Unexpected end",
+    "{{ raise_exception('System role not supported') }}": r"fails \(TemplateError: System role",
+    "{{ messages[0].content + 1 }}": r"fails \(TypeError: ",
+    "{{ messages[7].content.strip() }}": r"fails \(UndefinedError: ",
+    "<user>:": "leaves out or changes what the user says",
+    "{{ messages[0].content | upper }}": "leaves out or changes what the user says",
+}
+
+
+@pytest.mark.parametrize("chat", list(BROKEN_CHATS))
+def test_names_the_row_at_which_a_chat_template_fails(tokenizer, chat):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat
+    rows = [Row(None, "T", "f, row 1"), Row("Q, you?", "A.", "f, row 2")]
+    said = (
+        f'f, row 2: template "chat": the tokenizer\'s own {BROKEN_CHATS[chat]}.*; give a template'
+    )
+    with pytest.raises(InputError, match=said):
+        encode_all(rows, tokenizer, template="chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("Q?", "A \ud83d", "f, row 1"), "row 1: the answer holds half of a surrogate pair"),
+        (Row("Q\udc00?", "A", "f, row 1"), "row 1: the question holds half of a surrogate pair"),
+        (Row("Q?", " ", "f, row 1"), "row 1: the answer is empty"),
+    ],
+)
+def test_names_a_row_made_by_hand_that_no_tokenizer_takes(tokenizer, row, message):
+    with pytest.raises(InputError, match=message):
+        encode(row, tokenizer)
+
+
+def test_names_an_answer_of_which_the_tokenizer_makes_nothing(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("é", "")
+    with pytest.raises(InputError, match="row 1: the tokenizer makes no token of the answer 'éé'"):
+        encode(Row("Q?", "éé", "f, row 1"), tokenizer, template="{question}{answer}")
 
 
 def test_row_longer_than_max_length_is_named_with_the_remedy(tokenizer):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastbound.cli import main
 from fastbound.unlearning import InputError, NonFiniteError
@@ -135,6 +137,54 @@ def test_a_bad_validation_set_of_tdec(refused, evaluation_data, tmp_path):
     path.write_text("doc_id,corpus\n1,Books3\n")
     said = refused("tdec", "--data", str(tmp_path / "data"))
     assert f"{path}, row 1: field 'text' is missing" in said
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}"
+            "{% endif %}",
+            "fails (TemplateError: No system role)",
+        ),
+        ("{{ messages[1].content }}:", "leaves out or changes what the assistant says"),
+        (
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<think>{% endif %}",
+            "with an answer the tokenizer's own does not begin as it does without",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_ask_and_answer(
+    new_model, tokenizer, evaluation_data, tmp_path, chat, message
+):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat
+    config = EvaluationConfig("tofu", data=str(evaluation_data / "tofu"), template="chat")
+    said = rf'retain_perturbed.jsonl, row 1: template "chat": .*{re.escape(message)}'
+    with pytest.raises(InputError, match=said):
+        evaluate_benchmark(new_model(), tokenizer, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("which", "positions", "message"),
+    [
+        ("tofu", 20, r"perturbed.jsonl, row 1: takes \d+ tokens, more than the 20 positions"),
+        ("tofu", 200, r"row 1: takes \d+ tokens and up to 200 new ones, more than the 200 pos"),
+        ("muse", 120, r"verbmem/forget.jsonl, row 1: takes \d+ tokens and up to 128 new ones"),
+        ("tdec", 9, r"two.csv, row 1: takes \d+ tokens, more than the 9 positions"),
+    ],
+)
+def test_rows_and_continuations_beyond_the_models_positions(
+    tokenizer, evaluation_data, tmp_path, which, positions, message
+):
+    shape = GPT2Config(vocab_size=400, n_embd=8, n_layer=1, n_head=2, n_positions=positions)
+    with pytest.raises(InputError, match=message):
+        evaluate_benchmark(
+            GPT2LMHeadModel(shape), tokenizer, settings(which, evaluation_data), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def settings(which, evaluation_data):

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastbound.errors import InputError
 from fastbound.unlearning import metrics
-from fastbound.unlearning.data.encoding import Encoded
+from fastbound.unlearning.data.encoding import Encoded, beginning
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
 from fastbound.unlearning.evaluation.picture import BLUE, GREY, picture
@@ -39,6 +39,12 @@ class Prepared:
         beside = (row for part in self.validation.values() for row in part.encoded)
         return [*self.sequences, *beside]
 
+    @property
+    def continued(self) -> list[tuple[Encoded, int]]:
+        """The dialogues; a sequence is continued no further than it goes itself."""
+        parts = self.validation.values()
+        return [(prompt, validation.REPLY_TOKENS) for part in parts for prompt in part.prompts]
+
 
 def load(split: str, data: str | Path | None = None) -> Sequence[Row]:
     """Rows of one of `sets.SETS`, or of any other name the `sequences` to extract.
@@ -56,7 +62,8 @@ def prepare(settings: Settings, tokenizer: Any) -> Prepared:
     end_of_text(tokenizer)
     n, rows = settings.n, []
     for row in read_sequences(str(settings.split), settings.data)[: settings.rows]:
-        ids = row.tokens or tuple(tokenizer(row.answer, verbose=False)["input_ids"])
+        text = beginning(row.answer, tokenizer, TARGET_LENGTH)
+        ids = row.tokens or tuple(tokenizer(text, verbose=False)["input_ids"])
         ids = ids[:TARGET_LENGTH]
         if len(ids) <= n:
             raise InputError(f"{row.where}: {len(ids)} tokens are too few for EL_{n}: lower --n")

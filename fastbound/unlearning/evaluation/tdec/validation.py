@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastbound.errors import InputError
-from fastbound.unlearning.data.encoding import IGNORED, Encoded
+from fastbound.unlearning.data.encoding import IGNORED, Encoded, beginning
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.evaluation.generation import until
 from fastbound.unlearning.evaluation.session import Session
@@ -36,12 +36,11 @@ class Prepared:
 
     rows: Sequence[Row]
     scored: Sequence[Encoded]
-    prompts: Sequence[list[int]] = ()
+    prompts: Sequence[Encoded] = ()
 
     @property
     def encoded(self) -> list[Encoded]:
-        asked = [Encoded(tuple(prompt), (), "") for prompt in self.prompts]
-        return [*self.scored, *asked]
+        return [*self.scored, *self.prompts]
 
 
 def prepare(
@@ -95,7 +94,8 @@ def _prepare(name: str, rows: Sequence[Row], tokenizer: Any) -> Prepared:
     ]
     if name not in sets.DIALOGUES:
         return Prepared(rows, scored)
-    return Prepared(rows, scored, [_ids(tokenizer, row.question or "") for row in rows])
+    asked = [Encoded(tuple(_ids(tokenizer, r.question or "")), (), r.where) for r in rows]
+    return Prepared(rows, scored, asked)
 
 
 def _text(row: Row, tokenizer: Any) -> Encoded:
@@ -118,6 +118,7 @@ def _continued(question: str, answer: str, where: str, tokenizer: Any) -> Encode
 
 
 def _ids(tokenizer: Any, text: str, **settings: bool) -> list[int]:
+    text = beginning(text, tokenizer, MAX_LENGTH)
     return list(tokenizer(text, verbose=False, **settings)["input_ids"])[:MAX_LENGTH]
 
 
@@ -155,7 +156,10 @@ def _score_choices(session: Session, name: str, part: Prepared) -> dict[str, Any
 def _score_dialogues(session: Session, name: str, part: Prepared) -> dict[str, Any]:
     log = _score_texts(session, name, part)
     most = [REPLY_TOKENS] * len(part.prompts)
-    texts = [until(text, _NEXT_TURN) for text in session.texts(f"{name} texts", part.prompts, most)]
+    texts = [
+        until(text, _NEXT_TURN)
+        for text in session.texts(f"{name} texts", [p.ids for p in part.prompts], most)
+    ]
     pairs = [(text, row.answer) for text, row in zip(texts, part.rows, strict=True)]
     log["f1"] = [unigram_f1(reply, text) for text, reply in pairs]
     log["generated_text"] = [list(pair) for pair in pairs]
