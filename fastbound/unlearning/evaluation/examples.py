@@ -10,13 +10,13 @@ from torch import nn
 
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import IGNORED, encode_all, padding
+from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.evaluation.generation import continuations
 from fastbound.unlearning.model import autocast, autocast_dtype, evaluating
 
 SHOWN = 5  # questions of each side
-_MORE = 8  # tokens an answer may take beyond the right one's
 _WIDTH = 100
 
 
@@ -30,7 +30,10 @@ def chosen(forget: Sequence[Row], retain: Sequence[Row]) -> dict[str, list[Row]]
 def answers(
     model: nn.Module, tokenizer: Any, rows: Mapping[str, Sequence[Row]], config: UnlearnConfig
 ) -> dict[str, list[str]]:
-    """What the model answers by itself, greedily, to each row of each side."""
+    """What the model answers by itself, greedily, in as many tokens as the right answer takes.
+
+    Raises InputError for a row that does not fit the model, or `config.max_length`.
+    """
     found: dict[str, list[str]] = {}
     device = next(model.parameters()).device
     for side, each in rows.items():
@@ -40,11 +43,12 @@ def answers(
         encoded = encode_all(
             each, tokenizer, max_length=config.max_length, template=config.template
         )
+        check_fits(model, tokenizer, encoded)
         prompts = [
             [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
             for row in encoded
         ]
-        most = [sum(label != IGNORED for label in row.labels) + _MORE for row in encoded]
+        most = [sum(label != IGNORED for label in row.labels) for row in encoded]
         with evaluating(model), autocast(device, autocast_dtype(config.dtype)):
             new = continuations(
                 model, prompts, most, pad=padding(tokenizer), end=tokenizer.eos_token_id
