@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to evaluate")
     what.add_argument("--benchmark", required=True, help="tofu, muse or tdec")
     what.add_argument("--model", metavar="DIR_OR_ID", required=True, help="the model")
+    what.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     what.add_argument("--adapter", metavar="DIR", help="adapter on it, of fastbound or of PEFT")
     what.add_argument(
         "--split", help="tofu: forget01, forget05 or forget10; muse: news or books; tdec: file"

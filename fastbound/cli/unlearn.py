@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; every default that is None here is the one of `UnlearnConfig`."""
     what = parser.add_argument_group("what to unlearn")
     what.add_argument("--model", metavar="DIR_OR_ID", help="model to change (default: a small one)")
+    what.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     what.add_argument("--forget", metavar="ROWS", help="rows to forget (default: two authors)")
     what.add_argument("--retain", metavar="ROWS", help="rows to keep (default: eighteen authors)")
     what.add_argument(
@@ -47,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most |ΔW|: a number, 0.5*spectral, 2*rms, alpha, or auto: 4*rms (auto)",
     )
     adapter.add_argument(
-        "--target-modules", metavar="NAMES", help="mlp, suffixes with commas between, or a regex"
+        "--target-modules",
+        metavar="NAMES",
+        help="mlp, all-linear, suffixes with commas between, or a regex (mlp)",
     )
 
     training = parser.add_argument_group("training")
@@ -83,10 +86,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watching = parser.add_argument_group("watching and stopping")
     watching.add_argument("--eval-every", type=int, metavar="N", help="steps (once an epoch)")
     watching.add_argument("--eval-rows", type=int, metavar="N", help="most rows a side (400)")
-    watching.add_argument("--log-every", type=int, metavar="N", help="steps (10)")
+    watching.add_argument(
+        "--log-every", type=int, metavar="N", help="steps between looks at max|ΔW| (10)"
+    )
     watching.add_argument("--checkpoint-every", type=int, metavar="N", help="steps (as eval)")
-    watching.add_argument("--forget-target", type=float, metavar="X", help="stop at this loss")
-    watching.add_argument("--retain-limit", type=float, metavar="X", help="stop past this loss")
+    watching.add_argument(
+        "--all-steps",
+        action="store_const",
+        const=False,
+        dest="early_stop",
+        help="go on when the rows are forgotten and the others kept, where a run else ends",
+    )
+    watching.add_argument(
+        "--forget-target",
+        type=float,
+        metavar="X",
+        help="forget loss that counts as forgotten (the logarithm of the vocabulary)",
+    )
+    watching.add_argument(
+        "--retain-slack",
+        type=float,
+        metavar="X",
+        help="rise of the retain loss that counts as kept (0.1)",
+    )
+    watching.add_argument(
+        "--retain-limit", type=float, metavar="X", help="give up past this retain loss (none)"
+    )
 
 
 def _rank(text: str) -> int | str:

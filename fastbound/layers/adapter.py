@@ -53,7 +53,7 @@ class BoundedAdapter(nn.Module):
             )
         settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
         self.rank = rank = settings.rank
-        check_rank(rank, in_features, out_features)
+        check_rank(rank, out_features, in_features)
         self.alpha = settings.alpha
         self.bound = float(settings.bound)
         self.dropout = settings.dropout
@@ -134,7 +134,7 @@ class BoundedAdapter(nn.Module):
             )
         alpha, bound = state.tolist()
         alpha, bound = positive("alpha", alpha), positive("bound", bound)
-        check_numbers(self.rank, alpha, bound)
+        check_numbers(alpha, bound)
         return alpha, bound
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -155,7 +155,20 @@ class BoundedAdapter(nn.Module):
 
 
 class NamedAdapter(BoundedAdapter):
-    """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT."""
+    """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT.
 
+    ``scale`` multiplies ΔW, s and with it the bound: |ΔW_ij| <= |scale|·bound. It is not kept.
+    """
+
+    scale: float = 1.0
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
+
+    @property
+    def scaling(self) -> float:
+        """s = scale · bound / rank."""
+        return self.scale * self.bound / self.rank
+
+    def extra_repr(self) -> str:
+        scale = "" if self.scale == 1 else f", scale={self.scale:g}"
+        return super().extra_repr() + scale

@@ -61,7 +61,7 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
     """Adapt the named layers: fused with their weight, or over the layer where it must be.
 
     Freezes all other parameters. All layers are made before the first is put in place; when one
-    refuses its settings, the model is left as it was.
+    refuses its settings, or its place refuses it, the model is left as it was.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     made: dict[nn.Module, nn.Module] = {}
@@ -73,18 +73,26 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
                 made[layer] = kind.with_settings(layer, each)
             except ValueError as error:
                 raise type(error)(f"{name}: {error}") from error
-    except BaseException:
-        for parameter in trained:  # the layers made so far have frozen the weights they share
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        swap(model, made)
+    except BaseException:  # layers that were made have frozen the weights they share
+        for parameter in trained:
             parameter.requires_grad_(True)
         raise
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    swap(model, made)
 
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put `new[module]` wherever `module` hangs in `model`, under every name it has."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new[module])
+    """Put `new[module]` wherever `module` hangs in `model`, under every name it has, or nowhere."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module in new:
+                parent, _, child = name.rpartition(".")
+                owner = model.get_submodule(parent)
+                setattr(owner, child, new[module])
+                done.append((owner, child, module))
+    except BaseException:
+        for owner, child, module in reversed(done):
+            setattr(owner, child, module)
+        raise

@@ -17,6 +17,7 @@ from fastbound.layers.forms import activation_name
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.over_base import BoundedOverBase
+from fastbound.layers.readers import weight_reader
 from fastbound.models.adapted import adapted_blocks, unfused_reason
 from fastbound.operator.block_ops import block_key
 from fastbound.operator.engine import engine_for
@@ -28,7 +29,8 @@ class LayerExplanation:
     """One layer: its name, shape [N, K], rank, compute dtype, device, and its plan.
 
     ``block`` names the fused block that the layer runs in, under that block's plan; None where the
-    layer runs by itself.
+    layer runs by itself. ``left_out`` says why the adapter does not always run: the module around
+    the layer reads its weight instead of calling it. `inject` leaves such layers alone.
     """
 
     layer: str
@@ -38,6 +40,7 @@ class LayerExplanation:
     device: str
     plan: Plan
     block: str | None = None
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,19 @@ class Explanation:
         ):
             lines.append(f"block {names}")
             lines.append(f"  layer by layer: {reason}" if form is None else f"  fused: {form}")
-        for (shape, rank, dtype, device, plan, in_block), names in _grouped(
+        for (shape, rank, dtype, device, plan, in_block, left_out), names in _grouped(
             (
                 row.layer or "(this layer)",
-                (row.shape, row.rank, row.dtype, row.device, row.plan, row.block is not None),
+                (
+                    *(row.shape, row.rank, row.dtype, row.device, row.plan),
+                    *(row.block is not None, row.left_out),
+                ),
             )
             for row in self.layers
         ):
             lines.append(names)
+            if left_out is not None:
+                lines.append(f"  LEFT OUT: {left_out}")
             lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}, {dtype} on {device}")
             where = "in its block, " if in_block else ""
             lines.append(f"  {where}{plan.strategy}: {plan.reason}")
@@ -125,7 +133,12 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
         for layer in module.adapted_layers().values()
     }
     layers = tuple(
-        _explain_layer(name, module, tokens, module in gathered, *inside.get(module, (None, None)))
+        replace(
+            _explain_layer(
+                name, module, tokens, module in gathered, *inside.get(module, (None, None))
+            ),
+            left_out=weight_reader(model_or_layer, name) if name else None,
+        )
         for name, module in model_or_layer.named_modules()
         if isinstance(module, Adapted)
     )

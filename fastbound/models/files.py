@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ def read_adapter(folder: Path) -> dict[str, SavedLayer]:
 
     Raises InputError, which names the file, for whatever is not as it was written.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):
         raise InputError(f"{folder} is a file: give the folder of a saved adapter")
     for path in (folder / CONFIG, folder / TENSORS):
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists() raises for a name too long
             raise NotThereError(f"{path} is not there: {folder} does not hold a saved adapter")
     config = _read_config(folder / CONFIG)
     data = _read(folder / TENSORS)

@@ -19,7 +19,7 @@ from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.adapted import adapted_layers, fuse, injected_layers
 from fastbound.models.names import check_same_names
-from fastbound.models.ranks import Loss, allocate_ranks, even_rank
+from fastbound.models.ranks import Loss, allocate_ranks, check_ranks, even_rank
 from fastbound.models.report import InjectionReport, injection_report
 from fastbound.models.targets import match
 from fastbound.operator.partition import partition
@@ -81,9 +81,9 @@ def inject(
     Raises:
         TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
-            misses are named) or nothing that can be replaced, a layer refuses its arguments, ranks
-            by name are not those of the layers, `rank="auto"` lacks its losses, or
-            `allocate_ranks` raises.
+            misses are named) or nothing that can be replaced, a layer refuses its arguments, a rank
+            is above 128 and both sides of its layer, ranks by name are not those of the layers,
+            `rank="auto"` lacks its losses, or `allocate_ranks` raises.
     """
     if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
         raise TypeError(
@@ -120,7 +120,9 @@ def inject(
         check_same_names("rank by name must name the layers to be replaced", rank, shapes)
         alpha = even_rank(rank, shapes) if alpha is None else alpha
     ranks: Mapping[str, Any] = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
-    convert(model, {name: settings(ranks[name], alpha) for name in chosen})
+    each = {name: settings(ranks[name], alpha) for name in chosen}
+    check_ranks(ranks, shapes)
+    convert(model, each)
     if fuse_mlp:
         fuse(model)
     return replace(injection_report(model, skipped), allocation=allocation)
@@ -169,8 +171,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Turn every `FusedBoundedLinear` back into its original class, with ΔW in the weight.
 
     So does every `FusedBoundedMLP`. ΔW is added in fp32 and rounded once. The work is done in
-    place, one layer at a time, and the merged layers stay frozen. Returns the model, or the plain
-    layer or block when `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
+    place, one layer at a time, and the merged layers stay frozen. A transformers model is no longer
+    the one that it was loaded from, and forgets that name, which an adapter put on it later would
+    give as its base. Returns the model, or the plain layer or block when `model` is itself a
+    `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
         ValueError: there is no such layer, an A or B holds a NaN or an infinity, W + ΔW would hold
@@ -194,6 +198,9 @@ def merge(model: nn.Module) -> nn.Module:
         return model.to_linear(merge=True)
     for layer in layers.values():
         swap(model, {layer: layer.to_linear(merge=True)})
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "name_or_path", None):
+        config.name_or_path = ""
     if isinstance(model, FusedBoundedMLP):
         return model.to_mlp()
     swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})

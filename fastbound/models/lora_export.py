@@ -59,14 +59,14 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "peft_type": "LORA",
         **model_fields(model),
         "r": first.adapter.rank,
-        "lora_alpha": first.adapter.bound,
+        "lora_alpha": _alpha(first),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": first.fan_in_fan_out,
         "inference_mode": True,
         "target_modules": exact_targets(model, layers),
         "rank_pattern": {name: layers[name].adapter.rank for name in ordered},
-        "alpha_pattern": {name: layers[name].adapter.bound for name in ordered},
+        "alpha_pattern": {name: _alpha(layers[name]) for name in ordered},
     }
     write_adapter(Path(folder), encoded(tensors), config)
 
@@ -93,6 +93,11 @@ def _check_shared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
                 f"{held[module]!r} is also {name!r}, one layer under two names, and PEFT's LoRA "
                 "adapts the first alone: use fastbound.save_adapter, or merge and save the model"
             )
+
+
+def _alpha(layer: Adapted) -> float:
+    """LoRA's alpha, of which it makes the scaling alpha / r: the bound, scaled as ΔW is."""
+    return float(layer.adapter.scaling * layer.adapter.rank)
 
 
 def _sine(name: str, factor: str, layer: Adapted) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
+from fastbound.layers.settings import check_rank
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 EVEN = 8  # the rank that the default budget buys everywhere
@@ -169,6 +170,12 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
             ranks[name] += 1
             left -= costs[name]
     return ranks
+
+
+def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> None:
+    """Raise InputError for a rank out of proportion to its layer [N, K], by the layer's name."""
+    for name, (N, K) in layers.items():
+        check_rank(ranks[name], N, K, name)
 
 
 def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:

@@ -57,6 +57,8 @@ def save_pretrained(
     _check(model, layers, peft, push_to_hub)
     if state_dict is None or is_main_process:
         data, config = adapter_files(model, layers, state_dict)
+        if any(p.requires_grad for n, p in model.named_parameters() if ".adapter." not in n):
+            config["base_model_name_or_path"] = None  # what was trained is in this folder alone
         if is_main_process:
             write_adapter(folder, data, config)
     if state_dict is not None:

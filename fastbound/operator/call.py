@@ -178,10 +178,15 @@ def check_operands(
         raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise _mismatch("bias", bias, weight, base, f"expected [{N}]")
-    if weight is not None and weight.requires_grad:
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        remedy = "call weight.requires_grad_(False), or train it through a plain layer"
+        if not weight.is_leaf:  # a part of what FSDP1 keeps flat, frozen and trained together
+            remedy = (
+                "it is a part of a tensor that is trained: under FSDP put the adapters into units "
+                "of their own, auto_wrap_policy=peft.utils.other.fsdp_auto_wrap_policy(model)"
+            )
         raise ValueError(
-            "weight requires grad, but the operator returns no gradient for it: "
-            "call weight.requires_grad_(False), or train it through a plain layer"
+            f"weight requires grad, but the operator returns no gradient for it: {remedy}"
         )
 
 

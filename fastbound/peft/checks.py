@@ -1,7 +1,8 @@
-"""What a config asks of a model, checked before anything is changed: are the layers there, and fit."""
+"""What a config asks of a model, checked before anything is changed: is it there, does it fit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,6 +41,18 @@ def no_match(model: nn.Module, config: Any) -> str:
     }
     given = "".join(f", {name}={value!r}" for name, value in limits.items() if value is not None)
     return f"target_modules={wanted!r}{given} matches no module; {near_misses(model, one)}"
+
+
+def no_default(model: nn.Module, model_config: Mapping[str, Any]) -> str:
+    """Why there are no targets for a model where the config names none."""
+    kind = model_config.get("model_type")
+    what = f"is of type {kind!r}, which has no default"
+    if kind in (None, "custom"):
+        what = "has no config.model_type"
+    return (
+        f"Please specify `target_modules`: {type(model).__name__} {what}; give a list of name "
+        f"suffixes, a regular expression or 'all-linear'; {near_misses(model, '')}"
+    )
 
 
 def check_each_is_there(model: nn.Module, config: Any) -> None:

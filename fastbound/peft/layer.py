@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,25 @@ from fastbound.layers.over_base import check_result
 from fastbound.layers.settings import AdapterSettings
 
 
+class _Scalings(Mapping[str, float]):
+    """s by the adapter's name, as it is when it is read."""
+
+    def __init__(self, adapters: Any) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> float:
+        return float(self._adapters[name].scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+
+BASE_ROWS = "__base__"  # PEFT's name for rows of a batch that get no adapter
+
+
 class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     """``base_layer(x)`` plus the active adapters' ``s · (x sin(ωA)ᵀ) sin(ωB)ᵀ``.
 
@@ -37,6 +56,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     """
 
     adapter_layer_names = ("fastbound_ab",)
+    # For PEFT's `disable_input_dtype_casting`: x is never cast.
+    cast_input_dtype_enabled = False
     # Inherited from BaseTunerLayer, whose types nn.Module's hide.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
@@ -85,9 +106,10 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return _base_obstacle(self.base_layer, gathered)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names: batches that mix adapters are for PEFT's LoRA alone")
+        """x [..., K] -> [..., N]; ``adapter_names``: the adapter of each row, or BASE_ROWS."""
+        names = kwargs.pop("adapter_names", None)
+        if names is not None and not self.disable_adapters:
+            return self._mixed(x, names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = self.running()
@@ -108,19 +130,79 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             own = True  # a sum that nobody else has seen
         return result
 
+    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each row of the batch with the adapter of its name, as it is in LoRA."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                f"`unmerge_adapter` first. {', '.join(map(repr, self.merged_adapters))} would act "
+                "on every row of the batch"
+            )
+        if len(x) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)}: give a name for each row; a layer that is handed the "
+                "rows of a batch as one, as OPT's fc1 is, must not hold an adapter"
+            )
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        adapters: Any = self.fastbound_ab
+        for name in dict.fromkeys(names):
+            if name in adapters:  # not BASE_ROWS, nor one that other layers have
+                rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+                result = result.index_copy(0, rows, adapters[name].add_to(result[rows], x[rows]))
+        return result
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """s of each adapter, by name; :meth:`set_scale` changes it."""
+        return _Scalings(self.fastbound_ab)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """ΔW times ``scale``, counted from what it is at first; the bound is |scale|·bound then.
+
+        As LoRA's: nothing happens where the layer has no such adapter, and nothing of it is saved.
+        Raises ValueError for a scale that is not finite and for an adapter that is merged.
+        """
+        adapters: Any = self.fastbound_ab
+        if adapter not in adapters:
+            return
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+        if adapter in self.merged_adapters:
+            raise ValueError(f"{adapter!r} is merged into the weight: call unmerge_adapter() first")
+        adapters[adapter].scale = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """The scale of the active adapters times ``scale``, see :meth:`set_scale`."""
+        self._rescale(lambda now: now * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """The scale of the active adapters divided by ``scale``; None sets it back to 1."""
+        if scale == 0:
+            raise ValueError("scale must not be 0, by which nothing is divided: None sets it to 1")
+        self._rescale(lambda now: 1.0 if scale is None else now / scale)
+
+    def _rescale(self, change: Callable[[float], float]) -> None:
+        adapters: Any = self.fastbound_ab
+        for name in self.active_adapters:
+            if name in adapters:
+                self.set_scale(name, change(adapters[name].scale))
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the adapters to the base weight, in fp32 and rounded once for each.
 
-        ``safe_merge`` raises ValueError, before the weight is changed, where the sum is not finite.
+        Raises ValueError, before the weight is changed, where the sum is not finite; ``safe_merge``
+        is PEFT's word for what is done always.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.fastbound_ab:
                 merged = self._moved_weight(name, 1)
-                if safe_merge and not torch.isfinite(merged).all():
+                if not torch.isfinite(merged).all():
                     raise ValueError(
-                        "NaNs detected in the merged weights. "
-                        f"The adapter {name} seems to be broken"
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be "
+                        f"broken, or too large for {merged.dtype}: go back to one saved earlier, "
+                        "or load the model in float32"
                     )
                 self.base_layer.weight.data = merged
                 self.merged_adapters.append(name)
@@ -141,13 +223,18 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
-    def _moved_weight(self, name: str, sign: int) -> Tensor:
-        weight, delta = self.weight, self.get_delta_weight(name)
+    def check_mergeable(self, name: str) -> None:
+        """Raise TypeError, which says ``name``, where the base's weight cannot take a ΔW."""
+        weight = self.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise TypeError(
-                f"the base weight is a {type(weight).__name__} {weight.dtype}, into which nothing "
-                "can be merged: load the model without quantisation first"
+                f"the base weight of {name} is a {type(weight).__name__} {weight.dtype}, into "
+                "which nothing can be merged: load the model without quantisation first"
             )
+
+    def _moved_weight(self, name: str, sign: int) -> Tensor:
+        self.check_mergeable("this layer")
+        weight, delta = self.weight, self.get_delta_weight(name)
         return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
 
     def __repr__(self) -> str:

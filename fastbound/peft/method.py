@@ -6,8 +6,15 @@ Importing this module registers the method; `fastbound.peft.hook` does so once P
 from __future__ import annotations
 
 import copy
+import math
+import warnings
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import (
@@ -15,17 +22,19 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
-from peft.utils import constants, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, constants, register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from fastbound.hook import after_import
 from fastbound.layers.base import Adapted, features
 from fastbound.layers.conversion import swap
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.adapted import fuse
 from fastbound.models.files import PEFT_TYPE
-from fastbound.models.names import renamed, unmatched
+from fastbound.models.names import exact_targets, renamed, unmatched
 from fastbound.models.targets import has_mlp_suffixes, mlp_suffixes
+from fastbound.peft.optimizers import correct_optimizers
 
 
 def _add_peft_type(name: str) -> None:
@@ -49,21 +58,26 @@ from fastbound.peft.checks import (  # noqa: E402
     NoMatchingPeftModuleError,
     bare_name,
     check_each_is_there,
+    no_default,
     no_match,
     plain_name,
     refusal,
 )
+from fastbound.peft.combination import combined  # noqa: E402
 from fastbound.peft.config import BoundedConfig  # noqa: E402
-from fastbound.peft.layer import BoundedLayer  # noqa: E402
+from fastbound.peft.layer import BASE_ROWS, BoundedLayer  # noqa: E402
 
 __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
 # Where no MLP is known: what PEFT adapts by default, LoRA's own table first.
-DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    **constants.TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING,
-    **constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-}
+DEFAULT_TARGETS: Mapping[str, list[str] | str] = ChainMap(
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
+    {"dinov2": ["query", "value"]},
+)
 
 
 class BoundedModel(BaseTuner):
@@ -76,7 +90,7 @@ class BoundedModel(BaseTuner):
 
     prefix = "fastbound_"
     tuner_layer_cls = BoundedLayer
-    target_module_mapping: ClassVar[dict[str, list[str] | str]] = DEFAULT_TARGETS
+    target_module_mapping: ClassVar[Mapping[str, list[str] | str]] = DEFAULT_TARGETS
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: Any = None, **kwargs: Any
@@ -98,13 +112,138 @@ class BoundedModel(BaseTuner):
         _share(model)
         fuse(model)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **unused: Any,
+    ) -> None:
+        """Add Σ weight_i·ΔW_i of the named adapters as a new one, exactly; weights of any sign.
+
+        Its rank is the sum of their ranks; no entry of it exceeds Σ |weight_i|·bound_i. Its own
+        bound, which holds for further training, is max_i(|weight_i|·bound_i / r_i) times its rank:
+        the same where the adapters are alike and their weights equal, else more. It is not active
+        until `set_adapter`.
+
+        Raises ValueError for adapters that are not there, a name that is, adapters that trained
+        more than ΔW, and LoRA's other ways to combine; LoRA's further arguments are for those.
+        """
+        _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        held: dict[str, BoundedLayer] = {
+            bare_name(name): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BoundedLayer) and any(a in module.fastbound_ab for a in adapters)
+        }
+        sums = {}
+        for name, layer in held.items():
+            terms = {
+                adapter: weight
+                for adapter, weight in zip(adapters, weights, strict=True)
+                if adapter in layer.fastbound_ab
+            }
+            present: list[Any] = [layer.fastbound_ab[a] for a in terms]
+            sums[name] = combined(present, list(terms.values()))
+        bounds: dict[str, Any] = {name: each.bound for name, each in sums.items()}
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = BoundedConfig(
+            task_type=first.task_type,
+            base_model_name_or_path=first.base_model_name_or_path,
+            r=max(each.rank for each in sums.values()),
+            dropout=first.dropout,
+            target_modules=exact_targets(self.model, sums),
+            rank_pattern={name: each.rank for name, each in sums.items()},
+            alpha_pattern=bounds,
+            bound_pattern=bounds,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for name, each in sums.items():
+                adapter: Any = held[name].fastbound_ab[adapter_name]
+                adapter.A.copy_(each.A)
+                adapter.B.copy_(each.B)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's: the `adapter_names` of a call or of `generate` reach the layers, row by row."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets: activated LoRA is LoRA's alone, leave them out")
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval()"
+            )
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names must be a list of names, one for a row, got {names!r}")
+        layers = [m for m in self.modules() if isinstance(m, BoundedLayer)]
+        known = {name for layer in layers for name in layer.fastbound_ab}
+        unknown = sorted(set(names) - known - {BASE_ROWS})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there "
+                f"{'are' if len(known) > 1 else 'is'} {', '.join(sorted(known))}, and {BASE_ROWS}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)()
+        apart = set() if encoder in (None, self.model) else set(encoder.modules())
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_with_names, list(names) if module in apart else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, BoundedLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add_modules_to_save_to_tie(
+        self, peft_config: Any, tied_weight_keys: Iterable[str]
+    ) -> None:
+        """For `ensure_weight_tying`: the embedding is trained, and what is tied to it follows."""
+        followers = set(tied_weight_keys)
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, m in self.model.named_modules() if m is embedding)
+        own = [m for m in peft_config.modules_to_save if not any(_is_end(m, f) for f in followers)]
+        peft_config.modules_to_tie = followers
+        peft_config.modules_to_save = [*own, *([] if name in own else [name])]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """BaseTuner's; without the cast to fp32, A and B take the dtype of a half base."""
+        for module in self.model.modules():
+            held = isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
+            if held and not autocast_adapter_dtype and module.weight.dtype in _HALF:
+                module.fastbound_ab[adapter_name].to(module.weight.dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _check_merge_allowed(self) -> None:
+        """BaseTuner's, and that all bases can take a ΔW: no model is left merged in part."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, BoundedLayer):
+                module.check_mergeable(name)
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, BoundedLayer) or isinstance(new_module, BoundedLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # another of PEFT's wrappers, whose module stands by itself
+            setattr(parent, child_name, new_module)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         known = peft_config.target_modules is None and has_mlp_suffixes(self.model)
         if known or peft_config.target_modules == "mlp":
             peft_config.target_modules = mlp_suffixes(self.model)
         elif peft_config.target_modules is None:
             if model_config.get("model_type") not in self.target_module_mapping:
-                mlp_suffixes(self.model)  # raises, and says what is known and what there is
+                raise ValueError(no_default(self.model, model_config))
             super()._prepare_adapter_config(peft_config, model_config)
         elif str(peft_config.target_modules).lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, self.model)
@@ -194,6 +333,12 @@ class BoundedModel(BaseTuner):
             "bound_pattern": {n: m.fastbound_ab[adapter_name].bound for n, m in found.items()},
             "shapes": {n: [m.out_features, m.in_features] for n, m in found.items()},
         }
+        if any(m.fastbound_ab[adapter_name].scale != 1 for m in found.values()):
+            warnings.warn(
+                f"the scale of {adapter_name!r} (set_scale, scale_layer) is not part of a saved "
+                "adapter, which is the one at scale 1",
+                stacklevel=2,
+            )
         state: dict[str, Any] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kwargs
         )
@@ -240,5 +385,47 @@ def _share(model: nn.Module) -> None:
             setattr(owner, child, held[module])
 
 
+def _with_names(names: list[str], _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _is_end(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _check_combination(
+    configs: dict[str, Any],
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    if combination_type != "cat":
+        raise ValueError(
+            f"combination_type={combination_type!r} would not be the sum of bounded adapters: only "
+            'combination_type="cat" is, exactly, at the sum of their ranks'
+        )
+    missing = [name for name in adapters if name not in configs]
+    if missing or not adapters:
+        raise ValueError(
+            f"Adapter {', '.join(map(repr, missing)) or 'to combine'} does not exist: there is "
+            f"{', '.join(configs)}"
+        )
+    if len(set(adapters)) < len(adapters):
+        raise ValueError(f"adapters names one twice: add up its weights, got {adapters}")
+    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be a finite number for each of {adapters}, got {weights}")
+    if adapter_name in configs:
+        raise ValueError(f"{adapter_name!r} is there already: delete_adapter() it, or name another")
+    for name in adapters:
+        for field in ("bias", "modules_to_save", "trainable_token_indices"):
+            value = getattr(configs[name], field)
+            if value not in (None, "none"):
+                raise ValueError(
+                    f"{field}={value!r} of {name!r}: what was trained beside ΔW cannot be added up"
+                )
+
+
+after_import("peft.optimizers", correct_optimizers)
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=BoundedConfig, model_cls=BoundedModel)

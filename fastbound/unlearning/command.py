@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.small_model import SmallModelConfig
-from fastbound.unlearning.model import load_pretrained
-from fastbound.unlearning.runs.folder import RUN, check_free
-from fastbound.unlearning.runs.report import Run, write_report
+from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
+from fastbound.unlearning.model import check_device, check_plain, load_pretrained
+from fastbound.unlearning.runs.folder import RUN, check_free, write_json
+from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 from fastbound.unlearning.training.processes import end_processes
 
@@ -37,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     forget = load_rows(arguments.forget or authors("forget"))
     retain = load_rows(arguments.retain or authors("retain"))
     config = _config(arguments, len(forget))
+    check_device(config.device)
     output = Path(arguments.output)
     table: str | None
     if arguments.model is None:
@@ -69,15 +72,25 @@ def _unlearn(
 
     check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    model, tokenizer = load_pretrained(arguments.model, dtype)
-    unlearn(model, tokenizer, forget, retain, config, output=output, resume=arguments.resume)
+    model, tokenizer = load_pretrained(
+        arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
+    )
+    check_plain(model, arguments.model)
+    shown = {} if config.shard else chosen(forget, retain)  # spread weights answer to no one alone
+    before = answers(model, tokenizer, shown, config)
+    result = unlearn(
+        model, tokenizer, forget, retain, config, output=output, resume=arguments.resume
+    )
     table = None
     if _is_first_process():
+        after = answers(result.model, tokenizer, shown, config)
+        write_json(output / EXAMPLES, {"examples": examples(shown, before, after)})
         about = {
             "model": arguments.model,
             "rows": {"forget": len(forget), "retain": len(retain)},
         }
-        table = write_report(output, [Run.read(output)], about=about)
+        run = Run.read(output)
+        table = "\n".join([write_report(output, [run], about=about), *lines_of(run.examples)])
     end_processes()
     return table
 
@@ -96,8 +109,8 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
         given["bound"] = _bound(given["bound"])
     if "losses" in given:
         given["losses"] = dict(_loss(text) for text in given["losses"])
-    if "," in given.get("target_modules", ""):
-        given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
+    if "target_modules" in given:
+        given["target_modules"] = _targets(given["target_modules"])
     if arguments.model is not None:
         return UnlearnConfig(**given)
     given = {**_DEMO, **(_QUICK if arguments.quick else {}), **given}
@@ -123,6 +136,13 @@ def _loss(text: str) -> tuple[str, float]:
         return name, float(weight or 1)
     except ValueError:
         raise InputError(f"--loss must be NAME or NAME=WEIGHT; got {text!r}") from None
+
+
+def _targets(text: str) -> str | tuple[str, ...]:
+    """Names with commas between, or one name, are suffixes; all else is for `fastbound.inject`."""
+    if text in ("mlp", "all-linear") or not re.fullmatch(r"[\w.\-]+(,[\w.\-]*)*", text):
+        return text
+    return tuple(filter(None, text.split(",")))
 
 
 def _bound(text: str) -> float | str | None:

@@ -59,10 +59,17 @@ class UnlearnConfig:
         eval_every: steps between evaluations; None: once an epoch. The first and the last step are
             always evaluated.
         eval_rows: evaluate at most so many rows of each side, spread evenly; None: all.
-        log_every: steps between lines of the log, each with the largest |ΔW|.
+        log_every: steps between lines of the log that hold the largest |ΔW|; the losses are in
+            the line of every step.
         checkpoint_every: steps between checkpoints; None: with every evaluation.
-        forget_target: stop once the evaluated forget loss (nats a token) has reached this.
-        retain_limit: stop once the evaluated retain loss has risen past this.
+        early_stop: end once the rows are forgotten and the others kept: the evaluated forget loss
+            has reached `forget_target` and the retain loss is at most `retain_slack` above where it
+            began. Either way the adapter of the best evaluation is kept: the lowest retain loss of
+            those that have reached the target, else the last.
+        forget_target: nats per token; None is that of a uniform guess, the logarithm of the
+            vocabulary.
+        retain_slack: nats per token.
+        retain_limit: give up once the evaluated retain loss has risen past this.
     """
 
     adapter: Literal["bounded", "lora"] = "bounded"
@@ -93,7 +100,9 @@ class UnlearnConfig:
     eval_rows: int | None = 400
     log_every: int = 10
     checkpoint_every: int | None = None
+    early_stop: bool = True
     forget_target: float | None = None
+    retain_slack: float = 0.1
     retain_limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -122,7 +131,7 @@ class UnlearnConfig:
                 raise InputError(str(error)) from error
         elif self.bound is not None:
             positive("bound", self.bound)
-        for name in ("weight_decay", "forget_weight", "retain_weight"):
+        for name in ("weight_decay", "forget_weight", "retain_weight", "retain_slack"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be >= 0 and finite, got {value}")

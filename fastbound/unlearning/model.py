@@ -3,38 +3,189 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+import fastbound
 from fastbound.errors import InputError
+from fastbound.models.files import CONFIG as ADAPTER_CONFIG
+from fastbound.models.files import PEFT_TYPE, read_config
+from fastbound.models.names import some
 
 
-def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_pretrained(
+    name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """Model (weights in `dtype`) and fast tokenizer.
 
     Args:
         name: folder written by `save_pretrained`, or id on the hub.
+        trust_remote_code: run the code that the model brings with it; without, one that needs its
+            own is refused, and nobody is asked on standard input.
 
     Raises:
-        InputError: it cannot be loaded; the reason is transformers' own.
+        InputError: it cannot be loaded, for transformers' own reason; its files lack weights, which
+            would be drawn at random, or hold layers or adapters that would be left out.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_place(name)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     except Exception as error:  # hub, files and configurations each raise their own
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model {name!r} brings code of its own, which is not run unasked: read it, then "
+                "give --trust-remote-code (trust_remote_code=True)"
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder "
             "made by save_pretrained or a model id, and check the network for an id"
         ) from error
+    _check_complete(name, model, loading)
     return model, tokenizer
+
+
+def _check_place(name: str) -> None:
+    """A path that is not there is no model id: said before the hub is asked."""
+    if not name:
+        raise InputError("model is empty: give a folder made by save_pretrained, or a model id")
+    if os.path.isdir(name):
+        files = (os.path.join(name, file) for file in ("config.json", ADAPTER_CONFIG))
+        if not any(map(os.path.exists, files)):
+            raise InputError(
+                f"model {name!r} is a folder without config.json: give one made by save_pretrained"
+            )
+    elif os.path.exists(name):
+        raise InputError(f"model {name!r} is a file: give a folder made by save_pretrained")
+    elif not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]{0,95}", name) or (
+        "/" in name and os.path.isdir(os.path.dirname(name))
+    ):
+        raise InputError(
+            f"model {name!r} is not there: give a folder made by save_pretrained, or a model id"
+        )
+
+
+def _check_complete(name: str, model: nn.Module, loading: Mapping[str, Any]) -> None:
+    lacking = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
+    if lacking:
+        raise InputError(
+            f"model {name!r}: its files lack {some(lacking)}, which would be drawn at random: its "
+            "config.json and its weights do not belong together; copy the whole folder again"
+        )
+    unused = sorted(loading["unexpected_keys"])
+    adapters = [key for key in unused if re.search(r"\.adapter\.[AB]$", key)]
+    if adapters and not _holds_adapter(model):
+        raise InputError(
+            f"model {name!r}: its files hold {some(adapters)}, an adapter of fastbound that "
+            "would be left out: save the model with this version, or merged (fastbound.merge)"
+        )
+    kinds = {_kind(key) for key in model.state_dict()}
+    layers = [key for key in unused if key not in adapters and _kind(key) in kinds]
+    if layers:
+        raise InputError(
+            f"model {name!r}: its files hold {some(layers)}, layers that its config.json leaves "
+            "out: the two do not belong together; copy the whole folder again"
+        )
+
+
+def _kind(key: str) -> str:
+    """`layers.*.mlp.weight`, of whichever layer."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", key)
+
+
+def _holds_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, fastbound.BoundedLayer) for module in model.modules())
+
+
+def check_plain(model: nn.Module, name: str) -> None:
+    """Raise InputError for a model that came with an adapter of its own."""
+    if getattr(model, "peft_config", None):
+        raise InputError(
+            f"model {name!r} comes with an adapter: merge it first (from_pretrained, then "
+            "fastbound.merge or PEFT's merge_and_unload, then save_pretrained to another folder)"
+        )
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """`model` with an adapter that `fastbound.save_adapter` or PEFT wrote.
+
+    Raises:
+        InputError: the folder holds no adapter, a damaged one, or one for another model.
+    """
+    path = Path(folder)
+    if not os.path.isdir(path):  # which a name too long is not; Path.is_dir() raises for it
+        what = "is a file" if os.path.exists(path) else "is not there"
+        raise InputError(f"adapter {folder} {what}: give the folder of an adapter")
+    if not (path / ADAPTER_CONFIG).exists():
+        raise InputError(f"adapter {folder} has no {ADAPTER_CONFIG}: give an adapter's folder")
+    check_plain(model, type(model).__name__)
+    config = read_config(path / ADAPTER_CONFIG)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise InputError(
+            f"{path / ADAPTER_CONFIG}: peft_type must name the adapter's method, got {kind!r}"
+        )
+    trained = [config.get(field) for field in ("bias", "modules_to_save")]
+    if kind == PEFT_TYPE and set(map(str, trained)) <= {"None", "none"}:
+        fastbound.load_adapter(model, folder)
+        return model
+    tensors = [f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+    if not any((path / name).is_file() for name in tensors):
+        raise InputError(
+            f"adapter {folder} has no {' or '.join(tensors)}: give an adapter's folder"
+        )
+    try:
+        return _load_with_peft(model, path)
+    except InputError:
+        raise
+    except Exception as error:  # PEFT, safetensors and pickle each raise their own
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"adapter {folder} cannot be loaded ({type(error).__name__}: {reason}): give a folder "
+            "that PEFT's save_pretrained wrote for this model"
+        ) from error
+
+
+def _load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
+    """Raises InputError where PEFT would only warn: tensors that it lacks or passes over."""
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    saved = load_peft_weights(str(folder), device="cpu")
+    for key, tensor in saved.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"adapter {folder}: {key} holds a NaN or an infinity")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # raised for below
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    missing = [key for key in held if key not in saved]
+    known = {*held, *adapted.state_dict()}
+    unknown = [key for key in saved if key not in known]
+    if missing or unknown:
+        raise InputError(
+            f"adapter {folder}: its tensors are not those of its config on this model: missing "
+            f"{some(missing)}, unexpected {some(unknown)}; give the adapter of this model"
+        )
+    return cast(nn.Module, adapted)
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
 
 
 @contextlib.contextmanager

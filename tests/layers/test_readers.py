@@ -177,3 +177,12 @@ def test_nothing_but_read_weights_is_refused_with_the_reason():
     layer = nn.TransformerEncoderLayer(16, 4, 32)
     with pytest.raises(ValueError, match="linear1: has its weight read by the TransformerEncoderL"):
         fastbound.inject(layer, 4, target_modules=["linear1", "linear2"])
+
+
+def test_a_layer_that_a_user_put_where_it_is_read_is_explained():
+    attention = nn.MultiheadAttention(16, 4)
+    attention.out_proj = fastbound.BoundedOverBase.from_linear(attention.out_proj, 2)
+    (row,) = fastbound.explain(attention)
+    assert "read by the MultiheadAttention around it" in row.left_out
+    assert f"LEFT OUT: {row.left_out}" in str(fastbound.explain(attention))
+    assert fastbound.explain(nn.Sequential(attention.out_proj)).layers[0].left_out is None

@@ -200,6 +200,9 @@ def test_a_tied_weight_is_skipped(tiny_model):
         ({"alpha": -1.0}, "alpha must be positive and finite, got -1"),
         ({"bound": float("nan")}, "bound must be positive and finite, got nan"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
+        ({"rank": 129}, r"rank 129 of .*gate_proj is out of proportion.*\[32, 16\].*at most 128"),
+        ({"alpha": 1e13}, "alpha must lie between 1e-12 and 1e.12, .*got 1e.13"),
+        ({"bound": 1e-13}, "bound must lie between"),
         ({"target_modules": ["gate_prj"]}, "near misses: gate_proj"),
         ({"target_modules": "gate_proj"}, "near misses: gate_proj"),
         ({"target_modules": "("}, r"'\(' is not a regular expression"),
@@ -223,6 +226,21 @@ def test_a_late_refusal_leaves_the_model_as_it_was():
         fastbound.inject(model, 2, bound="auto", target_modules=["up_proj", "down_proj"])
     assert type(model.up_proj) is nn.Linear
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Sealed(MLPBlock):
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "down_proj" and isinstance(value, fastbound.FusedBoundedLinear):
+            raise RuntimeError("sealed")
+        super().__setattr__(name, value)
+
+
+def test_a_place_that_takes_no_other_module_leaves_the_model_as_it_was():
+    model = nn.Sequential(Sealed())
+    modules, trains = dict(model.named_modules()), trained(model)
+    with pytest.raises(RuntimeError, match="sealed"):
+        fastbound.inject(model, 2, target_modules=["up_proj", "down_proj"])
+    assert dict(model.named_modules()) == modules and trained(model) == trains
 
 
 def test_an_unknown_architecture_says_what_can_be_given():

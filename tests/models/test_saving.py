@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -179,3 +180,23 @@ def test_a_file_of_all_weights_is_refused_by_a_plain_model(tiny_model, tmp_path)
     fastbound.inject(again, 4)
     safetensors.torch.load_model(again, tmp_path / "all.safetensors")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("save", ["save_adapter", "export_lora", "save_pretrained"])
+def test_no_base_is_named_whose_weights_are_others(tiny_model, tmp_path, save):
+    def named(model: nn.Module, folder: str) -> str | None:
+        if save == "save_pretrained":
+            model.save_pretrained(tmp_path / folder)
+        else:
+            getattr(fastbound, save)(model, tmp_path / folder)
+        config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        return config["base_model_name_or_path"]
+
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = reloaded(tmp_path / "base")
+    assert named(injected(model), "first") == str(tmp_path / "base")
+    if save == "save_pretrained":
+        model.lm_head.requires_grad_(True)  # what was trained beside the adapter is in this folder
+        assert named(model, "more") is None
+    fastbound.merge(model)
+    assert named(injected(model), "second") is None

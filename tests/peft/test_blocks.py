@@ -145,6 +145,42 @@ def test_the_whole_model_compiles_without_a_break(tiny_model):
     assert len(again) == len(grads) > 0
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_the_whole_model_compiles_without_gradients(tiny_model, without):
+    model = adapted(tiny_model("llama"))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with without():
+        torch.testing.assert_close(compiled(**example(model)).logits, logits(model))
+
+
+@pytest.mark.slow
+def test_generation_with_a_static_cache_compiles(tiny_model):
+    model = adapted(tiny_model("llama")).eval()
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    torch._dynamo.reset()
+    tokens = model.generate(**example(model), cache_implementation="static", **settings)
+    assert torch.equal(tokens, model.generate(**example(model), **settings))
+
+
+def test_a_weight_flat_with_trained_parameters_runs_without_gradients_alone():
+    """As in a unit of FSDP1 that holds both."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 5)), fastbound.BoundedConfig(r=2, target_modules=["0"])
+    )
+    base, x = model.base_model.model[0].base_layer, torch.randn(3, 6)
+    with torch.no_grad():
+        y = model(x)
+    flat = torch.cat([base.weight.flatten(), torch.zeros(4)]).requires_grad_()
+    del base.weight
+    base.weight = flat[:30].view(5, 6)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+    with pytest.raises(ValueError, match=r"auto_wrap_policy=peft\.utils\.other\.fsdp_auto_wrap"):
+        model(x)
+
+
 @pytest.mark.parametrize("active", [1, 2])
 def test_under_autocast_it_agrees_with_itself_in_fp32(tiny_model, active):
     model = adapted(tiny_model("llama"))

@@ -255,6 +255,22 @@ def test_factors_are_fp32_on_a_base_of_half_precision(tiny_model, dtype):
     assert logits(model).dtype is dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_take_the_bases_dtype_where_no_cast_is_asked_for(tiny_model, tmp_path, dtype):
+    config = fastbound.BoundedConfig(r=3, init_weights=False)
+    base = tiny_model("llama").to(dtype)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    y = logits(model)
+    assert y.dtype is dtype and y.isfinite().all()
+    model.save_pretrained(tmp_path)
+    for cast, wanted in ((False, dtype), (True, torch.float32)):
+        loaded = PeftModel.from_pretrained(
+            tiny_model("llama").to(dtype), tmp_path, is_trainable=True, autocast_adapter_dtype=cast
+        )
+        assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {wanted}
+
+
 def test_state_dicts_and_copies(tiny_model):
     model = adapted(tiny_model("llama"))
     state = get_peft_model_state_dict(model)

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fastbound
-from tests.support.models import logits
 
 
 def state(model: nn.Module) -> dict[str, object]:
@@ -88,7 +87,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was(tiny_model, settings, mes
 def test_an_unknown_model_needs_target_modules(tiny_model):
     model = nn.Sequential(nn.Linear(4, 4))
     before = state(model)
-    with pytest.raises(ValueError, match="MLP projections are known for"):
+    with pytest.raises(ValueError, match="Please specify `target_modules`: Sequential has no"):
         get_peft_model(model, fastbound.BoundedConfig())
     assert state(model) == before
 
@@ -152,11 +151,3 @@ def test_an_adapter_of_another_model(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"up_proj is \[N, K\] = \[32, 16\] in the model and"):
         PeftModel.from_pretrained(model, tmp_path)
     assert state(model) == before
-
-
-def test_batches_that_mix_adapters(tiny_model):
-    model = get_peft_model(tiny_model("llama"), fastbound.BoundedConfig(r=2))
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    with pytest.raises(ValueError, match="adapter_names"):
-        layer(torch.randn(2, 16), adapter_names=["default", "default"])
-    assert logits(model).isfinite().all()

@@ -120,7 +120,7 @@ def _mlp(block: Block) -> nn.Module:
 def _stack(block: Block) -> nn.Module:
     from transformers import AutoModel
 
-    return AutoModel.from_config(_config(block))
+    return AutoModel.from_config(_config(block), trust_remote_code=False)
 
 
 def _run_stack(module: nn.Module, x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
-from fastbound.unlearning.data.rows import SUFFIXES, read_records
+from fastbound.unlearning.data.files import SUFFIXES
+from fastbound.unlearning.data.rows import read_records
 
 Records = list[tuple[str, Mapping[str, Any]]]
 
@@ -38,11 +39,8 @@ def file_of(benchmark: str, split: str, data: str | Path, suffixes: Sequence[str
         path = folder / f"{split}{suffix}"
         if path.is_file():
             return path
-    found = sorted(
-        str(path.relative_to(folder).with_suffix(""))
-        for path in folder.rglob("*")
-        if path.suffix in suffixes
-    )
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    found = [n.removesuffix(end) for n in names for end in suffixes if n.endswith(end)]
     raise InputError(
         f"{folder} has no file {split} ({', '.join(suffixes)}) for {benchmark}; "
         f"it holds {', '.join(found) or 'no such files'}"

@@ -1,21 +1,18 @@
-"""Forget and retain rows from JSON lines, CSV or the Hugging Face hub, checked row by row."""
+"""Forget and retain rows from files or the Hugging Face hub, checked row by row."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastbound.errors import InputError
+from fastbound.unlearning.data.files import SUFFIXES, Record, file_records, suffix_of
 
-SUFFIXES = (".jsonl", ".json", ".csv")
-_BARE_RETURN = re.compile(r"\r(?!\n)")
-_STAND_IN = "\ufdd0"  # Unicode reserves it for use inside programs
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
 _HUB = re.compile(r"(?P<id>[^:]+):(?P<config>[^:]*):(?P<split>[^:]+)")
 
 
@@ -39,31 +36,49 @@ class Row:
         return " ".join((self.question or "").split()), " ".join(self.answer.split())
 
 
+class RepeatedRowsWarning(UserWarning):
+    """A source gives some rows more than once; each counts as often as it stands there."""
+
+
 def load_rows(source: str | Path) -> list[Row]:
     """Read and check every row of `source`.
 
     Args:
-        source: a `.jsonl` or `.json` file (one JSON object a line, or one array of objects or of
-            texts), a `.csv` file with a header, or `id:config:split` of a data set on the Hugging
-            Face hub or in a local folder (`id::split` where it has a single config). Each row has
-            `question` and `answer`, or `text`; other fields are left alone.
+        source: a `.jsonl`, `.ndjson` or `.json` file (one JSON object a line, or one array of
+            objects or of texts), a `.csv` or `.tsv` file with a header, any of these packed as
+            `.gz`, a `.parquet` file, or `id:config:split` of a data set on the Hugging Face hub or
+            in a local folder (`id::split` where it has a single config). Each row has `question`
+            and `answer`, or `text`; other fields are left alone.
 
     Raises:
-        InputError: the source is missing, empty or malformed, or a row lacks a field or has an
-            empty one; row and field are named.
+        InputError: the source is missing, empty or malformed, or a row lacks a field, has an
+            empty one or one that no tokenizer takes; row and field are named.
+
+    Warns:
+        RepeatedRowsWarning: rows are given more than once.
     """
-    return [_row(record, where) for where, record in read_records(source)]
+    rows = [_row(record, where) for where, record in read_records(source)]
+    places: dict[tuple[str, str], str] = {}
+    again = [row for row in rows if places.setdefault(row.key, row.where) != row.where]
+    if again:
+        warnings.warn(
+            f"{source}: {len(again)} of {len(rows)} rows are given more than once "
+            f"({again[0].where} is {places[again[0].key]}); each counts as often as it is given",
+            RepeatedRowsWarning,
+            stacklevel=2,
+        )
+    return rows
 
 
-def read_records(source: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
+def read_records(source: str | Path) -> list[tuple[str, Record]]:
     """Every record of what `load_rows` takes, whatever its fields, with file and row number.
 
     Raises:
         InputError: the source is missing, empty or malformed.
     """
     path = Path(source)
-    if path.suffix in SUFFIXES or path.is_file():
-        records = _file_records(path)
+    if suffix_of(path) or os.path.exists(path):
+        records = iter(file_records(path))
     elif match := _HUB.fullmatch(str(source)):
         records = _hub_records(**match.groupdict())
     else:
@@ -93,84 +108,7 @@ def authors(split: str) -> Path:
     return Path(__file__).with_name(f"authors_{split}.jsonl")
 
 
-def _file_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is not a file")
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
-    text = read_text(path)
-    if path.suffix == ".csv":
-        return _csv_records(path, text)
-    if text.lstrip().startswith("["):
-        return _array_records(path, text)
-    return _json_records(path, text)
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends as they are, or `InputError`."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
-
-
-def _parsed(text: str, path: Path, row: int | None, remedy: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}" if row is None else f"row {row}"
-        raise InputError(
-            f"{path}, {place}: not JSON ({error.msg}, column {error.colno}); {remedy}"
-        ) from None
-
-
-def _array_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """One array, as MUSE's own folder has it: objects, or texts without a field's name."""
-    values = _parsed(text, path, None, "write one array, or one object a line")
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, (str, dict)):
-            raise InputError(
-                f"{path}, row {number}: an object or a text was expected in the array, "
-                f"got {type(value).__name__}"
-            )
-        yield number, {"text": value} if isinstance(value, str) else value
-
-
-def _json_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        record = _parsed(line, path, number, "write one object a line")
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{path}, row {number}: a JSON object was expected, got {type(record).__name__}; "
-                "write one object a line"
-            )
-        yield number, record
-
-
-def _csv_records(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if "\n" in text:
-        # A bare carriage return then stands in a text, quoted or not, as TDEC's own code reads its
-        # files; Python's reader would end the row there.
-        text = _BARE_RETURN.sub(_STAND_IN, text)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for number, record in enumerate(reader, start=1):
-            if None in record:
-                raise InputError(
-                    f"{path}, row {number}: more fields than the header; quote commas in text"
-                )
-            yield number, {name: _returned(value) for name, value in record.items()}
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
-
-
-def _returned(value: str | None) -> str | None:
-    return None if value is None else value.replace(_STAND_IN, "\r")
-
-
-def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Record]]:
     import datasets
 
     source = f"{id}:{config}:{split}"
@@ -184,24 +122,70 @@ def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Mappin
     return enumerate(rows, start=1)
 
 
-def _row(record: Mapping[str, Any], where: str) -> Row:
-    if "question" in record or "answer" in record:
+def _row(record: Record, where: str) -> Row:
+    # A table has every column in every row: what is null there is not given.
+    given = {name for name in ("question", "answer", "text") if record.get(name) is not None}
+    if given & {"question", "answer"} or (not given and {"question", "answer"} & record.keys()):
         return Row(
             text_field(record, "question", where), text_field(record, "answer", where), where
         )
     if "text" in record:
         return Row(None, text_field(record, "text", where), where)
-    found = ", ".join(map(repr, record)) or "no field at all"
+    found = _found(record) + _inside(record)
     raise InputError(f"{where}: needs 'question' and 'answer', or 'text'; found {found}")
 
 
-def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
+def text_field(record: Record, name: str, where: str) -> str:
     """A field that must hold text, or `InputError` with row and field."""
-    if name not in record or record[name] is None:
-        raise InputError(f"{where}: field {name!r} is missing")
-    value = record[name]
+    if name not in record:
+        raise InputError(f"{where}: field {name!r} is missing; found {_found(record)}")
+    return as_text(record[name], f"field {name!r}", where)
+
+
+def texts_field(record: Record, name: str, where: str) -> list[str]:
+    """A field that must hold a list of texts, or `InputError` with row, field and item."""
+    if name not in record:
+        raise InputError(f"{where}: field {name!r} is missing; found {_found(record)}")
+    values = record[name]
+    if not isinstance(values, (list, tuple)) or not values:
+        got = "null" if values is None else repr(values)
+        raise InputError(f"{where}: field {name!r} must be a list of texts, got {got}")
+    return [
+        as_text(value, f"item {number} of field {name!r}", where)
+        for number, value in enumerate(values, start=1)
+    ]
+
+
+def as_text(value: object, what: str, where: str) -> str:
+    """`value` where it is text that a tokenizer takes; else `InputError` with its place.
+
+    Args:
+        what: the field, for the message.
+        where: file and row.
+    """
+    if value is None:
+        raise InputError(f"{where}: {what} is null; it must be text")
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {name!r} must be text, got {type(value).__name__}")
+        raise InputError(f"{where}: {what} must be text, got {type(value).__name__}")
     if not value.strip():
-        raise InputError(f"{where}: field {name!r} is empty")
+        raise InputError(f"{where}: {what} is empty")
+    if broken := _UNREADABLE.search(value):
+        kind = "a NUL" if broken.group() == "\0" else "half of a surrogate pair"
+        raise InputError(
+            f"{where}: {what} holds {kind} ({broken.group()!a}) as character "
+            f"{broken.start() + 1}, which no tokenizer takes; remove it or mend the text"
+        )
     return value
+
+
+def _found(record: Record) -> str:
+    names = (f"{n!r} (null)" if value is None else repr(n) for n, value in record.items())
+    return ", ".join(names) or "no field at all"
+
+
+def _inside(record: Record) -> str:
+    """Where the rows may be, in a record that is none."""
+    holding = [name for name, value in record.items() if isinstance(value, (list, Mapping))]
+    if not holding:
+        return ""
+    return f"; if {holding[0]!r} holds the rows, save it alone, as one array of objects or texts"

@@ -16,9 +16,10 @@ from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.cost import compare_cost
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
+from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
 from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, write_json
-from fastbound.unlearning.runs.report import Run, write_report
+from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 
 _MARKER = "demo.json"
@@ -75,13 +76,15 @@ def demonstrate(
     config = demonstration.config
     learned = _learn([*forget, *retain], demonstration, output / _MODEL, progress)
     runs = []
+    shown = chosen(forget, retain)
     for name, each in demonstration.runs().items():
         folder = output / name
         if not (folder / RESULT).exists():
             if progress:
                 print(f"{name}:", flush=True)
             model, tokenizer = load_pretrained(str(output / _MODEL))
-            unlearn(
+            before = answers(model, tokenizer, shown, each)
+            result = unlearn(
                 model,
                 tokenizer,
                 forget,
@@ -91,6 +94,8 @@ def demonstrate(
                 resume=(folder / "run.json").exists(),
                 progress=progress,
             )
+            after = answers(result.model, tokenizer, shown, each)
+            write_json(folder / EXAMPLES, {"examples": examples(shown, before, after)})
         runs.append(Run.read(folder))
     model, tokenizer = load_pretrained(str(output / _MODEL))
     model.to(_device(config))
@@ -111,6 +116,7 @@ def demonstrate(
         "rows": {"forget": len(forget), "retain": len(retain)},
     }
     table = write_report(output, runs, about=about, cost=cost)
+    table += "\n".join(["", *lines_of(runs[0].examples)])
     if learned["training_loss"] > demonstration.small.known_loss:
         table += (
             f"\n\nThe small model had not learned its rows when it stopped after "

@@ -16,12 +16,11 @@ from fastbound.unlearning.evaluation.run import (
     SUMMARY,
     EvaluationConfig,
     evaluate_benchmark,
-    load_adapter,
 )
 from fastbound.unlearning.evaluation.templates import EmptyAnswerWarning
 from fastbound.unlearning.metrics import SameModelWarning
 from fastbound.unlearning.metrics.logs import read_log
-from fastbound.unlearning.model import load_pretrained
+from fastbound.unlearning.model import check_device, load_adapter, load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free
 
 
@@ -47,16 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         n=arguments.n,
     )
+    check_device(arguments.device)
     output = Path(arguments.output)
     check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
     retain = None if arguments.retain_log is None else read_log(arguments.retain_log)
     dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
-    model, tokenizer = load_pretrained(arguments.model, dtype)
+    model, tokenizer = load_pretrained(
+        arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
+    )
     if arguments.adapter is not None:
         model = load_adapter(model, arguments.adapter)
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
-    if arguments.device == "cuda" and not cuda:
-        raise InputError("device cuda: PyTorch sees no GPU here; give auto or cpu")
     model.to("cuda" if cuda else "cpu")
     about = {"model": arguments.model, "adapter": arguments.adapter, "dtype": arguments.dtype}
     with warnings.catch_warnings(record=True) as caught:

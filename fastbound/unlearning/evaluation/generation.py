@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @torch.no_grad()
@@ -17,10 +19,11 @@ def continuations(
     pad: int,
     end: int,
 ) -> list[list[int]]:
-    """What the model adds to each prompt by itself, without its end of text.
+    """What the model adds to each prompt by itself, without its end of text: argmax, each token.
 
-    Padding is masked, so a row continues as it does alone. The keys and values of earlier tokens
-    are cached.
+    Of the model's own generation settings its end of text alone counts: whatever else they hold, a
+    repetition penalty, blocked n-grams, stop strings, sampling, is left out. Padding is masked, so
+    a row continues as it does alone. The keys and values of earlier tokens are cached.
 
     Args:
         prompts: token ids, at least one each.
@@ -35,18 +38,17 @@ def continuations(
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
     stops = stop_tokens(model, end)
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max(most),
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad,
-        eos_token_id=sorted(stops),
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(
+        max_new_tokens=max(most), do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
     )
+    with _only(greedy, model):
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=greedy,
+        )
     new = output[:, length:].tolist()
     return [_cut(tokens[:limit], stops) for tokens, limit in zip(new, most, strict=True)]
 
@@ -61,9 +63,26 @@ def until(text: str, stops: Sequence[str]) -> str:
 def stop_tokens(model: Any, end: int) -> set[int]:
     """The tokens that end a text: those of the model's generation settings, else `end`."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        return {end}
-    return {ends} if isinstance(ends, int) else set(ends)
+    if isinstance(ends, int):
+        return {ends}
+    return set(ends or [end])
+
+
+@contextlib.contextmanager
+def _only(settings: Any, model: nn.Module) -> Iterator[None]:
+    """With no generation settings of the model's own: `generate` fills with them what is unset."""
+    held = [(m, vars(m)["generation_config"]) for m in model.modules() if _has_settings(m)]
+    for module, _ in held:
+        module.generation_config = settings
+    try:
+        yield
+    finally:
+        for module, own in held:
+            module.generation_config = own
+
+
+def _has_settings(module: nn.Module) -> bool:
+    return "generation_config" in vars(module)
 
 
 def _cut(tokens: list[int], stops: set[int]) -> list[int]:

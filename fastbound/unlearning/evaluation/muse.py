@@ -16,8 +16,9 @@ import numpy as np
 from fastbound.errors import InputError
 from fastbound.unlearning import metrics
 from fastbound.unlearning.data.encoding import IGNORED, Encoded
+from fastbound.unlearning.data.files import SUFFIXES, read_text
 from fastbound.unlearning.data.records import Records, check_split, file_of
-from fastbound.unlearning.data.rows import SUFFIXES, Row, read_records, read_text, text_field
+from fastbound.unlearning.data.rows import Row, read_records, text_field
 from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
 from fastbound.unlearning.evaluation.generation import until
 from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture

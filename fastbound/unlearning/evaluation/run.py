@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-import fastbound
 from fastbound.errors import InputError
 from fastbound.unlearning.evaluation import benchmark_named
 from fastbound.unlearning.evaluation.benchmark import Benchmark
@@ -26,8 +25,9 @@ from fastbound.unlearning.evaluation.templates import check_family
 from fastbound.unlearning.metrics.conventions import check_convention
 from fastbound.unlearning.metrics.logs import read_log
 from fastbound.unlearning.model import evaluating
+from fastbound.unlearning.model import load_adapter as load_adapter
 from fastbound.unlearning.runs.environment import environment
-from fastbound.unlearning.runs.folder import RunFolder, fingerprint, read_json, write_json
+from fastbound.unlearning.runs.folder import RunFolder, fingerprint, write_json
 
 SUMMARY = "summary.json"
 PICTURE = "evaluation.png"
@@ -78,26 +78,6 @@ class EvaluationConfig:
     def chosen(self) -> Benchmark:
         """The benchmark's module."""
         return benchmark_named(self.benchmark)
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """`model` with an adapter that `fastbound.save_adapter` or PEFT wrote.
-
-    Raises:
-        InputError: the folder holds no adapter, or one for another model.
-    """
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise InputError(f"adapter {folder} has no adapter_config.json: give an adapter's folder")
-    try:
-        if read_json(path).get("peft_type") == "FASTBOUND":
-            fastbound.load_adapter(model, folder)
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"adapter {folder} cannot be loaded: {error}") from error
 
 
 def evaluate_benchmark(

@@ -16,7 +16,7 @@ from fastbound.errors import InputError
 from fastbound.unlearning import metrics
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.records import check_split, records
-from fastbound.unlearning.data.rows import Row, read_records, text_field
+from fastbound.unlearning.data.rows import Row, read_records, text_field, texts_field
 from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
 from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture
 from fastbound.unlearning.evaluation.session import Session
@@ -132,20 +132,9 @@ def _row(record: Mapping[str, Any], split: str, where: str) -> TofuRow:
     paraphrased = None
     if split in AUTHORS_PERTURBED:
         paraphrased = text_field(record, "paraphrased_answer", where)
-    return TofuRow(question, answer, where, paraphrased, _wrong(record, where))
-
-
-def _wrong(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    field = "perturbed_answer"
-    if record.get(field) is None:
-        raise InputError(f"{where}: field {field!r} is missing")
-    wrong = record[field]
-    if not isinstance(wrong, (list, tuple)) or not wrong:
-        raise InputError(f"{where}: field {field!r} must be a list of texts, got {wrong!r}")
-    for text in wrong:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{where}: field {field!r} holds {text!r}: every one must be text")
-    return tuple(wrong)
+    return TofuRow(
+        question, answer, where, paraphrased, tuple(texts_field(record, "perturbed_answer", where))
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import RESULT, read_json, write_json
 
 REPORT = "report.json"
+EXAMPLES = "examples.json"  # of a run: questions, with the model's answers before and after
 PICTURE = "curves.png"
 _COLOURS = {"bounded": "#0b6e99", "lora": "#c4511d"}
 
@@ -47,17 +48,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run as its folder holds it: the lines of its log and its result."""
+    """One finished run as its folder holds it: its result, the lines of its log, its examples."""
 
     folder: Path
     result: Mapping[str, Any]
     steps: Sequence[Mapping[str, Any]]
+    examples: Sequence[Mapping[str, str]] = ()
 
     @classmethod
     def read(cls, folder: Path) -> Run:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [line for line in map(json.loads, lines) if line["event"] == "step"]
-        return cls(folder, read_json(folder / RESULT), steps)
+        examples = folder / EXAMPLES
+        held = read_json(examples)["examples"] if examples.exists() else ()
+        return cls(folder, read_json(folder / RESULT), steps, held)
 
     @property
     def adapter(self) -> str:
@@ -66,6 +70,12 @@ class Run:
     @property
     def lr(self) -> float:
         return float(self.result["config"]["lr"])
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """The evaluation whose adapter is kept."""
+        history: Sequence[Mapping[str, Any]] = self.result["history"]
+        return next(each for each in history if each["step"] == self.result["kept"])
 
 
 def write_report(
@@ -85,7 +95,10 @@ def write_report(
         folder / REPORT,
         {
             "about": about,
-            "runs": [{"name": run.folder.name, **run.result} for run in runs],
+            "runs": [
+                {"name": run.folder.name, **run.result, "examples": list(run.examples)}
+                for run in runs
+            ],
             "step": None if cost is None else asdict(cost),
             "environment": environment(),
         },
@@ -111,16 +124,18 @@ def table(runs: Sequence[Run]) -> list[str]:
             lines.append(f"{'before':16} {_scores(start)}")
         bound = "none" if result["bound"] is None else f"{result['bound']:.3g}"
         seconds = result["seconds_per_step"]
-        line = f"{run.adapter:8} {run.lr:7g} {_scores(result['history'][-1])}"
-        line += f"  {result['largest_delta']:8.3g} {bound:>6} {result['history'][-1]['step']:6}"
+        line = f"{run.adapter:8} {run.lr:7g} {_scores(run.kept)}"
+        line += f"  {result['largest_delta']:8.3g} {bound:>6} {result['kept']:6}"
         line += " " + (f"{'-':>7}" if seconds is None else f"{seconds:7.3f}")
-        if result["stopped"] != "all steps":
-            line += f"  stopped by {result['stopped']}"
-        lines.append(line)
+        lines.append(f"{line}  {_ending(result)}")
     seed = runs[0].result["config"]["seed"]
     lines.append(
         f"Mean over the answer tokens of {start['forget']['rows']} forget and "
-        f"{start['retain']['rows']} retain rows; loss in nats a token; one seed ({seed})."
+        f"{start['retain']['rows']} retain rows; loss in nats per token; one seed ({seed})."
+    )
+    lines.append(
+        "Steps: those of the adapter that is kept. Forgotten: a loss of "
+        f"{runs[0].result['forget_target']:.3g} or more."
     )
     lines += _cross_entropies(runs)
     lines += [f"{run.adapter}: {each}" for run, each in _allocations(runs)]
@@ -128,6 +143,25 @@ def table(runs: Sequence[Run]) -> list[str]:
     if minimised:
         lines.append("Minimised: " + " + ".join(f"{w:g} {name}" for name, w in minimised.items()))
     return lines
+
+
+def _ending(result: Mapping[str, Any]) -> str:
+    """Why the run ended, and whether its last step is the one that is kept."""
+    last = result["history"][-1]["step"]
+    said = {
+        "forget_target": "ended: forgotten, and the rest kept",
+        "retain_limit": f"ended at step {last} by retain_limit",
+        "all steps": "" if result["kept"] == last else f"the best of {last} steps",
+    }[result["stopped"]]
+    if result["kept"] != last and result["stopped"] != "all steps":
+        said += f" (step {result['kept']} is the best)"
+    forgotten = result["kept"] > 0 and _forgotten(result)
+    return said if forgotten else f"{said}{', ' if said else ''}not forgotten"
+
+
+def _forgotten(result: Mapping[str, Any]) -> bool:
+    kept = next(each for each in result["history"] if each["step"] == result["kept"])
+    return bool(kept["forget"]["loss"] >= result["forget_target"])
 
 
 def _cross_entropies(runs: Sequence[Run]) -> list[str]:
@@ -175,7 +209,11 @@ def cost_lines(cost: Comparison | None) -> list[str]:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Three panels over steps: forget loss, retain loss, largest |ΔW| with each bound dashed."""
+    """Three panels over steps: forget loss, retain loss, largest |ΔW| with each bound dotted.
+
+    A thin line is the loss of each step's batch, the marks are evaluations, the largest of them the
+    one that is kept.
+    """
     figure, (axes,) = new_figure(1, 3, (13.5, 4.4))
     slowest = min((run.lr for run in runs), default=0.0)
     for run in runs:
@@ -188,17 +226,25 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         history = run.result["history"]
         at = [each["step"] for each in history]
         for axis, side in zip(axes, ("forget", "retain"), strict=False):
-            axis.plot(at, [each[side]["loss"] for each in history], **style)
-        moved = [(line["step"], line["largest_delta"]) for line in run.steps]
+            axis.plot(
+                [line["step"] for line in run.steps],
+                [line[f"{side}_loss"] for line in run.steps],
+                **{**style, "linewidth": 0.7, "alpha": 0.55, "label": None},
+            )
+            axis.plot(at, [each[side]["loss"] for each in history], **style, marker=".")
+            axis.plot(run.kept["step"], run.kept[side]["loss"], "o", color=style["color"])
+        moved = [(li["step"], li["largest_delta"]) for li in run.steps if "largest_delta" in li]
         axes[2].plot(*zip(*moved, strict=True), **style)
+    for target in {run.result["forget_target"] for run in runs}:
+        axes[0].axhline(target, color="0.45", linestyle=":", linewidth=1.2)
     bounds = {run.result["bound"] for run in runs} - {None}
     for bound in sorted(bounds):
         axes[2].axhline(bound, color="0.45", linestyle=":", linewidth=1.2)
     if bounds:
         axes[2].plot([], [], color="0.45", linestyle=":", label="bound")
     titles = (
-        ("Forget rows", "loss, nats a token (higher: forgotten)"),
-        ("Retain rows", "loss, nats a token (lower: kept)"),
+        ("Forget rows", "loss, nats per token (dotted: forgotten)"),
+        ("Retain rows", "loss, nats per token (lower: kept)"),
         ("How far the weights moved", "largest |ΔW| of any entry"),
     )
     for axis, (title, label) in zip(axes, titles, strict=True):

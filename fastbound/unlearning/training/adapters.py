@@ -12,7 +12,8 @@ from torch import nn
 
 import fastbound
 from fastbound.errors import InputError
-from fastbound.models.ranks import even_rank
+from fastbound.layers.settings import adapter_settings
+from fastbound.models.ranks import check_ranks, even_rank
 from fastbound.operator.partition import whole
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.model import quiet
@@ -69,6 +70,7 @@ class _Lora:
         from peft import LoraConfig, get_peft_model
 
         layers = target_layers(model, config)
+        check_ranks(dict.fromkeys(layers, ranks) if isinstance(ranks, int) else ranks, layers)
         rank = ranks if isinstance(ranks, int) else even_rank(ranks, layers)
         alpha = rank if config.alpha is None else config.alpha
         settings = LoraConfig(
@@ -107,6 +109,7 @@ def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
     """
     torch.manual_seed(config.seed)
     try:
+        adapter_settings(1, config.alpha, config.bound)
         kind = _Bounded if config.adapter == "bounded" else _Lora
         return kind(model, config, ranks)
     except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fastbound.errors import InputError, NonFiniteError
@@ -34,6 +35,7 @@ from fastbound.unlearning.runs.folder import (
 from fastbound.unlearning.runs.peak_memory import peak_memory, reset_peak_memory
 from fastbound.unlearning.runs.random_state import random_state, set_random_state
 from fastbound.unlearning.training.adapters import Adapter, attach
+from fastbound.unlearning.training.ending import Ending
 from fastbound.unlearning.training.processes import is_sharded, score_together, start_processes
 from fastbound.unlearning.training.rank_choice import choose_ranks
 from fastbound.unlearning.training.result import Evaluation, UnlearnResult
@@ -106,6 +108,7 @@ class _Run:
             seed=config.seed,
         )
         self.steps = self.pairing.steps(config.epochs)
+        self.ending = Ending(config, model, self.steps)
         each_epoch = self.pairing.steps(1)
         self.eval_every = config.eval_every or each_epoch
         self.checkpoint_every = config.checkpoint_every or self.eval_every
@@ -120,6 +123,7 @@ class _Run:
         )
         self.step = 0
         self.history: list[Evaluation] = []
+        self.kept: dict[str, torch.Tensor] = {}  # A and B of the best evaluation so far
         self.durations: list[float] = []
         self.bar = _bar(self.steps, progress and self.accelerator.is_main_process)
         state = self._begin(resume)
@@ -133,12 +137,12 @@ class _Run:
         if not self.history:
             self._evaluate()
             self._save_checkpoint()
-        stopped = self._stop_reason()
+        stopped = self.ending.reason(self.history, self.step)
         while stopped is None:
             self._take_step()
             if self.step % self.eval_every == 0 or self.step == self.steps:
                 self._evaluate()
-            stopped = self._stop_reason()
+            stopped = self.ending.reason(self.history, self.step)
             if self.step % self.checkpoint_every == 0 or stopped:
                 self._save_checkpoint()
         self.bar.close()
@@ -155,22 +159,22 @@ class _Run:
         seconds = time.perf_counter() - start
         self.durations.append(seconds)
         self.bar.update()
+        line = {
+            "step": self.step,
+            "forget_loss": losses.forget,
+            "retain_loss": losses.retain,
+            "lr": rate,
+            "grad_norm": losses.grad_norm,
+            "seconds": round(seconds, 4),
+        }
         if self.step % self.config.log_every == 0 or self.step == self.steps:
             delta = self.adapter.delta()
-            self._log(
-                event="step",
-                step=self.step,
-                forget_loss=losses.forget,
-                retain_loss=losses.retain,
-                lr=rate,
-                grad_norm=losses.grad_norm,
-                largest_delta=delta.largest,
-                seconds=round(seconds, 4),
-            )
+            line["largest_delta"] = delta.largest
             self.bar.set_postfix_str(
                 f"forget {losses.forget:.3f}, retain {losses.retain:.3f}, "
                 f"max|ΔW| {delta.largest:.3g}"
             )
+        self._log(event="step", **line)
 
     def _evaluate(self) -> None:
         forget, retain = (
@@ -178,6 +182,8 @@ class _Run:
             for rows in (self.sides.forget, self.sides.retain)
         )
         self.history.append(Evaluation(self.step, forget, retain))
+        if self.ending.best(self.history) is self.history[-1]:
+            self.kept = self.training.factors()
         self._log(event="evaluation", **asdict(self.history[-1]))
 
     def _score(self, rows: Sequence[Encoded]) -> Score:
@@ -193,17 +199,10 @@ class _Run:
         )
         return score_together(score_rows, rows, batch_size, self.accelerator, self.sharded)
 
-    def _stop_reason(self) -> str | None:
-        last = self.history[-1]
-        config = self.config
-        if last.step == self.step:
-            if config.forget_target is not None and last.forget.loss >= config.forget_target:
-                return "forget_target"
-            if config.retain_limit is not None and last.retain.loss > config.retain_limit:
-                return "retain_limit"
-        return "all steps" if self.step >= self.steps else None
-
     def _finish(self, stopped: str) -> UnlearnResult:
+        kept = self.ending.best(self.history)
+        if kept.step != self.step:
+            self.training.put_factors(self.kept)
         delta = self.adapter.delta()
         memory, kind = peak_memory(self.training.device)
         result = UnlearnResult(
@@ -213,6 +212,8 @@ class _Run:
             cross_entropy=self.training.cross_entropy,
             ranks=self.ranks,
             stopped=stopped,
+            forget_target=self.ending.target,
+            kept=kept.step,
             largest_delta=delta.largest,
             bound=delta.bound,
             seconds_per_step=statistics.median(self.durations) if self.durations else None,
@@ -294,6 +295,7 @@ class _Run:
             {
                 "step": self.step,
                 **self.training.state(),
+                "kept": self.kept,
                 "random": gather_object([random_state()]),
                 "history": [asdict(each) for each in self.history],
                 "durations": self.durations,
@@ -304,6 +306,7 @@ class _Run:
         self.training.restore(state)
         set_random_state(state["random"][self.accelerator.process_index])
         self.step = state["step"]
+        self.kept = state["kept"]
         self.durations = list(state["durations"])
         self.history = [
             Evaluation(each["step"], Score(**each["forget"]), Score(**each["retain"]))

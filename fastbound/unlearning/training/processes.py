@@ -17,13 +17,13 @@ from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.sampling import Pairing
 from fastbound.unlearning.metrics.answers import Score, score
+from fastbound.unlearning.model import check_device
 
 
 def start_processes(config: UnlearnConfig) -> Any:
     from accelerate import Accelerator
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
+    check_device(config.device)
     # Autocast is the loop's own: accelerate's would take all logits to fp32.
     return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
 

@@ -29,6 +29,8 @@ class UnlearnResult:
     Attributes:
         model: the adapted model (for LoRA PEFT's wrapper around the one given).
         history: every evaluation, the first before any step, the last after all.
+        kept: the step of the evaluation whose adapter is kept, see `UnlearnConfig.early_stop`.
+        forget_target: the forget loss that counts as forgotten, nats per token.
         cross_entropy: whether the losses came from whole logits or in chunks, and why.
         ranks: what `rank="auto"` chose and why; None for a rank that was given.
         stopped: why it ended: "all steps", "forget_target" or "retain_limit".
@@ -44,6 +46,8 @@ class UnlearnResult:
     cross_entropy: CrossEntropy
     ranks: RankAllocation | None
     stopped: str
+    kept: int
+    forget_target: float
     largest_delta: float
     bound: float | None
     seconds_per_step: float | None
@@ -56,7 +60,8 @@ class UnlearnResult:
 
     @property
     def after(self) -> Evaluation:
-        return self.history[-1]
+        """The evaluation whose adapter is kept."""
+        return next(each for each in self.history if each.step == self.kept)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the model, as JSON values."""
@@ -66,6 +71,8 @@ class UnlearnResult:
             "cross_entropy": self.cross_entropy.as_dict(),
             "ranks": None if self.ranks is None else asdict(self.ranks),
             "stopped": self.stopped,
+            "kept": self.kept,
+            "forget_target": self.forget_target,
             "largest_delta": self.largest_delta,
             "bound": self.bound,
             "seconds_per_step": self.seconds_per_step,

@@ -123,19 +123,26 @@ class Training:
     def state(self) -> dict[str, Any]:
         """For a checkpoint, with whole tensors; all processes of a sharded model must call."""
         return {
-            "adapter": {name: whole(p.detach()) for name, p in self.trained().items()},
+            "adapter": self.factors(),
             "optimizer": tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
         }
 
+    def factors(self) -> dict[str, torch.Tensor]:
+        """A copy of all A and B, whole; all processes of a sharded model must call."""
+        return {name: whole(p.detach()).clone() for name, p in self.trained().items()}
+
+    @torch.no_grad()
+    def put_factors(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `factors` gave, each process its part."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(like(factors[name], parameter))
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back a `state`, each process its part. Raises InputError for another model's."""
-        trained = self.trained()
-        if trained.keys() != state["adapter"].keys():
+        if self.trained().keys() != state["adapter"].keys():
             raise InputError("the checkpoint is of another model: give the one the run began with")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(like(state["adapter"][name], parameter))
+        self.put_factors(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         for owner, kept in self.optimizer.state.items():
             for name, value in kept.items():

@@ -86,8 +86,7 @@ def test_reads_a_data_set_by_id_config_and_split(tmp_path: Path):
         ("r.csv", "question,answer\n", "holds no rows"),
         ("r.csv", "question,answer\nQ\n", "row 1: field 'answer' is missing"),
         ("r.csv", "question,answer\nQ,A,B\n", "row 1: more fields than the header"),
-        ("r.csv", 'question,answer\nQ,"A\n', "line 1: not CSV"),
-        ("r.txt", "text", "must end in .jsonl"),
+        ("r.txt", "text", "must end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .jsonl.gz"),
     ],
 )
 def test_names_row_and_field_of_malformed_input(

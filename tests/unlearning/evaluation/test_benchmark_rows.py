@@ -68,12 +68,18 @@ def test_perturbed_authors_have_another_wording(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": None}, "row 2: field 'answer' is missing"),
+        ({"answer": None}, "row 2: field 'answer' is null"),
         ({"question": 3}, "row 2: field 'question' must be text, got int"),
         ({"paraphrased_answer": " "}, "row 2: field 'paraphrased_answer' is empty"),
-        ({"perturbed_answer": None}, "row 2: field 'perturbed_answer' is missing"),
+        (
+            {"perturbed_answer": None},
+            "row 2: field 'perturbed_answer' must be a list of texts, got null",
+        ),
         ({"perturbed_answer": "Bo."}, "row 2: field 'perturbed_answer' must be a list"),
-        ({"perturbed_answer": ["Bo.", 1]}, "row 2: field 'perturbed_answer' holds 1"),
+        (
+            {"perturbed_answer": ["Bo.", 1]},
+            "row 2: item 2 of field 'perturbed_answer' must be text, got int",
+        ),
         ({"perturbed_answer": ["Bo."]}, "row 2: field 'perturbed_answer' has 1 answers"),
     ],
 )

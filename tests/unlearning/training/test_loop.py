@@ -31,15 +31,17 @@ def lines(folder: Path, event: str) -> list[dict]:
 def test_raises_forget_loss_through_the_adapter_alone(unlearn_rows, new_model, tmp_path, adapter):
     model = new_model()
     result = unlearn_rows(
-        config(adapter=adapter, epochs=30, lr=3e-2), model, output=tmp_path / "run"
+        config(adapter=adapter, epochs=30, lr=3e-2, early_stop=False),
+        model,
+        output=tmp_path / "run",
     )
     assert result.before.forget.loss < 0.2 and result.before.forget.accuracy > 0.98
     assert result.after.forget.loss > max(3.0, 2 * result.after.retain.loss)
     assert result.after.forget.accuracy < result.after.retain.accuracy
     assert result.largest_delta > 0
     steps = lines(tmp_path / "run", "step")
-    assert [line["step"] for line in steps] == list(range(1, result.after.step + 1))
-    assert steps[-1]["largest_delta"] == result.largest_delta
+    assert [line["step"] for line in steps] == list(range(1, result.history[-1].step + 1))
+    assert steps[result.kept - 1]["largest_delta"] == result.largest_delta
     assert steps[0]["lr"] < max(line["lr"] for line in steps) <= 3e-2 and steps[-1]["lr"] < 2e-3
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"run.json", "log.jsonl", "checkpoint.pt", "adapter", "result.json"}
@@ -120,17 +122,55 @@ def test_a_step_is_one_mean_over_its_tokens_however_it_is_cut(unlearn_rows, new_
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"forget_target": 3.0}, "forget_target"),
+        ({"forget_target": 3.0, "retain_slack": 9.0}, "forget_target"),
+        ({"forget_target": 3.0, "retain_slack": 9.0, "early_stop": False}, None),
+        ({"forget_target": 99.0, "retain_slack": 9.0}, None),
         ({"retain_limit": 0.1}, "retain_limit"),
-        ({}, None),
+        ({"retain_slack": 0.0}, None),
     ],
 )
 def test_stops_early_and_says_why(unlearn_rows, settings, reason):
     result = unlearn_rows(config(epochs=30, eval_every=2, **settings))
     assert result.stopped == (reason or "all steps")
+    last = result.history[-1]
     if reason == "forget_target":
-        assert result.after.forget.loss >= 3.0 > result.history[-2].forget.loss
-    assert (result.after.step < 60) == (reason is not None)
+        assert last.forget.loss >= 3.0 > result.history[-2].forget.loss
+    assert (last.step < 60) == (reason is not None)
+
+
+def test_the_adapter_of_the_best_evaluation_is_kept_also_across_a_resume(
+    unlearn_rows, new_model, tokenizer, retain_rows, tmp_path
+):
+    settings = config(epochs=20, lr=0.1, eval_every=4, forget_target=2.0, early_stop=False)
+    result = unlearn_rows(settings, output=tmp_path / "run")
+    forgotten = [each for each in result.history[1:] if each.forget.loss >= 2.0]
+    best = min(forgotten, key=lambda each: each.retain.loss)
+    assert result.after is best and result.kept == best.step
+    assert best.step < result.history[-1].step, "the best is the last: this run shows nothing"
+    fresh = new_model()
+    fastbound.load_adapter(fresh, tmp_path / "run" / "adapter")
+    for model in (fresh, result.model):
+        encoded = encode_all(retain_rows, tokenizer)
+        score = evaluate(model, encoded, pad=tokenizer.pad_token_id)
+        assert score.loss == pytest.approx(best.retain.loss, rel=1e-5)
+    (tmp_path / "run" / "result.json").unlink()
+    again = unlearn_rows(settings, output=tmp_path / "run", resume=True)
+    assert again.kept == result.kept
+    score = evaluate(again.model, encode_all(retain_rows, tokenizer), pad=tokenizer.pad_token_id)
+    assert score.loss == pytest.approx(best.retain.loss, rel=1e-5)
+
+
+def test_where_nothing_is_forgotten_the_last_is_kept(unlearn_rows):
+    result = unlearn_rows(config(epochs=3, lr=1e-5, eval_every=1))
+    assert result.kept == result.history[-1].step == 6
+    assert result.forget_target == pytest.approx(math.log(result.model.config.vocab_size))
+
+
+def test_a_model_that_does_not_say_its_vocabulary_needs_a_target(unlearn_rows, new_model):
+    model = new_model()
+    model.config = None
+    with pytest.raises(InputError, match=r"no config.vocab_size.*give forget_target a number"):
+        unlearn_rows(FAST, model)
 
 
 def test_non_finite_loss_keeps_the_checkpoint_and_names_the_batch(
@@ -190,7 +230,7 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
         ({"alpha": -1.0}, "alpha must be positive and finite, got -1.0"),
         ({"bound": math.nan}, "bound must be positive and finite, got nan"),
         ({"bound": math.inf}, "bound must be positive and finite, got inf"),
-        ({"bound": "tight"}, "or a multiple as .*, got 'tight'"),
+        ({"bound": "tight"}, "or a positive multiple such as .*, got 'tight'"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 1.5}, "warmup is a share"),
         ({"adapter": "dora"}, "adapter must be one of bounded, lora; got 'dora'"),

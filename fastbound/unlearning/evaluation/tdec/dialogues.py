@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
-from fastbound.unlearning.data.rows import Row, read_text
+from fastbound.unlearning.data.files import parse_json, read_text
+from fastbound.unlearning.data.rows import Row, as_text
 
 _SPACED = ((".", " ."), (",", " ,"), ("?", " ?"), ("!", " !"), ("'", " ' "))
 _FIRST_PERSON = ("i", "i'm", "i've", "i'll", "i'd")
@@ -17,10 +17,7 @@ _ENDS = ("?", ".", "!", "")
 
 
 def read_dialogues(path: Path) -> list[Row]:
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    value = parse_json(read_text(path), str(path), "write one object", lines=True)
     dialogues = value.get("text") if isinstance(value, dict) else None
     if not isinstance(dialogues, dict) or not dialogues:
         raise InputError(f'{path}: {{"text": {{id: [turn, turn, ...]}}}} is needed')
@@ -31,12 +28,8 @@ def _dialogue(turns: Any, where: str) -> Row:
     if not isinstance(turns, list) or len(turns) < 2:
         raise InputError(f"{where}: a list of two turns or more is needed, got {turns!r}")
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, str):
-            raise InputError(f"{where}, turn {number}: must be text, got {type(turn).__name__}")
-    reply = normalise_reply(turns[-1])
-    if not reply:
-        raise InputError(f"{where}, turn {len(turns)}: the reply to be given is empty")
-    return Row(dialogue_prompt(turns[:-1]), reply, where)
+        as_text(turn, f"turn {number}", where)
+    return Row(dialogue_prompt(turns[:-1]), normalise_reply(turns[-1]), where)
 
 
 def dialogue_prompt(turns: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
+from fastbound.unlearning.data.files import SUFFIXES
 from fastbound.unlearning.data.records import file_of
-from fastbound.unlearning.data.rows import SUFFIXES, Row, read_records, text_field
+from fastbound.unlearning.data.rows import Row, read_records, text_field, texts_field
 from fastbound.unlearning.evaluation.tdec.dialogues import read_dialogues
 
 Record = Mapping[str, Any]
@@ -120,7 +121,7 @@ def _copa(record: Record, where: str) -> Choice:
 
 
 def _hellaswag(record: Record, where: str) -> Choice:
-    endings = _texts(record, "endings", where)
+    endings = texts_field(record, "endings", where)
     right = _place(record, "label", range(len(endings)), where)
     return text_field(record, "ctx", where), _spaced(endings), right
 
@@ -129,7 +130,7 @@ def _arc(record: Record, where: str) -> Choice:
     choices = record.get("choices")
     if not isinstance(choices, Mapping):
         raise InputError(f"{where}: field 'choices' must have 'text' and 'label', got {choices!r}")
-    texts, labels = (_texts(choices, name, where) for name in ("text", "label"))
+    texts, labels = (texts_field(choices, name, where) for name in ("text", "label"))
     if len(texts) != len(labels):
         raise InputError(f"{where}: field 'choices' has {len(texts)} texts, {len(labels)} labels")
     right = _place(record, "answerKey", labels, where)
@@ -169,13 +170,6 @@ SETS = (*TEXTS, *COMPLETIONS, *CHOICES, *DIALOGUES)
 
 def _spaced(choices: Sequence[str]) -> tuple[str, ...]:
     return tuple(f" {choice}" for choice in choices)
-
-
-def _texts(record: Record, name: str, where: str) -> list[str]:
-    values = record.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise InputError(f"{where}: field {name!r} must be a list of texts, got {values!r}")
-    return values
 
 
 def _place(record: Record, name: str, known: Sequence[object], where: str) -> int:

@@ -1,0 +1,88 @@
+"""A few questions with the model's own answers, before unlearning and after, for people to read."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.data.encoding import IGNORED, encode_all, padding
+from fastbound.unlearning.data.rows import Row
+from fastbound.unlearning.data.sampling import evenly
+from fastbound.unlearning.evaluation.generation import continuations
+from fastbound.unlearning.model import autocast, autocast_dtype, evaluating
+
+SHOWN = 5  # questions of each side
+_MORE = 8  # tokens an answer may take beyond the right one's
+_WIDTH = 100
+
+
+def chosen(forget: Sequence[Row], retain: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows shown: up to `SHOWN` of each side that have a question, spread evenly."""
+    sides = {"forget": forget, "retain": retain}
+    asked = {side: [row for row in rows if row.question] for side, rows in sides.items()}
+    return {side: list(evenly(rows, SHOWN)) for side, rows in asked.items()}
+
+
+def answers(
+    model: nn.Module, tokenizer: Any, rows: Mapping[str, Sequence[Row]], config: UnlearnConfig
+) -> dict[str, list[str]]:
+    """What the model answers by itself, greedily, to each row of each side."""
+    found: dict[str, list[str]] = {}
+    device = next(model.parameters()).device
+    for side, each in rows.items():
+        if not each:
+            found[side] = []
+            continue
+        encoded = encode_all(
+            each, tokenizer, max_length=config.max_length, template=config.template
+        )
+        prompts = [
+            [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
+            for row in encoded
+        ]
+        most = [sum(label != IGNORED for label in row.labels) + _MORE for row in encoded]
+        with evaluating(model), autocast(device, autocast_dtype(config.dtype)):
+            new = continuations(
+                model, prompts, most, pad=padding(tokenizer), end=tokenizer.eos_token_id
+            )
+        found[side] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+    return found
+
+
+def examples(
+    rows: Mapping[str, Sequence[Row]],
+    before: Mapping[str, Sequence[str]],
+    after: Mapping[str, Sequence[str]],
+) -> list[dict[str, str]]:
+    """One entry per question, as JSON holds it: side, question, answer, before and after."""
+    return [
+        {
+            "side": side,
+            "question": row.question or "",
+            "answer": row.answer,
+            "before": b,
+            "after": a,
+        }
+        for side, each in rows.items()
+        for row, b, a in zip(each, before[side], after[side], strict=True)
+    ]
+
+
+def lines_of(held: Sequence[Mapping[str, str]]) -> list[str]:
+    """For the terminal: each question, and below it the model's answers before and after."""
+    lines = []
+    for side in dict.fromkeys(each["side"] for each in held):
+        lines += ["", f"{side.capitalize()} rows, answered by the model itself:"]
+        for each in (each for each in held if each["side"] == side):
+            lines.append(_short(f"  {each['question']}"))
+            lines += [_short(f"    {when:7}{each[when]}") for when in ("before", "after")]
+    return lines
+
+
+def _short(text: str) -> str:
+    indent = len(text) - len(text.lstrip())
+    return " " * indent + textwrap.shorten(text, _WIDTH - indent, placeholder=" ...")

@@ -1,0 +1,65 @@
+"""When a run may end, and which of its evaluations it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastbound.errors import InputError
+from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.training.result import Evaluation
+
+
+class Ending:
+    """The rule of one run.
+
+    A side is *forgotten* once its loss is `target`, by default that of a uniform guess, ln V: what
+    goes beyond it is damage to the model, not more forgetting. Retention falls first and comes back
+    while training goes on, so the run ends when the rows are forgotten **and** the retain loss is
+    within `retain_slack` of where it began.
+    """
+
+    def __init__(self, config: UnlearnConfig, model: nn.Module, steps: int) -> None:
+        self.config = config
+        self.steps = steps
+        given = config.forget_target
+        self.target = uniform_loss(model) if given is None else given
+
+    def forgotten(self, evaluation: Evaluation) -> bool:
+        return evaluation.step > 0 and evaluation.forget.loss >= self.target
+
+    def reason(self, history: Sequence[Evaluation], step: int) -> str | None:
+        """Why the run ends after `step`, or None where it goes on."""
+        first, last = history[0], history[-1]
+        if last.step == step:
+            kept = last.retain.loss <= first.retain.loss + self.config.retain_slack
+            if self.config.early_stop and kept and self.forgotten(last):
+                return "forget_target"
+            limit = self.config.retain_limit
+            if limit is not None and last.retain.loss > limit:
+                return "retain_limit"
+        return "all steps" if step >= self.steps else None
+
+    def best(self, history: Sequence[Evaluation]) -> Evaluation:
+        """The one to keep: the lowest retain loss of those that have forgotten, else the last."""
+        forgotten = [each for each in history if self.forgotten(each)]
+        return min(forgotten, key=lambda each: each.retain.loss, default=history[-1])
+
+
+def uniform_loss(model: nn.Module) -> float:
+    """ln V, nats per token: the loss of a model that holds every token for equally likely.
+
+    Raises InputError for a model that does not say how many tokens it has.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    if not size:
+        raise InputError(
+            f"{type(model).__name__} has no config.vocab_size, which the default forget_target "
+            "(the loss of a uniform guess) is made of: give forget_target a number"
+        )
+    return math.log(size)

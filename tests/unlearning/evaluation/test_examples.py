@@ -1,0 +1,43 @@
+"""Questions that are shown with the model's own answers before and after."""
+
+from __future__ import annotations
+
+from fastbound.unlearning import UnlearnConfig
+from fastbound.unlearning.data.rows import Row
+from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
+
+CONFIG = UnlearnConfig()
+
+
+def test_a_model_that_knows_its_rows_answers_with_them(
+    new_model, tokenizer, forget_rows, retain_rows
+):
+    rows = chosen(forget_rows, retain_rows)
+    assert [len(each) for each in rows.values()] == [5, 5]
+    found = answers(new_model(), tokenizer, rows, CONFIG)
+    right = sum(
+        answer.strip() == row.answer.strip()
+        for side, each in rows.items()
+        for row, answer in zip(each, found[side], strict=True)
+    )
+    assert right >= 9, found  # its loss is below 0.2 nats per token, not zero
+
+
+def test_what_is_shown_is_each_question_with_both_answers(forget_rows, retain_rows):
+    rows = chosen(forget_rows[:2], retain_rows[:1])
+    before = {side: [row.answer for row in each] for side, each in rows.items()}
+    after = {"forget": ["I do not know", "Nor this " + 40 * "word "], "retain": before["retain"]}
+    held = examples(rows, before, after)
+    assert [each["side"] for each in held] == ["forget", "forget", "retain"]
+    assert held[0]["after"] == "I do not know" and held[0]["answer"] == forget_rows[0].answer
+    shown = lines_of(held)
+    assert [line for line in shown if line.startswith("  W")]
+    assert max(map(len, shown)) <= 100
+    assert sum("after" in line for line in shown) == 3
+
+
+def test_rows_of_plain_text_are_not_asked(new_model, tokenizer):
+    rows = chosen([Row(None, "A text.", "here")], [])
+    assert rows == {"forget": [], "retain": []}
+    assert answers(new_model(), tokenizer, rows, CONFIG) == {"forget": [], "retain": []}
+    assert lines_of(examples(rows, rows, rows)) == []
