@@ -53,7 +53,7 @@ class BoundedAdapter(nn.Module):
             )
         settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
         self.rank = rank = settings.rank
-        check_rank(rank, in_features, out_features)
+        check_rank(rank, out_features, in_features)
         self.alpha = settings.alpha
         self.bound = float(settings.bound)
         self.dropout = settings.dropout
@@ -134,7 +134,7 @@ class BoundedAdapter(nn.Module):
             )
         alpha, bound = state.tolist()
         alpha, bound = positive("alpha", alpha), positive("bound", bound)
-        check_numbers(self.rank, alpha, bound)
+        check_numbers(alpha, bound)
         return alpha, bound
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -10,39 +10,36 @@ import torch
 from torch import Tensor
 
 from fastbound.dispatch.plan import BACKENDS
-from fastbound.errors import positive
+from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.operator.dropout import check_dropout
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FP32_HOLDS = (1e-30, 1e30)  # with room to be multiplied by weights, activations and gradients
-FAR_RANKS = (8, 256)  # a rank above both so many times min(N, K) and so many is out of proportion
+LEAST, MOST = 1e-12, 1e12  # of alpha and bound
+SMALL_RANK = 128  # taken for a layer of any size
 
 
-def check_numbers(rank: int, alpha: float, bound: float) -> None:
-    """Raise ValueError where s, omega or what gradients are multiplied by leaves fp32's range."""
-    scaling, omega = bound / rank, math.sqrt(alpha / bound) if alpha / bound > 0 else 0.0
-    for name, value in {
-        "bound / rank": scaling,
-        "omega = sqrt(alpha / bound)": omega,
-        "omega * bound / rank": omega * scaling,
-        "the slope alpha / rank": alpha / rank,
-    }.items():
-        if not FP32_HOLDS[0] <= value <= FP32_HOLDS[1]:
+def check_numbers(alpha: float, bound: float) -> None:
+    """Raise ValueError for numbers with which s, ω and their products may leave fp32's range."""
+    for name, value in (("alpha", alpha), ("bound", bound)):
+        if not LEAST <= value <= MOST:
             raise ValueError(
-                f"alpha {alpha:g} and bound {bound:g} at rank {rank} are out of proportion: {name} "
-                f"is {value:g}, and fp32 computes with {FP32_HOLDS[0]:g} to {FP32_HOLDS[1]:g}"
+                f"{name} must lie between {LEAST:g} and {MOST:g}, where fp32 holds s and ω, got "
+                f"{value:g}"
             )
 
 
-def check_rank(rank: int, in_features: int, out_features: int) -> None:
-    """Raise ValueError for a rank that no layer of these sizes has a use for."""
-    times, least = FAR_RANKS
-    smaller = min(in_features, out_features)
-    if rank > max(times * smaller, least):
-        raise ValueError(
-            f"rank {rank} is out of proportion to a layer with {in_features} inputs and "
-            f"{out_features} outputs, whose weight has rank {smaller} at most: choose a smaller one"
+def check_rank(rank: int, N: int, K: int, layer: str | None = None) -> None:
+    """Raise InputError for a rank above `SMALL_RANK` and above both sides of its layer [N, K].
+
+    A and B would each be larger than the weight, whose own rank is at most the smaller side.
+    """
+    most = max(N, K, SMALL_RANK)
+    if rank > most:
+        of = "" if layer is None else f" of {layer}"
+        raise InputError(
+            f"rank {rank}{of} is out of proportion: its weight is [N, K] = [{N}, {K}], and A and B "
+            f"would each be larger; give a rank of at most {most}"
         )
 
 
@@ -61,10 +58,6 @@ class AdapterSettings:
     adapter_dtype: torch.dtype
     backend: str
 
-    def __post_init__(self) -> None:
-        bound = self.alpha if isinstance(self.bound, str) else self.bound
-        check_numbers(self.rank, self.alpha, bound)
-
     def for_weight(self, weight: Tensor) -> AdapterSettings:
         """With the bound as a number: in units of this weight, where a text asks for that.
 
@@ -72,7 +65,9 @@ class AdapterSettings:
         :func:`fastbound.layers.bounds.bound_of_weight`.
         """
         if isinstance(self.bound, str):
-            return replace(self, bound=bound_of_weight(self.bound, weight))
+            bound = bound_of_weight(self.bound, weight)
+            check_numbers(self.alpha, bound)
+            return replace(self, bound=bound)
         return self
 
 
@@ -97,6 +92,7 @@ def adapter_settings(
     alpha = positive("alpha", rank if alpha is None else alpha)
     if not isinstance(bound, str):
         bound = positive("bound", alpha if bound is None else bound)
+    check_numbers(alpha, alpha if isinstance(bound, str) else bound)
     if adapter_dtype not in ADAPTER_DTYPES:
         names = ", ".join(map(str, ADAPTER_DTYPES))
         raise ValueError(

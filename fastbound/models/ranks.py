@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
-from fastbound.errors import InputError
 from fastbound.layers.settings import check_rank
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
@@ -174,12 +173,9 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
 
 
 def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> None:
-    """Raise InputError, naming the layer, for a rank out of proportion to its [N, K]."""
+    """Raise InputError for a rank out of proportion to its layer [N, K], by the layer's name."""
     for name, (N, K) in layers.items():
-        try:
-            check_rank(ranks[name], K, N)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from error
+        check_rank(ranks[name], N, K, name)
 
 
 def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:

@@ -32,16 +32,16 @@ MAKERS = {
         ({"rank": 2.0}, r"rank must be an integer, got 2\.0"),
         ({"rank": True}, "rank must be an integer, got True"),
         ({"rank": np.bool_(True)}, "rank must be an integer"),
-        ({"rank": 10**6}, "rank 1000000 is out of proportion to a layer with 6 inputs and 10"),
+        ({"rank": 10**6}, r"rank 1000000.* is out of proportion: its weight is \[N, K\] = "),
         ({"rank": 10**5000}, r"rank must be below 2\^31"),
         ({"alpha": 10**5000}, "alpha must be positive and finite, got an integer beyond 1e308"),
         ({"alpha": math.nan}, "alpha must be positive and finite, got nan"),
         ({"alpha": torch.ones(2)}, "alpha must be positive and finite"),
-        ({"alpha": 1e300}, r"alpha 1e\+300 and bound 1e\+300 at rank 2 are out of proportion"),
-        ({"alpha": 1e300, "bound": 1.0}, "out of proportion: omega"),
-        ({"bound": 1e-300}, "out of proportion: bound / rank is 5e-301, and fp32"),
-        ({"bound": 1e300}, "out of proportion"),
-        ({"alpha": 5e-324, "bound": 1e300}, "out of proportion"),
+        ({"alpha": 1e300}, r"alpha must lie between 1e-12 and 1e\+12.* got 1e\+300"),
+        ({"alpha": 1e300, "bound": 1.0}, "alpha must lie between"),
+        ({"bound": 1e-300}, "bound must lie between .* got 1e-300"),
+        ({"bound": 1e300}, "bound must lie between"),
+        ({"alpha": 5e-324, "bound": 1e300}, "alpha must lie between"),
         ({"bound": math.inf}, "bound must be positive and finite, got inf"),
         ({"bound": np.float32("nan")}, "bound must be positive and finite"),
         ({"bound": True}, "bound must be positive and finite, got True"),
@@ -69,7 +69,7 @@ def test_numpys_and_torchs_scalars_are_pythons_numbers() -> None:
     assert json.loads(json.dumps(numbers)) == [3, 2.0, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("rank", [6, 40, 256])
+@pytest.mark.parametrize("rank", [6, 40, 128])
 def test_a_rank_above_the_layers_own_is_taken_within_reason(rank: int) -> None:
     layer = FusedBoundedLinear(6, 10, rank)
     assert layer(torch.randn(3, 6)).shape == (3, 10)
@@ -81,7 +81,7 @@ def test_a_rank_above_the_layers_own_is_taken_within_reason(rank: int) -> None:
         (torch.tensor([1.0, math.nan]).double(), "bound must be positive and finite, got nan"),
         (torch.tensor([math.inf, 1.0]).double(), "alpha must be positive and finite, got inf"),
         (torch.tensor([1.0, -1.0]).double(), r"bound must be positive and finite, got -1\.0"),
-        (torch.tensor([1e300, 1e-300], dtype=torch.float64), "out of proportion"),
+        (torch.tensor([1.0, 1e-300], dtype=torch.float64), "bound must lie between"),
         (torch.tensor([1.0]).double(), "not alpha and bound, two numbers in a tensor"),
         (torch.tensor([1, 1]), "not alpha and bound, two numbers in a tensor"),
         ("1, 1", "not alpha and bound, two numbers in a tensor"),
@@ -115,5 +115,5 @@ def test_a_bound_in_units_of_a_weight_of_zeros_names_the_layer(bound: str) -> No
 def test_a_bound_that_a_tiny_weight_makes_too_small_is_refused() -> None:
     layer = nn.Linear(6, 10)
     nn.init.constant_(layer.weight, 1e-17)
-    with pytest.raises(ValueError, match="out of proportion"):
+    with pytest.raises(ValueError, match="bound must lie between"):
         FusedBoundedLinear.from_linear(layer, 2, bound="1e-15*rms")

@@ -98,6 +98,18 @@ def test_compiled_it_trains_as_uncompiled(adapted, tmp_path, monkeypatch, reques
     test_trains_as_in_the_plain_settings(adapted, tmp_path, compiled, 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", ["fused", "peft"], indirect=True)
+def test_compiled_it_evaluates_as_uncompiled(adapted, tmp_path, monkeypatch, request):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    request.addfinalizer(AcceleratorState._reset_state)
+    torch.compiler.reset()
+    expected = trainer(adapted(), tmp_path).evaluate()
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    got = trainer(adapted(), tmp_path, **compiled).evaluate()
+    assert got["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+
+
 def test_resumes_to_the_bits_of_an_uninterrupted_run(adapted, tmp_path):
     whole = trainer(adapted(), tmp_path)
     whole.train()

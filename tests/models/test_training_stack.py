@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -35,7 +36,49 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(length))
 
 
+def adapted(tiny_model, how: str) -> nn.Module:
+    """A Llama with adapters, injected or under PEFT."""
+    model = tiny_model("llama")
+    if how == "peft":
+        model = get_peft_model(model, fastbound.BoundedConfig(r=4, bound=0.5))
+    else:
+        fastbound.inject(model, 4, bound=0.5)
+    stir(model)
+    return model
+
+
 class TestCompile:
+    @pytest.mark.parametrize(
+        ("how", "mode"),
+        [
+            ("peft", "no_grad"),
+            ("inject", "frozen"),
+            pytest.param("peft", "inference_mode", marks=pytest.mark.slow),
+            pytest.param("inject", "no_grad", marks=pytest.mark.slow),
+        ],
+    )
+    def test_in_one_graph_without_gradients(self, tiny_model, how, mode):
+        model = adapted(tiny_model, how)
+        if mode == "frozen":
+            model.requires_grad_(False)
+        context = torch.enable_grad if mode == "frozen" else getattr(torch, mode)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with context():
+            inputs = {"input_ids": tokens(5), "use_cache": False}
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        torch.compiler.reset()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("how", ["inject", "peft"])
+    def test_generates_with_a_static_cache(self, tiny_model, how):
+        model = adapted(tiny_model, how)
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        expected = model.generate(input_ids=tokens(5), **settings)
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+        got = model.generate(input_ids=tokens(5), cache_implementation="static", **settings)
+        assert torch.equal(got, expected)
+        torch.compiler.reset()
+
     @pytest.mark.slow
     @pytest.mark.parametrize("injected", [True], ids=["fused"], indirect=True)
     def test_any_length_takes_two_graphs_and_no_break(self, injected):
