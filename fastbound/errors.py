@@ -22,8 +22,12 @@ def positive(name: str, value: object) -> float:
     """The value as a float, or an InputError naming it."""
     try:
         number = float(value) if isinstance(value, SupportsFloat) else math.nan
-    except OverflowError:  # an integer beyond all floats
-        number = math.inf
+    except OverflowError:  # whose digits may be too many to print
+        raise InputError(
+            f"{name} must be positive and finite, got an integer beyond 1e308"
+        ) from None
+    except (RuntimeError, TypeError, ValueError):  # an array or a tensor of several numbers
+        number = math.nan
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise InputError(f"{name} must be positive and finite, got {value!r}")
     return number

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastbound.layers.settings import adapter_settings
+from fastbound.errors import positive
+from fastbound.layers.settings import adapter_settings, check_numbers, check_rank
 from fastbound.operator.function import bounded_addition, bounded_linear
 from fastbound.truth import formula
 
@@ -27,8 +28,9 @@ class BoundedAdapter(nn.Module):
     The weight is handed in, not owned: A and B are read only in their owner's forward, which is
     what sharded training needs.
 
-    Raises ValueError for a rank below 1, an alpha or bound that is not positive and finite, a
-    dropout outside 0 <= p < 1, an ``adapter_dtype`` that is not floating, and an unknown backend.
+    Raises ValueError for a rank below 1 or far above the layer's, an alpha or bound that is not
+    positive and finite, or that makes s or ω leave fp32's range, a dropout outside 0 <= p < 1, an
+    ``adapter_dtype`` that is not floating, and an unknown backend.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class BoundedAdapter(nn.Module):
                 f"bound must be a number, got {bound!r}; a bound in units of W needs a layer"
             )
         settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
-        self.rank = rank
+        self.rank = rank = settings.rank
+        check_rank(rank, in_features, out_features)
         self.alpha = settings.alpha
         self.bound = float(settings.bound)
         self.dropout = settings.dropout
@@ -121,7 +124,27 @@ class BoundedAdapter(nn.Module):
         return torch.tensor([self.alpha, self.bound], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.alpha, self.bound = (float(value) for value in state)
+        """Raises ValueError for what :meth:`get_extra_state` cannot have given."""
+        self.alpha, self.bound = self._numbers_of(state)
+
+    def _numbers_of(self, state: Any) -> tuple[float, float]:
+        if not isinstance(state, Tensor) or state.shape != (2,) or not state.is_floating_point():
+            raise ValueError(
+                f"its state is not alpha and bound, two numbers in a tensor: {state!r}"
+            )
+        alpha, bound = state.tolist()
+        alpha, bound = positive("alpha", alpha), positive("bound", bound)
+        check_numbers(self.rank, alpha, bound)
+        return alpha, bound
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        key = f"{prefix}_extra_state"
+        if key in state_dict and type(self).set_extra_state is not nn.Module.set_extra_state:
+            try:  # before anything of this adapter is loaded
+                self._numbers_of(state_dict[key])
+            except ValueError as error:
+                raise type(error)(f"the adapter {prefix.rstrip('.')!r}: {error}") from None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         dropout = f"dropout={self.dropout:g}, " if self.dropout else ""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastbound.layers.adapter import BoundedAdapter
 from fastbound.layers.base import Adapted, is_conv1d, is_linear, weight_shape
+from fastbound.layers.disabling import disabled_here
 from fastbound.layers.settings import AdapterSettings, adapter_settings
 from fastbound.operator.partition import partition
 
@@ -44,7 +45,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
     weight: nn.Parameter
     bias: nn.Parameter | None
     adapter: BoundedAdapter
-    enabled: bool = True  # see fastbound.disable_adapter
+    disablers: int = 0  # how many contexts of fastbound.disable_adapter it is in, of all threads
 
     def __init__(
         self,
@@ -148,6 +149,11 @@ class FusedBoundedLinear(nn.Module, Adapted):
     def omega(self) -> float:
         """ω = sqrt(alpha / bound)."""
         return self.adapter.omega
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter runs in this thread; see :func:`fastbound.disable_adapter`."""
+        return not self.disablers or not disabled_here(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastbound.layers.base import features, is_adaptable
 from fastbound.layers.conversion import convert, refusal, swap
+from fastbound.layers.disabling import disabled
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.settings import adapter_settings
@@ -81,7 +82,7 @@ def inject(
         TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
         ValueError: the model already holds injected layers, `target_modules` matches nothing (near
             misses are named) or nothing that can be replaced, a layer refuses its arguments, a rank
-            is above 128 and both sides of its layer, ranks by name are not those of the layers,
+            is out of proportion to its layer, ranks by name are not those of the layers,
             `rank="auto"` lacks its losses, or `allocate_ranks` raises.
     """
     if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
@@ -210,19 +211,15 @@ def merge(model: nn.Module) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside it an injected model computes what its base does, from the same weights.
 
-    The reference of NPO, DPO or a KL term without a second model. PEFT's models have a method of
-    this name.
+    The reference of NPO, DPO or a KL term without a second model. It holds for the thread or
+    asyncio task that enters it; others go on with their adapters, unless the model is compiled: a
+    compiled forward runs without them in all threads meanwhile. PEFT's models have a method of this
+    name, for all threads.
 
     Raises ValueError when `model` holds no `FusedBoundedLinear`.
     """
     layers = injected_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to disable")
-    before = {layer: layer.enabled for layer in layers.values()}
-    try:
-        for layer in before:
-            layer.enabled = False
+    with disabled(layers.values()):
         yield
-    finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.errors import InputError
+from fastbound.layers.settings import check_rank
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 EVEN = 8  # the rank that the default budget buys everywhere
-SMALL = 128  # a rank that is taken for a layer of any size
 _OVERSAMPLING = 8
 
 
@@ -174,17 +174,12 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
 
 
 def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> None:
-    """Raise InputError for a rank above `SMALL` and above both sides of its layer [N, K].
-
-    A and B would each be larger than the weight, whose own rank is at most the smaller side.
-    """
+    """Raise InputError, naming the layer, for a rank out of proportion to its [N, K]."""
     for name, (N, K) in layers.items():
-        most = max(N, K, SMALL)
-        if ranks[name] > most:
-            raise InputError(
-                f"rank {ranks[name]} of {name} is out of proportion: its weight is [N, K] = "
-                f"[{N}, {K}], and A and B would each be larger; give a rank of at most {most}"
-            )
+        try:
+            check_rank(ranks[name], K, N)
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
 
 
 def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:

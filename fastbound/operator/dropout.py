@@ -9,6 +9,8 @@ from the Triton kernel (``kernels/dropout.py``).
 
 from __future__ import annotations
 
+from typing import SupportsFloat
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,12 @@ _CHUNK = 1 << 18  # bytes of the mask made at a time: a call takes about 40 time
 
 def check_dropout(p: float) -> float:
     """p as a float, or a ValueError naming it."""
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+    if type(p) is float and 0 <= p < 1:
+        return p
+    number = float(p) if isinstance(p, SupportsFloat) and not isinstance(p, bool) else -1.0
+    if not 0 <= number < 1:
         raise ValueError(f"dropout must be a number with 0 <= dropout < 1, got {p!r}")
-    return float(p)
+    return number
 
 
 def threshold(p: float) -> int:

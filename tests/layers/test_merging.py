@@ -24,20 +24,16 @@ def saturate(layer: FusedBoundedLinear) -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Own])
-@pytest.mark.parametrize(
-    ("dtype", "size", "bound"),
-    [(torch.float16, 60_000.0, 20_000.0), (torch.bfloat16, 3e38, 3e38)],
-    ids=str,
-)
-def test_a_sum_beyond_the_dtype_is_refused_by_the_layer(kind, dtype, size, bound) -> None:
-    base = kind(8, 8).to(dtype)
+def test_a_sum_beyond_the_dtype_is_refused_by_the_layer(kind) -> None:
+    size, bound = 60_000.0, 20_000.0
+    base = kind(8, 8).half()
     nn.init.constant_(base.weight, size)
     make = FusedBoundedLinear if kind is nn.Linear else BoundedOverBase
     layer = make.from_linear(base, rank=1, bound=bound)
     assert layer.merge_obstacle() is None  # ΔW is zero yet
     saturate(layer)
     with pytest.raises(
-        ValueError, match=rf"W \+ ΔW is not finite in {dtype}.* merge it in a wider"
+        ValueError, match=r"W \+ ΔW is not finite in torch.float16.* merge it in a wider"
     ):
         layer.to_linear()
     assert layer.to_linear(merge=False).weight.eq(size).all()

@@ -158,11 +158,11 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(user_folder, capsys, co
     [
         (["--target-modules", "gate_prj"], "near misses: gate_proj"),
         (["--target-modules", "up_proj,gate_prj,xyzzy"], "nor in 'xyzzy'"),
-        (["--rank", "100000"], "rank 100000 of model.layers.0.mlp.gate_proj is out of proportion"),
+        (["--rank", "100000"], "model.layers.0.mlp.gate_proj: rank 100000 is out of proportion"),
         (["--rank", "100000", "--adapter", "lora"], "is out of proportion"),
-        (["--alpha", "1e300"], "alpha must lie between"),
-        (["--alpha", "1e300", "--adapter", "lora"], "alpha must lie between"),
-        (["--bound", "1e-300"], "bound must lie between"),
+        (["--alpha", "1e300"], "alpha 1e+300 and bound"),
+        (["--alpha", "1e300", "--adapter", "lora"], "alpha 1e+300 and bound"),
+        (["--bound", "1e-300"], "bound 1e-300 at rank"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_leave_no_folder(user_folder, capsys, flags, message):
