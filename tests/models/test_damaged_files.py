@@ -153,7 +153,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         config_with(alpha_pattern=layer(10**400)),
         "alpha_pattern of up must be positive and finite",
     ),
-    "alpha of a layer 1e300": (config_with(alpha_pattern=layer(1e300)), "up: alpha must lie"),
+    "alpha of a layer 1e300": (
+        config_with(alpha_pattern=layer(1e300)),
+        "up: alpha 1e.300 and bound 0.5 at rank 2 are out",
+    ),
     "bound of a layer -1": (config_with(bound_pattern=layer(-1)), "bound_pattern of up"),
     "bound of a layer a text": (config_with(bound_pattern=layer("auto")), "bound_pattern of up"),
     "a layer more": (config_with(shapes=lambda s: {**s, "side": [4, 4]}), "do not agree"),
