@@ -20,7 +20,10 @@ class NonFiniteError(ArithmeticError):
 
 def positive(name: str, value: object) -> float:
     """The value as a float, or an InputError naming it."""
-    number = float(value) if isinstance(value, SupportsFloat) else math.nan
+    try:
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise InputError(f"{name} must be positive and finite, got {value!r}")
     return number
