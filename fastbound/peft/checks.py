@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from fastbound.layers.base import Adapted, is_adaptable
 from fastbound.layers.conversion import tied
@@ -69,6 +69,32 @@ def check_each_is_there(model: nn.Module, config: Any) -> None:
         if target not in names and not any(name.endswith(f".{target}") for name in names):
             raise NoMatchingPeftModuleError(
                 f"target_modules: no module's name ends in {target!r}; {near_misses(model, target)}"
+            )
+
+
+def check_tokens(model: Any, config: Any) -> None:
+    """Raise for rows that the embeddings which are to be trained do not have."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return
+    if not isinstance(wanted, dict):
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        layers = [("the embedding", wanted, [embedding] if embedding is not None else [])]
+    else:
+        named = list(model.named_modules())
+        layers = [
+            (key, rows, [m for n, m in named if n == key or n.endswith(f".{key}")])
+            for key, rows in wanted.items()
+        ]
+    for name, rows, found in layers:
+        if not found:
+            raise ValueError(f"trainable_token_indices: the model has no layer {name!r}")
+        weights = [m.weight for m in found if isinstance(getattr(m, "weight", None), Tensor)]
+        count = min(map(len, weights), default=0)
+        if max(rows) >= count:
+            raise ValueError(
+                f"trainable_token_indices: {name} has {count} rows, the last of which is "
+                f"{count - 1}, got {max(rows)}"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -159,6 +160,7 @@ class BoundedConfig(PeftConfig):
                 f"{fastbound_version}; this one reads format_version {FORMAT_VERSION}"
             )
         self._check_names()
+        self._check_mappings()
         if self.bias == "lora_only":
             self.bias = "fastbound_only"
         if self.bias not in BIAS:
@@ -192,19 +194,18 @@ class BoundedConfig(PeftConfig):
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            listed = isinstance(value, list | tuple | set) and all(
-                isinstance(v, str) for v in value
-            )
-            if not (value is None or listed or (isinstance(value, str) and "save" not in name)):
+            if isinstance(value, str) and value and name != "modules_to_save":
+                _check_pattern(name, value)
+                continue
+            listed = isinstance(value, list | tuple | set)
+            if value is not None and not (listed and all(v and isinstance(v, str) for v in value)):
                 raise TypeError(f"{name} must be a list of names, got {value!r}")
-            if listed and name != "modules_to_save":
-                setattr(self, name, set(value))
+            if listed:
+                setattr(self, name, list(value) if name == "modules_to_save" else set(value))
         layers = self.layers_to_transform
         indices: Any = [layers] if isinstance(layers, int) else layers
         if indices is not None:
-            if not isinstance(indices, list | tuple | range) or not all(
-                isinstance(index, int) and not isinstance(index, bool) for index in indices
-            ):
+            if not _are_indices(indices):
                 raise TypeError(
                     f"layers_to_transform must be the index of a layer, or a list of them, "
                     f"got {layers!r}"
@@ -222,6 +223,27 @@ class BoundedConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, the indices to adapt")
+        patterns = self.layers_pattern
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+            _check_pattern("layers_pattern", pattern)
+        tokens = self.trainable_token_indices
+        for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            if tokens is not None and not (rows and _are_indices(rows)):
+                raise TypeError(
+                    "trainable_token_indices must be a list of rows of the embedding, or such a "
+                    f"list by the name of each layer, got {tokens!r}"
+                )
+
+    def _check_mappings(self) -> None:
+        for name in (*_PATTERNS, "shapes"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} must be a dict of values by layer, got {value!r}")
+            for key in value:
+                _check_pattern(f"{name}: the key", key)
+        for layer, shape in self.shapes.items():
+            if not (_are_indices(shape) and len(shape) == 2):
+                raise ValueError(f"shapes of {layer} must be [N, K], got {shape!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's, with the bounds and shapes of the layers of the model that the config is on."""
@@ -251,6 +273,19 @@ class BoundedConfig(PeftConfig):
             "custom modules are LoRA's: bounded adapters are for nn.Linear, its subclasses and "
             f"Conv1D alone, got {', '.join(kind.__name__ for kind in mapping)}"
         )
+
+
+def _check_pattern(name: str, value: object) -> None:
+    try:
+        re.compile(value)  # type: ignore[call-overload]
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{name} {value!r} is not a regular expression: {error}") from error
+
+
+def _are_indices(values: Any) -> bool:
+    return isinstance(values, list | tuple | range) and all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -59,6 +59,7 @@ from fastbound.peft.checks import (  # noqa: E402
     NoMatchingPeftModuleError,
     bare_name,
     check_each_is_there,
+    check_tokens,
     no_default,
     no_match,
     plain_name,
@@ -102,6 +103,7 @@ class BoundedModel(BaseTuner):
             # PEFT 0.20 does not say whose config it saves: this one is another adapter's already.
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         before = dict(vars(config))
+        as_it_was = _Snapshot(model)
         try:
             self._work_out(model, config, adapter_name, state_dict)
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
@@ -109,6 +111,7 @@ class BoundedModel(BaseTuner):
             vars(config).clear()
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
+            as_it_was.put_back(adapter_name)
             raise
         _share(model)
         fuse(model)
@@ -275,6 +278,7 @@ class BoundedModel(BaseTuner):
             raise ValueError(
                 f"bias={config.bias!r} needs PEFT 0.21: earlier ones do not save biases"
             )
+        check_tokens(model, config)
         names = renamed(targets, config.shapes)
         for field in ("rank_pattern", "alpha_pattern", "bound_pattern", "shapes"):
             left = unmatched(getattr(config, field), names.values()) if targets else []
@@ -386,6 +390,27 @@ def _share(model: nn.Module) -> None:
         owner = model.get_submodule(parent)
         if module in held and owner is not held[module]:
             setattr(owner, child, held[module])
+
+
+class _Snapshot:
+    """What an injection may change of a model: its modules, and which parameters are trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.trained = {p: p.requires_grad for p in model.parameters()}
+
+    def put_back(self, adapter_name: str) -> None:
+        """The model as it was, without the adapter of that name."""
+        for name, module in self.modules.items():
+            parent, _, child = name.rpartition(".")
+            if name and self.modules[parent]._modules.get(child) is not module:
+                self.modules[parent]._modules[child] = module
+            if isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab:
+                known = f"{name}.fastbound_ab.{adapter_name}".removeprefix(".")
+                if known not in self.modules:
+                    del module.fastbound_ab[adapter_name]
+        for parameter, trained in self.trained.items():
+            parameter.requires_grad_(trained)
 
 
 def _with_names(names: list[str], _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -75,6 +75,11 @@ def test_two_names_of_one_thing_must_agree(theirs, value, other):
         ({"layers_to_transform": "0"}, "layers_to_transform must be the index .* got '0'"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be a list of names"),
         ({"target_modules": [3]}, "target_modules must be a list of names"),
+        ({"target_modules": [""]}, "target_modules must be a list of names"),
+        ({"rank_pattern": None}, "rank_pattern must be a dict of values by layer, got None"),
+        ({"bound_pattern": ["up_proj"]}, "bound_pattern must be a dict of values by layer"),
+        ({"trainable_token_indices": "3"}, "trainable_token_indices must be a list of rows"),
+        ({"trainable_token_indices": {"wte": []}}, "trainable_token_indices must be a list of row"),
     ],
 )
 def test_what_it_does_not_have_is_named(settings, message):
@@ -102,6 +107,22 @@ def test_all_linear_and_whole_names_choose_no_layers_by_index(tiny_model):
     )
     with pytest.raises(ValueError, match="layers_to_transform chooses among layers of one suffix"):
         get_peft_model(tiny_model("llama"), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": "("}, r"target_modules '\(' is not a regular expression: missing"),
+        ({"exclude_modules": "*"}, r"exclude_modules '\*' is not a regular expression"),
+        ({"alpha_pattern": {"(": 2.0}}, r"alpha_pattern: the key '\(' is not a regular"),
+        ({"rank_pattern": {3: 2}}, "rank_pattern: the key 3 is not a regular expression"),
+        ({"shapes": {"up_proj": 3}}, r"shapes of up_proj must be \[N, K\], got 3"),
+        ({"alpha": 10**400}, "alpha must be positive and finite"),
+    ],
+)
+def test_values_of_other_kinds_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        fastbound.BoundedConfig(**settings)
 
 
 def test_custom_modules_are_refused_by_name():
