@@ -203,7 +203,11 @@ def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float
     Raises:
         InputError: one is missing, empty, or holds what is no finite number.
     """
-    return {side: column(log, "privleak", side, name).tolist() for side in ("forget", "holdout")}
+    scores = {side: column(log, "privleak", side, name) for side in ("forget", "holdout")}
+    for side, values in scores.items():
+        if values.ndim != 1:
+            raise InputError(f"{name}, privleak, {side}: one number a row is needed, got lists")
+    return {side: values.tolist() for side, values in scores.items()}
 
 
 def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:

@@ -23,6 +23,7 @@ from fastbound.unlearning.evaluation import benchmark_named
 from fastbound.unlearning.evaluation.benchmark import Benchmark
 from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.evaluation.templates import check_family
+from fastbound.unlearning.losses.cross_entropy import check_memory
 from fastbound.unlearning.metrics.conventions import check_convention
 from fastbound.unlearning.metrics.logs import read_log
 from fastbound.unlearning.model import evaluating
@@ -110,6 +111,9 @@ def evaluate_benchmark(
     retain = None if retain_log is None else read_log(retain_log)
     prepared = chosen.prepare(config, tokenizer)
     check_fits(model, tokenizer, prepared.encoded)
+    longest = max(len(row.ids) for row in prepared.encoded)
+    rows = min(config.batch_size, len(prepared.encoded))
+    check_memory(model, next(model.parameters()).device, rows * longest)
     continued = prepared.continued
     check_fits(model, tokenizer, [row for row, _ in continued], [most for _, most in continued])
     if retain is not None:  # refused before minutes of evaluation

@@ -11,6 +11,7 @@ fewer passes over a chunk's logits; its chunks have logits about as large as the
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -86,8 +87,59 @@ def choose_cross_entropy(
         dtype: autocast to it; None computes in the model's own.
 
     Raises:
-        InputError: `setting` is "chunked" or "liger", and something stands in the way.
+        InputError: `setting` is "chunked" or "liger", and something stands in the way; or what
+            every such pass holds is more than the whole memory of the device.
     """
+    chosen = _choose(
+        setting, model, example, positions=positions, whole_logits=whole_logits, dtype=dtype
+    )
+    check_memory(model, example.input_ids.device, positions, chosen.logits_bytes, dtype)
+    return chosen
+
+
+def check_memory(
+    model: nn.Module,
+    device: torch.device,
+    positions: int,
+    logits_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise `InputError` where a pass cannot run: its logits alone are more than all memory.
+
+    With the hidden states before them, which every form of the logits has.
+
+    Args:
+        positions: of a pass, padding included.
+        logits_bytes: formed at a time; None: whole logits.
+        dtype: autocast to it; None computes in the model's own.
+    """
+    head = _head(model)
+    row = _row_bytes(head, dtype)
+    if row is None:
+        return
+    hidden = positions * row // len(head.weight) * head.weight.shape[-1]
+    needed = hidden + (positions * row if logits_bytes is None else logits_bytes)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        raise InputError(
+            f"the largest batch has {positions} positions, whose logits and last hidden states "
+            f"alone take {needed / 1e9:.4g} GB, and {device.type} has {total / 1e9:.4g} GB: give a "
+            "smaller batch_size or shorter rows"
+        )
+
+
+def _choose(
+    setting: str,
+    model: nn.Module,
+    example: Batch,
+    *,
+    positions: int,
+    whole_logits: Sequence[str],
+    dtype: torch.dtype | None,
+) -> CrossEntropy:
     head = _head(model)
     row = _row_bytes(head, dtype)
     whole = None if row is None else positions * row

@@ -130,7 +130,10 @@ REFUSALS = (
 
 
 def check_losses(weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights as floats. Raises InputError for a loss that is not known and a bad weight."""
+    """The weights as floats, of which one at least is above 0.
+
+    Raises InputError for a loss that is not known, a bad weight, and for weights that are all 0.
+    """
     if not weights:
         raise InputError(f"losses is empty: name some of {', '.join(LOSSES)}")
     for name, weight in weights.items():
@@ -139,6 +142,8 @@ def check_losses(weights: Mapping[str, float]) -> dict[str, float]:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not (number and math.isfinite(weight) and weight >= 0):
             raise InputError(f"the weight of {name} must be >= 0 and finite, got {weight!r}")
+    if not any(weights.values()):
+        raise InputError(f"every weight is 0 ({', '.join(weights)}): nothing would be learned")
     return {name: float(weight) for name, weight in weights.items()}
 
 
@@ -161,10 +166,12 @@ class Objective:
 
     gradient_ascent is −CE(forget), retain CE(retain), idk CE(refusals); the others are functions of
     `fastbound.unlearning.losses`, a mean over the rows or tokens of a batch.
+
+    Raises InputError as `check_losses`.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        self.weights = dict(weights)
+        self.weights = check_losses(weights)
         self.needs_reference = any(LOSSES[name].reference for name in self.weights)
         self.needs_refusals = any(LOSSES[name].refusals for name in self.weights)
         self.whole_logits = [name for name in self.weights if LOSSES[name].logits]

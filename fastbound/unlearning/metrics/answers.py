@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastbound.errors import NonFiniteError
 from fastbound.unlearning.data.encoding import Encoded, collate
 from fastbound.unlearning.losses.cross_entropy import WHOLE, CrossEntropy
 from fastbound.unlearning.model import autocast, evaluating
@@ -46,6 +47,9 @@ def evaluate(
         pad: token to pad with.
         dtype: autocast to it; None computes in the model's own.
         cross_entropy: from whole logits, or what `choose_cross_entropy` gave for this model.
+
+    Raises:
+        NonFiniteError: the loss of a row is not finite; the row is named.
     """
     return score(
         totals(
@@ -70,7 +74,10 @@ def totals(
     dtype: torch.dtype | None,
     cross_entropy: CrossEntropy = WHOLE,
 ) -> list[float]:
-    """Sums that add up across processes: loss, right tokens, tokens, whole rows, rows."""
+    """Sums that add up across processes: loss, right tokens, tokens, whole rows, rows.
+
+    Raises NonFiniteError for a row whose loss is not finite.
+    """
     rows = sorted(rows, key=lambda row: len(row.ids))
     sums = [0.0] * 5
     with evaluating(model), autocast(device, dtype):
@@ -78,6 +85,13 @@ def totals(
             part = rows[start : start + batch_size]
             batch = collate(part, pad).to(device)
             tokens = cross_entropy.answers(model, batch).tokens
+            if not torch.isfinite(tokens.loss).all():
+                first = int(tokens.row[~torch.isfinite(tokens.loss)][0])
+                raise NonFiniteError(
+                    f"{part[first].where}: the loss is not finite; the model is broken, has been "
+                    "trained too far (try a lower lr, clip or bound), or overflows in its dtype "
+                    "(try float32)"
+                )
             broken = tokens.row[~tokens.correct].unique().numel()
             sums[0] += float(tokens.loss.sum())
             sums[1] += float(tokens.correct.sum())

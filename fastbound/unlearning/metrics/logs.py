@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastbound.errors import InputError
+from fastbound.unlearning.data.files import parse_json, read_text
 
 FORGET = "eval_log_forget.json"
 RETAIN = "eval_log.json"
@@ -34,12 +34,15 @@ def read_log(log: Log | str | Path) -> Log:
     """
     if isinstance(log, Mapping):
         return log
-    try:
-        value = json.loads(Path(log).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    path = Path(log)
+    if not path.is_file():
         raise InputError(
-            f"log {log} cannot be read: {error}; give TOFU's aggregated evaluation as JSON"
-        ) from error
+            f"log {log} cannot be read: it is not there, or no file; give TOFU's aggregated "
+            "evaluation as JSON"
+        )
+    value = parse_json(
+        read_text(path), f"log {log}", "give TOFU's aggregated evaluation", lines=True
+    )
     if not isinstance(value, dict):
         raise InputError(f"log {log} holds {type(value).__name__}: a JSON object is needed")
     return value
@@ -66,8 +69,10 @@ def column(log: Log, section: str, field: str, name: str = "log") -> np.ndarray:
             raise InputError(f"{where}: its keys must be row numbers") from None
     try:
         values = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: one number a row, or as many for each row, is needed") from None
+    if values.ndim == 0:
+        raise InputError(f"{where}: one number a row is needed, got {value!r}")
     if values.size == 0:
         raise InputError(f"{where} holds no rows")
     if not np.isfinite(values).all():

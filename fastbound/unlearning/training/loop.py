@@ -80,7 +80,9 @@ def unlearn(
     objective = Objective(config.weighted_losses)
     sides = encode_sides(forget, retain, tokenizer, config, refuse=objective.needs_refusals)
     check_fits(model, tokenizer, [*sides.forget, *sides.retain, *sides.refused])
-    return _Run(model, sides, objective, config, output, resume, progress).go()
+    run = _Run(model, sides, objective, config, output, resume, progress)
+    with run.bar:  # off the line that an error takes
+        return run.go()
 
 
 class _Run:

@@ -61,6 +61,27 @@ def test_wrong_flags(refused, which, flags, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ("", "line 1: not JSON"),
+        ("[]", "holds list: a JSON object is needed"),
+        ("[" * 100_000, "too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "field 'a' holds an integer of more than 4300 digits"),
+        ('{"a": 1, "a": 2}', "field 'a' is given more than once"),
+        (
+            f'{{"{FORGET}": {{"avg_paraphrased_loss": [{"9" * 400}]}}}}',
+            "one number a row, or as many for each row, is needed",
+        ),
+    ],
+)
+def test_a_retain_log_that_cannot_be_read(refused, tmp_path, text, message):
+    (tmp_path / "retain.json").write_text(text)
+    said = refused("tofu", "--retain-log", str(tmp_path / "retain.json"))
+    assert "log" in said and message in said
+
+
+@pytest.mark.parametrize(
     ("which", "log", "message"),
     [
         ("tofu", {}, "retain log: section 'eval_log_forget.json' is missing"),
@@ -80,7 +101,17 @@ def test_wrong_flags(refused, which, flags, message):
             {FORGET: {"avg_paraphrased_loss": [1], "average_perturb_loss": [[2]]}},
             "retain log has 1 rows in eval_log_forget.json, forget10 here has 4",
         ),
+        (
+            "tofu",
+            {FORGET: {"avg_paraphrased_loss": 1, "average_perturb_loss": 2}},
+            "avg_paraphrased_loss: one number a row is needed, got 1",
+        ),
         ("muse", {}, "retain log: section 'privleak' is missing"),
+        (
+            "muse",
+            {"privleak": {"forget": [[1.0]] * 4, "holdout": [1.0] * 3}},
+            "privleak, forget: one number a row is needed, got lists",
+        ),
         ("muse", {"privleak": {"forget": [1.0]}}, "privleak: field 'holdout' is missing"),
         (
             "muse",
@@ -194,7 +225,11 @@ def settings(which, evaluation_data):
 
 @pytest.mark.parametrize(
     ("which", "where"),
-    [("tofu", r"retain_perturbed.jsonl, row \d"), ("muse", r"forget.jsonl, row \d"), ("tdec", "")],
+    [
+        ("tofu", r"retain_perturbed.jsonl, row \d"),
+        ("muse", r"forget.jsonl, row \d"),
+        ("tdec", r"two.csv, row \d"),
+    ],
 )
 def test_a_model_that_gives_nan(new_model, tokenizer, evaluation_data, tmp_path, which, where):
     model = new_model()

@@ -250,3 +250,18 @@ class TestBadInput:
         rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
         assert main(["unlearn", "--model", "my-model", *rows, "--loss", "npo=x"]) == 2
         assert "--loss must be NAME or NAME=WEIGHT; got 'npo=x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"retain": math.nan}, "the weight of retain must be >= 0 and finite, got nan"),
+        ({"npo": math.inf, "retain": 1.0}, "the weight of npo must be >= 0 and finite, got inf"),
+        ({"npo": -1.0}, "the weight of npo must be >= 0 and finite, got -1.0"),
+        ({"gradient_ascent": 0.0, "retain": 0}, "every weight is 0 .gradient_ascent, retain.: "),
+        ({}, "losses is empty"),
+    ],
+)
+def test_an_objective_of_weights_that_say_nothing_is_refused(weights, message):
+    with pytest.raises(InputError, match=message):
+        Objective(weights)

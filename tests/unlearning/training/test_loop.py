@@ -257,3 +257,21 @@ def test_bfloat16_autocast_keeps_masters_in_fp32(unlearn_rows, new_model):
 def test_missing_cuda_is_an_error(unlearn_rows):
     with pytest.raises(InputError, match="sees no CUDA device"):
         unlearn_rows(config(device="cuda"))
+
+
+def test_a_row_whose_loss_is_not_finite_is_named_before_the_first_step(
+    new_model, unlearn_rows, tmp_path
+):
+    model = new_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    with pytest.raises(NonFiniteError, match=r"row \d+: the loss is not finite; the model is brok"):
+        unlearn_rows(UnlearnConfig(), model, output=tmp_path / "run")
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_anything_is_written(unlearn_rows, tmp_path):
+    for cross_entropy in ("whole", "chunked"):
+        config = UnlearnConfig(batch_size=10**9, cross_entropy=cross_entropy)
+        with pytest.raises(InputError, match=r"take .* GB, and cpu has .* smaller batch_size"):
+            unlearn_rows(config, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -88,7 +88,7 @@ def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str,
     found = session.each(
         f"EL_{n} and MA",
         prepared.sequences,
-        lambda part: [_sequence(session, row.ids, n) for row in part],
+        lambda part: [_sequence(session, row, n) for row in part],
         length=lambda row: len(row.ids),
         batch_size=1,
     )
@@ -100,8 +100,9 @@ def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str,
     }
 
 
-def _sequence(session: Session, ids: Sequence[int], n: int) -> dict[str, float]:
-    predicted = first_choices(session, ids)
+def _sequence(session: Session, row: Encoded, n: int) -> dict[str, float]:
+    ids = row.ids
+    predicted = first_choices(session, ids, row.where)
     found = prefix_continuations(session, ids, predicted)
     return {
         "el": metrics.extraction_likelihood(found, ids, n),

@@ -14,13 +14,13 @@ from fastbound.unlearning.model import forward
 
 
 @torch.no_grad()
-def first_choices(session: Session, ids: Sequence[int]) -> list[int]:
+def first_choices(session: Session, ids: Sequence[int], where: str = "a sequence") -> list[int]:
     """argmax p(. | x_<i) for i = 1 .. T-1, from one forward."""
     batch = collate([Encoded(tuple(ids), tuple(ids), "")], session.pad).to(session.model.device)
     logits = forward(session.model, batch.input_ids, batch.attention_mask)
     if not torch.isfinite(logits).all():  # argmax would choose a token all the same
         raise NonFiniteError(
-            "logits of a sequence are not finite; the model is broken or overflows in "
+            f"{where}: its logits are not finite; the model is broken or overflows in "
             f"{session.model.dtype}: try --dtype float32"
         )
     return list(logits[0, :-1].argmax(-1).tolist())
