@@ -155,7 +155,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "alpha of a layer 1e300": (
         config_with(alpha_pattern=layer(1e300)),
-        "up: alpha 1e.300 and bound 0.5 at rank 2 are out",
+        "up: alpha must lie between 1e-12 and 1e.12, .* got 1e.300",
     ),
     "bound of a layer -1": (config_with(bound_pattern=layer(-1)), "bound_pattern of up"),
     "bound of a layer a text": (config_with(bound_pattern=layer("auto")), "bound_pattern of up"),
