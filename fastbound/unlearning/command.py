@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
@@ -19,7 +21,7 @@ from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free
 from fastbound.unlearning.runs.report import Run, write_report
 from fastbound.unlearning.training.loop import unlearn
-from fastbound.unlearning.training.processes import end_processes
+from fastbound.unlearning.training.processes import end_processes, starts_first
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,10 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments, len(forget))
     output = Path(arguments.output)
     table: str | None
-    if arguments.model is None:
-        table = _demonstrate(arguments, config, forget, retain, output)
-    else:
-        table = _unlearn(arguments, config, forget, retain, output)
+    with writing(output) if starts_first() else contextlib.nullcontext():
+        if arguments.model is None:
+            table = _demonstrate(arguments, config, forget, retain, output)
+        else:
+            table = _unlearn(arguments, config, forget, retain, output)
     if table is not None:
         print(f"{table}\n\nWritten to {output}: report.json, curves.png and the adapters")
     return 0
@@ -95,7 +98,10 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
     if "bound" in given:
         given["bound"] = _bound(given["bound"])
     if "losses" in given:
-        given["losses"] = dict(_loss(text) for text in given["losses"])
+        losses = [_loss(text) for text in given["losses"]]
+        given["losses"] = dict(losses)
+        if len(given["losses"]) < len(losses):
+            raise InputError(f"--loss names a loss twice: {', '.join(arguments.losses)}")
     if "," in given.get("target_modules", ""):
         given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
     if arguments.model is not None:

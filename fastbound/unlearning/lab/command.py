@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.lab.cell import CellConfig
 from fastbound.unlearning.lab.grid import Grid, read_models, run_grid
@@ -34,6 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     forget = load_rows(arguments.forget or authors("forget"))
     retain = load_rows(arguments.retain or authors("retain"))
     output = Path(arguments.output)
+    with writing(output):
+        return _map(arguments, grid, forget, retain, output)
+
+
+def _map(arguments: argparse.Namespace, grid: Grid, forget: Any, retain: Any, output: Path) -> int:
     cells = run_grid(
         forget, retain, grid, output, workers=arguments.workers, resume=arguments.resume
     )

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbound.errors import InputError
 from fastbound.figures import new_figure, save_figure
 from fastbound.models.ranks import RankAllocation
 from fastbound.unlearning.runs.environment import environment
-from fastbound.unlearning.runs.folder import RESULT, read_json, write_json
+from fastbound.unlearning.runs.folder import LOG, RESULT, read_json, write_json
 
 REPORT = "report.json"
 PICTURE = "curves.png"
@@ -55,8 +56,14 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [line for line in map(json.loads, lines) if line["event"] == "step"]
+        """Raises InputError where a file is damaged."""
+        try:
+            lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+            steps = [line for line in map(json.loads, lines) if line["event"] == "step"]
+        except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder / LOG} is damaged: --resume of its run cuts it back to what is sound"
+            ) from error
         return cls(folder, read_json(folder / RESULT), steps)
 
     @property
@@ -190,7 +197,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         for axis, side in zip(axes, ("forget", "retain"), strict=False):
             axis.plot(at, [each[side]["loss"] for each in history], **style)
         moved = [(line["step"], line["largest_delta"]) for line in run.steps]
-        axes[2].plot(*zip(*moved, strict=True), **style)
+        axes[2].plot([step for step, _ in moved], [delta for _, delta in moved], **style)
     bounds = {run.result["bound"] for run in runs} - {None}
     for bound in sorted(bounds):
         axes[2].axhline(bound, color="0.45", linestyle=":", linewidth=1.2)
