@@ -1,4 +1,4 @@
-"""The two ways a run ends that are not a bug, and a check that ends it in the first."""
+"""The ways a run ends that are not a bug, what is said on the way, and a check of a number."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ class NotThereError(InputError, FileNotFoundError):
 
 class NonFiniteError(ArithmeticError):
     """The loss or its gradient stopped being finite; the last checkpoint is intact."""
+
+
+class StoppedError(RuntimeError):
+    """Something outside ended the run on its way; what it has written is intact."""
+
+
+class DamageWarning(UserWarning):
+    """A file of a run was found damaged and cut back, or cannot be guarded; the run goes on."""
 
 
 def positive(name: str, value: object) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 HELP = "show what adapters cost over the frozen module as sequences grow"
 DESCRIPTION = """\
@@ -33,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (bfloat16; CPU float32)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timings each (20; CPU 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=Path("profile"), help="folder (profile)"
-    )
+    parser.add_argument("--output", metavar="DIR", default="profile", help="folder (profile)")
     parser.add_argument(
         "--trace", action="store_true", help="also trace.json: a step of the fused form, longest"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 HELP = "measure this machine's GPU and write its table of plans"
 DESCRIPTION = """\
@@ -45,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
         metavar="FILE",
         help="table to write (default: ~/.cache/fastbound/plans/<architecture>.json)",
     )

@@ -75,15 +75,22 @@ def row_bucket(M: int) -> int:
     return 1 << (M - 1).bit_length() if M else 0
 
 
-def user_folder() -> Path:
-    """Where ``fastbound tune`` writes, and where tables are looked for first."""
-    return Path.home() / ".cache" / "fastbound" / "plans"
+def user_folder() -> Path | None:
+    """Where ``fastbound tune`` writes, and where tables are looked for first.
+
+    None where the system knows no home folder.
+    """
+    try:
+        return Path.home() / ".cache" / "fastbound" / "plans"
+    except RuntimeError:
+        return None
 
 
 @lru_cache(maxsize=16)
 def table_for(architecture: str, multiprocessors: int) -> PlanTable | None:
     """The table of a GPU, read once a process; None where no file lies there."""
-    return find_table(architecture, multiprocessors, (user_folder(), SHIPPED))
+    folders = [folder for folder in (user_folder(), SHIPPED) if folder is not None]
+    return find_table(architecture, multiprocessors, folders)
 
 
 def find_table(
@@ -131,8 +138,8 @@ def read_table(path: Path) -> PlanTable:
     version; OSError where it cannot be read.
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged: no JSON ({error})") from error
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:

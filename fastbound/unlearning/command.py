@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
@@ -21,7 +23,7 @@ from fastbound.unlearning.model import check_device, check_plain, load_pretraine
 from fastbound.unlearning.runs.folder import RUN, check_free, write_json
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
 from fastbound.unlearning.training.loop import unlearn
-from fastbound.unlearning.training.processes import end_processes
+from fastbound.unlearning.training.processes import end_processes, starts_first
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(config.device)
     output = Path(arguments.output)
     table: str | None
-    if arguments.model is None:
-        table = _demonstrate(arguments, config, forget, retain, output)
-    else:
-        table = _unlearn(arguments, config, forget, retain, output)
+    with writing(output) if starts_first() else contextlib.nullcontext():
+        if arguments.model is None:
+            table = _demonstrate(arguments, config, forget, retain, output)
+        else:
+            table = _unlearn(arguments, config, forget, retain, output)
     if table is not None:
         print(f"{table}\n\nWritten to {output}: report.json, curves.png and the adapters")
     return 0
@@ -108,7 +111,10 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
     if "bound" in given:
         given["bound"] = _bound(given["bound"])
     if "losses" in given:
-        given["losses"] = dict(_loss(text) for text in given["losses"])
+        losses = [_loss(text) for text in given["losses"]]
+        given["losses"] = dict(losses)
+        if len(given["losses"]) < len(losses):
+            raise InputError(f"--loss names a loss twice: {', '.join(arguments.losses)}")
     if "target_modules" in given:
         given["target_modules"] = _targets(given["target_modules"])
     if arguments.model is not None:

@@ -141,6 +141,11 @@ class UnlearnConfig:
                 raise InputError(
                     "give weights in losses, or as forget_weight and retain_weight, not both"
                 )
+        if not any(self.weighted_losses.values()):
+            raise InputError(
+                f"every weight is 0 ({', '.join(self.weighted_losses)}), so that nothing would be "
+                "trained: give one that is positive"
+            )
         if self.cross_entropy in ("chunked", "liger"):
             taking = Objective(self.weighted_losses).whole_logits
             if taking:

@@ -21,6 +21,7 @@ from fastbound.unlearning import (
 )
 from fastbound.unlearning.demo.small_model import learn
 from fastbound.unlearning.model import load_pretrained
+from tests.support.arguments import replaced
 from tests.support.small_model import TINY_MODEL
 
 
@@ -152,10 +153,11 @@ def evaluate_arguments(model_folder: Path, evaluation_data: Path) -> Callable[..
 
     def make(which: str, output: Path, *more: str) -> list[str]:
         split = ("--split", "data/main/two", "--n", "2") if which == "tdec" else ()
-        return [
+        base = [
             *("evaluate", "--benchmark", which, "--model", str(model_folder)),
             *("--data", str(evaluation_data / which), "--output", str(output)),
-            *("--batch-size", "3", "--device", "cpu", *split, *more),
+            *("--batch-size", "3", "--device", "cpu", *split),
         ]
+        return replaced(base, *more)
 
     return make

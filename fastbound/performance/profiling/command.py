@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import platform
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.performance.profiling.profile import (
     describe_mode,
     profile,
@@ -35,8 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--rank must be >= 1, got {arguments.rank}")
     if rounds < 2:
         raise InputError(f"--rounds must be >= 2, got {rounds}")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise InputError(f"--output {arguments.output} is a file: name a folder")
+    output = Path(arguments.output)
 
     try:
         tokens = parse_tokens(arguments.tokens or ("1k:128k" if on_gpu else "128:1k"))
@@ -44,38 +45,38 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
 
-    points = []
-    with tqdm(total=len(tokens) * len(chosen), unit="length") as bar:
+    with writing(output):
+        points = []
+        with tqdm(total=len(tokens) * len(chosen), unit="length") as bar:
 
-        def step(doing: str) -> None:
-            bar.set_postfix_str(doing, refresh=False)
-            bar.update()
+            def step(doing: str) -> None:
+                bar.set_postfix_str(doing, refresh=False)
+                bar.update()
 
-        for subject in chosen:
-            forms = variants(subject, arguments.rank, dtypes[dtype], device)
-            found = profile(subject, forms, tokens, device, rounds=rounds, step=step)
-            points += found
-            reached = [p.tokens for p in found if p.variant == "fused" and p.median is not None]
-            if arguments.trace and subject is chosen[0] and reached:
-                arguments.output.mkdir(parents=True, exist_ok=True)
-                path = arguments.output / TRACE
-                write_trace(subject, forms["fused"], max(reached), device, path)
-            del forms
-    report = Profile(
-        model=model,
-        mode=arguments.mode,
-        what=describe_mode(arguments.mode),
-        device=torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
-        dtype=dtype,
-        rank=arguments.rank,
-        rounds=rounds,
-        versions=versions("fastbound", "torch", "peft", "transformers"),
-        points=points,
-    )
-    write(report, arguments.output)
-    print(f"{report.what}\n\n{table(report)}\n\n{flatness(report)}".rstrip())
-    print(f"Written to {arguments.output}: profile.json, profile.png")
-    return 0
+            for subject in chosen:
+                forms = variants(subject, arguments.rank, dtypes[dtype], device)
+                found = profile(subject, forms, tokens, device, rounds=rounds, step=step)
+                points += found
+                reached = [p.tokens for p in found if p.variant == "fused" and p.median is not None]
+                if arguments.trace and subject is chosen[0] and reached:
+                    path = output / TRACE
+                    write_trace(subject, forms["fused"], max(reached), device, path)
+                del forms
+        report = Profile(
+            model=model,
+            mode=arguments.mode,
+            what=describe_mode(arguments.mode),
+            device=torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+            dtype=dtype,
+            rank=arguments.rank,
+            rounds=rounds,
+            versions=versions("fastbound", "torch", "peft", "transformers"),
+            points=points,
+        )
+        write(report, output)
+        print(f"{report.what}\n\n{table(report)}\n\n{flatness(report)}".rstrip())
+        print(f"Written to {output}: profile.json, profile.png")
+        return 0
 
 
 def _device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbound
+from fastbound.files import replace_files
 from fastbound.performance.memory import peak_bytes, saved_bytes
 from fastbound.performance.profiling.baselines import inject_peft
 from fastbound.performance.shapes import Block, block_of, linear_shapes
@@ -286,4 +287,4 @@ def write_trace(
         _forward_and_backward(subject, form, x, dy, 0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    recorded.export_chrome_trace(str(path))
+    replace_files({path: lambda part: recorded.export_chrome_trace(str(part))})

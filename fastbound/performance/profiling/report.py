@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.figures import new_figure, save_figure
+from fastbound.files import replace_files
 from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, ProfilePoint
 
 FORMAT = "fastbound profile 1"
@@ -144,7 +145,7 @@ def write(profile: Profile, folder: Path) -> None:
     """``profile.json`` and ``profile.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, **asdict(profile)}
-    (folder / JSON).write_text(json.dumps(content, indent=1) + "\n")
+    replace_files({folder / JSON: (json.dumps(content, indent=1) + "\n").encode()})
     draw(profile, folder / PICTURE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import MAX_TRITON_RANK
 from fastbound.dispatch.tables import software, user_folder
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.performance.prediction import datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
 from fastbound.performance.tuning.bench import DeviceBench
@@ -42,38 +44,50 @@ def run(arguments: argparse.Namespace) -> int:
     described = describe(device)
     name = torch.cuda.get_device_name(device)
     machine = Machine(described, name, datasheet_of(name), software())
-    path = arguments.output or user_folder() / f"{described.architecture}.json"
-    try:
-        table = start_table(path, machine, resume=arguments.resume)
-    except (OSError, ValueError) as error:
-        raise InputError(str(error)) from error
-    todo = points(shapes, tokens, ranks)
-    dtype = getattr(torch, arguments.dtype)
-    print(f"{name}: {len(todo)} shapes, at most {arguments.budget_minutes:g} minutes, into {path}")
-    with tqdm(total=sum(point.steps for point in todo), unit="step") as bar:
-
-        def step(doing: str) -> None:
-            bar.set_postfix_str(doing, refresh=False)
-            bar.update()
-
-        bench = DeviceBench(device, described, dtype, say=bar.write)
-        tuned = tune(
-            todo,
-            bench,
-            machine,
-            table,
-            path,
-            minutes=arguments.budget_minutes,
-            dtype=dtype,
-            step=step,
+    path = _output(arguments.output, described.architecture)
+    with writing(path.parent, f".{path.name}.lock"):
+        try:
+            table = start_table(path, machine, resume=arguments.resume)
+        except (OSError, ValueError) as error:
+            raise InputError(str(error)) from error
+        todo = points(shapes, tokens, ranks)
+        dtype = getattr(torch, arguments.dtype)
+        print(
+            f"{name}: {len(todo)} shapes, at most {arguments.budget_minutes:g} minutes, into {path}"
         )
-    for failure in tuned.failures:
-        print(f"FAILED {failure}")
-    entries = len(tuned.table.entries) + len(tuned.table.blocks)
-    print(f"{entries} entries in {path}" if entries else "nothing measured, nothing written")
-    if tuned.not_reached:
-        print(f"{len(tuned.not_reached)} shapes not reached: --resume goes on with them")
-    return 1 if tuned.failures else 0
+        with tqdm(total=sum(point.steps for point in todo), unit="step") as bar:
+
+            def step(doing: str) -> None:
+                bar.set_postfix_str(doing, refresh=False)
+                bar.update()
+
+            bench = DeviceBench(device, described, dtype, say=bar.write)
+            tuned = tune(
+                todo,
+                bench,
+                machine,
+                table,
+                path,
+                minutes=arguments.budget_minutes,
+                dtype=dtype,
+                step=step,
+            )
+        for failure in tuned.failures:
+            print(f"FAILED {failure}")
+        entries = len(tuned.table.entries) + len(tuned.table.blocks)
+        print(f"{entries} entries in {path}" if entries else "nothing measured, nothing written")
+        if tuned.not_reached:
+            print(f"{len(tuned.not_reached)} shapes not reached: --resume goes on with them")
+        return 1 if tuned.failures else 0
+
+
+def _output(given: str | None, architecture: str) -> Path:
+    if given is not None:
+        return Path(given)
+    folder = user_folder()
+    if folder is None:
+        raise InputError("no home folder is known for the table: give --output")
+    return folder / f"{architecture}.json"
 
 
 def _ranks(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
@@ -71,6 +72,18 @@ def demonstrate(
         NonFiniteError: a run stopped; the others are kept.
     """
     check_disjoint(forget, retain)
+    with writing(output):
+        return _demonstrate(forget, retain, demonstration, output, resume, progress)
+
+
+def _demonstrate(
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    demonstration: Demonstration,
+    output: Path,
+    resume: bool,
+    progress: bool,
+) -> str:
     check_free(output, _MARKER, resume=resume)
     _begin(output, forget, retain, demonstration)
     config = demonstration.config

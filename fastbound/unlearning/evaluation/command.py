@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastbound.errors import InputError
+from fastbound.errors import DamageWarning, InputError
+from fastbound.output import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
 from fastbound.unlearning.evaluation.run import (
     PICTURE,
@@ -48,7 +49,20 @@ def run(arguments: argparse.Namespace) -> int:
     )
     check_device(arguments.device)
     output = Path(arguments.output)
-    check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
+    with writing(output):
+        check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
+        table, caught = _evaluate(arguments, config, output)
+    for warning in caught:
+        if issubclass(warning.category, (DamageWarning, EmptyAnswerWarning, SameModelWarning)):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    print(f"{table}\n\nWritten to {output}: {config.chosen.LOG}, {SUMMARY} and {PICTURE}")
+    return 0
+
+
+def _evaluate(
+    arguments: argparse.Namespace, config: EvaluationConfig, output: Path
+) -> tuple[str, list[warnings.WarningMessage]]:
+    """The table, and what was warned of."""
     retain = None if arguments.retain_log is None else read_log(arguments.retain_log)
     dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
     model, tokenizer = load_pretrained(
@@ -70,8 +84,4 @@ def run(arguments: argparse.Namespace) -> int:
             about=about,
             resume=arguments.resume,
         )
-    for warning in caught:
-        if issubclass(warning.category, (EmptyAnswerWarning, SameModelWarning)):
-            print(f"warning: {warning.message}", file=sys.stderr)
-    print(f"{table}\n\nWritten to {output}: {config.chosen.LOG}, {SUMMARY} and {PICTURE}")
-    return 0
+    return table, caught

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.evaluation import benchmark_named
 from fastbound.unlearning.evaluation.benchmark import Benchmark
@@ -29,7 +30,9 @@ from fastbound.unlearning.metrics.logs import read_log
 from fastbound.unlearning.model import evaluating
 from fastbound.unlearning.model import load_adapter as load_adapter
 from fastbound.unlearning.runs.environment import environment
-from fastbound.unlearning.runs.folder import RunFolder, fingerprint, write_json
+from fastbound.unlearning.runs.folder import RunFolder, write_json
+from fastbound.unlearning.runs.identity import fingerprint, model_identity, tokenizer_identity
+from fastbound.unlearning.runs.lines import CheckedLines
 
 SUMMARY = "summary.json"
 PICTURE = "evaluation.png"
@@ -123,16 +126,23 @@ def evaluate_benchmark(
                     f"retain log has {theirs} rows in {part}, {config.split} here has {ours}: "
                     "evaluate both models on the same rows"
                 )
-    identity = {**_settings(config), **(about or {}), "tokens": fingerprint(prepared.encoded)}
-    run = RunFolder(folder, identity, resume=resume)
-    run.begin()
-    session = Session(model, tokenizer, config.batch_size, Pieces(folder / PIECES), progress)
-    with evaluating(model):
-        log = chosen.score(session, prepared, config)
-    write_json(folder / chosen.LOG, log)
-    summary = chosen.summarise(log, retain, config)
-    chosen.draw(folder / PICTURE, log, retain, summary)
-    write_json(folder / SUMMARY, _finite({**identity, **summary, "environment": environment()}))
+    identity = {
+        **_settings(config),
+        **(about or {}),
+        "tokens": fingerprint(prepared.encoded),
+        "digests": {**model_identity(model), "tokenizer": tokenizer_identity(tokenizer)},
+    }
+    with writing(folder):
+        run = RunFolder(folder, identity, resume=resume)
+        run.begin()
+        pieces = Pieces(CheckedLines(folder / PIECES, run.digest))
+        session = Session(model, tokenizer, config.batch_size, pieces, progress)
+        with evaluating(model):
+            log = chosen.score(session, prepared, config)
+        write_json(folder / chosen.LOG, log)
+        summary = chosen.summarise(log, retain, config)
+        chosen.draw(folder / PICTURE, log, retain, summary)
+        write_json(folder / SUMMARY, _finite({**identity, **summary, "environment": environment()}))
     return "\n".join([f"{config.benchmark} {config.split}", *chosen.table(summary)])
 
 

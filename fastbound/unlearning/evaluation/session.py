@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,41 +18,31 @@ from fastbound.unlearning.metrics.memorisation import exact_memorisation, extrac
 from fastbound.unlearning.metrics.privacy import min_k
 from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores
 from fastbound.unlearning.model import forward
+from fastbound.unlearning.runs.lines import CheckedLines
 
 T = TypeVar("T")
 
 
 class Pieces:
-    """Values of finished batches, one JSON line each, written through to the disk.
+    """Values of finished batches.
 
     Args:
-        path: the file; None keeps nothing.
+        lines: where they are kept; None keeps nothing.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, lines: CheckedLines | None = None) -> None:
+        self._lines = lines
         self._values: dict[tuple[str, int], list[Any]] = {}
-        if path is None or not path.exists():
-            return
-        whole = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break  # killed while it was written
-            piece = json.loads(line)
+        for piece in () if lines is None else lines.read():
             self._values[piece["name"], piece["batch"]] = piece["values"]
-            whole += len(line)
-        os.truncate(path, whole)
 
     def get(self, name: str, batch: int) -> list[Any] | None:
         return self._values.get((name, batch))
 
     def put(self, name: str, batch: int, values: list[Any]) -> None:
         self._values[name, batch] = values
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "batch": batch, "values": values}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self._lines is not None:
+            self._lines.add({"name": name, "batch": batch, "values": values})
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
+from fastbound.output import writing
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.evaluation.tofu import load_public
 from fastbound.unlearning.lab.cell import CellConfig
@@ -49,15 +50,27 @@ def run(arguments: argparse.Namespace) -> int:
     forget = load_rows(arguments.forget or authors("forget"))
     retain = load_rows(arguments.retain or authors("retain"))
     output = Path(arguments.output)
-    cells = run_grid(
-        forget,
-        retain,
-        grid,
-        output,
-        workers=arguments.workers,
-        general=general,
-        resume=arguments.resume,
-    )
+    with writing(output):
+        cells = run_grid(
+            forget,
+            retain,
+            grid,
+            output,
+            workers=arguments.workers,
+            general=general,
+            resume=arguments.resume,
+        )
+        _report(arguments, grid, {"forget": len(forget), "retain": len(retain)}, cells, output)
+    return 0
+
+
+def _report(
+    arguments: argparse.Namespace,
+    grid: Grid,
+    rows: dict[str, int],
+    cells: list[dict[str, Any]],
+    output: Path,
+) -> None:
     models = read_models(output)
     before = {
         name: statistics.fmean(each[name] for each in models.values())
@@ -68,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_json(
         output / "summary.json",
         {
-            "rows": {"forget": len(forget), "retain": len(retain)},
+            "rows": rows,
             "grid": dataclasses.asdict(grid),
             "models": models,
             "seconds": round(sum(cell["seconds"] for cell in cells), 1),
@@ -85,7 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"{table_of(lines, standard)}\n\n* a seed did not forget")
     print(f"Written to {output}: cells.jsonl, summary.json, utility.png, size.png, gradient.png")
-    return 0
 
 
 def _grid(arguments: argparse.Namespace) -> Any:

@@ -8,20 +8,24 @@ cells.jsonl    one line a finished cell, appended
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, StoppedError
+from fastbound.output import writing
 from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.limits import check_fits
@@ -47,6 +51,8 @@ from fastbound.unlearning.lab.subject import (
     subject_of,
 )
 from fastbound.unlearning.runs.folder import check_free, read_json, write_json
+from fastbound.unlearning.runs.identity import digest
+from fastbound.unlearning.runs.lines import CheckedLines
 
 MARKER = "lab.json"
 CELLS = "cells.jsonl"
@@ -106,6 +112,10 @@ class Grid:
         for name, values in (("lr", self.rates), ("rank", self.ranks), ("seeds", [self.seeds])):
             if not values or not all(0 < value < float("inf") for value in values):
                 raise InputError(f"{name} must be positive and finite, got {list(values)}")
+        keys = [cell.key for cell in self.cells()]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise InputError(f"cell {twice} is there twice: give each adapter, lr and rank once")
         for name in ("steps", "batch_size", "eval_rows"):
             value = getattr(self.cell, name)
             if value is not None and value < 1:
@@ -146,6 +156,7 @@ def run_grid(
 
     Raises:
         InputError: rows, settings or output folder cannot be used.
+        StoppedError: a worker was killed; the finished cells are kept.
     """
     from tqdm.auto import tqdm
 
@@ -154,50 +165,62 @@ def run_grid(
     check_disjoint(forget, retain)
     if len(retain) < 3:
         raise InputError(f"the truth ratio needs at least 3 retain rows, got {len(retain)}")
-    check_free(output, MARKER, resume=resume)
-    if isinstance(grid.model, Pretrained):
-        cores = os.cpu_count() or 1
-        workers, said = check_memory(grid.model, grid.cell, _MAX_LENGTH, workers, cores)
-        if progress:
-            print(said, file=sys.stderr)
-    _begin(output, forget, retain, general, grid)
-    cells = grid.cells()
-    finished = read_cells(output)
-    left = [cell for cell in cells if cell.key not in finished]
-    if left:
-        count = min(workers or os.cpu_count() or 1, len(left))
-        with (
-            ProcessPoolExecutor(count, get_context("spawn"), initializer=_one_thread) as pool,
-            (output / CELLS).open("a", encoding="utf-8") as file,
-            tqdm(total=len(left), disable=not progress, unit="cell", dynamic_ncols=True) as bar,
-        ):
-            try:
+    with writing(output):
+        check_free(output, MARKER, resume=resume)
+        if isinstance(grid.model, Pretrained):
+            cores = os.cpu_count() or 1
+            workers, said = check_memory(grid.model, grid.cell, _MAX_LENGTH, workers, cores)
+            if progress:
+                print(said, file=sys.stderr)
+        _begin(output, forget, retain, general, grid)
+        cells = grid.cells()
+        finished = read_cells(output)
+        left = [cell for cell in cells if cell.key not in finished]
+        if left:
+            count = min(workers or os.cpu_count() or 1, len(left))
+            lines = _lines(output)
+            with (
+                _workers(count) as pool,
+                tqdm(total=len(left), disable=not progress, unit="cell", dynamic_ncols=True) as bar,
+            ):
                 _make_models(pool, grid.model, output, sorted({cell.seed for cell in left}), bar)
                 running = [pool.submit(_run, str(output), cell) for cell in left]
                 for future in as_completed(running):
                     result = future.result()
-                    file.write(json.dumps(result) + "\n")
-                    file.flush()
+                    lines.add(result)
                     finished[_cell(result).key] = result
                     bar.set_postfix_str(f"{result['adapter']} lr {result['lr']:g}")
                     bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
     return [finished[cell.key] for cell in cells]
 
 
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this block, and with this process however it ends.
+
+    Raises StoppedError where one of them was killed.
+    """
+    others = set(active_children())
+    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_start_worker)
+    try:
+        with pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(active_children()) - others:
+                    worker.kill()
+                raise
+    except BrokenProcessPool:
+        raise StoppedError(
+            "a worker process was killed, as the system does where memory runs out: --resume goes "
+            f"on with what is left; fewer --workers than {count} take less memory"
+        ) from None
+
+
 def read_cells(output: Path) -> dict[str, dict[str, Any]]:
-    """The finished cells of a folder by key; a last line cut off by a kill is dropped."""
-    path = output / CELLS
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
-    results = [json.loads(line) for line in whole.splitlines()]
-    return {_cell(result).key: result for result in results}
+    """The finished cells of a folder by key; see `CheckedLines.read` for damaged ones."""
+    return {_cell(result).key: result for result in _lines(output).read()}
 
 
 def read_models(output: Path) -> dict[str, dict[str, Any]]:
@@ -206,6 +229,10 @@ def read_models(output: Path) -> dict[str, dict[str, Any]]:
         path.parent.name.removeprefix("model").removeprefix("-") or "all": read_json(path)
         for path in sorted(output.glob(f"model*/{LEARNED}"))
     }
+
+
+def _lines(output: Path) -> CheckedLines:
+    return CheckedLines(output / CELLS, digest(read_json(output / MARKER)))
 
 
 def _cell(result: Mapping[str, Any]) -> Cell:
@@ -254,8 +281,18 @@ def _make_models(
 # What follows runs in a worker process.
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
+    """One thread; Ctrl-C is the parent's, and the end of the parent is the end of the worker."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _learn(output: str, seed: int) -> None:

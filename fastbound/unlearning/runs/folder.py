@@ -1,9 +1,9 @@
 """The folder of a run: its settings, log, checkpoint, adapter and result.
 
-run.json          settings, rows and number of steps; what `--resume` compares
+run.json          settings, digests of model, tokenizer and rows, steps; what `--resume` compares
 ranks.json        ranks by layer, where they are chosen by the run itself
 log.jsonl         one line a logged step or evaluation
-checkpoint.pt     the last good state, replaced in one move
+checkpoint.pt     the last good state with a digest of itself, replaced in one move
 adapter/          the trained adapter
 result.json       written last: the run is finished
 """
@@ -13,22 +13,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbound.errors import InputError
-from fastbound.files import replace_files
-from fastbound.unlearning.data.encoding import Encoded
+from fastbound.errors import DamageWarning, InputError
+from fastbound.files import append, replace_files
+from fastbound.output import is_ours
+from fastbound.unlearning.runs.identity import digest
 
 RUN = "run.json"
 RANKS = "ranks.json"
 RESULT = "result.json"
 ADAPTER = "adapter"
-_LOG = "log.jsonl"
+LOG = "log.jsonl"
 _CHECKPOINT = "checkpoint.pt"
+_MODEL = "the model or an adapter on it is another one; give the one that the run began with"
+_ROWS = "give the rows that the run began with"
+_REMEDIES = {
+    "digests.weights": _MODEL,
+    "digests.architecture": _MODEL,
+    "digests.tokenizer": "give the tokenizer that the run began with",
+    "rows.forget": _ROWS,
+    "rows.retain": _ROWS,
+    "tokens": _ROWS,
+}
 
 
 class RunFolder:
@@ -36,9 +48,10 @@ class RunFolder:
 
     Args:
         path: folder of this run; made if missing.
-        identity: what makes it this run and no other (settings, rows, steps), as JSON values.
+        identity: what makes it this run and no other (settings, digests, steps), as JSON values.
         resume: go on with the run that the folder holds; a folder that holds none starts one.
-        writes: whether this process writes; in a run of several only the first does.
+        writes: whether this process writes; in a run of several only the first does, within
+            `fastbound.output.writing`.
 
     Raises:
         InputError: the folder holds a run and `resume` is False, or holds a different run, or
@@ -50,7 +63,8 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.writes = writes
-        self.identity = identity
+        self.identity = json.loads(json.dumps(identity))
+        self.digest = digest(self.identity)
         check_free(self.path, RUN, resume=resume)
         if (self.path / RUN).exists():
             self._check_same()
@@ -62,48 +76,88 @@ class RunFolder:
             write_json(self.path / RUN, self.identity)
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a file of JSON, once."""
+        """Write a file of JSON with its digest, once."""
         if self.writes and not (self.path / name).exists():
-            write_json(self.path / name, value)
+            plain = json.loads(json.dumps(value))
+            write_json(self.path / name, {**plain, "digest": digest(plain)})
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What `keep` wrote, or None. Raises InputError where it is damaged."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        value = read_json(path)
+        held = value.pop("digest", None)
+        if held != digest(value):
+            raise InputError(f"{path} is damaged: put a sound copy back, or start another run")
+        return value
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to the log."""
+        """Append one line to the log; it is on the disk with the next checkpoint."""
         if self.writes:
-            with (self.path / _LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path / LOG, f"{json.dumps(line)}\n".encode(), sync=False)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint in one move: at every moment there is one whole file."""
-        if self.writes:
-            log = self.path / _LOG
-            logged = log.stat().st_size if log.exists() else 0
-            whole = {**state, "logged": logged}
-            replace_files({self.path / _CHECKPOINT: lambda part: torch.save(whole, part)})
+        """Replace the checkpoint in one move, after the log: at every moment there is a whole one.
+
+        Raises OSError; the last checkpoint is then as it was.
+        """
+        if not self.writes:
+            return
+        append(self.path / LOG, b"")
+        logged = (self.path / LOG).read_bytes()
+        whole = {**state, "run": self.digest, "logged": len(logged), "log": _hash(logged)}
+        whole["digest"] = digest(whole)
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                torch.save(whole, file)
+
+        replace_files({self.path / _CHECKPOINT: write})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None before the first; the log is cut back to where it was."""
+        """The last checkpoint, or None before the first; the log is cut back to where it was.
+
+        Raises InputError for one that is damaged, or of another run.
+        """
         path = self.path / _CHECKPOINT
-        state: dict[str, Any] | None = None
-        if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # pickle, zip and torch each raise their own
-                raise InputError(
-                    f"{path} cannot be read ({type(error).__name__}: {error}): "
-                    "give another output folder"
-                ) from error
-        if self.writes and (self.path / _LOG).exists():
-            os.truncate(self.path / _LOG, 0 if state is None else state["logged"])
+        state = _read_checkpoint(path) if path.exists() else None
+        if state is not None and state["run"] != self.digest:
+            raise InputError(
+                f"{path} is the checkpoint of another run: put this run's own back, or delete it "
+                "and --resume starts from the first step"
+            )
+        if self.writes and (state is not None or (self.path / LOG).exists()):
+            self._cut_log(*((0, _hash(b"")) if state is None else (state["logged"], state["log"])))
         return state
+
+    def _cut_log(self, length: int, held: str) -> None:
+        """To what the checkpoint counts on; where that is damaged, to its sound lines."""
+        path = self.path / LOG
+        log = path.read_bytes() if path.exists() else b""
+        kept = log[:length]
+        if _hash(kept) != held:
+            lines = kept[: kept.rfind(b"\n") + 1].splitlines(keepends=True)
+            sound = next((n for n, line in enumerate(lines) if not _is_object(line)), len(lines))
+            kept = b"".join(lines[:sound])
+            warnings.warn(
+                f"{path} is not the log that the checkpoint counts on: it is cut back to its first "
+                f"{sound} lines, and the run goes on; the report lacks the others",
+                DamageWarning,
+                stacklevel=3,
+            )
+        if path.exists():
+            os.truncate(path, len(kept))
 
     def _check_same(self) -> None:
         held = _flat(read_json(self.path / RUN))
-        for name, value in _flat(json.loads(json.dumps(self.identity))).items():
+        for name, value in _flat(self.identity).items():
             other = held.get(name)
             if other != value:
+                remedy = _REMEDIES.get(name, "resume with the same settings and rows")
                 raise InputError(
                     f"{self.path} holds a run with {name} {other!r}, this one has {value!r}: "
-                    "resume with the same settings and rows, or give another output folder"
+                    f"{remedy}, or give another output folder"
                 )
 
 
@@ -122,22 +176,15 @@ def check_free(path: Path, marker: str, *, resume: bool) -> None:
                 f"output folder {path} holds another run: "
                 "continue it with --resume (resume=True), or give another folder"
             )
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and not all(map(is_ours, path.iterdir())):
         raise InputError(f"output folder {path} is not empty and holds no run: give another folder")
 
 
-def fingerprint(rows: Sequence[Encoded]) -> str:
-    """Hash of tokens and labels: the same for the same rows, template and tokenizer."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.ids, row.labels]).encode())
-    return digest.hexdigest()[:16]
-
-
 def read_json(path: Path) -> dict[str, Any]:
+    """A file of JSON that a run has written. Raises InputError where it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}; give another output folder") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object: give another output folder")
@@ -146,7 +193,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    replace_files({path: text.encode()})
+    # A name that is no text, as of a file, becomes JSON's own escape.
+    replace_files({path: text.encode(errors="backslashreplace")})
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        held = state.pop("digest")
+    except OSError:
+        raise
+    except Exception as error:  # pickle, zip and torch each raise their own, with advice of theirs
+        held, state = error, None
+    if not isinstance(held, str) or digest(state) != held:
+        raise InputError(
+            f"{path} is damaged: put a sound copy back, or delete it and --resume starts from the "
+            "first step"
+        ) from (held if isinstance(held, Exception) else None)
+    return dict(state)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

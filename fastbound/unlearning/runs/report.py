@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbound.errors import InputError
 from fastbound.figures import new_figure, save_figure
 from fastbound.models.ranks import RankAllocation
 from fastbound.unlearning.runs.environment import environment
-from fastbound.unlearning.runs.folder import RESULT, read_json, write_json
+from fastbound.unlearning.runs.folder import LOG, RESULT, read_json, write_json
 
 REPORT = "report.json"
 EXAMPLES = "examples.json"  # of a run: questions, with the model's answers before and after
@@ -57,8 +58,14 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [line for line in map(json.loads, lines) if line["event"] == "step"]
+        """Raises InputError where a file is damaged."""
+        try:
+            lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+            steps = [line for line in map(json.loads, lines) if line["event"] == "step"]
+        except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder / LOG} is damaged: --resume of its run cuts it back to what is sound"
+            ) from error
         examples = folder / EXAMPLES
         held = read_json(examples)["examples"] if examples.exists() else ()
         return cls(folder, read_json(folder / RESULT), steps, held)
@@ -234,7 +241,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
             axis.plot(at, [each[side]["loss"] for each in history], **style, marker=".")
             axis.plot(run.kept["step"], run.kept[side]["loss"], "o", color=style["color"])
         moved = [(li["step"], li["largest_delta"]) for li in run.steps if "largest_delta" in li]
-        axes[2].plot(*zip(*moved, strict=True), **style)
+        axes[2].plot([step for step, _ in moved], [delta for _, delta in moved], **style)
     for target in {run.result["forget_target"] for run in runs}:
         axes[0].axhline(target, color="0.45", linestyle=":", linewidth=1.2)
     bounds = {run.result["bound"] for run in runs} - {None}

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastbound
 from fastbound.errors import InputError
+from fastbound.files import whole_folder
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.ranks import check_ranks, even_rank
 from fastbound.operator.partition import whole
@@ -92,7 +93,8 @@ class _Lora:
         return Delta(float(torch.stack([delta.abs().amax() for delta in deltas]).amax()), None)
 
     def save(self, folder: Path) -> None:
-        cast(Any, self.model).save_pretrained(folder)
+        with whole_folder(folder) as part:
+            cast(Any, self.model).save_pretrained(part)
 
     def disabled(self) -> AbstractContextManager[object]:
         return cast("AbstractContextManager[object]", cast(Any, self.model).disable_adapter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import statistics
@@ -16,6 +17,7 @@ from torch import nn
 
 from fastbound.errors import InputError, NonFiniteError
 from fastbound.models.ranks import RankAllocation
+from fastbound.output import writing
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.limits import check_fits
@@ -29,15 +31,19 @@ from fastbound.unlearning.runs.folder import (
     RANKS,
     RESULT,
     RunFolder,
-    fingerprint,
-    read_json,
     write_json,
 )
+from fastbound.unlearning.runs.identity import fingerprint, model_identity, tokenizer_identity
 from fastbound.unlearning.runs.peak_memory import peak_memory, reset_peak_memory
 from fastbound.unlearning.runs.random_state import random_state, set_random_state
 from fastbound.unlearning.training.adapters import Adapter, attach
 from fastbound.unlearning.training.ending import Ending
-from fastbound.unlearning.training.processes import is_sharded, score_together, start_processes
+from fastbound.unlearning.training.processes import (
+    is_sharded,
+    score_together,
+    start_processes,
+    starts_first,
+)
 from fastbound.unlearning.training.rank_choice import choose_ranks
 from fastbound.unlearning.training.result import Evaluation, UnlearnResult
 from fastbound.unlearning.training.sides import Sides, encode_sides
@@ -80,9 +86,9 @@ def unlearn(
     objective = Objective(config.weighted_losses)
     sides = encode_sides(forget, retain, tokenizer, config, refuse=objective.needs_refusals)
     check_fits(model, tokenizer, [*sides.forget, *sides.retain, *sides.refused])
-    run = _Run(model, sides, objective, config, output, resume, progress)
-    with run.bar:  # off the line that an error takes
-        return run.go()
+    first = output is not None and starts_first()
+    with writing(Path(cast(str, output))) if first else contextlib.nullcontext():
+        return _Run(model, tokenizer, sides, objective, config, output, resume, progress).go()
 
 
 class _Run:
@@ -91,6 +97,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
+        tokenizer: Any,
         sides: Sides,
         objective: Objective,
         config: UnlearnConfig,
@@ -116,7 +123,7 @@ class _Run:
         each_epoch = self.pairing.steps(1)
         self.eval_every = config.eval_every or each_epoch
         self.checkpoint_every = config.checkpoint_every or self.eval_every
-        self.folder = self._folder(output, resume)
+        self.folder = self._folder(model, tokenizer, output, resume)
         self.ranks = self._ranks(model, resume)
         ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
         self.adapter: Adapter = attach(model, config, ranks)
@@ -129,7 +136,7 @@ class _Run:
         self.history: list[Evaluation] = []
         self.kept: dict[str, torch.Tensor] = {}  # A and B of the best evaluation so far
         self.durations: list[float] = []
-        self.bar = _bar(self.steps, progress and self.accelerator.is_main_process)
+        self.progress = progress and self.accelerator.is_main_process
         state = self._begin(resume)
         if state is not None:
             self._restore(state)
@@ -137,26 +144,25 @@ class _Run:
     def go(self) -> UnlearnResult:
         reset_peak_memory(self.training.device)
         self.training.model.train()
-        self.bar.update(self.step)
-        if not self.history:
-            self._evaluate()
-            self._save_checkpoint()
-        stopped = self.ending.reason(self.history, self.step)
-        while stopped is None:
-            self._take_step()
-            if self.step % self.eval_every == 0 or self.step == self.steps:
+        with _bar(self.steps, self.progress) as self.bar:
+            self.bar.update(self.step)
+            if not self.history:
                 self._evaluate()
-            stopped = self.ending.reason(self.history, self.step)
-            if self.step % self.checkpoint_every == 0 or stopped:
                 self._save_checkpoint()
-        self.bar.close()
+            stopped = self.ending.reason(self.history, self.step)
+            while stopped is None:
+                self._take_step()
+                if self.step % self.eval_every == 0 or self.step == self.steps:
+                    self._evaluate()
+                stopped = self.ending.reason(self.history, self.step)
+                if self.step % self.checkpoint_every == 0 or stopped:
+                    self._save_checkpoint()
         return self._finish(stopped)
 
     def _take_step(self) -> None:
         start = time.perf_counter()
         losses = self.training.gradients(self.step)
         if not all(map(math.isfinite, losses)):
-            self.bar.close()
             raise NonFiniteError(self._blame(*losses))
         rate = self.training.update()
         self.step += 1
@@ -249,7 +255,9 @@ class _Run:
             f"{self.config.lr:g}, clip=1.0, a smaller alpha or bound, or dtype float32"
         )
 
-    def _folder(self, output: str | Path | None, resume: bool) -> RunFolder | None:
+    def _folder(
+        self, model: nn.Module, tokenizer: Any, output: str | Path | None, resume: bool
+    ) -> RunFolder | None:
         if output is None:
             if resume:
                 raise InputError("resume needs the output folder of the run to go on with")
@@ -262,6 +270,7 @@ class _Run:
             },
             "steps": self.steps,
             "processes": self.processes,
+            "digests": {**model_identity(model), "tokenizer": tokenizer_identity(tokenizer)},
         }
         return RunFolder(
             output, identity, resume=resume, writes=bool(self.accelerator.is_main_process)
@@ -281,9 +290,9 @@ class _Run:
         """For `rank="auto"`: those of the run to go on with, or new ones."""
         if self.config.rank != "auto":
             return None
-        held = self.folder.path / RANKS if self.folder and resume else None
-        if held is not None and held.exists():
-            return RankAllocation(**read_json(held))
+        held = self.folder.kept(RANKS) if self.folder and resume else None
+        if held is not None:
+            return RankAllocation(**held)
         return choose_ranks(model, self.sides, self.config, self.accelerator)
 
     def _log(self, **line: Any) -> None:

@@ -28,6 +28,14 @@ def start_processes(config: UnlearnConfig) -> Any:
     return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
 
 
+def starts_first() -> bool:
+    """Whether the launcher made this process the first, which alone writes; before it starts."""
+    from accelerate.utils import get_int_from_env
+
+    launchers = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return bool(get_int_from_env(launchers, 0) == 0)
+
+
 def end_processes() -> None:
     """Take the process group down, if there is one: gloo's threads abort a process that ends."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -11,6 +11,7 @@ import pytest
 
 from fastbound.cli import main
 from fastbound.unlearning.losses.objective import Objective
+from tests.support.arguments import replaced
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
 def test_writes_adapter_report_and_picture(arguments, tmp_path, capsys, adapter):
-    assert main([*arguments, "--adapter", adapter]) == 0
+    assert main(replaced(arguments, "--adapter", adapter)) == 0
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
     (only,) = report["runs"]
@@ -59,7 +60,7 @@ def test_flags_reach_the_run(arguments, tmp_path):
         "--checkpoint-every 2 --forget-target 90 --retain-limit 90 --dtype bfloat16 "
         "--gradient-checkpointing --target-modules up_proj,down_proj"
     )
-    assert main([*arguments, *flags.split()]) == 0
+    assert main(replaced(arguments, *flags.split())) == 0
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     words = flags.replace(" --gradient-checkpointing", "").split()
     for flag, value in zip(words[::2], words[1::2], strict=True):
@@ -70,7 +71,7 @@ def test_flags_reach_the_run(arguments, tmp_path):
 
 
 def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
-    assert main([*arguments, "--alpha", "3", "--bound", "alpha"]) == 0
+    assert main(replaced(arguments, "--alpha", "3", "--bound", "alpha")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["runs"][0]["bound"] == 3.0
 
@@ -96,19 +97,19 @@ def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_nothing_written(arguments, tmp_path, capsys, flags, message):
-    assert message in refused([*arguments, *flags.split()], capsys)
+    assert message in refused(replaced(arguments, *flags.split()), capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_malformed_row_is_named(arguments, write_rows, tmp_path, capsys):
     rows = [{"question": "Q?", "answer": "A."}, {"question": "Q?"}]
     path = write_rows("bad.jsonl", rows)
-    said = refused([*arguments, "--retain", str(path)], capsys)
+    said = refused(replaced(arguments, "--retain", str(path)), capsys)
     assert said == f"error: {path}, row 2: field 'answer' is missing\n"
 
 
 def test_rows_on_both_sides_are_refused(arguments, tmp_path, capsys):
-    said = refused([*arguments, "--retain", str(tmp_path / "f.jsonl")], capsys)
+    said = refused(replaced(arguments, "--retain", str(tmp_path / "f.jsonl")), capsys)
     assert "forget and retain share 6 rows" in said
 
 
@@ -157,7 +158,7 @@ def test_help_shows_the_flags(capsys):
 def test_reads_real_rows(arguments, data_folder: Path, tmp_path):
     tofu = data_folder / "tofu"
     flags = ["--forget", str(tofu / "forget01.jsonl"), "--retain", str(tofu / "retain.jsonl")]
-    assert main([*arguments, *flags, "--max-length", "512", "--epochs", "0.1"]) == 0
+    assert main(replaced(arguments, *flags, "--max-length", "512", "--epochs", "0.1")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["about"]["rows"] == {"forget": 40, "retain": 300}
 

@@ -100,5 +100,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
     folder = RunFolder(tmp_path / "run", {"steps": 1}, resume=False)
     folder.begin()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(InputError, match=r"checkpoint.pt cannot be read .* another output folder"):
+    with pytest.raises(
+        InputError, match=r"checkpoint.pt is damaged: put a sound copy back, or delete it"
+    ):
         folder.load_checkpoint()
