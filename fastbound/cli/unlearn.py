@@ -12,8 +12,8 @@ at --lr and at ten times --lr: with no arguments at all, a complete demonstratio
 authors that come with the package. With --model only the requested adapter runs.
 """
 EPILOG = """\
-Rows are JSON, CSV, TSV or Parquet with question and answer, or text; or id:config:split of a data set on
-the hub. The output folder gets the adapter, log.jsonl, report.json and curves.png.
+Rows are JSON, CSV, TSV or Parquet with question and answer, or text; or id:config:split of a data
+set on the hub. The output folder gets the adapter, log.jsonl, report.json and curves.png.
 """
 RUN = "fastbound.unlearning.command:run"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_malformed_row_is_named(arguments, write_rows, tmp_path, capsys):
     rows = [{"question": "Q?", "answer": "A."}, {"question": "Q?"}]
     path = write_rows("bad.jsonl", rows)
     said = refused(replaced(arguments, "--retain", str(path)), capsys)
-    assert said == f"error: {path}, row 2: field 'answer' is missing\n"
+    assert said == f"error: {path}, row 2: field 'answer' is missing; found 'question'\n"
 
 
 def test_rows_on_both_sides_are_refused(arguments, tmp_path, capsys):
@@ -155,8 +156,13 @@ def test_help_shows_the_flags(capsys):
         assert flag in shown
 
 
-def test_reads_real_rows(arguments, data_folder: Path, tmp_path):
+def test_reads_real_rows(arguments, model_folder, data_folder: Path, tmp_path):
     tofu = data_folder / "tofu"
+    shutil.copytree(model_folder, tmp_path / "model")  # with positions for the longest of them
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["max_position_embeddings"] = 512
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    arguments = replaced(arguments, "--model", str(tmp_path / "model"))
     flags = ["--forget", str(tofu / "forget01.jsonl"), "--retain", str(tofu / "retain.jsonl")]
     assert main(replaced(arguments, *flags, "--max-length", "512", "--epochs", "0.1")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
