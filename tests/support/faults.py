@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -158,6 +159,7 @@ def forked(arguments: list[str], faults: Faults, said: Path) -> tuple[int, int]:
     child = os.fork()
     if child == 0:
         status = 70
+        random.seed(0)  # Python seeds it anew in each fork, and checkpoints hold its state
         try:
             handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
@@ -188,7 +190,7 @@ def files(folder: Path) -> dict[str, Any]:
     return found
 
 
-def disturb(arguments: list[str], folder: Path, kinds: list[str]) -> dict[str, Any]:
+def disturb(arguments: list[str], folder: Path, kinds: list[str], every: int) -> dict[str, Any]:
     """The events of a command, and for each kind of fault what went wrong: nothing at best."""
     output, said = folder / "run", folder / "said"
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -205,7 +207,7 @@ def disturb(arguments: list[str], folder: Path, kinds: list[str]) -> dict[str, A
     whole = files(output)
     wrong: list[str] = []
     for kind in kinds:
-        for at in range(1, events + 1):
+        for at in range(1, events + 1, every):
             shutil.rmtree(output, ignore_errors=True)
             status, _ = forked(told, Faults(output, at, kind), said)
             text = said.read_text()
@@ -229,5 +231,5 @@ def disturb(arguments: list[str], folder: Path, kinds: list[str]) -> dict[str, A
 if __name__ == "__main__":
     steady()
     commands = json.loads(sys.argv[1])
-    kinds = sys.argv[3].split(",")
-    print(json.dumps({n: disturb(c, Path(sys.argv[2]), kinds) for n, c in commands.items()}))
+    kinds, every = sys.argv[3].split(","), int(sys.argv[4])
+    print(json.dumps({n: disturb(c, Path(sys.argv[2]), kinds, every) for n, c in commands.items()}))
