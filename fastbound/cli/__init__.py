@@ -92,7 +92,7 @@ class _Once(argparse.Action):
         if isinstance(value, str) and not value.strip():
             raise argparse.ArgumentError(self, "is empty: give a value, or leave it out")
         given = vars(namespace).setdefault("given", {})
-        if given.get(self.dest, value) != value:
+        if self.dest in given and given[self.dest] != value:
             replaced = f"{value} takes the place of {given[self.dest]}"
             print(f"warning: {option_string} is given twice: {replaced}", file=sys.stderr)
         given[self.dest] = value

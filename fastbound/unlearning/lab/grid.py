@@ -45,6 +45,7 @@ from fastbound.unlearning.lab.subject import (
     Pretrained,
     Subject,
     check_memory,
+    check_same,
     folder_of,
     load,
     look,
@@ -258,7 +259,8 @@ def _begin(
         write_json(output / MARKER, identity)
         return
     held = {"general": [], **read_json(output / MARKER)}
-    held["cell"] = asdict(CellConfig(**held["cell"]))  # an older map lacks what is new
+    if isinstance(held.get("cell"), dict):
+        held["cell"] = {**asdict(CellConfig()), **held["cell"]}  # an older map lacks what is new
     for name, value in identity.items():
         if held.get(name) != value:
             raise InputError(
@@ -323,7 +325,10 @@ def _learn(output: str, seed: int) -> None:
 def _run(output: str, cell: Cell) -> dict[str, Any]:
     held = read_json(Path(output) / MARKER)
     config = CellConfig(**held["cell"])
-    model, tokenizer = load(subject_of(held["model"]), Path(output), cell.seed, config)
+    subject = subject_of(held["model"])
+    model, tokenizer = load(subject, Path(output), cell.seed, config)
+    if isinstance(subject, Pretrained):
+        check_same(model, subject, folder_of(subject, Path(output), cell.seed))
     return run_cell(model, _encode(held, tokenizer), cell, config, pad=padding(tokenizer))
 
 

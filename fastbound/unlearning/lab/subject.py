@@ -15,7 +15,8 @@ from fastbound.unlearning.data.encoding import padding
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig
 from fastbound.unlearning.lab.cell import CellConfig, Rows, score_model
 from fastbound.unlearning.model import autocast_dtype, load_pretrained
-from fastbound.unlearning.runs.folder import write_json
+from fastbound.unlearning.runs.folder import read_json, write_json
+from fastbound.unlearning.runs.identity import model_identity
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,22 @@ def look(model: Any, tokenizer: Any, rows: Rows, config: CellConfig, folder: Pat
     parameters = sum(p.numel() for p in model.parameters())
     write_json(
         folder / LEARNED,
-        {"parameters": parameters, "vocabulary": model.config.vocab_size, **scores},
+        {
+            "parameters": parameters,
+            "vocabulary": model.config.vocab_size,
+            "weights": model_identity(model)["weights"],
+            **scores,
+        },
     )
+
+
+def check_same(model: Any, subject: Pretrained, folder: Path) -> None:
+    """Raise `InputError` where the weights are not those that `look` has scored."""
+    if model_identity(model)["weights"] != read_json(folder / LEARNED)["weights"]:
+        raise InputError(
+            f"model {subject.name!r} has other weights than when its map in {folder.parent} began: "
+            "put those back, or give another output folder"
+        )
 
 
 def check_memory(

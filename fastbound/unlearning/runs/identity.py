@@ -40,7 +40,7 @@ def fingerprint(rows: Sequence[Encoded]) -> str:
 def model_identity(model: nn.Module) -> dict[str, str]:
     """`weights`: every bit of the state, adapters included; `architecture`: class and settings.
 
-    Reads all weights once where they lie: 16 GB take some 5 seconds of one core.
+    Reads all weights once where they lie, at some gigabytes per second on one core of a CPU.
     """
     config: Any = getattr(model, "config", None)
     settings = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
