@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastbound.errors import InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fastbound.errors import InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.performance.profiling.profile import (
     describe_mode,
     profile,

@@ -13,7 +13,7 @@ from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import MAX_TRITON_RANK
 from fastbound.dispatch.tables import software, user_folder
 from fastbound.errors import InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.performance.prediction import datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
 from fastbound.performance.tuning.bench import DeviceBench

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from fastbound.errors import InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint

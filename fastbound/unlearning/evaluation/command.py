@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastbound.errors import DamageWarning, InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
 from fastbound.unlearning.evaluation.run import (
     PICTURE,

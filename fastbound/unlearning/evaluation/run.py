@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastbound.errors import InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.evaluation import benchmark_named
 from fastbound.unlearning.evaluation.benchmark import Benchmark

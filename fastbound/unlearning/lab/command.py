@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.evaluation.tofu import load_public
 from fastbound.unlearning.lab.cell import CellConfig

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from fastbound.errors import InputError, StoppedError
-from fastbound.output import writing
+from fastbound.files import writing
 from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.limits import check_fits

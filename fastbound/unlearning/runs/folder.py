@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from fastbound.errors import DamageWarning, InputError
-from fastbound.files import append, replace_files
-from fastbound.output import is_ours
+from fastbound.files import append, is_ours, replace_files
 from fastbound.unlearning.runs.identity import digest
 
 RUN = "run.json"
@@ -51,7 +50,7 @@ class RunFolder:
         identity: what makes it this run and no other (settings, digests, steps), as JSON values.
         resume: go on with the run that the folder holds; a folder that holds none starts one.
         writes: whether this process writes; in a run of several only the first does, within
-            `fastbound.output.writing`.
+            `fastbound.files.writing`.
 
     Raises:
         InputError: the folder holds a run and `resume` is False, or holds a different run, or

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fastbound.errors import InputError, NonFiniteError
+from fastbound.files import writing
 from fastbound.models.ranks import RankAllocation
-from fastbound.output import writing
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.limits import check_fits

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fastbound import output as outputs
+from fastbound import files as outputs
 from fastbound.errors import DamageWarning, InputError
-from fastbound.output import LOCK, is_ours, writing
+from fastbound.files import LOCK, is_ours, writing
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastbound.output import writing
+from fastbound.files import writing
 with writing(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
