@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from fastbound.errors import positive
 from fastbound.layers.settings import adapter_settings, check_numbers, check_rank
 from fastbound.operator.function import bounded_addition, bounded_linear
+from fastbound.operator.partition import whole
 from fastbound.truth import formula
+from fastbound.truth.formula import wide_dtype
 
 
 class BoundedAdapter(nn.Module):
@@ -118,6 +120,17 @@ class BoundedAdapter(nn.Module):
     def delta_weight(self) -> Tensor:
         """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
         return formula.delta_weight(self.A, self.B, scaling=self.scaling, omega=self.omega)
+
+    @torch.no_grad()
+    def bound_in_use(self) -> float:
+        """The root mean square of ΔW over the bound: 0 for a new adapter, 1 where every sine is ±1.
+
+        From the r x r products of the factors' sines, without ΔW. All processes of sharded factors
+        must call.
+        """
+        A, B = (torch.sin(self.omega * whole(f).to(wide_dtype(f))) for f in (self.A, self.B))
+        squares = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
+        return math.sqrt(float(squares) / (A.shape[1] * B.shape[0])) / self.rank
 
     def get_extra_state(self) -> Tensor:
         """(alpha, bound) as fp64, so that a state dict carries the bound it was trained under."""

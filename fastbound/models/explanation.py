@@ -31,6 +31,10 @@ class LayerExplanation:
     ``block`` names the fused block that the layer runs in, under that block's plan; None where the
     layer runs by itself. ``left_out`` says why the adapter does not always run: the module around
     the layer reads its weight instead of calling it. `inject` leaves such layers alone.
+
+    ``bound`` is the largest an entry of ΔW can be and ``bound_in_use`` the root mean square of ΔW
+    over it, at most 1: near 0 the bound does not act yet, and the adapter behaves as LoRA. Both are
+    None where no adapter is active, and the second where A and B are spread or without memory.
     """
 
     layer: str
@@ -41,6 +45,8 @@ class LayerExplanation:
     plan: Plan
     block: str | None = None
     left_out: str | None = None
+    bound: float | None = None
+    bound_in_use: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Explanation:
         lines = [f"{len(self.layers)} bounded layers at {self.tokens} tokens"]
         if fused:
             lines[0] += f", {fused} of them in {sum(b.fused for b in self.blocks)} fused blocks"
+        lines += self._bound_line()
         for (form, reason), names in _grouped(
             (b.block or "(this module)", (b.form, b.reason)) for b in self.blocks
         ):
@@ -103,6 +110,18 @@ class Explanation:
             lines.append(f"  {where}{plan.strategy}: {plan.reason}")
             lines += _tile_lines(plan, in_block)
         return "\n".join(lines)
+
+    def _bound_line(self) -> Iterator[str]:
+        used = [(row.bound_in_use, row) for row in self.layers if row.bound_in_use is not None]
+        if not used:
+            return
+        bounds = [row.bound for _, row in used if row.bound is not None]
+        low, high = min(bounds), max(bounds)
+        most, row = max(used, key=lambda each: each[0])
+        said = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        mean = sum(share for share, _ in used) / len(used)
+        where = f", most in {row.layer} ({most:.0%})" if row.layer and most > 0 else ""
+        yield f"bound {said} per entry of ΔW, {mean:.0%} in use{where}"
 
 
 def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
@@ -190,7 +209,13 @@ def _explain_layer(
     rank = max((adapter.rank for adapter in active), default=0)
     device = describe(where).architecture
     shape = (layer.out_features, layer.in_features)
-    return LayerExplanation(name, shape, rank, str(dtype), device, plan, block)
+    bound = max((adapter.bound for adapter in active), default=None)
+    factors = [factor for adapter in active for factor in (adapter.A, adapter.B)]
+    readable = not any(factor.is_meta or partition(factor) for factor in factors)
+    used = max((a.bound_in_use() for a in active), default=None) if readable else None
+    return LayerExplanation(
+        name, shape, rank, str(dtype), device, plan, block, bound=bound, bound_in_use=used
+    )
 
 
 def _layer_plan(

@@ -69,6 +69,32 @@ def test_a_saturated_change_stays_within_c_times_the_weight(shape, rank: int, c:
     assert torch.linalg.matrix_norm(delta, 2) <= c * largest * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_how_far_the_bound_is_used_is_told_without_the_change_itself(rank: int):
+    layer = FusedBoundedLinear(24, 40, rank, bound="0.5*spectral")
+    assert layer.adapter.bound_in_use() == 0.0
+    nn.init.normal_(layer.adapter.A, std=0.3)
+    nn.init.normal_(layer.adapter.B, std=0.3)
+    used = layer.delta_weight().double().square().mean().sqrt() / layer.bound
+    assert layer.adapter.bound_in_use() == pytest.approx(float(used), rel=1e-5)
+    (row,) = fastbound.explain(layer)
+    assert row.bound == layer.bound and row.bound_in_use == layer.adapter.bound_in_use()
+    assert f"bound {layer.bound:.3g} per entry of ΔW, {float(used):.0%} in use" in str(
+        fastbound.explain(layer)
+    )
+    for factor in (layer.adapter.A, layer.adapter.B):
+        nn.init.constant_(factor, math.pi / 2 / layer.omega)
+    assert layer.adapter.bound_in_use() == pytest.approx(1.0)
+
+
+def test_where_factors_have_no_memory_the_use_is_not_told():
+    layer = FusedBoundedLinear(24, 40, 2, bound=0.1, device="meta")
+    (row,) = fastbound.explain(layer)
+    assert (row.bound, row.bound_in_use) == (0.1, None) and "in use" not in str(
+        fastbound.explain(layer)
+    )
+
+
 def test_conv1d_and_its_transposed_linear_have_one_bound():
     from transformers.pytorch_utils import Conv1D
 

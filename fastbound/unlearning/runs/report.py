@@ -120,7 +120,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         f"{'':16} {'forget rows':>17}  {'retain rows':>17}",
         f"{'adapter':8} {'lr':>7} "
         + "  ".join([f"{'loss':>8} {'accuracy':>8}"] * 2)
-        + f"  {'max|ΔW|':>8} {'bound':>6} {'steps':>6} {'s/step':>7}",
+        + f"  {'max|ΔW|':>8} {'bound':>6} {'in use':>6} {'steps':>6} {'s/step':>7}",
     ]
     lines.append("─" * len(lines[-1]))
     start: Mapping[str, Any] = {}
@@ -129,10 +129,12 @@ def table(runs: Sequence[Run]) -> list[str]:
         if result["history"][0] != start:  # runs from the same model share one line
             start = result["history"][0]
             lines.append(f"{'before':16} {_scores(start)}")
+        share = result["bound_in_use"]
+        used = "-" if share is None else f"{share:.0%}"
         bound = "none" if result["bound"] is None else f"{result['bound']:.3g}"
         seconds = result["seconds_per_step"]
         line = f"{run.adapter:8} {run.lr:7g} {_scores(run.kept)}"
-        line += f"  {result['largest_delta']:8.3g} {bound:>6} {result['kept']:6}"
+        line += f"  {result['largest_delta']:8.3g} {bound:>6} {used:>6} {result['kept']:6}"
         line += " " + (f"{'-':>7}" if seconds is None else f"{seconds:7.3f}")
         lines.append(f"{line}  {_ending(result)}")
     seed = runs[0].result["config"]["seed"]

@@ -23,10 +23,14 @@ Ranks = int | Mapping[str, int]
 
 
 class Delta(NamedTuple):
-    """The largest |ΔW_ij| of all adapted layers, and that layer's own bound (None for LoRA)."""
+    """The largest |ΔW_ij| of all adapted layers, and that layer's own bound (None for LoRA).
+
+    `in_use` is the root mean square of ΔW over the bound, a mean over layers.
+    """
 
     largest: float
     bound: float | None
+    in_use: float | None
 
 
 class Adapter(Protocol):
@@ -57,7 +61,8 @@ class _Bounded:
         layers = [m for m in self.model.modules() if isinstance(m, fastbound.FusedBoundedLinear)]
         largest = torch.stack([whole(layer.delta_weight().abs().amax()) for layer in layers])
         index = int(largest.argmax())
-        return Delta(float(largest[index]), layers[index].bound)
+        used = [layer.adapter.bound_in_use() for layer in layers]
+        return Delta(float(largest[index]), layers[index].bound, sum(used) / len(used))
 
     def save(self, folder: Path) -> None:
         fastbound.save_adapter(self.model, folder)
@@ -90,7 +95,9 @@ class _Lora:
 
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         deltas = [cast(Any, layer).get_delta_weight("default") for layer in layers]
-        return Delta(float(torch.stack([delta.abs().amax() for delta in deltas]).amax()), None)
+        return Delta(
+            float(torch.stack([delta.abs().amax() for delta in deltas]).amax()), None, None
+        )
 
     def save(self, folder: Path) -> None:
         with whole_folder(folder) as part:

@@ -226,6 +226,7 @@ class _Run:
             kept=kept.step,
             largest_delta=delta.largest,
             bound=delta.bound,
+            bound_in_use=delta.in_use,
             seconds_per_step=statistics.median(self.durations) if self.durations else None,
             peak_memory=memory,
             peak_memory_kind=kind,

@@ -35,6 +35,8 @@ class UnlearnResult:
         ranks: what `rank="auto"` chose and why; None for a rank that was given.
         stopped: why it ended: "all steps", "forget_target" or "retain_limit".
         largest_delta, bound: the largest |ΔW_ij| at the end and its layer's bound (None for LoRA).
+        bound_in_use: the root mean square of ΔW over the bound, a mean over layers: near 0 the
+            bound does not act, and the adapter behaves as LoRA; None for LoRA.
         seconds_per_step: median, without evaluations; None for no step in this process.
         peak_memory: bytes, by `peak_memory_kind`: "device memory" allocated during the steps on
             CUDA, else the "resident set" of the whole process so far.
@@ -50,6 +52,7 @@ class UnlearnResult:
     forget_target: float
     largest_delta: float
     bound: float | None
+    bound_in_use: float | None
     seconds_per_step: float | None
     peak_memory: int
     peak_memory_kind: str
@@ -75,6 +78,7 @@ class UnlearnResult:
             "forget_target": self.forget_target,
             "largest_delta": self.largest_delta,
             "bound": self.bound,
+            "bound_in_use": self.bound_in_use,
             "seconds_per_step": self.seconds_per_step,
             "peak_memory": self.peak_memory,
             "peak_memory_kind": self.peak_memory_kind,
