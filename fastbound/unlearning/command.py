@@ -79,14 +79,14 @@ def _unlearn(
         arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
     )
     check_plain(model, arguments.model)
-    shown = {} if config.shard else chosen(forget, retain)  # spread weights answer to no one alone
+    shown = chosen(forget, retain)
     before = answers(model, tokenizer, shown, config)
     result = unlearn(
         model, tokenizer, forget, retain, config, output=output, resume=arguments.resume
     )
+    after = answers(result.model, tokenizer, shown, config)  # in all: weights may be spread
     table = None
     if _is_first_process():
-        after = answers(result.model, tokenizer, shown, config)
         write_json(output / EXAMPLES, {"examples": examples(shown, before, after)})
         about = {
             "model": arguments.model,
