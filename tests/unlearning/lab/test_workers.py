@@ -22,7 +22,14 @@ def started(tmp_path, repository):
     """A map that runs, and its two workers."""
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastbound", "lab", *FLAGS, "--output", str(tmp_path / "map")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell starts what runs in its background without Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     workers: list[psutil.Process] = []
     until = time.monotonic() + 60
     while len(workers) < 2 and time.monotonic() < until:
