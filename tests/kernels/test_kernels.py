@@ -21,6 +21,7 @@ pytest.importorskip(
 
 from fastbound.kernels import factors as factors_kernel
 from fastbound.kernels import lowrank_gemm as gemm_kernel
+from fastbound.kernels import narrow as narrow_kernel
 from fastbound.kernels import reduce as reduce_kernel
 from fastbound.kernels import sine as sine_kernel
 from fastbound.kernels import thin as thin_kernel
@@ -64,6 +65,37 @@ class TestSine:
             nearest = expected.float()
             step = (torch.nextafter(nearest, torch.full_like(nearest, 2.0)) - nearest).abs()
             assert ((got - nearest).abs() <= step).all()
+
+
+class TestNarrow:
+    """fp32 matrices in fp16, whose columns are times powers of two."""
+
+    def matrix(self, M: int, R: int) -> torch.Tensor:
+        """Columns from 1e-20 to 1e20, one of zeros, and a NaN and an infinity in a row each."""
+        P = normal(M, R) * torch.logspace(-20, 20, R, device=DEVICE)
+        P[:, 3] = 0.0
+        P[2, 1], P[4, 2] = float("nan"), float("inf")
+        return P
+
+    @pytest.mark.parametrize("M", [7, 1500])
+    def test_alone_it_is_the_matrix_to_a_rounding(self, M: int) -> None:
+        P = self.matrix(M, 16)
+        narrow, scale = narrow_kernel.narrowed(P)
+        assert narrow.dtype is torch.float16 and bool((torch.frexp(scale)[0] == 0.5).all())
+        finite = P.isfinite()
+        assert torch.equal(narrow.isfinite(), finite)
+        got, expected = (narrow.double() * scale.double())[finite], P.double()[finite]
+        size = P.abs().where(finite, 0.0).amax(0).double().expand_as(P)[finite]
+        assert bool(((got - expected).abs() <= 2**-11 * expected.abs() + 2**-37 * size).all())
+
+    def test_as_a_pair_the_product_is_the_same_and_within_range(self) -> None:
+        P, F = normal(40, 16), normal(16, 9).t()
+        size = torch.logspace(-12, 12, 16, device=DEVICE)
+        narrow, narrow_F = narrow_kernel.narrowed_pair(P * size, F / size)
+        assert narrow_F.stride() == F.stride() and narrow.abs().max() < 2
+        expected, terms = P.double() @ F.double().t(), P.double().abs() @ F.double().abs().t()
+        got = narrow.double() @ narrow_F.double().t()
+        assert bool(((got - expected).abs() <= 2**-9 * terms).all())
 
 
 class TestFactors:
