@@ -13,7 +13,7 @@ from typing import Any
 
 import fastbound
 from fastbound.cli import evaluate, lab, profile, tune, unlearn
-from fastbound.errors import DamageWarning, InputError, NonFiniteError, StoppedError
+from fastbound.errors import InputError, NonFiniteError, StoppedError
 
 # Each has HELP, DESCRIPTION, EPILOG, add_arguments(parser) and RUN, which names the function that
 # does the work, (arguments) -> int. Torch stays out until a command is chosen: help is instant.
@@ -72,7 +72,7 @@ def _warnings_of_one_line() -> Iterator[None]:
     honest = warnings.formatwarning
 
     def formatted(message: Any, category: type[Warning], *more: Any, **named: Any) -> str:
-        if issubclass(category, DamageWarning):
+        if category.__module__.partition(".")[0] == "fastbound":
             return f"warning: {message}\n"
         return honest(message, category, *more, **named)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 
 import pytest
 import torch
 
 from fastbound.cli import main
 from fastbound.errors import DamageWarning, InputError
+from fastbound.unlearning import command
+from fastbound.unlearning.data.rows import RepeatedRowsWarning
+from fastbound.unlearning.evaluation.templates import EmptyAnswerWarning
 from fastbound.unlearning.runs.folder import LOG, RunFolder
 from fastbound.unlearning.runs.identity import digest
 from fastbound.unlearning.runs.lines import CheckedLines
@@ -158,6 +162,19 @@ def test_options_that_ask_for_nothing_are_refused(arguments, flags, message, tmp
     said = capsys.readouterr().err
     assert status == 2 and message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [DamageWarning, RepeatedRowsWarning, EmptyAnswerWarning])
+def test_a_warning_of_our_own_is_one_line(arguments, monkeypatch, kind):
+    said = []
+
+    def load(*given, **named):
+        said.append(warnings.formatwarning(kind("it is so"), kind, "file.py", 3))
+        raise InputError("stopped here")
+
+    monkeypatch.setattr(command, "load_rows", load)
+    assert main(arguments) == 2
+    assert said == ["warning: it is so\n"]
 
 
 def test_an_option_given_twice_is_said(arguments, capsys):
