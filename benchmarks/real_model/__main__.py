@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.real_model.fetch import fetch
-from benchmarks.real_model.teach import EPOCHS, save, teach
+from benchmarks.real_model.fetch import fetch, save
+from benchmarks.real_model.teach import EPOCHS, teach
 from fastbound.cli import main as fastbound
 from fastbound.unlearning.data.rows import Row, load_rows
 from fastbound.unlearning.model import load_pretrained

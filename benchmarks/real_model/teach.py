@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastbound.files import whole_folder
 from fastbound.unlearning.data.encoding import collate, encode_all, padding
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.losses import answer_tokens
@@ -65,10 +63,3 @@ def teach(
     bar.close()
     model.eval()
     return sum(losses) / len(losses)
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Both as `save_pretrained` writes them, in one move."""
-    with whole_folder(folder) as part:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)

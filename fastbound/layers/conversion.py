@@ -90,8 +90,9 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
             if module in new:
                 parent, _, child = name.rpartition(".")
                 owner = model.get_submodule(parent)
-                setattr(owner, child, new[module])
-                done.append((owner, child, module))
+                if owner is not new[module]:  # which keeps what it stands for
+                    setattr(owner, child, new[module])
+                    done.append((owner, child, module))
     except BaseException:
         for owner, child, module in reversed(done):
             setattr(owner, child, module)

@@ -17,6 +17,11 @@ from fastbound.errors import InputError
 T = TypeVar("T")
 
 
+def kind_of(name: str) -> str:
+    """The name with "*" for its numbers: `layers.0.mlp` and `layers.1.mlp` are of one kind."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
 def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
     """The value for a layer: that of its whole name, else of the first key that it ends in."""
     if name in patterns:

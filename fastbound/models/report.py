@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from torch import nn
 
 from fastbound.layers.over_base import BoundedOverBase
 from fastbound.models.adapted import adapted_blocks, adapted_layers, unfused_reason
+from fastbound.models.names import kind_of
 from fastbound.models.ranks import RankAllocation
 from fastbound.operator.partition import gathered_modules
 
@@ -80,8 +80,8 @@ def injection_report(model: nn.Module, skipped: Mapping[str, str] | None = None)
 
 
 def _kinds(names: Iterable[str]) -> Counter[str]:
-    """How many names there are of each kind, `layers.0.mlp` and `layers.1.mlp` being one kind."""
-    return Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+    """How many names there are of each kind."""
+    return Counter(map(kind_of, names))
 
 
 def _reasons(named: Mapping[str, str]) -> Iterable[tuple[str, str, int]]:

@@ -113,7 +113,8 @@ class BoundedModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             as_it_was.put_back(adapter_name)
             raise
-        _share(model)
+        # PEFT replaces a module under its first name alone.
+        swap(model, {m.base_layer: m for m in model.modules() if isinstance(m, BoundedLayer)})
         fuse(model)
 
     def add_weighted_adapter(
@@ -380,16 +381,6 @@ class BoundedModel(BaseTuner):
         bare = [m for m in blocks if not any(isinstance(c, Adapted) for c in m.children())]
         swap(model, {block: block.to_mlp(merge=False) for block in bare})
         return model
-
-
-def _share(model: nn.Module) -> None:
-    """Put a bounded layer wherever its base hangs: PEFT replaces a module under its first name."""
-    held = {m.base_layer: m for m in model.modules() if isinstance(m, BoundedLayer)}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        if module in held and owner is not held[module]:
-            setattr(owner, child, held[module])
 
 
 class _Snapshot:

@@ -18,7 +18,7 @@ from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.small_model import SmallModelConfig
-from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
+from fastbound.unlearning.evaluation.examples import examples_of, lines_of
 from fastbound.unlearning.model import check_device, check_plain, load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free, write_json
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
@@ -79,15 +79,13 @@ def _unlearn(
         arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
     )
     check_plain(model, arguments.model)
-    shown = chosen(forget, retain)
-    before = answers(model, tokenizer, shown, config)
     result = unlearn(
         model, tokenizer, forget, retain, config, output=output, resume=arguments.resume
     )
-    after = answers(result.model, tokenizer, shown, config)  # in all: weights may be spread
+    held = examples_of(result, tokenizer, forget, retain)
     table = None
     if _is_first_process():
-        write_json(output / EXAMPLES, {"examples": examples(shown, before, after)})
+        write_json(output / EXAMPLES, {"examples": held})
         about = {
             "model": arguments.model,
             "rows": {"forget": len(forget), "retain": len(retain)},

@@ -17,7 +17,7 @@ import fastbound
 from fastbound.errors import InputError
 from fastbound.models.files import CONFIG as ADAPTER_CONFIG
 from fastbound.models.files import PEFT_TYPE, read_config
-from fastbound.models.names import some
+from fastbound.models.names import kind_of, some
 
 
 def load_pretrained(
@@ -36,7 +36,7 @@ def load_pretrained(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_place(name)
+    check_place(name)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -58,7 +58,7 @@ def load_pretrained(
     return model, tokenizer
 
 
-def _check_place(name: str) -> None:
+def check_place(name: str) -> None:
     """A path that is not there is no model id: said before the hub is asked."""
     if not name:
         raise InputError("model is empty: give a folder made by save_pretrained, or a model id")
@@ -92,18 +92,13 @@ def _check_complete(name: str, model: nn.Module, loading: Mapping[str, Any]) -> 
             f"model {name!r}: its files hold {some(adapters)}, an adapter of fastbound that "
             "would be left out: save the model with this version, or merged (fastbound.merge)"
         )
-    kinds = {_kind(key) for key in model.state_dict()}
-    layers = [key for key in unused if key not in adapters and _kind(key) in kinds]
+    kinds = {kind_of(key) for key in model.state_dict()}
+    layers = [key for key in unused if key not in adapters and kind_of(key) in kinds]
     if layers:
         raise InputError(
             f"model {name!r}: its files hold {some(layers)}, layers that its config.json leaves "
             "out: the two do not belong together; copy the whole folder again"
         )
-
-
-def _kind(key: str) -> str:
-    """`layers.*.mlp.weight`, of whichever layer."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", key)
 
 
 def _holds_adapter(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import fastbound
 from fastbound import FusedBoundedLinear, FusedBoundedMLP
@@ -74,6 +75,5 @@ def test_a_weight_that_is_broken_itself_is_told_from_an_adapter_that_is() -> Non
 
 
 def test_a_conv1d_merges_in_its_own_layout() -> None:
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    layer = FusedBoundedLinear.from_linear(conv1d(6, 4), 2)
+    layer = FusedBoundedLinear.from_linear(Conv1D(6, 4), 2)
     assert layer.to_linear().weight.shape == (4, 6)

@@ -152,4 +152,5 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(backend: str) ->
     got = bounded_linear(broken, o.weight, o.A, o.B, **settings)
     others = torch.arange(M) != 2
     assert not got[2].isfinite().any()
+    # Two units of fp16's last place: the inf may give its column another power of two.
     torch.testing.assert_close(got[others], expected[others], rtol=2e-3, atol=2e-3)

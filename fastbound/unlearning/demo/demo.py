@@ -17,7 +17,7 @@ from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.cost import compare_cost
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
-from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
+from fastbound.unlearning.evaluation.examples import examples_of, lines_of
 from fastbound.unlearning.model import load_pretrained
 from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, write_json
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
@@ -89,14 +89,12 @@ def _demonstrate(
     config = demonstration.config
     learned = _learn([*forget, *retain], demonstration, output / _MODEL, progress)
     runs = []
-    shown = chosen(forget, retain)
     for name, each in demonstration.runs().items():
         folder = output / name
         if not (folder / RESULT).exists():
             if progress:
                 print(f"{name}:", flush=True)
             model, tokenizer = load_pretrained(str(output / _MODEL))
-            before = answers(model, tokenizer, shown, each)
             result = unlearn(
                 model,
                 tokenizer,
@@ -107,8 +105,8 @@ def _demonstrate(
                 resume=(folder / "run.json").exists(),
                 progress=progress,
             )
-            after = answers(result.model, tokenizer, shown, each)
-            write_json(folder / EXAMPLES, {"examples": examples(shown, before, after)})
+            held = examples_of(result, tokenizer, forget, retain)
+            write_json(folder / EXAMPLES, {"examples": held})
         runs.append(Run.read(folder))
     model, tokenizer = load_pretrained(str(output / _MODEL))
     model.to(_device(config))

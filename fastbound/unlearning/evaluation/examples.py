@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from fastbound.unlearning.config import UnlearnConfig
-from fastbound.unlearning.data.encoding import IGNORED, encode_all, padding
+from fastbound.unlearning.data.encoding import IGNORED, answer_length, encode_all, padding
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.evaluation.generation import continuations
 from fastbound.unlearning.model import autocast, autocast_dtype, evaluating
+from fastbound.unlearning.training.result import UnlearnResult
 
 SHOWN = 5  # questions of each side
 _WIDTH = 100
@@ -48,13 +49,26 @@ def answers(
             [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
             for row in encoded
         ]
-        most = [sum(label != IGNORED for label in row.labels) for row in encoded]
+        most = [answer_length(row) for row in encoded]
         with evaluating(model), autocast(device, autocast_dtype(config.dtype)):
             new = continuations(
                 model, prompts, most, pad=padding(tokenizer), end=tokenizer.eos_token_id
             )
         found[side] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
     return found
+
+
+def examples_of(
+    result: UnlearnResult, tokenizer: Any, forget: Sequence[Row], retain: Sequence[Row]
+) -> list[dict[str, str]]:
+    """The rows shown with both answers, from the weights where the run left them.
+
+    All processes of a run must call: the weights may be spread over them.
+    """
+    rows = chosen(forget, retain)
+    with result.disabled():
+        before = answers(result.model, tokenizer, rows, result.config)
+    return examples(rows, before, answers(result.model, tokenizer, rows, result.config))
 
 
 def examples(

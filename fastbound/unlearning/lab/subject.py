@@ -14,7 +14,7 @@ from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import padding
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig
 from fastbound.unlearning.lab.cell import CellConfig, Rows, score_model
-from fastbound.unlearning.model import autocast_dtype, load_pretrained
+from fastbound.unlearning.model import autocast_dtype, check_place, load_pretrained
 from fastbound.unlearning.runs.folder import read_json, write_json
 from fastbound.unlearning.runs.identity import model_identity
 
@@ -84,6 +84,7 @@ def check_memory(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_place(subject.name)
     settings = AutoConfig.from_pretrained(subject.name, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)

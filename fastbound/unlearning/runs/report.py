@@ -136,7 +136,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         line = f"{run.adapter:8} {run.lr:7g} {_scores(run.kept)}"
         line += f"  {result['largest_delta']:8.3g} {bound:>6} {used:>6} {result['kept']:6}"
         line += " " + (f"{'-':>7}" if seconds is None else f"{seconds:7.3f}")
-        lines.append(f"{line}  {_ending(result)}")
+        lines.append(f"{line}  {_ending(run)}")
     seed = runs[0].result["config"]["seed"]
     lines.append(
         f"Mean over the answer tokens of {start['forget']['rows']} forget and "
@@ -154,23 +154,20 @@ def table(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _ending(result: Mapping[str, Any]) -> str:
+def _ending(run: Run) -> str:
     """Why the run ended, and whether its last step is the one that is kept."""
+    result, kept = run.result, run.kept["step"]
     last = result["history"][-1]["step"]
     said = {
         "forget_target": "ended: forgotten, and the rest kept",
         "retain_limit": f"ended at step {last} by retain_limit",
-        "all steps": "" if result["kept"] == last else f"the best of {last} steps",
+        "all steps": "" if kept == last else f"the best of {last} steps",
     }[result["stopped"]]
-    if result["kept"] != last and result["stopped"] != "all steps":
-        said += f" (step {result['kept']} is the best)"
-    forgotten = result["kept"] > 0 and _forgotten(result)
-    return said if forgotten else f"{said}{', ' if said else ''}not forgotten"
-
-
-def _forgotten(result: Mapping[str, Any]) -> bool:
-    kept = next(each for each in result["history"] if each["step"] == result["kept"])
-    return bool(kept["forget"]["loss"] >= result["forget_target"])
+    if kept != last and result["stopped"] != "all steps":
+        said += f" (step {kept} is the best)"
+    if kept > 0 and run.kept["forget"]["loss"] >= result["forget_target"]:
+        return said
+    return f"{said}{', ' if said else ''}not forgotten"
 
 
 def _cross_entropies(runs: Sequence[Run]) -> list[str]:

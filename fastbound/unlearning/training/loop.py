@@ -217,6 +217,7 @@ class _Run:
         memory, kind = peak_memory(self.training.device)
         result = UnlearnResult(
             model=self.adapter.model,
+            disabled=self.adapter.disabled,
             config=self.config,
             history=tuple(self.history),
             cross_entropy=self.training.cross_entropy,

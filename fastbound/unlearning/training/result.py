@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ class UnlearnResult:
 
     Attributes:
         model: the adapted model (for LoRA PEFT's wrapper around the one given).
+        disabled: `with result.disabled():` the model computes what it did before the run.
         history: every evaluation, the first before any step, the last after all.
         kept: the step of the evaluation whose adapter is kept, see `UnlearnConfig.early_stop`.
         forget_target: the forget loss that counts as forgotten, nats per token.
@@ -43,6 +46,7 @@ class UnlearnResult:
     """
 
     model: nn.Module
+    disabled: Callable[[], AbstractContextManager[object]]
     config: UnlearnConfig
     history: tuple[Evaluation, ...]
     cross_entropy: CrossEntropy
@@ -67,7 +71,7 @@ class UnlearnResult:
         return next(each for each in self.history if each.step == self.kept)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the model, as JSON values."""
+        """Everything but the model and its switch, as JSON values."""
         return {
             "config": self.config.as_dict(),
             "history": [asdict(each) for each in self.history],

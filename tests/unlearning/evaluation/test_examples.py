@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fastbound.unlearning import UnlearnConfig
 from fastbound.unlearning.data.rows import Row
-from fastbound.unlearning.evaluation.examples import answers, chosen, examples, lines_of
+from fastbound.unlearning.evaluation.examples import (
+    answers,
+    chosen,
+    examples,
+    examples_of,
+    lines_of,
+)
 
 CONFIG = UnlearnConfig()
 
@@ -34,6 +42,18 @@ def test_what_is_shown_is_each_question_with_both_answers(forget_rows, retain_ro
     assert [line for line in shown if line.startswith("  W")]
     assert max(map(len, shown)) <= 100
     assert sum("after" in line for line in shown) == 3
+
+
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_the_answers_before_are_those_of_the_model_before(
+    unlearn_rows, new_model, tokenizer, forget_rows, retain_rows, adapter
+):
+    rows = chosen(forget_rows, retain_rows)
+    before = answers(new_model(), tokenizer, rows, CONFIG)
+    result = unlearn_rows(UnlearnConfig(adapter=adapter, lr=0.1, epochs=4, rank=2, device="cpu"))
+    held = examples_of(result, tokenizer, forget_rows, retain_rows)
+    assert [each["before"] for each in held] == [*before["forget"], *before["retain"]]
+    assert [each["after"] for each in held] != [each["before"] for each in held]
 
 
 def test_rows_of_plain_text_are_not_asked(new_model, tokenizer):

@@ -108,6 +108,17 @@ def test_a_model_too_large_for_the_memory_is_refused_before_anything_is_written(
     assert not output.exists()
 
 
+def test_a_model_that_is_not_there_is_said_before_anything_is_written(given, tmp_path, capsys):
+    output = tmp_path / "map"
+    missing = given / "no model"
+    arguments = [
+        str(missing) if each == str(given / "model") else each for each in flags(given, output)
+    ]
+    assert main(arguments) == 2
+    assert f"model {str(missing)!r} is not there" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_as_many_processes_as_fit_are_taken(given, monkeypatch):
     subject, config = Pretrained(str(given / "model")), CellConfig()
     weights = 4 * sum(p.numel() for p in _model(given).parameters())
