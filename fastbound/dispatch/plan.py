@@ -153,6 +153,28 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     return Plan(strategy, reason + of_block, tiles, device.multiprocessors)
 
 
+def product_plan(
+    device: Device | torch.device, rank: int, dtype: torch.dtype, backend: str = "auto"
+) -> Plan:
+    """The plan of the product form: W + ΔW in Triton with the GEMMs left to cuBLAS, or in PyTorch.
+
+    Raises ValueError as :func:`plan`.
+    """
+    described = device if isinstance(device, Device) else describe(device)
+    if backend in ("torch", "reference"):
+        return Plan(backend, f'backend="{backend}" was asked for')
+    obstacle = _triton_obstacle(described, min(rank, MAX_TRITON_RANK), dtype)
+    if obstacle is not None:
+        if backend == "auto":
+            return Plan("torch", f"product form; {obstacle}")
+        raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto"')
+    if backend == "auto" and described.architecture == "interpreter":
+        return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
+    tiles = filled_tiles(described, FEW_ROWS, (FEW_ROWS, FEW_ROWS), 16, dtype)
+    reason = "product form: W + ΔW and its gradient in Triton, the GEMMs by cuBLAS"
+    return Plan("split", reason, tiles, described.multiprocessors)
+
+
 def _with_entry(tiles: Tiles, entry: Entry) -> Tiles:
     """A layer's tiles as measured."""
     return replace(

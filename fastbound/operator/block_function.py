@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbound.operator.autograd import apply_of, differentiable_once, rows_alone
 from fastbound.operator.block_ops import mlp_backward, mlp_forward
-from fastbound.operator.call import BlockCall, Term, autocast_to, check_operands
+from fastbound.operator.call import SETTINGS, BlockCall, Term, autocast_to, check_operands
 from fastbound.truth import formula
 from fastbound.truth.formula import ACTIVATIONS, Projection
 
@@ -40,8 +40,7 @@ class _BoundedMLP(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, recompute, *call = inputs
-        *tensors, scalings, omegas, activation, backend = call
-        ctx.settings = (scalings, omegas, activation, backend)
+        tensors, ctx.settings = call[:-SETTINGS], call[-SETTINGS:]
         _, G, U, S, S_down = output
         ctx.mark_non_differentiable(G, U, S, S_down)
         ctx.set_materialize_grads(False)
@@ -114,6 +113,9 @@ def bounded_mlp(
                     f"x is {x.dtype} and {name}'s weight is {p.weight.dtype}: cast one of them, "
                     "or use torch.autocast"
                 )
+    forms = {p.form for p in projections.values() if p is not None and p.A is not None}
+    if len(forms) > 1:
+        raise ValueError("the projections of a block must have one form, got factors and product")
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             cast = {name: _cast(p, x.dtype) for name, p in projections.items()}
@@ -149,7 +151,7 @@ def _check_block(x: Tensor, projections: dict[str, Projection | None], backend: 
         B = p.weight.new_empty(p.weight.shape[0], 1) if p.B is None else p.B
         try:
             source = hidden if name == "down" else x
-            term = Term(A, B, p.scaling, p.omega, backend)
+            term = Term(A, B, p.scaling, p.omega, backend, form=p.form)
             check_operands(source, term, weight=p.weight, bias=p.bias)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None

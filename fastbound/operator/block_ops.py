@@ -1,10 +1,10 @@
 """Registered operators ``fastbound::mlp_forward`` and ``mlp_backward``: a whole MLP block.
 
-    h = f(x Wgᵀ + …) ⊙ (x Wuᵀ + …)      y = h Wdᵀ + …      each projection with its low-rank term
+    h = f(x Wgᵀ + …) ⊙ (x Wuᵀ + …)      y = h Wdᵀ + …      each projection with its adapter's term
 
 A plain block has no ``up``; its first projection stands in the place of ``gate``. The thin products
 share one width R, the largest padded rank of the three, and stand side by side where one pass makes
-two of them.
+two of them. In the product form there are none: each projection's W + ΔW is made and used in turn.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from fastbound.dispatch.plan import PlanKey, plan_key
 from fastbound.hook import after_import
 from fastbound.operator import flops
 from fastbound.operator.autograd import direct
-from fastbound.operator.call import BLOCK_SCHEMA, BlockCall, Factors
+from fastbound.operator.call import BLOCK_SCHEMA, SETTINGS, BlockCall, Factors
 from fastbound.operator.engine import engine_for
 from fastbound.operator.ops import given, in_memory, library, rows, rows_as_of, scope
+from fastbound.operator.product import Delta, adapted_gemm, factor_gradients
 from fastbound.truth.formula import Projection, thin_dtype
 
 library.define(
@@ -64,14 +65,16 @@ class ReadyBlock:
         self.R = call.R
         N, K = call.gate.weight.shape
         form = block_form(call.activation, call.up is not None)
-        settings = (call.ranks, X.dtype, call.backend, form)
+        self.product = call.form == "product"
+        ranks = () if self.product else call.ranks  # it has no thin products
+        settings = (ranks, X.dtype, call.backend, form)
         self.engine = engine_for(*block_key(X.device, X.shape[0], N, K, *settings))
         self.gate, self.down = self._ready(call.gate, X.dtype), self._ready(call.down, X.dtype)
         self.up = None if call.up is None else self._ready(call.up, X.dtype)
 
     def _ready(self, p: Projection, dtype: torch.dtype) -> Factors:
         SA = SB = None
-        if p.A is not None and p.B is not None:
+        if p.A is not None and p.B is not None and not self.product:
             SA, SB = self.engine.factors(p.A, p.B, p.scaling, p.omega, dtype, self.R)
         return Factors(p.weight.to(dtype), p.bias, p.A, p.B, SA, SB, p.scaling, p.omega)
 
@@ -92,10 +95,39 @@ class ReadyBlock:
         for p in self.first():
             part = None if p.SB is None else S[:, column : column + self.R]
             column += 0 if p.SB is None else self.R
-            made.append(self.gemm(X, p.weight, part, p.SB, p.bias))
+            made.append(self.output(X, p, part))
         return made[0], made[1] if len(made) > 1 else None
 
-    def gemm(
+    def output(self, X: Tensor, p: Factors, S: Tensor | None) -> Tensor:
+        """A projection's y = X (W + ΔW)ᵀ + bias, S being X SAᵀ."""
+        if self.product and p.A is not None:
+            return adapted_gemm(self.engine, X, p.weight, _delta(p), p.bias)
+        return self._gemm(X, p.weight, S, p.SB, p.bias)
+
+    def input_gradient(
+        self, DY: Tensor, p: Factors, DS: Tensor | None, SA: Tensor | None
+    ) -> Tensor:
+        """A projection's dX = DY (W + ΔW), DS being DY SB; ``SA`` may be that of two."""
+        if self.product and p.A is not None:
+            return adapted_gemm(self.engine, DY, p.weight.t(), _delta(p).t())
+        return self._gemm(DY, p.weight.t(), DS, None if SA is None else SA.t(), None)
+
+    def add_input_gradient(self, DX: Tensor, DY: Tensor, p: Factors) -> None:
+        """DX += DY W, or DY (W + ΔW) in the product form."""
+        if self.product and p.A is not None:
+            adapted_gemm(self.engine, DY, p.weight.t(), _delta(p).t(), start=DX)
+        else:
+            DX.addmm_(DY, p.weight)
+
+    def product_gradients(
+        self, DY: Tensor, X: Tensor, p: Factors | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A projection's dA and dB in the product form."""
+        if p is None or p.A is None:
+            return None, None
+        return factor_gradients(self.engine, DY, X, _delta(p))
+
+    def _gemm(
         self, X: Tensor, W: Tensor, S: Tensor | None, F: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """``X Wᵀ + S Fᵀ + bias``, without the low-rank term where a projection is not adapted."""
@@ -104,9 +136,13 @@ class ReadyBlock:
         return self.engine.lowrank_gemm(X, W, S, F, bias)
 
 
+def _delta(p: Factors) -> Delta:
+    return Delta(given(p.A), given(p.B), p.scaling, p.omega)
+
+
 def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, *tensors = in_memory(x, *arguments[:-4])
-    call = BlockCall.of((*tensors, *arguments[-4:]))
+    call = _readable_call(arguments)
+    (x,) = in_memory(x)
     with scope(x):
         X = rows(x)
         block = ReadyBlock(X, call)
@@ -117,7 +153,7 @@ def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
             S = block.engine.thin(X, SA.t())
         G, U = block.preactivations(X, S)
         H, S_down = block.engine.activate(G, U, down.SA, call.activation)
-        Y = block.gemm(H, down.weight, S_down, down.SB, down.bias)
+        Y = block.output(H, down, S_down)
         U = X.new_empty(0) if U is None else U
         S_down = S.new_empty(0) if S_down is None else S_down
         return rows_as_of(x, Y), G, U, S, S_down
@@ -133,21 +169,24 @@ def compute_backward(
     need_dx: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    dy, x, G, U, S, S_down, *tensors = in_memory(dy, x, G, U, S, S_down, *arguments[:-4])
-    call = BlockCall.of((*tensors, *arguments[-4:]))
+    call = _readable_call(arguments)
+    dy, x, G, U, S, S_down = in_memory(dy, x, G, U, S, S_down)
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
         block = ReadyBlock(X, call)
         engine, gate, up, down = block.engine, block.gate, block.up, block.down
         if G is None:
             G, U = block.preactivations(X, S)
+        if block.product:
+            dx, gradients = _product_backward(block, X, DY, G, U, S, need_dx, call.activation)
+            dx = dy.new_empty(0) if dx is None else rows_as_of(dy, dx)
+            return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
         DS_down = dB_down = None
         if down.B is not None:
             DS_down, dB_down = engine.thin_and_factor_gradient(
                 DY, given(down.SB), S_down, down.B, down.omega, down.scaling
             )
-        SA_down = None if down.SA is None else down.SA.t()
-        DH = block.gemm(DY, down.weight.t(), DS_down, SA_down, None)
+        DH = block.input_gradient(DY, down, DS_down, down.SA)
         DG, DU, DS, dB_gate, dB_up, dA_down = engine.activate_backward(
             DH, G, U, S, DS_down, gate, up, down, call.activation, block.R
         )
@@ -155,26 +194,66 @@ def compute_backward(
         dA_gate, dA_up = engine.stacked_factor_gradients(X, DS, gate, up, block.R)
         dx = dy.new_empty(0)
         if need_dx:
-            SA = block.stacked_SA()
-            DX = block.gemm(DG, gate.weight.t(), DS, None if SA is None else SA.t(), None)
+            DX = block.input_gradient(DG, gate, DS, block.stacked_SA())
             if up is not None:
-                DX.addmm_(given(DU), up.weight)
+                block.add_input_gradient(DX, given(DU), up)
             dx = rows_as_of(dy, DX)
     gradients = (dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down)
     return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
+
+
+def _product_backward(
+    block: ReadyBlock,
+    X: Tensor,
+    DY: Tensor,
+    G: Tensor,
+    U: Tensor | None,
+    S: Tensor,
+    need_dx: bool,
+    activation: str,
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """dx, and the gradients of A and B of gate, up and down."""
+    engine = block.engine
+    H, _ = engine.activate(G, U, None, activation)
+    of_down = block.product_gradients(DY, H, block.down)
+    del H
+    DH = block.input_gradient(DY, block.down, None, None)
+    gate, down = _bare(block.gate), _bare(block.down)
+    up = None if block.up is None else _bare(block.up)
+    DG, DU, *_ = engine.activate_backward(DH, G, U, S, None, gate, up, down, activation, block.R)
+    del DH
+    of_gate = block.product_gradients(DG, X, block.gate)
+    of_up = (None, None) if DU is None else block.product_gradients(DU, X, block.up)
+    dx = None
+    if need_dx:
+        dx = block.input_gradient(DG, block.gate, None, None)
+        if block.up is not None:
+            block.add_input_gradient(dx, given(DU), block.up)
+    return dx, (*of_gate, *of_up, *of_down)
+
+
+def _bare(p: Factors) -> Factors:
+    """Without its factors, whose gradients then nothing asks for."""
+    return p._replace(A=None, B=None)
+
+
+def _readable_call(arguments: Sequence[Any]) -> BlockCall:
+    tensors, settings = arguments[:-SETTINGS], arguments[-SETTINGS:]
+    return BlockCall.of((*in_memory(*tensors), *settings))
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = BlockCall.of(arguments)
     M, N = x.numel() // x.shape[-1], call.gate.weight.shape[0]
     thin = thin_dtype(x.dtype)
-    width = call.R * sum(p is not None and p.A is not None for p in (call.gate, call.up))
+    R = 0 if call.form == "product" else call.R
+    width = R * sum(p is not None and p.A is not None for p in (call.gate, call.up))
     return (
         x.new_empty(*x.shape[:-1], call.down.weight.shape[0]),
         x.new_empty(M, N),
         x.new_empty(0) if call.up is None else x.new_empty(M, N),
         x.new_empty(M, width, dtype=thin),
-        x.new_empty((0,) if call.down.A is None else (M, call.R), dtype=thin),
+        x.new_empty((0,) if call.down.A is None or not R else (M, R), dtype=thin),
     )
 
 

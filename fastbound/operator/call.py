@@ -11,26 +11,28 @@ from torch import Tensor
 from fastbound.dispatch.defaults import padded_rank
 from fastbound.dispatch.plan import BACKENDS
 from fastbound.operator.partition import GATHER, partition
-from fastbound.truth.formula import Projection
+from fastbound.truth.formula import ADAPTER_FORMS, Projection
 
 # How the registered operators take them.
 TERM_SCHEMA = (
     "Tensor A, Tensor B, float scaling, float omega, str backend,"
-    " Tensor? seed=None, float dropout=0.0"
+    ' Tensor? seed=None, float dropout=0.0, str form="factors"'
 )
 BLOCK_SCHEMA = (
     ", ".join(
         f"Tensor? {name}_weight, Tensor? {name}_bias, Tensor? {name}_A, Tensor? {name}_B"
         for name in ("gate", "up", "down")
     )
-    + ", float[] scalings, float[] omegas, str activation, str backend"
+    + ", float[] scalings, float[] omegas, str activation, str backend, str form"
 )
+SETTINGS = 5  # of a block's arguments, behind its tensors
 
 
 class Term(NamedTuple):
-    """The low-rank term ``scaling · (drop(x) sin(omega·A)ᵀ) sin(omega·B)ᵀ`` of one call.
+    """The adapter's term ``x ΔWᵀ`` of one call; A [r, K], B [N, r].
 
-    A [r, K], B [N, r]. ``seed`` is None where nothing is dropped; else ``dropout`` is p.
+    factors: ``scaling · (drop(x) sin(omega·A)ᵀ) sin(omega·B)ᵀ``; ``seed`` is None where nothing is
+    dropped, else ``dropout`` is p. product: ``scaling · x sin(omega·B A)ᵀ``.
     """
 
     A: Tensor
@@ -40,11 +42,12 @@ class Term(NamedTuple):
     backend: str = "auto"
     seed: Tensor | None = None
     dropout: float = 0.0
+    form: str = "factors"
 
     @property
     def R(self) -> int:
-        """The width of SA, SB and S."""
-        return padded_rank(self.A.shape[0])
+        """The width of SA, SB and S: none in the product form, which has no thin product."""
+        return 0 if self.form == "product" else padded_rank(self.A.shape[0])
 
 
 class BlockCall(NamedTuple):
@@ -62,11 +65,11 @@ class BlockCall(NamedTuple):
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> BlockCall:
         """From the flat arguments that :meth:`flat` makes."""
-        *tensors, scalings, omegas, activation, backend = arguments
+        *tensors, scalings, omegas, activation, backend, form = arguments
         gate, up, down = (
             None
             if tensors[4 * i] is None
-            else Projection(*tensors[4 * i : 4 * i + 4])._replace(scaling=s, omega=omega)
+            else Projection(*tensors[4 * i : 4 * i + 4])._replace(scaling=s, omega=omega, form=form)
             for i, (s, omega) in enumerate(zip(scalings, omegas, strict=True))
         )
         if gate is None or down is None:
@@ -74,12 +77,12 @@ class BlockCall(NamedTuple):
         return cls(gate, up, down, activation, backend)
 
     def flat(self) -> tuple[Any, ...]:
-        """Twelve tensors, scalings, omegas, activation and backend: what autograd can see into."""
+        """Twelve tensors, scalings, omegas, activation, backend, form: what autograd can see."""
         three = self.projections()
         tensors = [t for p in three for t in ((None,) * 4 if p is None else p[:4])]
         scalings = [1.0 if p is None else float(p.scaling) for p in three]
         omegas = [1.0 if p is None else float(p.omega) for p in three]
-        return (*tensors, scalings, omegas, self.activation, self.backend)
+        return (*tensors, scalings, omegas, self.activation, self.backend, self.form)
 
     def projections(self) -> tuple[Projection, Projection | None, Projection]:
         """gate, up and down."""
@@ -89,6 +92,12 @@ class BlockCall(NamedTuple):
     def ranks(self) -> tuple[int, ...]:
         """Of the adapted projections."""
         return tuple(p.A.shape[0] for p in self.projections() if p is not None and p.A is not None)
+
+    @property
+    def form(self) -> str:
+        """Of all adapted projections."""
+        adapted = [p.form for p in self.projections() if p is not None and p.A is not None]
+        return adapted[0] if adapted else "factors"
 
     @property
     def R(self) -> int:
@@ -109,6 +118,22 @@ class Factors(NamedTuple):
     omega: float
 
 
+def check_form(form: str, backend: str, dropout: float) -> None:
+    """Raise ValueError for an unknown form, and for what the product form cannot do."""
+    if form not in ADAPTER_FORMS:
+        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(ADAPTER_FORMS)}")
+    if form == "product" and backend == "fused":
+        raise ValueError(
+            'backend="fused" does not exist for form="product", whose GEMMs take W + ΔW as one '
+            'weight: use "auto"'
+        )
+    if form == "product" and dropout:
+        raise ValueError(
+            f'form="product" takes no adapter dropout, got {dropout:g}: x meets W + ΔW as one '
+            'weight, so a mask of x for ΔW alone would cost a second GEMM; use form="factors"'
+        )
+
+
 def autocast_to(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast, where it is on, casts x; None elsewhere."""
     kind = x.device.type
@@ -126,9 +151,10 @@ def check_operands(
     result: Tensor | None = None,
 ) -> None:
     """Raise what the operator documents of a call with a weight, or with a base's result."""
-    A, B, scaling, omega, backend, _, _ = term
+    A, B, scaling, omega, backend, _, dropout, form = term
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_form(form, backend, dropout)
     # Not math.isfinite: torch.compile traces this with symbolic floats. inf - inf is a NaN.
     if scaling - scaling != 0 or omega - omega != 0:
         raise ValueError(f"scaling and omega must be finite, got {scaling} and {omega}")

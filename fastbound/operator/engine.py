@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fastbound.dispatch.plan import Plan, PlanKey, plan_for
+import torch
+
+from fastbound.dispatch.device import Device
+from fastbound.dispatch.plan import Plan, PlanKey, plan_for, product_plan
 from fastbound.operator.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
@@ -21,6 +24,14 @@ def engine_for(*key: Any) -> Engine:
     ``engine.plan`` is its plan, reason included.
     """
     return engine_of(plan_for(PlanKey(*key)))
+
+
+@lru_cache(maxsize=256)
+def product_engine_for(
+    device: Device | torch.device, rank: int, dtype: torch.dtype, backend: str
+) -> Engine:
+    """The engine of the product form, whose plan depends on no sizes but the rank."""
+    return engine_of(product_plan(device, rank, dtype, backend))
 
 
 def engine_of(plan: Plan) -> Engine:

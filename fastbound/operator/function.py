@@ -5,6 +5,7 @@ dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)               or  dx = 
 dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)           db = Σ dy      dresult = dy
 
 ``result`` is what another layer, the base, made of x: it stays a closed box, and the term is added.
+The product form has y = x (W + ΔW)ᵀ + b and no S (``operator/product.py``): it saves x alone.
 With dropout, x in S and in dA is mask ⊙ x, dS sin(ωA) is masked too, and s is s / (1 - p). The mask
 is made again from its seed: neither it nor mask ⊙ x is saved.
 """
@@ -70,18 +71,24 @@ class _BoundedLinear(torch.autograd.Function):
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         x = rows_alone(info, in_dims, arguments)
         y, S = _BoundedLinear.apply(x, *arguments[1:])
-        return (y, S.view(info.batch_size, -1, S.shape[-1])), (0, 0)
+        size = info.batch_size
+        return (y, S.unflatten(0, (size, len(S) // size))), (0, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, _, _, A, B, scaling, omega, backend, seed, dropout = inputs
-        ctx.scaling, ctx.omega, ctx.backend, ctx.dropout = scaling, omega, backend, dropout
+        x, weight, bias, _, _, *adapter = inputs
+        term = Term(*adapter)
+        A, B, seed = term.A, term.B, term.seed
+        ctx.settings = (term.scaling, term.omega, term.backend)
+        ctx.dropout, ctx.form = term.dropout, term.form
         _, S = output
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         need_dA, need_dB = ctx.needs_input_grad[5:7]
+        if term.form == "product":
+            need_dA, need_dB = need_dA or need_dB, False
         ctx.save_for_backward(x if need_dA else None, S if need_dB else None, weight, A, B, seed)
 
     @staticmethod
@@ -93,7 +100,7 @@ class _BoundedLinear(torch.autograd.Function):
             need_dx, _, need_db, need_dresult, _, need_dA, need_dB, *_ = ctx.needs_input_grad
             if need_dx or need_dA or need_dB:
                 needs = (need_dx, need_dA, need_dB)
-                adapter = (A, B, ctx.scaling, ctx.omega, ctx.backend, seed, ctx.dropout)
+                adapter = (A, B, *ctx.settings, seed, ctx.dropout, ctx.form)
                 dx, dA, dB = ops.backward(dy, x, S, weight, ctx.dtype, *needs, *adapter)
                 dx, dA, dB = (
                     dx if need_dx else None,
@@ -122,8 +129,12 @@ def bounded_linear(
     omega: float = 1.0,
     backend: str = "auto",
     dropout: float = 0.0,
+    form: str = "factors",
 ) -> Tensor:
-    """``y = x weightᵀ + bias + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ`` with weight frozen.
+    """``y = x (weight + ΔW)ᵀ + bias`` with weight frozen and ΔW bounded, in one of two forms.
+
+        factors    ΔW = scaling · sin(omega·B) sin(omega·A)      |ΔW| <= scaling · r
+        product    ΔW = scaling · sin(omega·B A)                 |ΔW| <= scaling
 
     Args:
         x: [..., K], any strides; fp32, fp16, bf16 or fp64.
@@ -131,12 +142,15 @@ def bounded_linear(
         A: [r, K], trained; any floating dtype, fp32 advised: the sine is taken in fp32.
         B: [N, r], trained.
         bias: [N] or None; receives a gradient if it asks for one.
-        scaling: s; every |ΔW| entry is at most ``scaling * r``.
-        omega: the frequency inside both sines.
+        scaling: s.
+        omega: ω, the frequency inside the sines.
         backend: "auto" (``fastbound.explain`` says what it chose), "fused", "split", "torch", or
             "reference" (the formula under autograd).
         dropout: p; above 0 the low-rank term takes drop(x): elements of x are zero with probability
             p and the others x / (1 - p). The mask is drawn from the device's default generator.
+
+        form: "factors", whose ΔW has rank r and is never made, or "product", whose ΔW has full
+            rank: W + ΔW is made some rows at a time and used at once. It takes no dropout.
 
     Returns:
         [..., N] in the compute dtype: autocast's where autocast is on, else x's.
@@ -149,9 +163,10 @@ def bounded_linear(
             outside autocast.
         ValueError: shapes that do not match, tensors on different devices, a weight that requires
             grad, a tensor that is spread over processes or has no storage, a scaling or omega that
-            is not finite, a dropout outside 0 <= p < 1, an unknown backend.
+            is not finite, a dropout outside 0 <= p < 1, an unknown backend or form, and for the
+            product form a dropout above 0 or backend="fused".
     """
-    term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout))
+    term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, weight=weight, bias=bias)
     dtype = autocast_to(x)
     if dtype is None and x.dtype is not weight.dtype:
@@ -171,9 +186,10 @@ def bounded_addition(
     omega: float = 1.0,
     backend: str = "auto",
     dropout: float = 0.0,
+    form: str = "factors",
     give_up: bool = False,
 ) -> Tensor:
-    """``y = result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, result being a base's output.
+    """``y = result + x ΔWᵀ``, result being a base's output and ΔW that of ``bounded_linear``.
 
     Args:
         result: [..., N], what the base layer made of x; any floating dtype.
@@ -181,22 +197,23 @@ def bounded_addition(
         A, B: [r, K] and [N, r], trained; any floating dtype, fp32 advised.
         scaling, omega: as for :func:`fastbound.bounded_linear`.
         backend: as there, but not "fused".
-        dropout: as there.
+        dropout, form: as there.
         give_up: the caller has no further use for ``result``: y may take its memory, where
             :func:`can_write_into` finds that safe.
 
     Returns:
-        y [..., N] in result's dtype. S = x sin(omega·A)ᵀ is computed in x's compute dtype
-        (autocast's where autocast is on, else x's own), S (s·sin omega·B)ᵀ in result's; both
-        accumulate in fp32 (fp64 for fp64). The gradient is differentiable once.
+        y [..., N] in result's dtype. S = x sin(omega·A)ᵀ, and in the product form x ΔWᵀ, is
+        computed in x's compute dtype (autocast's where autocast is on, else x's own), S
+        (s·sin omega·B)ᵀ in result's; all accumulate in fp32 (fp64 for fp64). The gradient is
+        differentiable once.
 
     Raises:
         TypeError: a tensor that is not floating or not dense.
         ValueError: shapes that do not match, tensors on different devices, a DTensor, a scaling or
             omega that is not finite, a dropout outside 0 <= p < 1, a backend that is unknown or
-            "fused".
+            "fused", an unknown form, and dropout in the product form.
     """
-    term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout))
+    term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, result=result)
     in_place = give_up and plain(x, A, B) and can_write_into(result, x)
     return _call(x, None, None, result, in_place, term, autocast_to(x))
@@ -226,7 +243,7 @@ def _call(
 def _by_the_formula(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, term: Term
 ) -> Tensor:
-    A, B, scaling, omega, _, seed, dropout = term
+    A, B, scaling, omega, _, seed, dropout, form = term
     keep = None
     if seed is not None:
         M, K = x.numel() // x.shape[-1], x.shape[-1]
@@ -234,11 +251,11 @@ def _by_the_formula(
         scaling = scaling / keep_rate(dropout)
     if weight is None:
         return formula.bounded_addition(
-            ops.given(result), x, A, B, scaling=scaling, omega=omega, keep=keep
+            ops.given(result), x, A, B, scaling=scaling, omega=omega, form=form, keep=keep
         )
     b = None if bias is None else bias.to(x.dtype)
     return formula.bounded_linear(
-        x, weight.to(x.dtype), A, B, b, scaling=scaling, omega=omega, keep=keep
+        x, weight.to(x.dtype), A, B, b, scaling=scaling, omega=omega, form=form, keep=keep
     )
 
 

@@ -2,9 +2,10 @@
 
     y  = x Wᵀ + b + S SBᵀ      or, where a base made x Wᵀ + b,      y = result + S SBᵀ
 
-The products (factors, thin, low-rank GEMM, gradient reductions) come from Triton or from PyTorch as
-the plan says. The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export
-and fake tensors see their shapes only.
+In the product form, y = x (W + ΔW)ᵀ + b or result + x ΔWᵀ (``operator/product.py``). The products
+(factors, thin, low-rank GEMM, gradient reductions) come from Triton or from PyTorch as the plan
+says. The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export and fake
+tensors see their shapes only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fastbound.dispatch.tables import row_bucket
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
 from fastbound.operator.dropout import keep_rate
-from fastbound.operator.engine import Engine, engine_for
+from fastbound.operator.engine import Engine, engine_for, product_engine_for
+from fastbound.operator.product import Delta, adapted_gemm, factor_gradients
 from fastbound.truth.formula import thin_dtype
 
 # Kept for the life of the process: a collected Library leaves dangling operators behind.
@@ -51,6 +53,8 @@ def compute_forward(
     term = Term(A, B, *adapter[2:])
     with scope(x):
         X = rows(x)
+        if term.form == "product":
+            return _product_forward(x, X, weight, bias, result, term, in_place, engine)
         engine = engine or _engine(X, term, over_base=weight is None)
         keep, scaling = kept(engine, term, X.shape[0])
         SA, SB = engine.factors(term.A, term.B, scaling, term.omega, X.dtype, term.R)
@@ -87,6 +91,10 @@ def compute_backward(
     dx = dA = dB = None
     with scope(dy):
         DY = rows(dy)
+        if term.form == "product":
+            return _product_backward(
+                dy, DY, x, weight, dtype, need_dx, need_dA, need_dB, term, engine
+            )
         engine = engine or _engine(DY, term, over_base=weight is None)
         keep, scaling = kept(engine, term, DY.shape[0])
         SA, SB = engine.factors(A, B, scaling, omega, DY.dtype, term.R)
@@ -105,6 +113,52 @@ def compute_backward(
         if need_dA:
             X = rows(given(x))
             dA = engine.factor_gradient(X, given(DS), A.t(), omega, 1.0, keep).t()
+    return dx, dA, dB
+
+
+def _product_forward(
+    x: Tensor,
+    X: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    term: Term,
+    in_place: bool,
+    engine: Engine | None,
+) -> tuple[Tensor, Tensor]:
+    engine = engine or _product_engine(X, term)
+    delta = Delta(term.A, term.B, term.scaling, term.omega)
+    S = X.new_empty(X.shape[0], 0)
+    if weight is not None:
+        return rows_as_of(x, adapted_gemm(engine, X, weight, delta, bias)), S
+    base = given(result)
+    if in_place:
+        adapted_gemm(engine, X, None, delta, start=base.view(-1, base.shape[-1]))
+        return base, S
+    start = rows(base).clone(memory_format=torch.contiguous_format)
+    return rows_as_of(base, adapted_gemm(engine, X, None, delta, start=start)), S
+
+
+def _product_backward(
+    dy: Tensor,
+    DY: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    term: Term,
+    engine: Engine | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    engine = engine or _product_engine(DY, term)
+    delta = Delta(term.A, term.B, term.scaling, term.omega)
+    dx = dA = dB = None
+    if need_dx:
+        W = None if weight is None else weight.t()
+        dx = rows_as_of(dy, _cast(adapted_gemm(engine, DY, W, delta.t()), dtype))
+    if need_dA or need_dB:
+        dA, dB = factor_gradients(engine, DY, rows(given(x)), delta, need_dA, need_dB)
     return dx, dA, dB
 
 
@@ -152,11 +206,17 @@ def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
 
 def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
     """For a tall matrix T [M, ·], in whose dtype the products are computed."""
-    A, B, _, _, backend, _, _ = term
+    A, B, backend = term.A, term.B, term.backend
     rank, K = A.shape
     where = describe(T.device) if T.is_meta else T.device
     M, N = row_bucket(T.shape[0]), B.shape[0]
     return engine_for(where, M, N, K, rank, T.dtype, backend, None, over_base)
+
+
+def _product_engine(T: Tensor, term: Term) -> Engine:
+    """For the product form, of a tall matrix T [M, ·]."""
+    where = describe(T.device) if T.is_meta else T.device
+    return product_engine_for(where, term.A.shape[0], T.dtype, term.backend)
 
 
 def dS_and_dB(

@@ -9,6 +9,7 @@ and no [M, N] tensor besides the result. ``keep`` is dropout's mask of the tall 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fastbound.operator.dropout import keep_bits, keep_mask
 from fastbound.truth.formula import apply_activation, thin_dtype, wide_dtype
 
 _ROWS = 512  # masked or widened at a time, so that the copy of them stays in cache
+_ANGLES = 2**17  # of the product form at a time, for the same reason
 
 
 class TorchEngine:
@@ -125,6 +127,56 @@ class TorchEngine:
         Y = torch.mm(S, F.t()) if b is None else torch.addmm(b, S, F.t())
         return Y.addmm_(X, W.t())
 
+    # The product form.
+
+    def adapted_weight(
+        self,
+        W: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        omega: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``W + scaling·sin(omega·B A)``: A [r, K], B [n, r] -> [n, K] in ``dtype``, in W's layout.
+
+        Added in fp32 (fp64 for fp64 factors) and rounded once; without W, ΔW alone.
+        """
+        if W is not None and W.stride(0) == 1 and W.stride(1) != 1:
+            return self.adapted_weight(W.t(), B.t(), A.t(), scaling, omega, dtype).t()
+        made = A.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+        for out, angle, *w in _angles(A, B, omega, made, *(() if W is None else (W,))):
+            delta = angle.sin_().mul_(scaling)
+            out.copy_(delta.add_(w[0]) if w else delta)
+        return made
+
+    def weight_gradient(self, DY: Tensor, X: Tensor) -> Tensor:
+        """``DYᵀ X``: DY [M, n], X [M, K] -> [n, K]; in fp32 where they are fp16."""
+        if DY.dtype is X.dtype and DY.dtype is not torch.float16:
+            return torch.mm(DY.t(), X)
+        wide = torch.promote_types(DY.dtype, torch.float32)
+        G = DY.new_zeros(DY.shape[1], X.shape[1], dtype=wide)
+        for dy, x in _rows_at_a_time(DY, X):
+            G.addmm_(dy.t().to(wide), x.to(wide))
+        return G
+
+    def contract(
+        self, G: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float
+    ) -> tuple[Tensor, Tensor]:
+        """dA = Bᵀ dZ and dB = dZ Aᵀ of ``dZ = G ⊙ scaling·omega·cos(omega·B A)``, G [n, K].
+
+        dA [r, K] and dB [n, r] in fp32, or fp64 for fp64 factors.
+        """
+        wide = wide_dtype(A)
+        A, B = A.to(wide), B.to(wide)
+        dA, dB = A.new_zeros(A.shape), torch.empty_like(B)
+        for g, angle, b, db in _angles(A, B, omega, G, B, dB):
+            dZ = angle.cos_().mul_(g)
+            dA.addmm_(b.t(), dZ)
+            torch.mm(dZ, A.t(), out=db)
+        slope = scaling * omega
+        return dA.mul_(slope), dB.mul_(slope)
+
     # An MLP block beyond its layers.
 
     def activate(
@@ -223,6 +275,14 @@ def _terms(
 
 def _rows_at_a_time(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(_ROWS) for t in tensors), strict=True)
+
+
+def _angles(A: Tensor, B: Tensor, omega: float, T: Tensor, *others: Tensor) -> Iterator[Any]:
+    """The rows of T [n, K] with those of omega·B A in fp32 and of the others, some at a time."""
+    wide = wide_dtype(A)
+    A, rows = A.to(wide), max(1, _ANGLES // max(1, A.shape[1]))
+    for t, b, *rest in zip(*(t.split(rows) for t in (T, B, *others)), strict=True):
+        yield t, torch.mm(b.to(wide), A).mul_(omega), *rest
 
 
 def _transposed_product(T: Tensor, G: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fastbound.kernels.gated import (
 )
 from fastbound.kernels.lowrank_gemm import is_transposed, lowrank_gemm
 from fastbound.kernels.narrow import narrowed, narrowed_pair
+from fastbound.kernels.product import adapted_weight, contract
 from fastbound.kernels.reduce import (
     factor_gradient,
     launch_finish,
@@ -123,6 +124,32 @@ class TritonEngine:
         if keep is None:
             return self._torch.lowrank_gemm(X, W, S, F, bias)
         return self._start(S, F, keep, tile).addmm_(X, W.t())
+
+    # The product form.
+
+    def adapted_weight(
+        self,
+        W: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        omega: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return adapted_weight(W, A, B, scaling, omega, dtype)
+
+    def weight_gradient(self, DY: Tensor, X: Tensor) -> Tensor:
+        if DY.dtype is X.dtype is torch.float16 and DY.is_cuda:
+            return torch.mm(DY.t(), X, out_dtype=torch.float32)
+        return self._torch.weight_gradient(DY, X)
+
+    def contract(
+        self, G: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float
+    ) -> tuple[Tensor, Tensor]:
+        precision = "tf32" if G.dtype is torch.bfloat16 else "tf32x3"
+        if torch.version.hip is not None:
+            precision = "ieee"
+        return contract(G, A, B, scaling, omega, self._multiprocessors, precision)
 
     # An MLP block beyond its layers.
 

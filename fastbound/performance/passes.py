@@ -143,7 +143,7 @@ def _block_passes(o: BlockOperands) -> dict[str, Pass]:
     S = engine.thin(o.x, given(block.stacked_SA()).t())
     G, U = block.preactivations(o.x, S)
     DS = engine.thin(o.dy, given(down.SB))
-    DH = block.gemm(o.dy, down.weight.t(), DS, given(down.SA).t(), None)
+    DH = block.input_gradient(o.dy, down, DS, down.SA)
     backward = (DH, G, U, S, DS, gate, up, down, o.activation, block.R)
     return {
         "activate": Pass("activate", (G, U, down.SA, o.activation)),

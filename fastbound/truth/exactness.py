@@ -139,6 +139,8 @@ def require_truth(name: str, value: Tensor, truth: Tensor, tolerance: float) -> 
 def _sums_of_magnitudes(o: LayerOperands) -> dict[str, Tensor]:
     """The formula with every term replaced by its magnitude: what cancellation hides."""
     x, W, dy = (t.abs().reshape(-1, t.shape[-1]) for t in (o.x, o.weight, o.dy))
+    if o.form == "product":
+        return _of_product(o, x, W, dy)
     SA = torch.sin(o.omega * o.A).abs()
     SB = o.scaling * torch.sin(o.omega * o.B).abs()
     S, dS = x @ SA.T, dy @ SB
@@ -147,6 +149,22 @@ def _sums_of_magnitudes(o: LayerOperands) -> dict[str, Tensor]:
         "dx": dy @ W + dS @ SA,
         "dA": o.omega * torch.cos(o.omega * o.A).abs() * (dS.T @ x),
         "dB": o.scaling * o.omega * torch.cos(o.omega * o.B).abs() * (dy.T @ S),
+    }
+    if o.bias is not None:
+        sums["y"] += o.bias.abs()
+        sums["db"] = dy.sum(0)
+    return sums
+
+
+def _of_product(o: LayerOperands, x: Tensor, W: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """An argument ω·BA is off by roundings of its terms, and its sine by as much."""
+    sine = o.scaling * (1 + o.omega * (o.B.abs() @ o.A.abs()))  # [N, K]
+    dZ = o.omega * sine * (dy.T @ x)
+    sums = {
+        "y": x @ (W + sine).T,
+        "dx": dy @ (W + sine),
+        "dA": o.B.abs().T @ dZ,
+        "dB": dZ @ o.A.abs().T,
     }
     if o.bias is not None:
         sums["y"] += o.bias.abs()

@@ -1,6 +1,7 @@
 """The operator in plain PyTorch: the formula, and nothing else.
 
-    y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ
+    factors     y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ
+    product     y = x (W + s · sin(ω·B A))ᵀ + b
 
 Every other path is measured against this one, evaluated in fp64.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
+ADAPTER_FORMS = ("factors", "product")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -30,6 +32,7 @@ class Projection(NamedTuple):
     B: Tensor | None = None
     scaling: float = 1.0
     omega: float = 1.0
+    form: str = "factors"
 
 
 def bounded_linear(
@@ -41,15 +44,21 @@ def bounded_linear(
     *,
     scaling: float = 1.0,
     omega: float = 1.0,
+    form: str = "factors",
     keep: Tensor | None = None,
 ) -> Tensor:
     """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, one rounding per operation.
+
+    Or, in the form "product", ``x (W + scaling · sin(omega·B A))ᵀ + b``, W + ΔW rounded once.
 
     Shapes: x [..., K], weight [N, K], A [r, K], B [N, r], bias [N]; returns [..., N] in x's dtype.
     The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype; where that
     is fp16, whose range the term's parts may leave, the term stays in fp32 up to the sum. ``keep``,
     a mask like x, is dropout's: the low-rank term then takes x zeroed where it is False.
     """
+    if form == "product":
+        delta = delta_weight(A, B, scaling=scaling, omega=omega, form=form)
+        return linear(x, (weight + delta).to(x.dtype), bias)
     term = _lowrank_term(x, A, B, omega, keep, x.dtype)
     return (linear(x, weight, bias) + scaling * term).to(x.dtype)
 
@@ -62,12 +71,16 @@ def bounded_addition(
     *,
     scaling: float = 1.0,
     omega: float = 1.0,
+    form: str = "factors",
     keep: Tensor | None = None,
 ) -> Tensor:
     """``result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, in result's dtype.
 
     As :func:`bounded_linear`, whose x Wᵀ + b is ``result`` [..., N] here.
     """
+    if form == "product":
+        delta = delta_weight(A, B, scaling=scaling, omega=omega, form=form)
+        return (result + linear(x, delta.to(x.dtype))).to(result.dtype)
     return (result + scaling * _lowrank_term(x, A, B, omega, keep, result.dtype)).to(result.dtype)
 
 
@@ -94,9 +107,16 @@ def wide_dtype(P: Tensor) -> torch.dtype:
     return torch.promote_types(P.dtype, torch.float32)
 
 
-def delta_weight(A: Tensor, B: Tensor, *, scaling: float = 1.0, omega: float = 1.0) -> Tensor:
-    """``ΔW = scaling · sin(omega·B) sin(omega·A)``, [N, K]; fp32, or fp64 where A or B is fp64."""
+def delta_weight(
+    A: Tensor, B: Tensor, *, scaling: float = 1.0, omega: float = 1.0, form: str = "factors"
+) -> Tensor:
+    """ΔW [N, K] in fp32, or in fp64 where A or B is fp64.
+
+    factors: ``scaling · sin(omega·B) sin(omega·A)``; product: ``scaling · sin(omega·B A)``.
+    """
     dtype = torch.promote_types(wide_dtype(A), wide_dtype(B))
+    if form == "product":
+        return scaling * torch.sin(omega * (B.to(dtype) @ A.to(dtype)))
     return scaling * torch.sin(omega * B.to(dtype)) @ torch.sin(omega * A.to(dtype))
 
 
@@ -139,4 +159,5 @@ def bounded_mlp(
 def _project(x: Tensor, p: Projection) -> Tensor:
     if p.A is None or p.B is None:
         return linear(x, p.weight, p.bias)
-    return bounded_linear(x, p.weight, p.A, p.B, p.bias, scaling=p.scaling, omega=p.omega)
+    settings: dict[str, Any] = {"scaling": p.scaling, "omega": p.omega, "form": p.form}
+    return bounded_linear(x, p.weight, p.A, p.B, p.bias, **settings)

@@ -86,6 +86,7 @@ class LayerOperands(Operands):
     dy: Tensor
     scaling: float
     omega: float
+    form: str = "factors"
 
     formula = staticmethod(formula.bounded_linear)
     leaf_names = ("x", "A", "B", "bias")
@@ -96,7 +97,7 @@ class LayerOperands(Operands):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        names = ("weight", "bias", "A", "B", "scaling", "omega")
+        names = ("weight", "bias", "A", "B", "scaling", "omega", "form")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -202,6 +203,7 @@ def layer_operands(
     magnitude: float = 1.0,
     scaling: float = 0.7,
     omega: float = 1.3,
+    form: str = "factors",
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_device: bool = False,
@@ -217,6 +219,7 @@ def layer_operands(
         draw(*shape[:-1], N),
         scaling,
         omega,
+        form,
     )
 
 
@@ -232,6 +235,7 @@ def block_operands(
     magnitude: float = 1.0,
     scaling: Sequence[float] = (0.1, 0.2, 0.05),
     omega: float = 1.3,
+    form: str = "factors",
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_device: bool = False,
@@ -249,7 +253,7 @@ def block_operands(
             A = draw(rank, K, dtype=torch.float32, scale=magnitude)
             B = draw(N, rank, dtype=torch.float32, scale=magnitude)
         b = draw(N) if bias else None
-        return Projection(draw(N, K, scale=K**-0.5), b, A, B, scaling, omega)
+        return Projection(draw(N, K, scale=K**-0.5), b, A, B, scaling, omega, form)
 
     x = draw(*shape)
     gate = projection(N, K, ranks[0], scaling[0]) if gated else None

@@ -161,7 +161,7 @@ class TestCompile:
         block = Block((2, 7, 12), 20, (4, 0, 2), torch.float32)
         tensors = [t for p in block.projections.values() for t in p[:4]]
         x = block.x
-        settings = ([0.1, 1.0, 0.05], [1.3, 1.0, 1.3], "silu", "torch")
+        settings = ([0.1, 1.0, 0.05], [1.3, 1.0, 1.3], "silu", "torch", "factors")
         utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         forward = torch.ops.fastbound.mlp_forward.default
         torch.library.opcheck(forward, (x, *tensors, *settings), test_utils=utilities)
