@@ -5,6 +5,11 @@ rank and the reading of dropout's mask are not counted.
 
     forward     x Wᵀ 2MNK    S 2MKr    S SBᵀ 2MNr
     backward    dy W 2MNK    dS 2MNr    dS SA 2MKr    dA 2MKr    dB 2MNr
+
+The product form's:
+
+    forward     x (W + ΔW)ᵀ 2MNK    B A 2NKr
+    backward    dy (W + ΔW) 2MNK    dyᵀ x 2MNK    dA 2NKr    dB 2NKr
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ from math import prod
 from typing import Any
 
 import torch
+
+from fastbound.operator.call import Term
 
 Shape = Sequence[int]
 
@@ -27,25 +34,31 @@ def register() -> None:
         register_flop_formula(getattr(operators, formula.__name__))(formula)
 
 
-def forward(
-    x: Shape, weight: Shape | None, bias: Any, result: Any, A: Shape, B: Shape, *_: Any, **__: Any
-) -> int:
+def forward(x: Shape, weight: Shape | None, bias: Any, result: Any, *adapter: Any, **_: Any) -> int:
     """Of ``fastbound::forward``: operands by their shapes, as the counter hands them over."""
-    return _forward(prod(x[:-1]), weight, A, B)
+    A, B, form = _read(adapter)
+    return _forward(prod(x[:-1]), weight, A, B, form)
 
 
 def backward(
     dy: Shape, x: Any, S: Any, weight: Shape | None, dtype: Any,
-    need_dx: bool, need_dA: bool, need_dB: bool, A: Shape, B: Shape, *_: Any, **__: Any,
+    need_dx: bool, need_dA: bool, need_dB: bool, *adapter: Any, **_: Any,
 ) -> int:  # fmt: skip
     """Of ``fastbound::backward``."""
-    return _backward(prod(dy[:-1]), weight, A, B, need_dx, need_dA, need_dB)
+    A, B, form = _read(adapter)
+    return _backward(prod(dy[:-1]), weight, A, B, form, need_dx, need_dA, need_dB)
+
+
+def _read(adapter: Sequence[Any]) -> tuple[Shape, Shape, str]:
+    """A, B and the form of a term, whose last arguments may be left out."""
+    term = Term(*adapter)
+    return term.A, term.B, term.form  # type: ignore[return-value]
 
 
 def mlp_forward(x: Shape, *call: Any, **_: Any) -> int:
     """Of ``fastbound::mlp_forward``."""
     M = prod(x[:-1])
-    return sum(_forward(M, weight, A, B) for weight, A, B in _projections(call))
+    return sum(_forward(M, weight, A, B, call[-1]) for weight, A, B in _projections(call))
 
 
 def mlp_backward(
@@ -54,11 +67,13 @@ def mlp_backward(
     """Of ``fastbound::mlp_backward``: without g, that and u are made again from x and S."""
     M = prod(dy[:-1])
     *first, down = _projections(call)
-    flops = _backward(M, *down, True, True, True)
+    form = call[-1]
+    flops = _backward(M, *down, form, True, True, True)
     for weight, A, B in first:
-        flops += _backward(M, weight, A, B, need_dx, True, True)
+        flops += _backward(M, weight, A, B, form, need_dx, True, True)
         if G is None:
-            flops += _product(M, weight) + _product(M, B)
+            flops += _product(M, weight)
+            flops += _angle(A, B) if form == "product" else _product(M, B)
     return flops
 
 
@@ -68,14 +83,19 @@ def _projections(call: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
     return [(weight, A, B) for weight, _, A, B in three if weight is not None]
 
 
-def _forward(M: int, weight: Shape | None, A: Shape | None, B: Shape | None) -> int:
+def _forward(M: int, weight: Shape | None, A: Shape | None, B: Shape | None, form: str) -> int:
+    if form == "product" and A is not None and B is not None:
+        return 2 * M * B[0] * A[1] + _angle(A, B)
     return _product(M, weight) + _product(M, A) + _product(M, B)
 
 
 def _backward(
-    M: int, weight: Shape | None, A: Shape | None, B: Shape | None,
+    M: int, weight: Shape | None, A: Shape | None, B: Shape | None, form: str,
     need_dx: bool, need_dA: bool, need_dB: bool,
 ) -> int:  # fmt: skip
+    if form == "product" and A is not None and B is not None:
+        gemm, angle = 2 * M * B[0] * A[1], _angle(A, B)
+        return (need_dx + (need_dA or need_dB)) * gemm + (need_dA + need_dB) * angle
     need_dS = need_dx or need_dA
     return (
         need_dx * (_product(M, weight) + _product(M, A))
@@ -83,6 +103,11 @@ def _backward(
         + need_dA * _product(M, A)
         + need_dB * _product(M, B)
     )
+
+
+def _angle(A: Shape | None, B: Shape | None) -> int:
+    """Of B A, or of dZ with one of them."""
+    return 0 if A is None or B is None else 2 * B[0] * prod(A)
 
 
 def _product(M: int, matrix: Shape | None) -> int:

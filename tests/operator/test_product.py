@@ -177,6 +177,53 @@ def test_the_rows_of_the_parts_cover_the_weight_once_within_the_workspace() -> N
         assert rows * row_bytes <= product.WORKSPACE or rows <= 128
 
 
+def test_autocast_casts_x_and_never_the_masters_or_the_weight() -> None:
+    o = operands((33, 48), 40, 4, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = bounded_linear(o.x, **o.arguments)
+    delta = formula.delta_weight(o.A, o.B, scaling=o.scaling, omega=o.omega, form="product")
+    rounded_once = (o.weight + delta).bfloat16()
+    expected = torch.nn.functional.linear(o.x.bfloat16(), rounded_once, o.bias.bfloat16())
+    torch.testing.assert_close(y, expected)
+
+
+def test_checkpointing_gives_the_same_bits() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    o = operands((33, 48), 40, 4, torch.float32)
+    kept = run(o, bounded_linear)
+    again = run(o, partial(checkpoint, bounded_linear, use_reentrant=False))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole_with_gradients_and_dynamic_rows(backend: str) -> None:
+    o = operands((2, 7, 12), 10, 4, torch.float32)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def function(x, A, B):
+        return bounded_linear(x, o.weight, A, B, o.bias, omega=2.0, form="product").relu()
+
+    for rows in (7, 11):
+        r = operands((2, rows, 12), 10, 4, torch.float32)
+        x, A, B = (t.requires_grad_() for t in (r.x, o.A, o.B))
+        got = torch.autograd.grad(function(x, A, B), (x, A, B), r.dy)
+        eager = bounded_linear(x, o.weight, A, B, o.bias, omega=2.0, form="product").relu()
+        for a, b in zip(got, torch.autograd.grad(eager, (x, A, B), r.dy), strict=True):
+            torch.testing.assert_close(a, b)
+    torch.compiler.reset()
+
+
+def test_registered_operators_pass_opcheck() -> None:
+    o = operands((2, 7, 12), 10, 4, torch.float32)
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    term = (o.A, o.B, 0.1, 2.0, "torch", None, 0.0, "product")
+    arguments = (o.x, o.weight, o.bias, None, *term)
+    torch.library.opcheck(torch.ops.fastbound.forward.default, arguments, test_utils=utilities)
+    backward = (o.dy, o.x, None, o.weight, torch.float32, True, True, True, *term)
+    torch.library.opcheck(torch.ops.fastbound.backward.default, backward, test_utils=utilities)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

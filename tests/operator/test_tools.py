@@ -55,11 +55,26 @@ def test_a_term_over_a_base_counts_without_the_weight() -> None:
     assert counter.get_total_flops() == 2 * M * K * RANK + 2 * M * N * RANK
 
 
+@pytest.mark.parametrize("wanted", [("dx", "dA", "dB"), ("dx",), ("dA",), ("dB",)])
+def test_a_layers_flops_in_the_product_form_are_the_formulas(wanted: tuple[str, ...]) -> None:
+    o = layer_operands((2, 3, K), N, RANK, torch.float32, form="product")
+
+    def function(x, A, B, **rest):
+        x, A, B = (
+            t if name in wanted else t.detach() for name, t in (("dx", x), ("dA", A), ("dB", B))
+        )
+        return bounded_linear(x, A=A, B=B, **rest)
+
+    expected = flops(o, function, wanted, backend="reference")
+    assert expected[0] == 2 * N * K * (M + RANK) and flops(o, function, wanted) == expected
+
+
+@pytest.mark.parametrize("form", ["factors", "product"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("ranks", [(2, 3, 4), (0, 3, 0)])
 @pytest.mark.parametrize("need_dx", [True, False])
-def test_a_blocks_flops_are_the_formulas(gated: bool, ranks, need_dx: bool) -> None:
-    block = block_operands((M, K), N, ranks, torch.float32, gated=gated)
+def test_a_blocks_flops_are_the_formulas(form: str, gated: bool, ranks, need_dx: bool) -> None:
+    block = block_operands((M, K), N, ranks, torch.float32, gated=gated, form=form)
     wanted = (*(("dx",) if need_dx else ()), *block.trained)
 
     def function(x, **rest):
@@ -68,7 +83,9 @@ def test_a_blocks_flops_are_the_formulas(gated: bool, ranks, need_dx: bool) -> N
     expected = flops(block, function, wanted, backend="reference")
     assert expected[0] > 0 and flops(block, function, wanted) == expected
     forward, backward = flops(block, function, wanted, recompute="gate_up")
-    again = 2 * M * N * sum(K + rank for rank in (ranks[:2] if gated else ranks[1:2]))
+    per_rank = K * N if form == "product" else M * N
+    first = ranks[:2] if gated else ranks[1:2]
+    again = 2 * sum(M * N * K + per_rank * rank for rank in first)
     assert (forward, backward) == (expected[0], expected[1] + again)
 
 

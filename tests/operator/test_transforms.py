@@ -27,6 +27,18 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda x, A, B: bounded_linear(x, W, A, B),
         lambda x, A, B: formula.bounded_linear(x, W, A, B),
     ),
+    "product form": (
+        lambda x, A, B: bounded_linear(x, W, A, B, form="product"),
+        lambda x, A, B: formula.bounded_linear(x, W, A, B, form="product"),
+    ),
+    "block of the product form": (
+        lambda x, A, B: bounded_mlp(
+            x, Projection(W, None, A, B, form="product"), Projection(DOWN), Projection(W / 2)
+        ),
+        lambda x, A, B: formula.bounded_mlp(
+            x, Projection(W, None, A, B, form="product"), Projection(DOWN), Projection(W / 2)
+        ),
+    ),
     "plain block": (
         lambda x, A, B: bounded_mlp(x, Projection(W, None, A, B), Projection(DOWN)),
         lambda x, A, B: formula.bounded_mlp(x, Projection(W, None, A, B), Projection(DOWN)),
