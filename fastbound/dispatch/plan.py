@@ -166,12 +166,12 @@ def product_plan(
     obstacle = _triton_obstacle(described, min(rank, MAX_TRITON_RANK), dtype)
     if obstacle is not None:
         if backend == "auto":
-            return Plan("torch", f"product form; {obstacle}")
+            return Plan("torch", obstacle)
         raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto"')
     if backend == "auto" and described.architecture == "interpreter":
         return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
     tiles = filled_tiles(described, FEW_ROWS, (FEW_ROWS, FEW_ROWS), 16, dtype)
-    reason = "product form: W + ΔW and its gradient in Triton, the GEMMs by cuBLAS"
+    reason = "W + ΔW and its gradient's contraction in Triton, the GEMMs by cuBLAS"
     return Plan("split", reason, tiles, described.multiprocessors)
 
 

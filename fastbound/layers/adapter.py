@@ -9,20 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from fastbound.errors import positive
-from fastbound.layers.settings import adapter_settings, check_numbers, check_rank
+from fastbound.layers.settings import (
+    adapter_settings,
+    check_numbers,
+    check_rank,
+    scaling_and_omega,
+)
 from fastbound.operator.function import bounded_addition, bounded_linear
 from fastbound.operator.partition import whole
 from fastbound.truth import formula
 from fastbound.truth.formula import wide_dtype
 
+_ENTRIES = 2**22  # of ΔW at a time, where a number is read off all of them
+
 
 class BoundedAdapter(nn.Module):
     """Owns A [r, K] and B [N, r]; ``forward(x, weight, bias)`` runs the operator over them.
 
-        y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ,    s = bound / r,    ω = sqrt(alpha / bound)
+        y = x (W + ΔW)ᵀ + b
 
-    so that ΔW ≈ (alpha / r)·BA near zero, LoRA's own slope, and |ΔW_ij| <= bound always. A starts
-    Kaiming-uniform and B at zero: a new adapter changes nothing.
+        factors    ΔW = s · sin(ωB) sin(ωA)    s = bound / r    ω = sqrt(alpha / bound)
+        product    ΔW = s · sin(ω·B A)         s = bound        ω = alpha / (r · bound)
+
+    so that in both forms ΔW ≈ (alpha / r)·BA near zero, LoRA's own slope, and |ΔW_ij| <= bound
+    always. A starts Kaiming-uniform and B at zero: a new adapter changes nothing. ``omega`` may be
+    given in alpha's place, and ``bound`` None is 1 then: omega=100 with form="product" is
+    ΔW = sin(100·B A), which is alpha = 100 r.
 
     With a ``dropout`` p > 0 the low-rank term takes drop(x) in training, as in PEFT's LoRA: each
     element of x zero with probability p, the others divided by 1 - p. x Wᵀ takes x as it is.
@@ -30,9 +42,10 @@ class BoundedAdapter(nn.Module):
     The weight is handed in, not owned: A and B are read only in their owner's forward, which is
     what sharded training needs.
 
-    Raises ValueError for a rank below 1 or far above the layer's, an alpha or bound that is not
-    positive and finite, or that makes s or ω leave fp32's range, a dropout outside 0 <= p < 1, an
-    ``adapter_dtype`` that is not floating, and an unknown backend.
+    Raises ValueError for a rank below 1 or far above the layer's, an alpha, omega or bound that is
+    not positive and finite, or that makes s or ω leave fp32's range, alpha and omega together, a
+    dropout outside 0 <= p < 1, an ``adapter_dtype`` that is not floating, an unknown form or
+    backend, and dropout or backend="fused" in the product form.
     """
 
     def __init__(
@@ -47,19 +60,23 @@ class BoundedAdapter(nn.Module):
         device: torch.device | str | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        form: str = "factors",
+        omega: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(bound, str):
             raise ValueError(
                 f"bound must be a number, got {bound!r}; a bound in units of W needs a layer"
             )
-        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
+        settings = adapter_settings(
+            rank, alpha, bound, dropout, adapter_dtype, backend, form, omega
+        )
         self.rank = rank = settings.rank
         check_rank(rank, out_features, in_features)
         self.alpha = settings.alpha
         self.bound = float(settings.bound)
         self.dropout = settings.dropout
-        self.backend = backend
+        self.backend, self.form = backend, form
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=adapter_dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=adapter_dtype))
         self.reset_parameters()
@@ -71,13 +88,16 @@ class BoundedAdapter(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """s = bound / rank."""
-        return self.bound / self.rank
+        """s: bound / rank for factors, bound for product."""
+        return self._numbers()[0]
 
     @property
     def omega(self) -> float:
-        """ω = sqrt(alpha / bound)."""
-        return math.sqrt(self.alpha / self.bound)
+        """ω: sqrt(alpha / bound) for factors, alpha / (rank · bound) for product."""
+        return self._numbers()[1]
+
+    def _numbers(self) -> tuple[float, float]:
+        return scaling_and_omega(self.rank, self.alpha, self.bound, self.form)
 
     def reset_parameters(self) -> None:
         """A uniform in ±1/sqrt(K) (Kaiming with a = sqrt 5, as nn.Linear and LoRA), B zero."""
@@ -95,8 +115,7 @@ class BoundedAdapter(nn.Module):
     ) -> Tensor:
         """x [..., K], weight [N, K], bias [N] -> [..., N]; or a ``result`` for weight and bias."""
         term: dict[str, Any] = {
-            "scaling": self.scaling,
-            "omega": self.omega,
+            **self._term(),
             "backend": self.backend,
             "dropout": self.dropout if self.training else 0.0,
         }
@@ -109,7 +128,7 @@ class BoundedAdapter(nn.Module):
         return bounded_linear(x, weight, self.A, self.B, bias, **term)
 
     def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
-        """result + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ, for a ``result`` [..., N] that a base made of x.
+        """result + x ΔWᵀ, for a ``result`` [..., N] that a base made of x.
 
         The caller gives ``result`` up, and the sum may take its memory; ``give_up=False`` leaves it
         as it is, for a base whose hooks may have kept it.
@@ -117,35 +136,56 @@ class BoundedAdapter(nn.Module):
         # A call, not a method of its own: what gathers sharded A and B hangs on the call.
         return cast(Tensor, self(x, result=result, give_up=give_up))
 
+    def _term(self) -> dict[str, Any]:
+        return {"scaling": self.scaling, "omega": self.omega, "form": self.form}
+
     def delta_weight(self) -> Tensor:
-        """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
-        return formula.delta_weight(self.A, self.B, scaling=self.scaling, omega=self.omega)
+        """ΔW, [N, K], fp32 (fp64 for fp64 factors)."""
+        return formula.delta_weight(self.A, self.B, **self._term())
 
     @torch.no_grad()
     def bound_in_use(self) -> float:
         """The root mean square of ΔW over the bound: 0 for a new adapter, 1 where every sine is ±1.
 
-        From the r x r products of the factors' sines, without ΔW. All processes of sharded factors
-        must call.
+        From the r x r products of the factors' sines, or in the product form from some rows of
+        ΔW at a time. All processes of sharded factors must call.
         """
-        A, B = (torch.sin(self.omega * whole(f).to(wide_dtype(f))) for f in (self.A, self.B))
+        A, B = (whole(f).to(wide_dtype(f)) for f in (self.A, self.B))
+        entries = A.shape[1] * B.shape[0]
+        if self.form == "product":
+            rows = max(1, _ENTRIES // A.shape[1])
+            sines = (torch.sin(self.omega * (b @ A)) for b in B.split(rows))
+            return math.sqrt(sum(float(sine.square().sum()) for sine in sines) / entries)
+        A, B = torch.sin(self.omega * A), torch.sin(self.omega * B)
         squares = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
-        return math.sqrt(float(squares) / (A.shape[1] * B.shape[0])) / self.rank
+        return math.sqrt(float(squares) / entries) / self.rank
 
     def get_extra_state(self) -> Tensor:
-        """(alpha, bound) as fp64, so that a state dict carries the bound it was trained under."""
-        return torch.tensor([self.alpha, self.bound], dtype=torch.float64)
+        """(alpha, bound) as fp64, so that a state dict carries the bound it was trained under.
+
+        In the product form a third number, 1, which no other form has.
+        """
+        numbers = [self.alpha, self.bound, *([1.0] if self.form == "product" else [])]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ValueError for what :meth:`get_extra_state` cannot have given."""
         self.alpha, self.bound = self._numbers_of(state)
 
     def _numbers_of(self, state: Any) -> tuple[float, float]:
-        if not isinstance(state, Tensor) or state.shape != (2,) or not state.is_floating_point():
+        expected = self.get_extra_state().shape
+        vector = isinstance(state, Tensor) and state.dim() == 1 and state.is_floating_point()
+        if vector and {len(state), *expected} == {2, 3}:
+            theirs = "product" if len(state) == 3 else "factors"
+            raise ValueError(
+                f'it is of form="{self.form}" and the state of form="{theirs}": make the adapter '
+                "in the form that it was trained in"
+            )
+        if not vector or state.shape != expected:
             raise ValueError(
                 f"its state is not alpha and bound, two numbers in a tensor: {state!r}"
             )
-        alpha, bound = state.tolist()
+        alpha, bound, *_ = state.tolist()
         alpha, bound = positive("alpha", alpha), positive("bound", bound)
         check_numbers(alpha, bound)
         return alpha, bound
@@ -162,7 +202,8 @@ class BoundedAdapter(nn.Module):
     def extra_repr(self) -> str:
         dropout = f"dropout={self.dropout:g}, " if self.dropout else ""
         return (
-            f"rank={self.rank}, alpha={self.alpha:g}, bound={self.bound:g}, {dropout}"
+            f"form={self.form!r}, rank={self.rank}, alpha={self.alpha:g}, bound={self.bound:g}, "
+            f"{dropout}"
             f"scaling={self.scaling:g}, omega={self.omega:g}, backend={self.backend!r}"
         )
 
@@ -179,8 +220,8 @@ class NamedAdapter(BoundedAdapter):
 
     @property
     def scaling(self) -> float:
-        """s = scale · bound / rank."""
-        return self.scale * self.bound / self.rank
+        """scale times the s of the form."""
+        return self.scale * super().scaling
 
     def extra_repr(self) -> str:
         scale = "" if self.scale == 1 else f", scale={self.scale:g}"

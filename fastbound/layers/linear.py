@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 class FusedBoundedLinear(nn.Module, Adapted):
-    """``y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ`` with W and b frozen, A and B trained.
+    """``y = x (W + ΔW)ᵀ + b`` with W and b frozen, and ΔW of A and B, which are trained.
 
-    s = bound / rank and ω = sqrt(alpha / bound): near zero the adapter is LoRA with slope
-    alpha / rank, and |ΔW_ij| <= bound whatever the optimiser does.
+        factors    ΔW = s · sin(ωB) sin(ωA)    s = bound / rank    ω = sqrt(alpha / bound)
+        product    ΔW = s · sin(ω·B A)         s = bound           ω = alpha / (rank · bound)
+
+    Near zero the adapter is LoRA with slope alpha / rank, and |ΔW_ij| <= bound whatever the
+    optimiser does.
 
     Args:
         in_features, out_features: K and N.
@@ -36,6 +39,8 @@ class FusedBoundedLinear(nn.Module, Adapted):
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
         adapter_dtype: of A and B, independent of ``dtype``.
         backend: see :func:`fastbound.bounded_linear`.
+        form: "factors" or "product".
+        omega: ω in alpha's place; ``bound`` None then means 1.
 
     A new layer draws its weight as ``nn.Linear`` does; :meth:`from_linear` adopts an existing one.
     ``weight`` keeps the layout of the layer it came from: [N, K], or [K, N] when it was a
@@ -61,8 +66,12 @@ class FusedBoundedLinear(nn.Module, Adapted):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        form: str = "factors",
+        omega: float | None = None,
     ) -> None:
-        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
+        settings = adapter_settings(
+            rank, alpha, bound, dropout, adapter_dtype, backend, form, omega
+        )
         layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
         self._adopt(layer, settings)
@@ -78,6 +87,8 @@ class FusedBoundedLinear(nn.Module, Adapted):
         dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        form: str = "factors",
+        omega: float | None = None,
     ) -> Self:
         """Adopt an ``nn.Linear`` or transformers ``Conv1D``: the same parameters, frozen, no copy.
 
@@ -86,7 +97,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
         Raises TypeError for any other class (subclasses may compute something else), ValueError for
         settings out of range or a weight that the operator cannot read.
         """
-        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
+        settings = adapter_settings(
+            rank, alpha, bound, dropout, adapter_dtype, backend, form, omega
+        )
         return cls.with_settings(layer, settings)
 
     @classmethod
@@ -142,13 +155,18 @@ class FusedBoundedLinear(nn.Module, Adapted):
 
     @property
     def scaling(self) -> float:
-        """s = bound / rank."""
+        """s of the adapter's form."""
         return self.adapter.scaling
 
     @property
     def omega(self) -> float:
-        """ω = sqrt(alpha / bound)."""
+        """ω of the adapter's form."""
         return self.adapter.omega
+
+    @property
+    def form(self) -> str:
+        """ "factors" or "product"."""
+        return self.adapter.form
 
     @property
     def enabled(self) -> bool:
@@ -173,7 +191,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
         return None if kind is FusedBoundedLinear else f"is a {kind.__name__}"
 
     def delta_weight(self) -> Tensor:
-        """ΔW = s·sin(ωB) sin(ωA), [N, K], fp32 (fp64 for fp64 factors)."""
+        """ΔW, [N, K], fp32 (fp64 for fp64 factors)."""
         return self.adapter.delta_weight()
 
     @torch.no_grad()

@@ -78,6 +78,8 @@ class FusedBoundedMLP(nn.Module):
         targets: Collection[str] | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        form: str = "factors",
+        omega: float | None = None,
         recompute: str | None = None,
     ) -> FusedBoundedMLP:
         """Adopt a plain block: the same parameters, frozen, no copy, and new adapters.
@@ -86,18 +88,20 @@ class FusedBoundedMLP(nn.Module):
         `FusedBoundedLinear`, each projection with its own "auto" bound. When this raises, ``mlp``
         is as it was.
         """
-        form = _checked_form(mlp, recompute)
-        chosen = form.projections if targets is None else tuple(targets)
-        unknown = [name for name in chosen if name not in form.projections]
+        block = _checked_form(mlp, recompute)
+        chosen = block.projections if targets is None else tuple(targets)
+        unknown = [name for name in chosen if name not in block.projections]
         if unknown or not chosen or isinstance(targets, str):
             raise ValueError(
-                f"targets must name some of the projections {', '.join(form.projections)}, "
+                f"targets must name some of the projections {', '.join(block.projections)}, "
                 f"got {targets!r}"
             )
-        reason = parts_obstacle(mlp, form, plain=True)
+        reason = parts_obstacle(mlp, block, plain=True)
         if reason is not None:
             raise ValueError(f"the {type(mlp).__name__} cannot be fused: {reason}")
-        settings = adapter_settings(rank, alpha, bound, dropout, adapter_dtype, backend)
+        settings = adapter_settings(
+            rank, alpha, bound, dropout, adapter_dtype, backend, form, omega
+        )
         trained = [p for p in mlp.parameters() if p.requires_grad]
         adapted = _with_class(type(mlp), _shell(mlp))
         convert(adapted, dict.fromkeys(chosen, settings))
@@ -178,7 +182,15 @@ class FusedBoundedMLP(nn.Module):
         adapter = layer.adapter if isinstance(layer, Adapted) else None
         if adapter is None:
             return Projection(weight, layer.bias)
-        return Projection(weight, layer.bias, adapter.A, adapter.B, adapter.scaling, adapter.omega)
+        return Projection(
+            weight,
+            layer.bias,
+            adapter.A,
+            adapter.B,
+            adapter.scaling,
+            adapter.omega,
+            adapter.form,
+        )
 
 
 def obstacle(block: nn.Module, gathered: bool = False) -> str | None:

@@ -24,7 +24,7 @@ from fastbound.layers.settings import AdapterSettings
 
 
 class BoundedOverBase(FusedBoundedLinear):
-    """``y = base_layer(x) + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ``: the low-rank term goes into base's output.
+    """``y = base_layer(x) + x ΔWᵀ``: the adapter's term goes into the base's output.
 
     For a base whose weight the operator cannot read as numbers (quantised, offloaded) or whose call
     does more than x Wᵀ + b (a subclass, hooks, a weight made anew in each call). ``base_layer`` is

@@ -61,6 +61,11 @@ def parts_obstacle(
     backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
     if any(adapter.backend != backend for adapter in adapters):
         return "its projections ask for different backends"
+    forms = {adapter.form for adapter in adapters}
+    if len(forms) > 1:
+        return "its projections have adapters of different forms"
+    if forms == {"product"}:
+        return None  # whose rank no kernel of a block depends on
     triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
     if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
         return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"

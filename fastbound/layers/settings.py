@@ -12,6 +12,7 @@ from torch import Tensor
 from fastbound.dispatch.plan import BACKENDS
 from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import bound_of_weight, weight_bound
+from fastbound.operator.call import check_form
 from fastbound.operator.dropout import check_dropout
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,7 +49,8 @@ class AdapterSettings:
     """The keywords of :class:`fastbound.BoundedAdapter`, as :func:`adapter_settings` makes them.
 
     ``bound`` is a number, or a text such as "0.5*spectral" until :meth:`for_weight` has read the
-    weight.
+    weight. ``omega`` is None wherever ``alpha`` is known; where it was given and the bound is still
+    a text, alpha is not known before the bound is.
     """
 
     rank: int
@@ -57,18 +59,41 @@ class AdapterSettings:
     dropout: float
     adapter_dtype: torch.dtype
     backend: str
+    form: str = "factors"
+    omega: float | None = None
 
     def for_weight(self, weight: Tensor) -> AdapterSettings:
-        """With the bound as a number: in units of this weight, where a text asks for that.
+        """With alpha and bound as numbers: in units of this weight, where a text asks for that.
 
         Raises ValueError for a weight that cannot be read, see
         :func:`fastbound.layers.bounds.bound_of_weight`.
         """
         if isinstance(self.bound, str):
-            bound = bound_of_weight(self.bound, weight)
-            check_numbers(self.alpha, bound)
-            return replace(self, bound=bound)
+            return replace(self, bound=bound_of_weight(self.bound, weight))._with_numbers()
         return self
+
+    def _with_numbers(self) -> AdapterSettings:
+        """For a bound that is a number."""
+        bound, alpha = float(self.bound), self.alpha
+        if self.omega is not None:
+            alpha = alpha_of(self.omega, self.rank, bound, self.form)
+        check_numbers(alpha, bound)
+        return replace(self, bound=bound, alpha=alpha, omega=None)
+
+
+def alpha_of(omega: float, rank: int, bound: float, form: str) -> float:
+    """The alpha that a frequency stands for: ω²·bound for factors, ω·r·bound for product."""
+    return omega * rank * bound if form == "product" else omega**2 * bound
+
+
+def scaling_and_omega(rank: int, alpha: float, bound: float, form: str) -> tuple[float, float]:
+    """s and ω, with which ΔW has LoRA's slope alpha / r at zero and no entry beyond the bound.
+
+    factors: s = bound / r, ω = sqrt(alpha / bound); product: s = bound, ω = alpha / (r·bound).
+    """
+    if form == "product":
+        return bound, alpha / (rank * bound)
+    return bound / rank, math.sqrt(alpha / bound)
 
 
 def adapter_settings(
@@ -78,8 +103,13 @@ def adapter_settings(
     dropout: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    form: str = "factors",
+    omega: float | None = None,
 ) -> AdapterSettings:
-    """The settings; alpha None is rank, and bound None alpha. A ValueError names a bad value."""
+    """The settings; a ValueError names a bad value.
+
+    alpha None is rank, and bound None alpha. With omega given in alpha's place bound None is 1.
+    """
     if isinstance(bound, str):
         weight_bound(bound)
     if isinstance(rank, bool) or not isinstance(rank, Integral):
@@ -89,6 +119,13 @@ def adapter_settings(
         raise ValueError(f"rank must be >= 1, got {rank}")
     if rank >= 2**31:
         raise ValueError("rank must be below 2^31, and is far from what a layer has a use for")
+    if omega is not None:
+        if alpha is not None:
+            raise ValueError(
+                f"alpha={alpha!r} and omega={omega!r} say one thing twice: give one of them"
+            )
+        omega = positive("omega", omega)
+        alpha, bound = float(rank), 1.0 if bound is None else bound
     alpha = positive("alpha", rank if alpha is None else alpha)
     if not isinstance(bound, str):
         bound = positive("bound", alpha if bound is None else bound)
@@ -100,7 +137,10 @@ def adapter_settings(
         )
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    return AdapterSettings(rank, alpha, bound, check_dropout(dropout), adapter_dtype, backend)
+    dropout = check_dropout(dropout)
+    check_form(form, backend, dropout)
+    settings = AdapterSettings(rank, alpha, bound, dropout, adapter_dtype, backend, form, omega)
+    return settings if isinstance(bound, str) else settings._with_numbers()
 
 
 def rank_stabilised(rank: int, alpha: float | None) -> float:

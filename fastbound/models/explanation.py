@@ -20,13 +20,13 @@ from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.readers import weight_reader
 from fastbound.models.adapted import adapted_blocks, unfused_reason
 from fastbound.operator.block_ops import block_key
-from fastbound.operator.engine import engine_for
+from fastbound.operator.engine import engine_for, product_engine_for
 from fastbound.operator.partition import GATHER, gathered_modules, partition
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer: its name, shape [N, K], rank, compute dtype, device, and its plan.
+    """One layer: its name, shape [N, K], rank, compute dtype, device, its plan and adapter's form.
 
     ``block`` names the fused block that the layer runs in, under that block's plan; None where the
     layer runs by itself. ``left_out`` says why the adapter does not always run: the module around
@@ -47,6 +47,7 @@ class LayerExplanation:
     left_out: str | None = None
     bound: float | None = None
     bound_in_use: float | None = None
+    form: str = "factors"
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ class Explanation:
         ):
             lines.append(f"block {names}")
             lines.append(f"  layer by layer: {reason}" if form is None else f"  fused: {form}")
-        for (shape, rank, dtype, device, plan, in_block, left_out), names in _grouped(
+        for (shape, rank, form, dtype, device, plan, in_block, left_out), names in _grouped(
             (
                 row.layer or "(this layer)",
                 (
-                    *(row.shape, row.rank, row.dtype, row.device, row.plan),
+                    *(row.shape, row.rank, row.form, row.dtype, row.device, row.plan),
                     *(row.block is not None, row.left_out),
                 ),
             )
@@ -105,7 +106,8 @@ class Explanation:
             lines.append(names)
             if left_out is not None:
                 lines.append(f"  LEFT OUT: {left_out}")
-            lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}, {dtype} on {device}")
+            product = ", product form" if form == "product" else ""
+            lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}{product}, {dtype} on {device}")
             where = "in its block, " if in_block else ""
             lines.append(f"  {where}{plan.strategy}: {plan.reason}")
             lines += _tile_lines(plan, in_block)
@@ -183,7 +185,8 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     N, K = weight_shape(first)
     if form.packed:
         N //= 2
-    ranks = [layer.adapter.rank for layer in layers]
+    product = layers[0].adapter.form == "product"  # whose passes do not depend on the rank
+    ranks = [] if product else [layer.adapter.rank for layer in layers]
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
@@ -214,7 +217,16 @@ def _explain_layer(
     readable = not any(factor.is_meta or partition(factor) for factor in factors)
     used = max((a.bound_in_use() for a in active), default=None) if readable else None
     return LayerExplanation(
-        name, shape, rank, str(dtype), device, plan, block, bound=bound, bound_in_use=used
+        name,
+        shape,
+        rank,
+        str(dtype),
+        device,
+        plan,
+        block,
+        bound=bound,
+        bound_in_use=used,
+        form=active[0].form if active else "factors",
     )
 
 
@@ -231,6 +243,10 @@ def _layer_plan(
     if not active:
         return Plan("base", obstacle or "has no active adapter")
     adapter = active[0]
+    if adapter.form == "product":
+        reason = "" if obstacle is None else f"it {obstacle}, so each adapter is added; "
+        plan = product_engine_for(device, adapter.rank, dtype, adapter.backend).plan
+        return replace(plan, reason=reason + plan.reason)
     shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
     if injected or (obstacle is None and not over_base):
         return engine_for(*plan_key(device, *shape)).plan

@@ -29,7 +29,7 @@ from fastbound.version import __version__
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PEFT_TYPE = "FASTBOUND"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"factors": 1, "product": 2}  # earlier versions read 1, and know no form
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DISAGREE = "do not agree with the saved adapter"
 
@@ -98,7 +98,9 @@ def _saved_layer(
             "adapter of a model that it was put on"
         )
     try:
-        settings = adapter_settings(rank, alpha, bound, config["dropout"], A.dtype)
+        settings = adapter_settings(
+            rank, alpha, bound, config["dropout"], A.dtype, form=config["form"]
+        )
     except ValueError as error:
         raise InputError(f"{folder / CONFIG}: {name}: {error}: copy the folder again") from error
     N, K = config["shapes"].get(name, (B.shape[0], A.shape[1]))
@@ -152,13 +154,20 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: peft_type must be {PEFT_TYPE!r}, got {config.get('peft_type')!r}: an adapter "
             "of another method is loaded by PEFT"
         )
-    if config.get("format_version") != FORMAT_VERSION:
+    known = FORMAT_VERSIONS.values()
+    if config.get("format_version") not in known:
         raise InputError(
             f"{path}: format_version {config.get('format_version')!r} was written by fastbound "
             f"{config.get('fastbound_version')}; this is fastbound {__version__}, which reads "
-            f"format_version {FORMAT_VERSION}"
+            f"format_version {' and '.join(map(str, known))}"
         )
     _check_fields(config, path)
+    config["form"] = config["form"] or "factors"
+    if FORMAT_VERSIONS.get(config["form"]) != config["format_version"]:
+        raise InputError(
+            f"{path}: form {config['form']!r} and format_version {config['format_version']!r} do "
+            "not belong together: copy the adapter's folder again"
+        )
     if config["dropout"] is None:  # an earlier version's file
         config["dropout"] = 0.0
     for field in ("bias", "modules_to_save", "trainable_token_indices"):
@@ -194,6 +203,7 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         "bound_pattern": dict,
         "shapes": dict,
         "use_rslora": bool | None,
+        "form": str | None,
     }
     if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
         fields |= {"target_modules": list | str, "tensors_sha256": str}

@@ -35,6 +35,8 @@ def inject(
     target_modules: str | Collection[str] = "mlp",
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    form: str = "factors",
+    omega: float | None = None,
     fuse_mlp: bool = True,
     forget: Loss | None = None,
     retain: Loss | None = None,
@@ -51,7 +53,8 @@ def inject(
         rank: of each new layer; or the rank of each by name; or `"auto"`, which spreads `budget`
             by the gradients of two losses (`fastbound.allocate_ranks`). docs/ranks.md
             says where that helps.
-        alpha, bound, dropout, adapter_dtype, backend: of each new layer, see `FusedBoundedLinear`.
+        alpha, bound, dropout, adapter_dtype, backend, form, omega: of each new layer, see
+            `FusedBoundedLinear`.
             Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
             more. None is then the rank that the same parameters buy everywhere.
             A bound of `"auto"`, `"0.5*spectral"` or `"2*rms"` is worked out for each layer from its
@@ -110,6 +113,8 @@ def inject(
         dropout=dropout,
         adapter_dtype=adapter_dtype,
         backend=backend,
+        form=form,
+        omega=omega,
     )
     allocation = None
     if isinstance(rank, str) and forget is not None and retain is not None:
@@ -118,7 +123,7 @@ def inject(
         rank = allocation.ranks
     if isinstance(rank, Mapping):
         check_same_names("rank by name must name the layers to be replaced", rank, shapes)
-        alpha = even_rank(rank, shapes) if alpha is None else alpha
+        alpha = even_rank(rank, shapes) if alpha is None and omega is None else alpha
     ranks: Mapping[str, Any] = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
     each = {name: settings(ranks[name], alpha) for name in chosen}
     check_ranks(ranks, shapes)

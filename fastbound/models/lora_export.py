@@ -1,11 +1,12 @@
-"""A bounded adapter as a plain LoRA adapter, exactly: ΔW has rank r, and so has LoRA's."""
+"""A bounded adapter as a plain LoRA adapter: exactly where ΔW has rank r, as LoRA's has."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,33 @@ from fastbound.models.files import encoded, model_fields, unwrapped, write_adapt
 from fastbound.models.names import exact_targets
 from fastbound.truth.formula import wide_dtype
 
+_EXACT = 1024  # smaller sides up to which the whole decomposition takes seconds
+_OVERSAMPLING, _ITERATIONS = 16, 8  # of the randomised one beyond
 
-def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote: printable, and as data.
+
+    ``errors`` has ‖ΔW - BA‖_F / ‖ΔW‖_F of each layer by name: 0 where LoRA holds ΔW exactly.
+    """
+
+    folder: str
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+
+    def __str__(self) -> str:
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        worst = max(self.errors, key=lambda name: self.errors[name])
+        error = self.errors[worst]
+        said = f"at most {error:.1%} of ΔW away (most in {worst})" if error else "exactly ΔW"
+        return f"wrote {len(self.ranks)} layers as LoRA of {rank} to {self.folder}: {said}"
+
+
+def export_lora(
+    model: nn.Module, folder: str | os.PathLike[str], *, rank: int | None = None
+) -> LoraExport:
     """Write the adapter of `model` as a LoRA adapter that stock PEFT and LoRA servers load.
 
         ΔW = s·sin(ωB) sin(ωA):     lora_A = sin(ωA)     lora_B = sin(ωB)     lora_alpha / r = s
@@ -27,9 +53,15 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     stored as fp32 (fp64 for fp64 factors). `model` is an injected model or a PEFT model with one
     active adapter. What is exported no longer has a bound: trained on, it is LoRA.
 
-    Raises InputError when the model holds no adapted layer, more than one adapter is active, a
-    factor is not finite, a layer hangs in the model under two names, or biases or whole modules
-    were trained beside the adapter.
+    ΔW of the form "product" has full rank, and no LoRA is equal to it. With ``rank`` the nearest
+    LoRA of that rank is written instead, in either form: the largest singular values of ΔW and
+    their vectors (Eckart and Young 1936; above 1024 rows and columns by a randomised
+    decomposition). The report that is returned has its relative error in each layer.
+
+    Raises InputError for an adapter of the form "product" without ``rank``, for a rank below 1 or
+    above a layer's smaller side, when the model holds no adapted layer, more than one adapter is
+    active, a factor is not finite, a layer hangs in the model under two names, or biases or whole
+    modules were trained beside the adapter.
     """
     base: Any = unwrapped(model)
     if hasattr(base, "get_base_model"):  # a PeftModel, whose files name layers from the base on
@@ -47,28 +79,31 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not layers:
         raise InputError(f"{type(model).__name__} holds no bounded adapter: nothing to export")
     _check_shared(model, layers)
+    made = {name: _lora_of(name, layer, rank) for name, layer in layers.items()}
     tensors = {
-        f"base_model.model.{name}.lora_{factor}.weight": _sine(name, factor, layer)
-        for name, layer in layers.items()
+        f"base_model.model.{name}.lora_{factor}.weight": getattr(lora, factor)
+        for name, lora in made.items()
         for factor in "AB"
     }
+    ranks = {name: lora.A.shape[0] for name, lora in made.items()}
     # The longest names first: PEFT takes the first pattern that a name ends in.
     ordered = sorted(layers, key=len, reverse=True)
-    first = next(iter(layers.values()))
+    first, layer = next(iter(layers.items()))
     config = {
         "peft_type": "LORA",
         **model_fields(model),
-        "r": first.adapter.rank,
-        "lora_alpha": _alpha(first),
+        "r": ranks[first],
+        "lora_alpha": made[first].alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": first.fan_in_fan_out,
+        "fan_in_fan_out": layer.fan_in_fan_out,
         "inference_mode": True,
         "target_modules": exact_targets(model, layers),
-        "rank_pattern": {name: layers[name].adapter.rank for name in ordered},
-        "alpha_pattern": {name: _alpha(layers[name]) for name in ordered},
+        "rank_pattern": {name: ranks[name] for name in ordered},
+        "alpha_pattern": {name: made[name].alpha for name in ordered},
     }
     write_adapter(Path(folder), encoded(tensors), config)
+    return LoraExport(str(folder), ranks, {name: lora.error for name, lora in made.items()})
 
 
 def _check_whole(model: Any, layers: Iterable[Any]) -> None:
@@ -95,14 +130,52 @@ def _check_shared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
             )
 
 
-def _alpha(layer: Adapted) -> float:
-    """LoRA's alpha, of which it makes the scaling alpha / r: the bound, scaled as ΔW is."""
-    return float(layer.adapter.scaling * layer.adapter.rank)
+class _Lora(NamedTuple):
+    """A [r, K] and B [N, r] of LoRA, whose ΔW is alpha / r · B A, and its relative error."""
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    error: float = 0.0
 
 
-def _sine(name: str, factor: str, layer: Adapted) -> Tensor:
-    tensor: Tensor = getattr(layer.adapter, factor).detach()
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{factor} of {name} holds a NaN or an infinity: nothing is exported")
-    sine = torch.sin(layer.adapter.omega * tensor.double())
-    return sine.to(wide_dtype(tensor)).cpu().contiguous()
+def _lora_of(name: str, layer: Adapted, rank: int | None) -> _Lora:
+    adapter = layer.adapter
+    for factor in "AB":
+        if not torch.isfinite(getattr(adapter, factor)).all():
+            raise InputError(f"{factor} of {name} holds a NaN or an infinity: nothing is exported")
+    if rank is not None:
+        return _nearest(name, adapter.delta_weight().detach(), rank)
+    if adapter.form == "product":
+        raise InputError(
+            f'{name} is of form="product", whose ΔW = s·sin(ω·B A) has full rank: no LoRA is equal '
+            "to it. Give rank= for the nearest LoRA of that rank, or merge and save the model"
+        )
+    A, B = (
+        torch.sin(adapter.omega * f.detach().double()).to(wide_dtype(f)).cpu().contiguous()
+        for f in (adapter.A, adapter.B)
+    )
+    # LoRA makes alpha / r its scaling: the bound, scaled as ΔW is.
+    return _Lora(A, B, float(adapter.scaling * adapter.rank))
+
+
+def _nearest(name: str, delta: Tensor, rank: int) -> _Lora:
+    """The LoRA of that rank with the least ‖ΔW - BA‖_F."""
+    least = min(delta.shape)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= least:
+        raise InputError(
+            f"rank must be a number from 1 to {least}, the smaller side of {name}, got {rank!r}"
+        )
+    if least <= _EXACT:
+        U, values, V = torch.linalg.svd(delta, full_matrices=False)
+        V = V.t()
+    else:
+        with torch.random.fork_rng([delta.device] if delta.is_cuda else []):
+            torch.manual_seed(0)
+            most = min(least, rank + _OVERSAMPLING)
+            U, values, V = torch.svd_lowrank(delta, q=most, niter=_ITERATIONS)
+    root = values[:rank].sqrt()
+    A, B = (root[:, None] * V[:, :rank].t()), U[:, :rank] * root
+    whole = float(torch.linalg.vector_norm(delta))
+    error = float(torch.linalg.vector_norm(delta - B @ A)) / whole if whole else 0.0
+    return _Lora(A.cpu().contiguous(), B.cpu().contiguous(), float(rank), error)

@@ -19,7 +19,7 @@ from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.models.adapted import adapted_layers, fuse, injected_layers
 from fastbound.models.files import (
     DISAGREE,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     PEFT_TYPE,
     SavedLayer,
     encoded,
@@ -78,11 +78,13 @@ def adapter_files(
         for factor in "AB"
     }
     data = encoded(tensors)
+    form = _form(layers)
     config = {
         "peft_type": PEFT_TYPE,
         **model_fields(model),
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[form],
         "fastbound_version": __version__,
+        "form": form,
         "r": statistics.mode(layer.rank for layer in layers.values()),
         "alpha": statistics.mode(layer.alpha for layer in layers.values()),
         "bound": statistics.mode(layer.bound for layer in layers.values()),
@@ -95,6 +97,17 @@ def adapter_files(
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     return data, config
+
+
+def _form(layers: Mapping[str, FusedBoundedLinear]) -> str:
+    first, one = next(iter(layers.items()))
+    for name, layer in layers.items():
+        if layer.form != one.form:
+            raise InputError(
+                f"{first} is of form={one.form!r} and {name} of form={layer.form!r}: a folder "
+                "holds adapters of one form"
+            )
+    return one.form
 
 
 def load_adapter(
@@ -141,6 +154,12 @@ def _check_injected(layers: dict[str, FusedBoundedLinear], saved: dict[str, Save
     check_same_names(f"the model: layers {DISAGREE}", layers, saved)
     for name, entry in saved.items():
         adapter = layers[name].adapter
+        if adapter.form != entry.settings.form:
+            raise InputError(
+                f"{name} is of form={adapter.form!r} in the model and of "
+                f"form={entry.settings.form!r} in the file: inject with that form, or load into a "
+                "plain model"
+            )
         for factor in "AB":
             here, there = getattr(adapter, factor), getattr(entry, factor)
             if (here.shape, here.dtype) != (there.shape, there.dtype):

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from torch import nn
 
 from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
-from fastbound.models.files import FORMAT_VERSION, PEFT_TYPE
+from fastbound.models.files import FORMAT_VERSIONS, PEFT_TYPE
 from fastbound.models.names import lookup
 
 BIAS = ("none", "all", "fastbound_only")
@@ -86,7 +86,10 @@ def _other_name(name: str) -> property:
 @_taking_lora_names
 @dataclass
 class BoundedConfig(PeftConfig):
-    """Bounded low-rank adapters as a PEFT method: ΔW = s·sin(ωB) sin(ωA), |ΔW_ij| <= bound.
+    """Bounded low-rank adapters as a PEFT method: |ΔW_ij| <= bound, and LoRA's slope at zero.
+
+        form="factors"    ΔW = s·sin(ωB) sin(ωA)    s = bound / r    ω = sqrt(alpha / bound)
+        form="product"    ΔW = s·sin(ω·B A)         s = bound        ω = alpha / (r · bound)
 
     Args:
         r: rank of ΔW.
@@ -98,6 +101,9 @@ class BoundedConfig(PeftConfig):
         bound: the largest magnitude of an entry of ΔW; None means alpha; "0.5*spectral" half of
             σ₁(W) / sqrt(NK) of each layer's weight, and so any multiple, also of its root mean
             square ("2*rms"); "auto" means "4*rms".
+        form: "factors", whose ΔW has rank r, or "product", whose ΔW has full rank and which takes
+            no dropout.
+        omega: ω in alpha's place, 100 in the paper; `bound` None then means 1.
         rank_pattern, alpha_pattern, bound_pattern: {suffix or regular expression: value} for layers
             that differ from `r`, `alpha` and `bound`. :meth:`to_dict` of a config that was put on a
             model, and so the file, has the number that each layer got as its bound.
@@ -128,6 +134,8 @@ class BoundedConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = None
     alpha: float | None = None
     bound: float | str | None = None
+    form: str = "factors"
+    omega: float | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bound_pattern: dict[str, float | str | None] = field(default_factory=dict)
@@ -141,7 +149,7 @@ class BoundedConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True
     shapes: dict[str, list[int]] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = FORMAT_VERSIONS["factors"]
     # What `fastbound.save_adapter` writes beside these; they describe one file, not the adapter.
     fastbound_version: InitVar[str | None] = None
     tensors_sha256: InitVar[str | None] = None
@@ -154,10 +162,16 @@ class BoundedConfig(PeftConfig):
     def __post_init__(self, fastbound_version: str | None, tensors_sha256: str | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType[PEFT_TYPE]
-        if self.format_version != FORMAT_VERSION:
+        known = FORMAT_VERSIONS.values()
+        if self.format_version not in known:
             raise ValueError(
                 f"format_version {self.format_version!r} was written by fastbound "
-                f"{fastbound_version}; this one reads format_version {FORMAT_VERSION}"
+                f"{fastbound_version}; this one reads {' and '.join(map(str, known))}"
+            )
+        if self.form == "factors" and self.format_version != FORMAT_VERSIONS["factors"]:
+            raise ValueError(
+                f'format_version {self.format_version!r} and form="factors" do not belong '
+                "together: copy the adapter's folder again"
             )
         self._check_names()
         self._check_mappings()
@@ -165,7 +179,7 @@ class BoundedConfig(PeftConfig):
             self.bias = "fastbound_only"
         if self.bias not in BIAS:
             raise ValueError(f"bias must be one of {', '.join(BIAS)}, got {self.bias!r}")
-        for name in ("r", "alpha", "bound", "dropout", "init_weights", "use_rslora"):
+        for name in ("r", "alpha", "bound", "omega", "dropout", "init_weights", "use_rslora"):
             setattr(self, name, _plain(getattr(self, name)))
         for name in _PATTERNS:
             setattr(self, name, {k: _plain(v) for k, v in getattr(self, name).items()})
@@ -183,13 +197,26 @@ class BoundedConfig(PeftConfig):
             raise ValueError(
                 f"dropout must be a number, at least 0 and below 1, got {self.dropout!r}"
             )
-        adapter_settings(self.r, self.alpha, self.bound)
+        if self.omega is not None and (self.alpha_pattern or self.use_rslora):
+            name = "alpha_pattern" if self.alpha_pattern else "use_rslora"
+            raise ValueError(
+                f"omega={self.omega!r} stands in alpha's place, which {name} changes: give alpha, "
+                f"or leave {name} out"
+            )
+        self._settings(self.r, self.alpha, self.bound)
+        self.format_version = FORMAT_VERSIONS[self.form]
         for rank in self.rank_pattern.values():
-            adapter_settings(rank, self.alpha, self.bound)
+            self._settings(rank, self.alpha, self.bound)
         for alpha in self.alpha_pattern.values():
-            adapter_settings(self.r, alpha, self.bound)
+            self._settings(self.r, alpha, self.bound)
         for bound in self.bound_pattern.values():
-            adapter_settings(self.r, self.alpha, bound)
+            self._settings(self.r, self.alpha, bound)
+
+    def _settings(
+        self, rank: int, alpha: float | None, bound: float | str | None
+    ) -> AdapterSettings:
+        """Of a layer. A text has read its weight once :meth:`of_layer` returns."""
+        return adapter_settings(rank, alpha, bound, self.dropout, form=self.form, omega=self.omega)
 
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -256,7 +283,7 @@ class BoundedConfig(PeftConfig):
         if self.use_rslora:
             alpha = rank_stabilised(rank, alpha)
         bound = lookup(self.bound_pattern, name, self.bound)
-        settings = adapter_settings(rank, alpha, bound, self.dropout)
+        settings = self._settings(rank, alpha, bound)
         weight: Any = base.weight
         if isinstance(settings.bound, str) and not weight.is_floating_point():
             raise ValueError(

@@ -45,7 +45,7 @@ BASE_ROWS = "__base__"  # PEFT's name for rows of a batch that get no adapter
 
 
 class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
-    """``base_layer(x)`` plus the active adapters' ``s · (x sin(ωA)ᵀ) sin(ωB)ᵀ``.
+    """``base_layer(x)`` plus the active adapters' ``x ΔWᵀ``.
 
     One active adapter over a plain ``nn.Linear`` or ``Conv1D`` is one call of the operator, the
     same as `FusedBoundedLinear` makes. Everything else, several adapters at once, a quantised base,

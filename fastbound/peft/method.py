@@ -132,8 +132,9 @@ class BoundedModel(BaseTuner):
         the same where the adapters are alike and their weights equal, else more. It is not active
         until `set_adapter`.
 
-        Raises ValueError for adapters that are not there, a name that is, adapters that trained
-        more than ΔW, and LoRA's other ways to combine; LoRA's further arguments are for those.
+        Raises ValueError for adapters that are not there, a name that is, adapters of the form
+        "product", whose sum is none, adapters that trained more than ΔW, and LoRA's other ways to
+        combine; LoRA's further arguments are for those.
         """
         _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         held: dict[str, BoundedLayer] = {
@@ -288,12 +289,12 @@ class BoundedModel(BaseTuner):
                     f"{field}: {', '.join(map(repr, left[:5]))} fits none of the {len(targets)} "
                     f"layers that are adapted (first: {next(iter(targets))!r})"
                 )
-        bounds, shapes = {}, {}
+        alphas, bounds, shapes = {}, {}, {}
         for name, module in targets.items():
             base = module.base_layer if isinstance(module, BoundedLayer) else module
             settings = config.of_layer(names[name], base)
             check_ranks({name: settings.rank}, {name: features(base)})
-            bounds[name] = settings.bound
+            alphas[name], bounds[name] = settings.alpha, settings.bound
             shapes[name] = list(features(base))
             saved = config.shapes.get(names[name], shapes[name])
             if saved != shapes[name]:
@@ -301,7 +302,7 @@ class BoundedModel(BaseTuner):
                     f"the adapter is for another model: {name} is [N, K] = {shapes[name]} in the "
                     f"model and {saved} in the adapter"
                 )
-        config.worked_out = {"bound_pattern": bounds, "shapes": shapes}
+        config.worked_out = {**_numbers(config, alphas, bounds), "shapes": shapes}
         self._names = names
 
     def _targets(self, model: nn.Module, config: Any, state_dict: Any) -> dict[str, nn.Module]:
@@ -337,8 +338,12 @@ class BoundedModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
         }
+        adapters = {name: module.fastbound_ab[adapter_name] for name, module in found.items()}
+        alphas, bounds = (
+            {n: getattr(a, x) for n, a in adapters.items()} for x in ("alpha", "bound")
+        )
         config.worked_out = {
-            "bound_pattern": {n: m.fastbound_ab[adapter_name].bound for n, m in found.items()},
+            **_numbers(config, alphas, bounds),
             "shapes": {n: [m.out_features, m.in_features] for n, m in found.items()},
         }
         if any(m.fastbound_ab[adapter_name].scale != 1 for m in found.values()):
@@ -408,6 +413,15 @@ def _with_names(names: list[str], _: nn.Module, args: Any, kwargs: Any) -> tuple
     return args, {**kwargs, "adapter_names": names}
 
 
+def _numbers(
+    config: BoundedConfig, alphas: dict[str, Any], bounds: dict[str, Any]
+) -> dict[str, Any]:
+    """What the file has as numbers: each layer's bound, and alpha where omega was given for it."""
+    if config.omega is None:
+        return {"bound_pattern": bounds}
+    return {"bound_pattern": bounds, "alpha_pattern": alphas, "omega": None}
+
+
 def _is_end(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
@@ -437,6 +451,11 @@ def _check_combination(
     if adapter_name in configs:
         raise ValueError(f"{adapter_name!r} is there already: delete_adapter() it, or name another")
     for name in adapters:
+        if configs[name].form == "product":
+            raise ValueError(
+                f'{name!r} is of form="product": a sum of sines of products is no sine of a '
+                "product. Activate the adapters together, or merge them one after the other"
+            )
         for field in ("bias", "modules_to_save", "trainable_token_indices"):
             value = getattr(configs[name], field)
             if value not in (None, "none"):

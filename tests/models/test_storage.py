@@ -266,7 +266,7 @@ SPOILED = [
     (lambda f: (f / CONFIG).write_bytes(b"\xff"), ValueError, "adapter_config.json is damaged"),
     (lambda f: (f / CONFIG).write_text("[]"), ValueError, "must hold a JSON object, got a list"),
     (lambda f: _rewrite(f, peft_type="LORA"), ValueError, "got 'LORA'"),
-    (lambda f: _rewrite(f, format_version=2), ValueError, "which reads format_version 1"),
+    (lambda f: _rewrite(f, format_version=3), ValueError, "which reads format_version 1"),
     (lambda f: _rewrite(f, bound_pattern={}), ValueError, "bound_pattern do not agree"),
     (lambda f: _rewrite(f, shapes=None), ValueError, "shapes must be a dict, got None"),
     (lambda f: _retensor(f, _nan), ValueError, r"0\.mlp\.up_proj\.fastbound_ab\.B holds a NaN"),
