@@ -14,11 +14,11 @@ maps a pretrained model that knows the rows; --general asks what was never in th
 EPILOG = """\
 An adapter is lora, lora-clamp (factors within 1), lora-clip (gradient norm within 1), or sine, tanh
 or product with its bound: sine@0.5*spectral keeps ΔW within half the spectral norm of W, sine@4
-within 4 x RMS(W) per entry, sine@alpha within alpha. All have the slope
-of LoRA. With +ranks behind it (sine@4+ranks) the same parameters are spread over layers by
-gradients, as --rank auto of unlearn does. One process a core. The output folder gets cells.jsonl,
-summary.json, utility.png, size.png and gradient.png; --resume goes on with it, also with more
-adapters, rates, ranks or seeds.
+within 4 x RMS(W) per entry, sine@alpha within alpha. All have the slope of LoRA but
+product@omega=100, which is sin(100·B A) as the method's paper has it. With +ranks behind it
+(sine@4+ranks) the same parameters are spread over layers by gradients, as --rank auto of unlearn
+does. One process a core. The output folder gets cells.jsonl, summary.json, utility.png, size.png
+and gradient.png; --resume goes on with it, also with more adapters, rates, ranks or seeds.
 """
 RUN = "fastbound.unlearning.lab.command:run"
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     grid = parser.add_argument_group("grid, each a list separated by commas")
-    grid.add_argument("--adapters", metavar="LIST", help="see below (nine of them)")
+    grid.add_argument("--adapters", metavar="LIST", help="see below (ten of them)")
     grid.add_argument("--lr", metavar="LIST", help="rates (0.001,0.003,0.01,0.03,0.1)")
     grid.add_argument("--ranks", metavar="LIST", help="ranks (8)")
     grid.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (5)")

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most |ΔW|: a number, 0.5*spectral, 2*rms, alpha, or auto: 4*rms (auto)",
     )
     adapter.add_argument(
+        "--form", help="of ΔW: factors, sin(B)·sin(A), or product, sin of the product (factors)"
+    )
+    adapter.add_argument(
+        "--omega", type=float, metavar="X", help="frequency inside the sine, instead of --alpha"
+    )
+    adapter.add_argument(
         "--target-modules",
         metavar="NAMES",
         help="mlp, all-linear, suffixes with commas between, or a regex (mlp)",

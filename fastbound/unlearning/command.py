@@ -106,9 +106,10 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
 
     names = {field.name for field in dataclasses.fields(UnlearnConfig)}
     given = {n: v for n, v in vars(arguments).items() if n in names and v is not None}
+    for name in ("bound", "form", "omega"):
+        if name in given and given.get("adapter") == "lora":
+            raise InputError(f"--{name} is of the bounded adapter, and LoRA has none: leave it out")
     if "bound" in given:
-        if given.get("adapter") == "lora":
-            raise InputError("--bound is of the bounded adapter, and LoRA has none: leave it out")
         given["bound"] = _bound(given["bound"])
     if "losses" in given:
         losses = [_loss(text) for text in given["losses"]]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import weight_bound
+from fastbound.truth.formula import ADAPTER_FORMS
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
 from fastbound.unlearning.losses.objective import Objective, check_losses
 
@@ -27,7 +28,8 @@ class UnlearnConfig:
     Attributes:
         adapter: "bounded" (`fastbound.inject`) or "lora" (PEFT's LoRA on the same layers, with the
             same rank and slope alpha / rank).
-        rank, alpha, bound, target_modules: as in `fastbound.inject`; `bound` acts on "bounded".
+        rank, alpha, bound, form, omega, target_modules: as in `fastbound.inject`; `bound`, `form`
+            and `omega` act on "bounded".
             `rank="auto"` spreads `rank_budget` by the cross-entropies of up to `RANK_ROWS` rows of
             each side, for both adapters.
         rank_budget: most elements of A and B for `rank="auto"`; None: as many as rank 8 takes.
@@ -77,6 +79,8 @@ class UnlearnConfig:
     rank_budget: int | None = None
     alpha: float | None = None
     bound: float | str | None = "auto"
+    form: Literal["factors", "product"] = "factors"
+    omega: float | None = None
     target_modules: str | Sequence[str] = "mlp"
     lr: float = 1e-3
     warmup: float = 0.1
@@ -110,6 +114,14 @@ class UnlearnConfig:
         _choice("device", self.device, DEVICES)
         _choice("dtype", self.dtype, DTYPES)
         _choice("cross_entropy", self.cross_entropy, CROSS_ENTROPIES)
+        _choice("form", self.form, ADAPTER_FORMS)
+        if self.adapter == "lora" and (self.form != "factors" or self.omega is not None):
+            name, value = ("omega", self.omega) if self.omega is not None else ("form", self.form)
+            raise InputError(f"{name} is of the bounded adapter, and LoRA has none, got {value!r}")
+        if self.omega is not None and self.alpha is not None:
+            raise InputError(
+                f"alpha={self.alpha!r} and omega={self.omega!r} say one thing twice: give one"
+            )
         if self.rank != "auto":
             _at_least_one("rank", self.rank)
             if self.rank_budget is not None:
@@ -121,7 +133,7 @@ class UnlearnConfig:
                 _at_least_one(name, getattr(self, name))
         for name in ("lr", "epochs"):
             positive(name, getattr(self, name))
-        for name in ("alpha", "clip", "forget_target", "retain_limit"):
+        for name in ("alpha", "omega", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
         if isinstance(self.bound, str):

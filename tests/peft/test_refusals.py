@@ -44,7 +44,7 @@ def test_settings_out_of_range_or_in_conflict(settings, message):
         fastbound.BoundedConfig(**settings)
 
 
-@pytest.mark.parametrize("field", ["rank", "omega"])
+@pytest.mark.parametrize("field", ["rank", "scaling"])
 def test_unknown_fields_are_named(field):
     with pytest.raises(TypeError, match=field):
         fastbound.BoundedConfig(**{field: 8})

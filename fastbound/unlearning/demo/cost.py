@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ def compare_cost(
 ) -> Comparison:
     """Time both forms on copies of the unadapted `model`, where it stands; it is left alone.
 
+    Unfused is PEFT's LoRA with a sine on its factors; of the form "product", or where omega stands
+    in alpha's place, it is the plain formula under autograd.
+
     For `rank="auto"` both are of rank `EVEN` everywhere.
     """
     rows = [*forget[: config.batch_size], *retain[: config.batch_size]]
@@ -38,22 +42,26 @@ def compare_cost(
     device = next(model.parameters()).device
     rank = EVEN if config.rank == "auto" else config.rank
     batch = collate(rows, pad).to(device)
-    fused = copy.deepcopy(model)
-    names = fastbound.inject(
-        fused,
-        rank,
-        alpha=config.alpha,
-        bound=config.bound,
-        target_modules=config.target_modules,
-    ).replaced
-    with quiet():
-        unfused = inject_peft(
-            copy.deepcopy(model),
-            rank,
-            alpha=config.alpha,
-            bound=config.bound,
-            target_modules=list(names),
-        )
+    settings: dict[str, Any] = {
+        "bound": config.bound,
+        "form": config.form,
+        "omega": config.omega,
+        "target_modules": config.target_modules,
+    }
+    fused, unfused = copy.deepcopy(model), copy.deepcopy(model)
+    names = fastbound.inject(fused, rank, alpha=config.alpha, **settings).replaced
+    if config.form == "product" or config.omega is not None:
+        settings |= {"backend": "reference", "fuse_mlp": False}
+        fastbound.inject(unfused, rank, alpha=config.alpha, **settings)
+    else:
+        with quiet():
+            unfused = inject_peft(
+                unfused,
+                rank,
+                alpha=config.alpha,
+                bound=config.bound,
+                target_modules=list(names),
+            )
     both = [_Stepper(each, batch, n_forget, config) for each in (fused, unfused)]
     seconds: list[list[float]] = [[], []]
     for turn in range(steps + 2):  # the first two warm up

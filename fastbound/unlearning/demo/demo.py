@@ -47,10 +47,17 @@ class Demonstration:
     def runs(self) -> dict[str, UnlearnConfig]:
         """Folder name -> settings."""
         return {
-            f"{adapter}-lr{lr:g}": dataclasses.replace(self.config, adapter=adapter, lr=lr)
+            f"{adapter}-lr{lr:g}": dataclasses.replace(self._config(adapter), lr=lr)
             for lr in (self.config.lr, FACTOR * self.config.lr)
             for adapter in self.adapters
         }
+
+    def _config(self, adapter: Literal["bounded", "lora"]) -> UnlearnConfig:
+        """LoRA's without what only a bounded adapter has; alpha is then None, LoRA's own default,
+        where omega was given in its place."""
+        if adapter == "bounded":
+            return self.config
+        return dataclasses.replace(self.config, adapter=adapter, form="factors", omega=None)
 
 
 def demonstrate(

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbound import FusedBoundedLinear
-from fastbound.errors import InputError
+from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.layers.conversion import swap
 from fastbound.models.targets import match
 
 KINDS = ("lora", "lora-clamp", "lora-clip", "lora-decay", "sine", "tanh", "product")
 _BOUNDED = ("sine", "tanh", "product")
+_FORMS = {"sine": "factors", "product": "product"}  # those that are FusedBoundedLinear itself
+_OMEGA = "omega="
 ADAPTIVE = "+ranks"
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
 CLIP = 1.0  # of "lora-clip": the norm of the whole gradient
@@ -29,16 +31,19 @@ class Adapter:
     """One adapter of the grid.
 
     Attributes:
-        name: as it was asked for: `kind`, `kind@alpha` or `kind@BOUND`, with `+ranks` or not.
+        name: as it was asked for: `kind`, `kind@alpha`, `kind@BOUND` or `product@omega=X`, with
+            `+ranks` or not.
         kind: one of `KINDS`.
         bound: in units of the layer's weight, as "0.5*spectral"; None means bound = alpha for a
             bounded kind, and no bound for the others.
+        omega: of `product@omega=X`, which is sin(X·B A): bound 1, alpha X·rank.
         adaptive: the same parameters, with ranks as `fastbound.models.ranks` spreads them.
     """
 
     name: str
     kind: str
     bound: str | None = None
+    omega: float | None = None
     adaptive: bool = False
 
     @property
@@ -49,14 +54,17 @@ class Adapter:
         """The bound in this layer; infinite where the kind has none."""
         if not self.bounded:
             return math.inf
+        if self.omega is not None:
+            return 1.0
         return alpha if self.bound is None else bound_of_weight(self.bound, weight)
 
 
 def parse_adapter(text: str) -> Adapter:
-    """`lora` and its kin, or `sine`, `tanh`, `product` with `@alpha` or `@BOUND`.
+    """`lora` and its kin, or `sine`, `tanh`, `product` with `@alpha`, `@BOUND` or `@omega=X`.
 
-    BOUND is a multiple such as `0.5*spectral`; a number alone is a multiple of RMS(W). With
-    `+ranks` behind it the ranks are spread by gradients.
+    BOUND is a multiple such as `0.5*spectral`; a number alone is a multiple of RMS(W). X is the
+    paper's frequency of `product` under its bound of 1. With `+ranks` behind it the ranks are
+    spread by gradients.
 
     Raises:
         InputError: an unknown kind, a bound where there is none, or none where there must be one.
@@ -68,9 +76,11 @@ def parse_adapter(text: str) -> Adapter:
     if kind not in _BOUNDED:
         if at:
             raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
-        return Adapter(text, kind, None, adaptive)
+        return Adapter(text, kind, adaptive=adaptive)
     if bound == "alpha":
-        return Adapter(text, kind, None, adaptive)
+        return Adapter(text, kind, adaptive=adaptive)
+    if bound.startswith(_OMEGA) and kind == "product":
+        return Adapter(text, kind, omega=_frequency(text, bound), adaptive=adaptive)
     bound = bound if "*" in bound else f"{bound}*rms"
     try:
         weight_bound(bound)
@@ -79,7 +89,16 @@ def parse_adapter(text: str) -> Adapter:
             f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
             "such as 0.5*spectral, or a number for so many RMS(W)"
         ) from error
-    return Adapter(text, kind, bound, adaptive)
+    return Adapter(text, kind, bound, adaptive=adaptive)
+
+
+def _frequency(text: str, bound: str) -> float:
+    try:
+        return positive("omega", float(bound.removeprefix(_OMEGA)))
+    except ValueError as error:
+        raise InputError(
+            f"adapter {text!r}: give product@omega=X with a positive X, such as product@omega=100"
+        ) from error
 
 
 class ComparedLinear(nn.Module):
@@ -89,7 +108,7 @@ class ComparedLinear(nn.Module):
 
     Args:
         layer: the frozen layer.
-        kind: see :func:`delta_of`.
+        kind: see :func:`delta_of`; any but product.
         bound: of the kinds that have one.
     """
 
@@ -104,9 +123,6 @@ class ComparedLinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "product":
-            weight = self.layer.weight + self.delta_weight().to(self.layer.weight)
-            return F.linear(x, weight, self.layer.bias)
         A, B = factors_of(self.kind, self.A, self.B, alpha=self.alpha, bound=self.bound)
         x = x.to(self.layer.weight)
         return self.layer(x) + F.linear(F.linear(x, A.to(x)), B.to(x))
@@ -156,7 +172,7 @@ def adapt(
 ) -> Adapted:
     """Put `adapter` on the layers that `ranks` names, in place, and freeze all the rest.
 
-    The sine factors are `FusedBoundedLinear` itself. The factors start alike whatever the kind.
+    Sine and product are `FusedBoundedLinear` itself. The factors start alike whatever the kind.
     """
     model.requires_grad_(False)
     made: Adapted = {}
@@ -165,8 +181,15 @@ def adapt(
     for name, layer in targets(model).items():
         rank = ranks[name]
         bound = adapter.bound_in(layer.weight, alpha)
-        if adapter.kind == "sine":
-            made[name] = FusedBoundedLinear.from_linear(layer, rank, alpha=alpha, bound=bound)
+        if adapter.kind in _FORMS:
+            made[name] = FusedBoundedLinear.from_linear(
+                layer,
+                rank,
+                alpha=alpha if adapter.omega is None else None,
+                omega=adapter.omega,
+                bound=bound,
+                form=_FORMS[adapter.kind],
+            )
         else:
             made[name] = ComparedLinear(layer, adapter.kind, rank, alpha=alpha, bound=bound)
         new[layer] = made[name]

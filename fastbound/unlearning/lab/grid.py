@@ -68,6 +68,7 @@ ADAPTERS = (
     "sine@16",
     "tanh@4",
     "product@4",
+    "product@omega=100",
 )
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # On a pretrained model: the weights' own unit, and as `fastbound unlearn` runs it.
@@ -82,6 +83,8 @@ PRETRAINED_ADAPTERS = (
     "sine@1*spectral",
     "sine@2*spectral",
     "tanh@0.5*spectral",
+    "product@0.5*spectral",
+    "product@omega=100",
 )
 PRETRAINED_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PRETRAINED_CELL = CellConfig(steps=80, warmup=0.1, slope=1.0, eval_rows=40)

@@ -52,6 +52,8 @@ class _Bounded:
             ranks,
             alpha=config.alpha,
             bound=config.bound,
+            form=config.form,
+            omega=config.omega,
             target_modules=config.target_modules,
         )
         self.model = model
@@ -118,7 +120,7 @@ def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
     """
     torch.manual_seed(config.seed)
     try:
-        adapter_settings(1, config.alpha, config.bound)
+        adapter_settings(1, config.alpha, config.bound, form=config.form, omega=config.omega)
         kind = _Bounded if config.adapter == "bounded" else _Lora
         return kind(model, config, ranks)
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from fastbound.errors import InputError
 from fastbound.unlearning.data.rows import Row, authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.lab import grid as grids
-from fastbound.unlearning.lab.adapters import KINDS, ComparedLinear, delta_of, parse_adapter
+from fastbound.unlearning.lab.adapters import (
+    KINDS,
+    ComparedLinear,
+    adapt,
+    delta_of,
+    parse_adapter,
+)
 from fastbound.unlearning.lab.cell import CellConfig, utility_of
 from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
 from fastbound.unlearning.lab.plots import PICTURES, draw
@@ -99,6 +106,9 @@ def test_the_compared_sine_is_the_fused_layer():
         ("sine", "sine@BOUND"),
         ("tanh@-1", "tanh@BOUND"),
         ("product@nan", "product@BOUND"),
+        ("product@omega=0", "product@omega=100"),
+        ("product@omega=x", "product@omega=100"),
+        ("sine@omega=3", "sine@BOUND"),
     ],
 )
 def test_an_adapter_that_does_not_exist_is_refused(text, message):
@@ -117,6 +127,21 @@ def test_the_bound_is_in_units_of_the_weight():
     assert parse_adapter("sine@2+ranks").bound_in(weight, 16.0) == pytest.approx(
         2 * math.sqrt(12.5)
     )
+
+
+def test_the_product_of_the_paper_is_the_sine_of_100_times_it():
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="llama")
+    model.mlp = nn.Module()
+    model.mlp.up_proj = nn.Linear(7, 5)
+    (layer,) = adapt(
+        model, parse_adapter("product@omega=100"), {"mlp.up_proj": 4}, alpha=8.0, seed=0
+    ).values()
+    with torch.no_grad():
+        layer.adapter.B.normal_(0, 0.1)
+    wanted = torch.sin(100 * (layer.adapter.B @ layer.adapter.A))
+    torch.testing.assert_close(layer.delta_weight(), wanted)
+    assert layer.bound == 1.0
 
 
 def test_utility_is_zero_when_a_part_is():
