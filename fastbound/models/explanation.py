@@ -243,17 +243,17 @@ def _layer_plan(
     if not active:
         return Plan("base", obstacle or "has no active adapter")
     adapter = active[0]
-    if adapter.form == "product":
-        reason = "" if obstacle is None else f"it {obstacle}, so each adapter is added; "
-        plan = product_engine_for(device, adapter.rank, dtype, adapter.backend).plan
-        return replace(plan, reason=reason + plan.reason)
     shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
-    if injected or (obstacle is None and not over_base):
-        return engine_for(*plan_key(device, *shape)).plan
+    alone = not injected and (obstacle is not None or over_base)
+    if adapter.form == "product":
+        plan = product_engine_for(device, adapter.rank, dtype, adapter.backend).plan
+    else:
+        plan = engine_for(*plan_key(device, *shape, over_base=alone)).plan
+    if not alone:
+        return plan
     reason = f"it {obstacle}, so the base layer runs and each adapter is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
-    plan = engine_for(*plan_key(device, *shape, over_base=True)).plan
     return replace(plan, reason=f"{reason}; {plan.reason}")
 
 

@@ -64,15 +64,15 @@ def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.parametrize("form", ["factors", "product"])
 @pytest.mark.parametrize("build", BASES)
-def test_the_result_is_the_bases_own_plus_the_adapters_term_with_its_gradients(build):
-    base, model = build(), injected(build)
+def test_the_result_is_the_bases_own_plus_the_adapters_term_with_its_gradients(build, form):
+    base, model = build(), injected(build, form=form)
     layer, x = model.mlp.up, rows(2, 5, K)
     adapter = layer.adapter
     leaves = [t.detach().clone().requires_grad_() for t in (x, adapter.A, adapter.B)]
-    term = bounded_linear(
-        leaves[0], torch.zeros(N, K), *leaves[1:], scaling=layer.scaling, omega=layer.omega
-    )
+    numbers = {"scaling": layer.scaling, "omega": layer.omega, "form": form}
+    term = bounded_linear(leaves[0], torch.zeros(N, K), *leaves[1:], **numbers)
     (base(leaves[0]) + term).square().mean().backward()
     ours = x.clone().requires_grad_()
     y = layer(ours)

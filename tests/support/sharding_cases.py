@@ -26,7 +26,7 @@ import fastbound
 from tests.support.models import stir
 
 ROWS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
-MODELS = ("fused", "by layers", "peft")
+MODELS = ("fused", "by layers", "product", "peft")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
 Wrapper = Callable[[nn.Module], nn.Module]
 
@@ -50,7 +50,8 @@ def build(how: str, checkpointing: str = "off", dtype: torch.dtype | None = None
     if how == "peft":
         model = get_peft_model(model, fastbound.BoundedConfig(r=4, bound=0.5))
     else:
-        fastbound.inject(model, 4, bound=0.5, fuse_mlp=how == "fused")
+        form = "product" if how == "product" else "factors"
+        fastbound.inject(model, 4, bound=0.5, form=form, fuse_mlp=how != "by layers")
     stir(model)
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
