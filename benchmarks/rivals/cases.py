@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One shape at M tokens: x `[M, K]`, adapters of `rank`."""
+    """One shape at M tokens: x `[M, K]`, adapters of `rank` and `form`."""
 
     shape: Shape | Block
     M: int
     dtype: str
     rank: int = 16
+    form: str = "factors"
 
     def __str__(self) -> str:
         return f"{self.shape}-{self.M}-{self.dtype}-r{self.rank}"
@@ -30,9 +31,10 @@ class Case:
         """Random: y of unit variance, each adapter's output about as large as the frozen one's."""
         shape, rank = self.shape, self.rank
         x, N, dtype = (self.M, shape.K), shape.N, DTYPES[self.dtype]
-        common: Any = {"magnitude": 0.5, "omega": 1.5, "device": device, "on_device": True}
+        common: Any = {"magnitude": 0.5, "omega": 1.5, "form": self.form}
+        common |= {"device": device, "on_device": True}
         if not isinstance(shape, Block):
-            scaling = (rank * shape.K) ** -0.5
+            scaling = ((1 if self.form == "product" else rank) * shape.K) ** -0.5
             return layer_operands(x, N, rank, dtype, bias=False, scaling=scaling, **common)
         common |= {"gated": shape.gated, "bias": shape.bias, "activation": shape.activation}
         scalings = [(rank * K) ** -0.5 for K in (shape.K, shape.K, N)]
@@ -61,6 +63,22 @@ def layer_cases(
     """The linear layers for a device, in bf16 and on a CPU in fp32 too, at `tokens` or defaults."""
     shapes = SMOKE_SHAPES if smoke else CPU_SHAPES if device_type == "cpu" else MODEL_SHAPES
     return _at_sizes(shapes, device_type, smoke, tokens)
+
+
+def product_cases(
+    device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None
+) -> list[Case]:
+    """The linear layers with adapters of the form "product", which their name says."""
+    return [
+        replace(case, form="product", shape=_named(case.shape, "product form"))
+        for case in layer_cases(device_type, smoke=smoke, tokens=tokens)
+    ]
+
+
+def _named(shape: Shape | Block, what: str) -> Shape | Block:
+    if isinstance(shape, Block):
+        raise TypeError(f"{shape} is a block, and the {what} is measured on layers")
+    return replace(shape, projection=f"{shape.projection} {what}")
 
 
 def block_cases(

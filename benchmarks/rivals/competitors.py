@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from fastbound import bounded_linear
 from fastbound.dispatch.entries import block_form
-from fastbound.dispatch.plan import plan_for, plan_key
+from fastbound.dispatch.plan import plan_for, plan_key, product_plan
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.block_ops import block_key
 from fastbound.performance.profiling import baselines
+from fastbound.truth import formula
 from fastbound.truth.formula import Projection
 from fastbound.truth.operands import BlockOperands, Operands
 
@@ -33,12 +34,14 @@ Linear = Callable[[Tensor], Tensor]
 class Contender(NamedTuple):
     """One competitor on one case: x to y, the tensors it trains, and the path it took.
 
-    `trained` in the order of the operands' `trained`, or empty: no adapter.
+    `trained` in the order of the operands' `trained`, or empty: no adapter. `form` is that of the
+    adapter it computes, of whatever form the case is; None without one.
     """
 
     forward: Linear
     trained: tuple[Tensor, ...]
     path: str
+    form: str | None = "factors"
 
 
 Build = Callable[[Operands], Contender]
@@ -53,14 +56,18 @@ class Competitor:
     obstacle: Callable[[str, torch.dtype], str | None] = lambda device, dtype: None
 
 
-def each(make: Callable[[Projection], tuple[Linear, tuple[Tensor, ...]]], path: str) -> Build:
+def each(
+    make: Callable[[Projection], tuple[Linear, tuple[Tensor, ...]]],
+    path: str,
+    form: str | None = "factors",
+) -> Build:
     """`make` gives the callable in the place of a projection, and what it trains."""
 
     def build(o: Operands) -> Contender:
         made = {name: make(p) for name, p in o.leaves().projections.items()}
         trained = tuple(t for _, own in made.values() for t in own)
         return Contender(
-            o.around({name: layer for name, (layer, _) in made.items()}), trained, path
+            o.around({name: layer for name, (layer, _) in made.items()}), trained, path, form
         )
 
     return build
@@ -84,7 +91,9 @@ def operator(
             forward = partial(bounded_mlp, **own.arguments, **settings)
         else:
             forward = partial(bounded_linear, **own.arguments, backend=chosen)
-        return Contender(forward, tuple(own.trained.values()), _strategy(o, chosen))
+        first, *_ = own.projections.values()
+        trained = tuple(own.trained.values())
+        return Contender(forward, trained, _strategy(o, chosen), first.form)
 
     return build
 
@@ -95,6 +104,8 @@ def _strategy(o: Operands, backend: str) -> str:
     N, K = first.weight.shape
     sizes = (o.x.device, o.x.shape[0], N, K)
     ranks = [p.A.shape[0] for p in o.projections.values() if p.A is not None]
+    if first.form == "product":
+        return product_plan(o.x.device, ranks[0], o.x.dtype, backend).strategy
     if isinstance(o, BlockOperands):
         form = block_form(o.activation, o.gate is not None)
         return plan_for(block_key(*sizes, ranks, o.x.dtype, backend, form)).strategy
@@ -170,6 +181,16 @@ def _addmm(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
     return forward, (A, B)
 
 
+def _whole(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
+    """The weight itself is trained: three GEMMs, which the product form cannot do without."""
+    weight = p.weight.detach().requires_grad_()
+    return partial(F.linear, weight=weight, bias=p.bias), (weight,)
+
+
+def _plain(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
+    return partial(formula.bounded_linear, **p._asdict()), _factors(p)
+
+
 def peft(adapter_dtype: torch.dtype) -> Build:
     """PEFT's own layers with the sine in a LoraVariant."""
 
@@ -218,7 +239,7 @@ def no_compiler(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 # The floor, the bare layer or block and the gradient of x, has no adapter.
-FROZEN = Competitor("frozen", each(_frozen, "F.linear"))
+FROZEN = Competitor("frozen", each(_frozen, "F.linear", None))
 FUSED = Competitor("fused", operator())
 UNFUSED = (
     Competitor("peft_fp32", peft(torch.float32)),
@@ -233,3 +254,11 @@ LAYER_COMPETITORS = (
     *UNFUSED,
 )
 BLOCK_COMPETITORS = (FROZEN, FUSED, Competitor("per_layer", per_layer()), *UNFUSED)
+# The product form's floor is the layer whose whole weight is trained.
+PRODUCT_COMPETITORS = (
+    FROZEN,
+    Competitor("trained", each(_whole, "F.linear, its weight trained", None)),
+    Competitor("product", operator("auto")),
+    Competitor("plain", each(_plain, "fastbound.truth.formula by autograd", "product")),
+    Competitor("peft_fp32", peft(torch.float32)),
+)

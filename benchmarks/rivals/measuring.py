@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -48,9 +48,7 @@ def measure(
     """
     o = case.operands(device)
     inputs = _inputs(o)
-    checked = slice(0, CHECKED_ROWS)
-    bare = o.rows(checked).changed(lambda name, t: t, scaling=0.0)
-    truths = {True: exact(o, checked), False: exact(bare, checked)}
+    truth_of = cache(partial(_truth, o))
     results = {competitor.name: Measurement() for competitor in competitors}
     steps: dict[str, Callable[[int], object]] = {}
     for competitor in competitors:
@@ -61,7 +59,7 @@ def measure(
             for step in by_direction.values():  # compiles, fills caches and allocators
                 for turn in range(1 if device.type == "cpu" else WARMUP_ROUNDS):
                     step(turn)
-            _check(contender, o, truths[bool(contender.trained)])
+            _check(contender, o, truth_of(contender.form))
             result.path = contender.path
             result.saved_bytes = saved_bytes(
                 partial(contender.forward, inputs[0][0]), (*o.frozen, *contender.trained)
@@ -72,7 +70,7 @@ def measure(
         else:
             for direction in directions:
                 steps[f"{competitor.name} {direction}"] = by_direction[direction]
-    del truths
+    truth_of.cache_clear()
     for key, seconds in interleaved(steps, rounds=rounds, stopwatch=stopwatch_for(device)).items():
         name, direction = key.split(" ")
         results[name].samples[direction] = seconds
@@ -125,12 +123,21 @@ def _inputs(o: Operands) -> list[tuple[Tensor, Tensor]]:
     return [(x.detach().requires_grad_(), dy) for x, dy in ((o.x, o.dy), *further)]
 
 
+def _truth(o: Operands, form: str | None) -> dict[str, Tensor]:
+    """Of an adapter of that form; without one, of the bare weight."""
+    checked = slice(0, CHECKED_ROWS)
+    if form is None:
+        return exact(o.rows(checked).changed(lambda name, t: t, scaling=0.0), checked)
+    return exact(o.changed(lambda name, t: t, form=form), checked)
+
+
 def _check(contender: Contender, o: Operands, truth: dict[str, Tensor]) -> None:
     """Compare y, dx and the factors' gradients with the truth: a fast wrong result is no result."""
     x = o.leaves().x
     y = contender.forward(x)
     dx, *gradients = torch.autograd.grad(y, (x, *contender.trained), o.dy)
-    named = dict(zip(o.trained, gradients, strict=bool(contender.trained)))
+    adapted = contender.form is not None  # else a gradient is the whole weight's
+    named = dict(zip(o.trained, gradients, strict=True)) if adapted else {}
     found = {"y": y.detach()[:CHECKED_ROWS], "dx": dx[:CHECKED_ROWS], **named}
     for name, value in found.items():
         require_truth(name, value, truth[name], CORRECT[x.dtype])
