@@ -66,7 +66,7 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
 
     A block's tiles (the last two) are for two projections of half R each, side by side.
     """
-    gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(32, 64, 4, 1)
+    gemm, thin = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3)
     if architecture == "interpreter":
         gemm, tall = GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2)
         return Tiles(gemm, gemm, tall, tall, tall, Tile(64, 64, 4, 2))
@@ -74,17 +74,29 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     if dtype is torch.float32:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
-    warps, gated = 8 if R == 64 else 4, Tile(16, 32, 4, 1 if R == 64 else 2)
+    warps, activate, gated = 8 if R == 64 else 4, Tile(32, 64, 4, 1), gated_tile(architecture, R)
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
         return Tiles(gemm, gemm, thin, reduce, activate, gated)
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
-        return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
+        return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, gated)
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
     return Tiles(gemm, gemm, thin, reduce, activate, gated)
+
+
+def gated_tile(architecture: str, R: int) -> Tile:
+    """Of a block's backward: the largest that keeps its three sums and its tensors in registers.
+
+    Hopper's matrix unit takes 64 rows at a time; elsewhere two programs of 4 warps hide one
+    another's barriers, and at rank 32 on an Ampere 8 warps share one.
+    """
+    if architecture == "sm_90":
+        return Tile(64, 64, 8, 2)
+    ampere = tile_family(architecture) == "sm_80" or architecture.startswith("sm_12")
+    return Tile(32, 64, 8 if R == 64 and ampere else 4, 2)
 
 
 def unaligned_tiles(R: int) -> Tiles:
