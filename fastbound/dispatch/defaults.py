@@ -44,21 +44,14 @@ def filled_tiles(
 def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
     """A reduction's tile for M x ``width``, cut until every multiprocessor has a program.
 
-    Columns first, down to 64 (in bf16 128 bytes of a row), then rows, down to 16.
+    In two steps at most, whatever the number of rows: each tile is a binary of its own.
     """
-
-    def programs(tile: Tile) -> int:
-        return -(-M // tile.block_m) * -(-width // tile.block_n)
-
-    while programs(reduce) < multiprocessors:
-        columns, rows = reduce.block_n // 2, reduce.block_m // 2
-        if columns >= 64:
-            reduce = replace(reduce, block_n=columns, warps=max(4, reduce.warps // 2))
-        elif rows >= 16:
-            reduce = replace(reduce, block_m=rows)
-        else:
-            break
-    return reduce
+    smaller = replace(reduce, block_n=min(256, reduce.block_n))
+    least = Tile(min(32, reduce.block_m), min(128, reduce.block_n), 4, reduce.stages)
+    for tile in (reduce, smaller):
+        if -(-M // tile.block_m) * -(-width // tile.block_n) >= multiprocessors:
+            return tile
+    return least
 
 
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
@@ -73,7 +66,7 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     family = tile_family(architecture)
     if dtype is torch.float32:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
-    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
+    rows = 64 if M >= 8192 else 32
     warps, activate, gated = 8 if R == 64 else 4, Tile(32, 64, 4, 1), gated_tile(architecture, R)
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)

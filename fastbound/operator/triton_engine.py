@@ -175,9 +175,7 @@ class TritonEngine:
         DS = None
         if width:
             DS = S.new_empty(M, width)
-            for column in range(0, width, R):
-                part = slice(column, column + R)
-                launch_finish(P[:, :, part], DS[:, part]).run()
+            launch_finish(P, DS).run()
             scales = [f for f in (f_gate, f_up) if f is not None]
             if scales:
                 DS.mul_(torch.cat(scales))
