@@ -16,7 +16,7 @@ from torch import Tensor
 BYTES = 1024  # per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _keep_kernel(
     SEED, KEEP, size, columns, dropped, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

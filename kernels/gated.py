@@ -4,8 +4,8 @@
     backward   DG = DH ⊙ U ⊙ f'(G)     DU = DH ⊙ f(G)           [DS_G | DS_U] = [DG SB_G | DU SB_U]
                H again, in registers     DGᵀ S_G,  DUᵀ S_U,  Hᵀ DS_D
 
-Without U (a plain block) the factor U is one and there is no DU. Parts over row chunks and column
-blocks go to workspaces that `reduce.launch_finish` adds in a fixed order.
+Without U (a plain block) the factor U is one and there is no DU. Parts over chunks of rows and
+columns go to workspaces that `reduce.launch_finish` adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,12 +15,33 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 from fastbound.kernels.launch import Launch, cdiv
-from fastbound.kernels.reduce import row_chunks
+from fastbound.kernels.reduce import launch_finish
+from fastbound.kernels.thin import part_strides, thin_parts
 from fastbound.kernels.tiles import Tile
+from fastbound.kernels.waves import Cut, cut_of, resident
 from torch import Tensor
 
-SPAN = 16  # column blocks that one program of the backward takes, one after the other
+MOST = 16  # column blocks that one program of the backward takes, one after the other
 REGISTERS = 255  # of a thread of the backward: all there are; its tiles have 8 warps at most
+FORWARD_REGISTERS = 128  # of a thread of the forward, which then fits more often than it need be
+
+
+def _once(x, _semantic=None):
+    """x as it is, made once: the compiler would make it anew in the layout of every product of it.
+
+    Assembly that does nothing, and that the compiler may not repeat; in the interpreter, x. Fp32,
+    whose products are not worth a conversion of layouts, is left to the compiler.
+    """
+    if _semantic is None or x.dtype.primitive_bitwidth != 16:
+        return x
+    register = "v" if _semantic.builder.options.backend_name == "hip" else "r"
+    return tl.inline_asm_elementwise(
+        "", f"={register},0", [x], x.dtype, is_pure=False, pack=2, _semantic=_semantic
+    )
+
+
+# What Triton calls as it compiles, with the state of its compilation: as its own operations are.
+_once.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -55,18 +76,19 @@ def _activation(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk"])
 def _activate_kernel(
-    G, U, F, H, P, M, N,
-    stride_gm, stride_um, stride_fn, stride_fr, stride_hm, stride_pm, stride_pr,
+    G, U, F, H, P, M, N, chunk,
+    stride_gm, stride_um, stride_fn, stride_fr, stride_hm, stride_ps, stride_pm, stride_pr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, WITH_P: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    pid_n = tl.program_id(1).to(tl.int64)
     offs_r = tl.arange(0, R)
     in_m = offs_m[:, None] < M
     p = tl.zeros([BLOCK_M, R], dtype=tl.float32)
-    for n in range(0, N, BLOCK_N):
+    for n in range(pid_n * chunk, tl.minimum(pid_n * chunk + chunk, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         inside = in_m & (offs_n[None, :] < N)
         g = tl.load(G + offs_m[:, None] * stride_gm + offs_n[None, :], mask=inside, other=0.0)
@@ -74,24 +96,24 @@ def _activate_kernel(
         if GATED:
             u = tl.load(U + offs_m[:, None] * stride_um + offs_n[None, :], mask=inside, other=0.0)
             h = h * u.to(tl.float32)
-        h = h.to(H.dtype.element_ty)
+        h = _once(h.to(H.dtype.element_ty))
         tl.store(H + offs_m[:, None] * stride_hm + offs_n[None, :], h, mask=inside)
         if WITH_P:
             f_ptrs = F + offs_n[:, None].to(tl.int64) * stride_fn + offs_r[None, :] * stride_fr
             f = tl.load(f_ptrs, mask=offs_n[:, None] < N, other=0.0)  # [BLOCK_N, R]
             p = tl.dot(h, f, p, input_precision="ieee")
     if WITH_P:
-        p_ptrs = P + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
+        p_ptrs = P + pid_n * stride_ps + offs_m[:, None] * stride_pm + offs_r[None, :] * stride_pr
         tl.store(p_ptrs, p.to(P.dtype.element_ty), mask=in_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk", "span"])
 def _activate_backward_kernel(
-    DH, G, U, S, DSD, SBG, SBU, DG, DU, P, QG, QU, QD, M, N, chunk,
+    DH, G, U, S, DSD, SBG, SBU, DG, DU, P, QG, QU, QD, M, N, chunk, span,
     stride_sm, stride_sr, stride_dsm, stride_dsr, stride_fgn, stride_fgr, stride_fun, stride_fur,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     ADAPT_GATE: tl.constexpr, ADAPT_UP: tl.constexpr, ADAPT_DOWN: tl.constexpr,
-    R: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
@@ -103,8 +125,8 @@ def _activate_backward_kernel(
     # DH, G, U, DG and DU are dense and equally strided: one offset within a tile serves them all,
     # and the 64-bit part of the address is a scalar.
     tile = rows[:, None] * N + cols[None, :]
-    for column in range(SPAN):
-        start_n = (pid_n * SPAN + column) * BLOCK_N
+    for column in range(span):
+        start_n = (pid_n * span + column) * BLOCK_N
         in_n = cols < N - start_n
         if ADAPT_GATE:
             f_ptrs = SBG + (start_n + cols)[:, None] * stride_fgn + offs_r[None, :] * stride_fgr
@@ -127,27 +149,28 @@ def _activate_backward_kernel(
             g = tl.load(G + base + tile, mask=inside, other=0.0).to(tl.float32)
             dh = tl.load(DH + base + tile, mask=inside, other=0.0).to(tl.float32)
             h, slope = _activation(g, ACTIVATION)
+            # Each rounded before the first product: few registers live at once.
             dg = dh * slope
-            # One tensor's products are done before the next is made: few registers live at once.
             if GATED:
                 u = tl.load(U + base + tile, mask=inside, other=0.0).to(tl.float32)
-                du = (dh * h).to(dtype)
+                du = _once((dh * h).to(dtype))
                 dg *= u
                 h *= u
                 tl.store(DU + base + tile, du, mask=inside)
-                if ADAPT_UP:
-                    at = R if ADAPT_GATE else 0
-                    s = tl.load(s_ptrs + at * stride_sr, mask=in_m, other=0.0)  # [BLOCK_M, R]
-                    q_u = tl.dot(tl.trans(du), s, q_u, input_precision="ieee")
-                    part = tl.load(p_ptrs + at, mask=before, other=0.0)
-                    part = tl.dot(du, sb_u, part, input_precision="ieee")
-                    tl.store(p_ptrs + at, part, mask=in_m)
+            dg = _once(dg.to(dtype))
+            tl.store(DG + base + tile, dg, mask=inside)
             if ADAPT_DOWN:
+                h = _once(h.to(dtype))
                 ds_ptrs = DSD + m * stride_dsm + rows[:, None] * stride_dsm
                 ds = tl.load(ds_ptrs + offs_r[None, :] * stride_dsr, mask=in_m, other=0.0)
-                q_d = tl.dot(tl.trans(h.to(dtype)), ds, q_d, input_precision="ieee")
-            dg = dg.to(dtype)
-            tl.store(DG + base + tile, dg, mask=inside)
+                q_d = tl.dot(tl.trans(h), ds, q_d, input_precision="ieee")
+            if GATED and ADAPT_UP:
+                at = R if ADAPT_GATE else 0
+                s = tl.load(s_ptrs + at * stride_sr, mask=in_m, other=0.0)  # [BLOCK_M, R]
+                q_u = tl.dot(tl.trans(du), s, q_u, input_precision="ieee")
+                part = tl.load(p_ptrs + at, mask=before, other=0.0)
+                part = tl.dot(du, sb_u, part, input_precision="ieee")
+                tl.store(p_ptrs + at, part, mask=in_m)
             if ADAPT_GATE:
                 s = tl.load(s_ptrs, mask=in_m, other=0.0)
                 q_g = tl.dot(tl.trans(dg), s, q_g, input_precision="ieee")
@@ -160,36 +183,41 @@ def _activate_backward_kernel(
             tl.store(QU + q_offs, q_u, mask=in_n[:, None])
         if ADAPT_DOWN:
             tl.store(QD + q_offs, q_d, mask=in_n[:, None])
-        # On NVIDIA each thread reads back what it wrote itself (tests/test_block_order.py). Where
-        # others do, a barrier of the block orders accesses to global memory (PTX: bar.sync).
+        # Of the parts a thread may read what another wrote: a barrier of the block orders accesses
+        # to global memory (PTX: bar.sync), see tests/kernels/test_block_order.py.
         tl.debug_barrier()
 
 
-def column_blocks(N: int, tile: Tile) -> int:
-    """How many parts of DS the backward kernel leaves: one for each SPAN blocks of columns."""
-    return cdiv(cdiv(N, tile.block_n), SPAN)
+def activation_cut(M: int, N: int, tile: Tile, multiprocessors: int) -> Cut:
+    """Of the forward, the other way round: a program takes a block of rows and a chunk of columns.
+
+    A few rows then fill the GPU too.
+    """
+    slots = resident(tile.warps, FORWARD_REGISTERS) * multiprocessors
+    return cut_of(N, M, replace(tile, block_m=tile.block_n, block_n=tile.block_m), slots)
 
 
-def spanned_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
-    """(chunks, rows per chunk) of the backward kernel, whose programs take SPAN column blocks."""
-    return row_chunks(M, N, replace(tile, block_n=tile.block_n * SPAN), multiprocessors)
+def backward_cut(M: int, N: int, width: int, tile: Tile, multiprocessors: int) -> Cut:
+    """Of the backward, with ``width`` columns of DS."""
+    slots = resident(tile.warps) * multiprocessors
+    return cut_of(M, N, tile, slots, MOST, 4 * width / 5)  # written and read, fp32; five tensors
 
 
 def launch_activation(
     G: Tensor, U: Tensor | None, F: Tensor | None, H: Tensor, P: Tensor | None,
-    activation: str, R: int, tile: Tile,
+    activation: str, R: int, chunk: int, chunks: int, tile: Tile,
 ) -> Launch:
-    """G, U [M, N], F [N, R] -> H [M, N], P [M, R]; unit column strides in G, U and H."""
+    """G, U [M, N], F [N, R] -> H [M, N], P [M, R] or parts [chunks, M, R]; G, U, H by rows."""
     M, N = G.shape
     f = H if F is None else F
     p = H if P is None else P
     u = G if U is None else U
     return Launch(
         _activate_kernel,
-        (cdiv(M, tile.block_m),),
+        (cdiv(M, tile.block_m), chunks),
         (
-            G, u, f, H, p, M, N,
-            G.stride(0), u.stride(0), *f.stride(), H.stride(0), *p.stride(),
+            G, u, f, H, p, M, N, chunk,
+            G.stride(0), u.stride(0), *f.stride(), H.stride(0), *part_strides(p),
         ),
         dict(
             ACTIVATION=activation, GATED=U is not None, WITH_P=F is not None, R=R,
@@ -197,21 +225,35 @@ def launch_activation(
         ),
         tile.warps,
         tile.stages,
+        FORWARD_REGISTERS,
     )
+
+
+def activation_forward(
+    G: Tensor, U: Tensor | None, F: Tensor | None, H: Tensor, P: Tensor | None,
+    activation: str, tile: Tile, multiprocessors: int,
+) -> None:
+    """H = f(G) ⊙ U [M, N]; P = H F [M, R] for F [N, R], from parts that are added in order."""
+    cut = activation_cut(G.shape[0], G.shape[1], tile, multiprocessors)
+    parts = None if P is None else thin_parts(P, cut.chunks)
+    R = 16 if P is None else P.shape[1]
+    shape = (activation, R, cut.chunk, cut.chunks, tile)
+    launch_activation(G, U, F, H, parts, *shape).run()
+    if P is not None and parts is not None and parts is not P:
+        launch_finish(parts, P).run()
 
 
 def launch_activation_backward(
     DH: Tensor, G: Tensor, U: Tensor | None, S: Tensor | None, DSD: Tensor | None,
     SBG: Tensor | None, SBU: Tensor | None, DG: Tensor, DU: Tensor | None, P: Tensor,
-    QG: Tensor, QU: Tensor, QD: Tensor, activation: str, R: int, chunk: int, chunks: int,
-    tile: Tile,
+    QG: Tensor, QU: Tensor, QD: Tensor, activation: str, R: int, cut: Cut, tile: Tile,
 ) -> Launch:
     """DH, G, U [M, N], S [M, WIDTH], DSD [M, R], SBG, SBU [N, R] -> DG, DU and the parts.
 
     DH, G, U, DG and DU are contiguous.
 
-    P [column blocks, M, WIDTH] holds DS of the adapted ones of gate and up, side by side, as S;
-    QG, QU, QD [chunks, N, R]. What is None is not adapted, or not there.
+    P [columns, M, WIDTH] holds DS of the adapted ones of gate and up, side by side, as S; QG, QU,
+    QD [chunks, N, R]; columns and chunks as in the cut. What is None is not adapted, or not there.
     """
     M, N = G.shape
     u, du = (G, DG) if U is None or DU is None else (U, DU)
@@ -219,14 +261,14 @@ def launch_activation_backward(
     fg, fu = (DG if t is None else t for t in (SBG, SBU))
     return Launch(
         _activate_backward_kernel,
-        (column_blocks(N, tile), chunks),
+        (cut.columns, cut.chunks),
         (
-            DH, G, u, s, dsd, fg, fu, DG, du, P, QG, QU, QD, M, N, chunk,
+            DH, G, u, s, dsd, fg, fu, DG, du, P, QG, QU, QD, M, N, cut.chunk, cut.span,
             *s.stride(), *dsd.stride(), *fg.stride(), *fu.stride(),
         ),
         dict(
             ACTIVATION=activation, GATED=U is not None, ADAPT_GATE=SBG is not None,
-            ADAPT_UP=SBU is not None, ADAPT_DOWN=DSD is not None, R=R, WIDTH=P.shape[2], SPAN=SPAN,
+            ADAPT_UP=SBU is not None, ADAPT_DOWN=DSD is not None, R=R, WIDTH=P.shape[2],
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         ),
         tile.warps,

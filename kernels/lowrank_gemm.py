@@ -77,7 +77,7 @@ def _store(
         _store(Y, right, start_m, start_n + HALF, STORES // 2, BLOCK_M, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _pointer_kernel(
     X, W, S, F, BIAS, KEEP, Y, M, N, K,
     stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
@@ -116,7 +116,7 @@ def _pointer_kernel(
     tl.store(y_ptrs, acc.to(Y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs"])
 def _descriptor_kernel(
     X, W, S, F, BIAS, KEEP, Y, M, N, K, programs,
     stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,

@@ -20,7 +20,7 @@ BLOCK = 1024  # rows at a time
 ALONE = 14  # the binary exponent of a column's largest entry, of 15 that fp16 has
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _narrow_kernel(
     P, NARROW, SCALE, F, NARROW_F, M, N,
     stride_pm, stride_pr, stride_nm, stride_nr, stride_fn, stride_fr, stride_gn, stride_gr,

@@ -17,12 +17,13 @@ from fastbound.kernels.dropout import kept
 from fastbound.kernels.launch import Launch, cdiv
 from fastbound.kernels.sine import sine_cosine
 from fastbound.kernels.tiles import Tile
+from fastbound.kernels.waves import cut_of, resident
 from torch import Tensor
 
 FINISH_ELEMENTS = 2048  # per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk"])
 def _reduce_kernel(
     T, F, G, P, Q, KEEP, M, N, chunk,
     stride_tm, stride_tn, stride_fn, stride_fr, stride_gm, stride_gr, stride_keep,
@@ -84,7 +85,7 @@ def _finish_tile(
     tl.store(o_ptrs, total.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows"])
 def _finish_kernel(
     PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
     stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or,
@@ -95,7 +96,7 @@ def _finish_kernel(
                  tl.program_id(0), HAS_COSINE, R, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "M", "chunks"])
 def _finish_both_kernel(
     P, THIN, Q, ANGLE, OUT, columns, M, chunks, N, rank, omega, scaling,
     stride_tm, stride_tr, stride_an, stride_ar, stride_on, stride_or,
@@ -113,10 +114,9 @@ def _finish_both_kernel(
 
 
 def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
-    """(chunks, rows per chunk): about two programs a multiprocessor, whole blocks of rows each."""
-    wanted = max(1, -(-2 * multiprocessors // cdiv(N, tile.block_n)))
-    chunk = cdiv(cdiv(M, wanted), tile.block_m) * tile.block_m
-    return cdiv(M, chunk), chunk
+    """(chunks, rows per chunk): whole blocks of rows, as many as fill the GPU's last wave too."""
+    cut = cut_of(M, N, tile, resident(tile.warps) * multiprocessors)
+    return cut.chunks, cut.chunk
 
 
 def launch_reduce(
@@ -154,8 +154,12 @@ def launch_finish(
 ) -> Launch:
     """out = Σ parts, or scaling·omega·cos(omega·angle) ⊙ Σ parts.
 
-    parts [P, N, R] with a unit last stride, angle [N, r], out [N, r] with r <= R.
+    parts [P, N, R] with a unit last stride, angle [N, r], out [N, r] with r <= R, or [N, R] for
+    sums alone.
     """
+    if angle is None and parts.is_contiguous() and out.is_contiguous():
+        # Sums alone do not depend on the width: one kernel adds those of every rank.
+        parts, out = parts.view(parts.shape[0], -1, 16), out.view(-1, 16)
     count, rows, R = parts.shape
     a = out if angle is None else angle
     block = FINISH_ELEMENTS // R

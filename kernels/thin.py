@@ -19,7 +19,7 @@ from torch import Tensor
 LEAST_STEPS = 4  # of a program along K: fewer do not fill its pipeline
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk"])
 def _thin_kernel(
     T, F, P, KEEP, M, K, chunk,
     stride_tm, stride_tk, stride_fk, stride_fr, stride_ps, stride_pm, stride_pr, stride_keep,
@@ -68,13 +68,13 @@ def launch_thin(
 ) -> Launch:
     """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [M, R], or parts [chunks, M, R]."""
     M, K = T.shape
-    chunks, part_strides = (1, (0, *P.stride())) if P.dim() == 2 else (P.shape[0], P.stride())
+    chunks = 1 if P.dim() == 2 else P.shape[0]
     return Launch(
         _thin_kernel,
         (cdiv(M, tile.block_m), chunks),
         (
             T, F, P, T if keep is None else keep, M, K, chunk,
-            *T.stride(), *F.stride(), *part_strides, 0 if keep is None else keep.stride(0),
+            *T.stride(), *F.stride(), *part_strides(P), 0 if keep is None else keep.stride(0),
         ),
         dict(
             HAS_KEEP=keep is not None, EVEN_K=K % tile.block_n == 0, R=F.shape[1],
@@ -98,6 +98,11 @@ def thin(
     if chunks > 1:
         launch_finish(parts, P).run()
     return P
+
+
+def part_strides(P: Tensor) -> tuple[int, ...]:
+    """Of P as :func:`thin_parts` gives it, in three dimensions: its whole is its only part."""
+    return (0, *P.stride()) if P.dim() == 2 else P.stride()
 
 
 def thin_parts(P: Tensor, chunks: int) -> Tensor:

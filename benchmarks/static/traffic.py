@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from fastbound.kernels.gated import SPAN
+from fastbound.kernels.gated import MOST
 
 from benchmarks.report.rows import MIB, markdown_table
 from benchmarks.rivals.cases import Block, Case, Shape
@@ -242,7 +242,7 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
             "Of its whole block:",
             workspace_table(block_parts, rows * llama.N, "dact"),
             "Each is written once and read once, but for P of the activation's backward: a program "
-            f"adds {SPAN} blocks of columns to its own, one after the other, in cache.",
+            f"adds up to {MOST} blocks of columns to its own, one after the other, in cache.",
         ]
     )
 

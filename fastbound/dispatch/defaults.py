@@ -44,21 +44,14 @@ def filled_tiles(
 def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
     """A reduction's tile for M x ``width``, cut until every multiprocessor has a program.
 
-    Columns first, down to 64 (in bf16 128 bytes of a row), then rows, down to 16.
+    In two steps at most, whatever the number of rows: each tile is a binary of its own.
     """
-
-    def programs(tile: Tile) -> int:
-        return -(-M // tile.block_m) * -(-width // tile.block_n)
-
-    while programs(reduce) < multiprocessors:
-        columns, rows = reduce.block_n // 2, reduce.block_m // 2
-        if columns >= 64:
-            reduce = replace(reduce, block_n=columns, warps=max(4, reduce.warps // 2))
-        elif rows >= 16:
-            reduce = replace(reduce, block_m=rows)
-        else:
-            break
-    return reduce
+    smaller = replace(reduce, block_n=min(256, reduce.block_n))
+    least = Tile(min(32, reduce.block_m), min(128, reduce.block_n), 4, reduce.stages)
+    for tile in (reduce, smaller):
+        if -(-M // tile.block_m) * -(-width // tile.block_n) >= multiprocessors:
+            return tile
+    return least
 
 
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
@@ -66,25 +59,37 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
 
     A block's tiles (the last two) are for two projections of half R each, side by side.
     """
-    gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(32, 64, 4, 1)
+    gemm, thin = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3)
     if architecture == "interpreter":
         gemm, tall = GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2)
         return Tiles(gemm, gemm, tall, tall, tall, Tile(64, 64, 4, 2))
     family = tile_family(architecture)
     if dtype is torch.float32:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
-    rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
-    warps, gated = 8 if R == 64 else 4, Tile(16, 32, 4, 1 if R == 64 else 2)
+    rows = 64 if M >= 8192 else 32
+    warps, activate, gated = 8 if R == 64 else 4, Tile(32, 64, 4, 1), gated_tile(architecture, R)
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
         return Tiles(gemm, gemm, thin, reduce, activate, gated)
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
-        return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
+        return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, gated)
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
     return Tiles(gemm, gemm, thin, reduce, activate, gated)
+
+
+def gated_tile(architecture: str, R: int) -> Tile:
+    """Of a block's backward: the largest that keeps its three sums and its tensors in registers.
+
+    Hopper's matrix unit takes 64 rows at a time; elsewhere two programs of 4 warps hide one
+    another's barriers, and at rank 32 on an Ampere 8 warps share one.
+    """
+    if architecture == "sm_90":
+        return Tile(64, 64, 8, 2)
+    ampere = tile_family(architecture) == "sm_80" or architecture.startswith("sm_12")
+    return Tile(32, 64, 8 if R == 64 and ampere else 4, 2)
 
 
 def unaligned_tiles(R: int) -> Tiles:

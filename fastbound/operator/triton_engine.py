@@ -13,10 +13,9 @@ from fastbound.dispatch.plan import Plan
 from fastbound.kernels.dropout import keep_bits
 from fastbound.kernels.factors import factors
 from fastbound.kernels.gated import (
-    column_blocks,
-    launch_activation,
+    activation_forward,
+    backward_cut,
     launch_activation_backward,
-    spanned_chunks,
 )
 from fastbound.kernels.lowrank_gemm import is_transposed, lowrank_gemm
 from fastbound.kernels.narrow import narrowed, narrowed_pair
@@ -158,10 +157,9 @@ class TritonEngine:
     ) -> tuple[Tensor, Tensor | None]:
         H = torch.empty_like(G)
         F = None if SA is None else SA.t()
-        R = 16 if SA is None else SA.shape[0]
-        P = None if F is None else F.new_empty(G.shape[0], R)
+        P = None if F is None else F.new_empty(G.shape[0], F.shape[1])
         F, f = _narrowed(F, G.dtype)
-        launch_activation(G, U, F, H, P, activation, R, self._activate).run()
+        activation_forward(G, U, F, H, P, activation, self._activate, self._multiprocessors)
         return H, P if P is None or f is None else P.mul_(f)
 
     def activate_backward(
@@ -179,19 +177,19 @@ class TritonEngine:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         M, N = G.shape
         tile = self._gated
-        chunks, chunk = spanned_chunks(M, N, tile, self._multiprocessors)
         SB_gate, f_gate = _narrowed(gate.SB, G.dtype)
         SB_up, f_up = _narrowed(None if up is None else up.SB, G.dtype)
         width = R * ((gate.SB is not None) + (SB_up is not None))
+        cut = backward_cut(M, N, width, tile, self._multiprocessors)
 
         def workspace(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=G.device)
 
         DG = torch.empty_like(G)
         DU = None if U is None else torch.empty_like(U)
-        P = workspace(column_blocks(N, tile) if width else 0, M, width)
+        P = workspace(cut.columns if width else 0, M, width)
         QG, QU, QD = (
-            workspace(0 if absent else chunks, N, R)
+            workspace(0 if absent else cut.chunks, N, R)
             for absent in (SB_gate is None, SB_up is None, DS_down is None)
         )
         S_first, s = _narrowed(S if width else None, G.dtype)
@@ -199,14 +197,12 @@ class TritonEngine:
         DS_down, ds = _narrowed(DS_down, G.dtype)
         launch_activation_backward(
             DH, G, U, S_first, DS_down, SB_gate, SB_up, DG, DU, P, QG, QU, QD,
-            activation, R, chunk, chunks, tile,
+            activation, R, cut, tile,
         ).run()  # fmt: skip
         DS = None
         if width:
             DS = S.new_empty(M, width)
-            for column in range(0, width, R):
-                part = slice(column, column + R)
-                launch_finish(P[:, :, part], DS[:, part]).run()
+            launch_finish(P, DS).run()
             scales = [f for f in (f_gate, f_up) if f is not None]
             if scales:
                 DS.mul_(torch.cat(scales))

@@ -132,10 +132,14 @@ def _specialise(
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton's launcher derives them from the arguments.
 
-    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant.
+    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant, but
+    for integers that the kernel names in `do_not_specialize`.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    # The interpreter's kernels keep what their decorator was given.
+    given = getattr(launch.kernel, "kwargs", None) or vars(launch.kernel)
+    alike = given["do_not_specialize"] or ()
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -157,12 +161,12 @@ def _specialise(
         elif isinstance(value, float):
             signature[name] = "fp32"
             continue
-        elif value == 1:
+        elif value == 1 and name not in alike:
             signature[name], constants[(i,)] = "constexpr", 1
             continue
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and name not in alike
         # The empty list too, as the launcher has it: the run then finds this binary in the cache.
         attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
     return signature, constants, attributes

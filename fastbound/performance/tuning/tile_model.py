@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbound.kernels.gated import column_blocks, spanned_chunks
+from fastbound.kernels.gated import activation_cut, backward_cut
 from fastbound.kernels.reduce import row_chunks
 from fastbound.kernels.thin import step_chunks
 from fastbound.kernels.tiles import GemmTile, Tile
@@ -59,13 +59,14 @@ def _block_bytes(name: str, tile: Any, block: Block, M: int, R: int, sms: int) -
     """Bytes that count as memory's of one pass over the tall tensors, and how many programs."""
     tall = BF16 * M * block.N
     if name == "activate":  # G, U and H; the factor once for each block of rows, from L2
-        programs = -(-M // tile.block_m)
-        return tall * (2 + block.gated) + BF16 * programs * block.N * R / L2_OVER_MEMORY, programs
+        rows, chunks = -(-M // tile.block_m), activation_cut(M, block.N, tile, sms).chunks
+        factor = BF16 * rows * block.N * R / L2_OVER_MEMORY
+        parts = FP32 * chunks * M * R * (chunks > 1)  # one launch writes P itself
+        return tall * (2 + block.gated) + factor + 2 * parts, rows * chunks
     # DH, G, U, DG and DU. For each block of columns S and DS_down are read and the parts of DS
     # read and written, in L2; each span of blocks leaves parts in memory, as each chunk does.
     width = R * (1 + block.gated)
-    columns = column_blocks(block.N, tile)
-    chunks, _ = spanned_chunks(M, block.N, tile, sms)
+    cut = backward_cut(M, block.N, width, tile, sms)
     cached = -(-block.N // tile.block_n) * M * (BF16 * (width + R) + 2 * FP32 * width)
-    parts = FP32 * (columns * M * width + chunks * block.N * (width + R))
-    return tall * (3 + 2 * block.gated) + cached / L2_OVER_MEMORY + 2 * parts, columns * chunks
+    parts = FP32 * (cut.columns * M * width + cut.chunks * block.N * (width + R))
+    return tall * (3 + 2 * block.gated) + cached / L2_OVER_MEMORY + 2 * parts, cut.programs

@@ -286,7 +286,9 @@ def test_the_model_knows_what_narrow_tiles_of_a_block_cost() -> None:
     backward, plain = "activate backward", block_of("phi-1.5")
     assert seconds(backward, 16, 16) > seconds(backward, 16, 32) > seconds(backward, 16, 64)
     assert seconds("activate", 16, 64) > seconds("activate", 64, 64)
-    assert seconds("activate", 128, 64, M=1024) > seconds("activate", 16, 64, M=1024)
+    # Few rows fill the GPU all the same: a program takes a part of their columns.
+    least = 3 * 2 * 512 * BLOCK.N / DATASHEET["h100"].bandwidth
+    assert seconds("activate", 128, 64, M=512) < 1.5 * least
     # Never less than the tall tensors once: three and five of them, or two and three.
     one = 2 * 8192 / DATASHEET["h100"].bandwidth
     for block, forward, both in ((BLOCK, 3, 5), (plain, 2, 3)):
