@@ -61,6 +61,21 @@ def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
     return reduce
 
 
+def filled_share(M: int, N: int, tile: GemmTile, multiprocessors: int) -> float:
+    """The share of a device that a GEMM's output [M, N] keeps busy while its blocks last, 0 to 1.
+
+        M N / (waves · multiprocessors · block_m · block_n)
+
+    A multiprocessor takes one block at a time, and the last wave lasts as long as a full one; the
+    part of a block that lies beyond M or N counts as idle. 1.0 for an empty output.
+    """
+    blocks = -(-M // tile.block_m) * -(-N // tile.block_n)
+    if not blocks:
+        return 1.0
+    waves = -(-blocks // multiprocessors)
+    return M * N / (waves * multiprocessors * tile.block_m * tile.block_n)
+
+
 def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
     """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed.
 
