@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report.rows import markdown_table
-from fastbound.dispatch.device import Device
 from fastbound.performance.compilation import TARGETS, Compiled
 from fastbound.performance.passes import PASSES
 from fastbound.performance.prediction import DATASHEET, RANK
@@ -54,7 +53,7 @@ def tasks(
     target: str, M: int, rank: int = RANK, passes: Sequence[str] = PASS_NAMES
 ) -> list[CompileTask]:
     """Every candidate of the passes of :data:`PLACES`; each one's default comes first."""
-    device = Device(target, TARGETS[target].multiprocessors)
+    device = TARGETS[target].device
     machine = Machine(device, CARDS[target], DATASHEET[CARDS[target]], {})
     found: list[CompileTask] = []
     for shape in PLACES:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from fastbound.kernels.launch import Launch
 
-from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.performance.compilation import TARGETS, Compiled, binary_of, compile_launch
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
@@ -39,7 +38,13 @@ SHAPES = {
     "512 tokens": (512, 14336, 4096),
     "odd": (8192, 14333, 4093),
 }
-MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
+MATRIX_UNIT = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), ("HMMA",)),
+    "sm_90": ("HMMA", "HGMMA"),
+    "sm_100": ("HMMA", "UTCMMA"),
+    **dict.fromkeys(("gfx90a", "gfx942"), ("v_mfma",)),
+    "gfx1100": ("v_wmma",),
+}
 GEMMS = ("descriptor", "pointer")
 WITHOUT_DOT = ("factors", "finish", "finish_both", "keep", "narrow")
 # fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
@@ -88,7 +93,7 @@ def calls(
     target: str, dtype: str, rank: int, shape: str, activations: Sequence[str]
 ) -> Iterator[tuple[str, Directions]]:
     """Every call whose kernels are compiled, by name."""
-    device = Device(target, TARGETS[target].multiprocessors)
+    device = TARGETS[target].device
     sizes, kind = SHAPES[shape], DTYPES[dtype]
     layer = partial(layer_calls, device, *sizes, rank, kind)
     yield "layer", layer(backend="fused")

@@ -16,25 +16,49 @@ from typing import Any
 
 import torch
 
-from fastbound.dispatch.device import SHARED_LIMIT
+from fastbound.dispatch.device import Device
 from fastbound.kernels.launch import Launch
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for: Triton's names, shared memory for one block (bytes), and its size."""
+    """A GPU to compile for: Triton's names, and what dispatch would be told of it."""
 
     backend: str
     arch: int | str
     warp_size: int
-    shared_limit: int
-    multiprocessors: int
+    device: Device
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory for one block."""
+        return self.device.shared_limit
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of its device."""
+        return self.device.multiprocessors
 
 
+def _nvidia(capability: int, multiprocessors: int) -> Target:
+    return Target("cuda", capability, 32, Device(f"sm_{capability}", multiprocessors))
+
+
+def _amd(architecture: str, warp_size: int, multiprocessors: int) -> Target:
+    return Target("hip", architecture, warp_size, Device(architecture, multiprocessors))
+
+
+# Of each architecture one card, whose size decides how rows and columns are cut.
 TARGETS: Mapping[str, Target] = {
-    "sm_80": Target("cuda", 80, 32, SHARED_LIMIT["sm_80"], 108),
-    "sm_90": Target("cuda", 90, 32, SHARED_LIMIT["sm_90"], 132),
-    "gfx942": Target("hip", "gfx942", 64, SHARED_LIMIT["gfx942"], 304),
+    "sm_80": _nvidia(80, 108),  # A100
+    "sm_86": _nvidia(86, 82),  # GeForce RTX 3090
+    "sm_89": _nvidia(89, 128),  # GeForce RTX 4090
+    "sm_90": _nvidia(90, 132),  # H100 SXM, H200
+    "sm_100": _nvidia(100, 148),  # B200
+    "sm_120": _nvidia(120, 170),  # GeForce RTX 5090
+    "gfx90a": _amd("gfx90a", 64, 104),  # one half of an MI250
+    "gfx942": _amd("gfx942", 64, 304),  # MI300X
+    "gfx1100": _amd("gfx1100", 32, 48),  # Radeon RX 7900 XTX, in pairs of compute units
 }
 
 # What shows in a listing when the matrix unit, the copy engine or a spill is used.
@@ -46,6 +70,8 @@ _COUNTED = {
     "LDL": r"\bLDL\b",
     "STL": r"\bSTL\b",
     "v_mfma": r"\bv_mfma_",
+    "v_wmma": r"\bv_wmma_",
+    "UTCMMA": r"\bUTC\w*MMA\b",
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastbound.dispatch.defaults import Tiles, default_tiles, filled_tiles, padded_rank
+from fastbound.dispatch.defaults import Tiles, filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.entries import fits
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
@@ -164,17 +164,14 @@ def shortlist(
 ) -> list[Candidate]:
     """The default, then the candidates that the time model finds fastest."""
     default, *others = candidates(names[0], tiles)
-    architecture = machine.device.architecture
-    takes_descriptors = default_tiles(
-        architecture, point.M, padded_rank(point.rank), torch.bfloat16
-    ).gemm.descriptors
+    device = machine.device
 
     def possible(candidate: Candidate) -> bool:
         tile = candidate.tile
         if candidate.programs != 1.0:  # a plan has no word for another number
             return False
         return not isinstance(tile, GemmTile) or (
-            fits(tile, architecture) and (takes_descriptors or not tile.descriptors)
+            fits(tile, device.shared_limit) and (device.has_descriptors or not tile.descriptors)
         )
 
     def predicted(candidate: Candidate) -> float:

@@ -70,7 +70,7 @@ def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
     """What the compiler made of a candidate's main kernel, and its fault."""
     name, candidate, shape, M, rank, dtype, target = task
     o = operands_at(shape, M, rank, dtype, torch.device("meta"))
-    tiles = default_tiles(target, M, padded_rank(rank), dtype)
+    tiles = default_tiles(TARGETS[target].device, M, padded_rank(rank), dtype)
     try:
         engine = candidate.engine(name, tiles, TARGETS[target].multiprocessors)
         launch = passes_of(o)[name].launches(engine)[0]

@@ -102,7 +102,7 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert chosen.tiles is not None
     assert str(chosen.tiles.gemm).startswith("256x128x64")
     assert str(chosen.tiles.gemm_t).startswith("256x128x64")
-    default = default_tiles("sm_90", 8192, 16, torch.bfloat16)
+    default = default_tiles(HOPPER.device, 8192, 16, torch.bfloat16)
     assert (chosen.tiles.thin, chosen.tiles.reduce) == (default.thin, default.reduce)
 
 
@@ -240,7 +240,7 @@ def test_no_descriptors_are_tried_where_there_is_no_tma() -> None:
     ampere = replace(HOPPER, device=Device("sm_80", 108))
     for machine in (ampere, HOPPER):
         architecture = machine.device.architecture
-        tiles = default_tiles(architecture, 8192, 16, torch.bfloat16)
+        tiles = default_tiles(machine.device, 8192, 16, torch.bfloat16)
         found = [str(c) for c in shortlist(KINDS["gemm"], tiles, TODO[0], machine)]
         assert TIMED < len(found) <= COMPILED
         assert any("descriptors" in text for text in found) is (architecture == "sm_90")
@@ -262,7 +262,7 @@ def test_any_shape_has_a_shortlist_with_finite_times(
     shape: Shape | Block = Shape("m", "p", K, N)
     if name in BLOCK_PASSES:
         shape = Block("m", K, N, "gelu", gated=K % 2 == 0, bias=False)
-    tiles = default_tiles(architecture, M, R, torch.bfloat16)
+    tiles = default_tiles(machine.device, M, R, torch.bfloat16)
     for candidate in shortlist([name], tiles, Point(shape, M, rank), machine):
         predicted = tile_seconds(name, candidate.tile, shape, M, R, machine.ceilings, 100)
         assert 0 < predicted < float("inf")
@@ -271,7 +271,7 @@ def test_any_shape_has_a_shortlist_with_finite_times(
 def test_the_model_prefers_large_tiles_for_many_rows_and_small_ones_for_few() -> None:
     def fastest(M: int) -> int:
         point = Point(LLAMA[1], M, 16)
-        tiles = default_tiles("sm_90", M, 16, torch.bfloat16)
+        tiles = default_tiles(HOPPER.device, M, 16, torch.bfloat16)
         best = shortlist(KINDS["gemm"], tiles, point, HOPPER)[1].tile
         return best.block_m * best.block_n
 
@@ -322,7 +322,7 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
     (entry,) = tuned.table.entries
     assert (entry.N, entry.K, entry.M, entry.R) == (96, 64, 32, 16)
     assert [block.form for block in tuned.table.blocks] == ["gated silu", "plain gelu_tanh"]
-    tiles = default_tiles("interpreter", 32, 16, torch.float32)
+    tiles = default_tiles(described, 32, 16, torch.float32)
     assert set(bench.strategies(todo[0], tiles).samples) == {"fused", "split", "torch"}
 
 
