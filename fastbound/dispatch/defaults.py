@@ -124,6 +124,7 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
     if device.shared_limit < SHARED_LIMIT["sm_80"]:
+        thin = replace(thin, stages=3 if R == 64 else 4)
         reduce = replace(reduce, stages=3 if R == 64 else 2)
     if family == "sm_120":
         gemm = GemmTile(128, 128, 64, 8, 3, descriptors=True)

@@ -57,18 +57,18 @@ class Device(NamedTuple):
     @property
     def has_descriptors(self) -> bool:
         """Whether it copies by tensor descriptors (TMA): Hopper and newer."""
-        return has_descriptors(self.architecture)
+        return compute_capability(self.architecture) >= 90
+
+    @property
+    def has_asynchronous_products(self) -> bool:
+        """Whether tensor cores run beside the program: Hopper, the data centre's Blackwell."""
+        return 90 <= compute_capability(self.architecture) < 120
 
 
 def compute_capability(architecture: str) -> int:
     """90 of ``sm_90``, 120 of ``sm_120``; 0 of what is not NVIDIA's."""
     number = architecture.removeprefix("sm_")
     return int(number) if architecture.startswith("sm_") and number.isdigit() else 0
-
-
-def has_descriptors(architecture: str) -> bool:
-    """:attr:`Device.has_descriptors`, by the architecture's name."""
-    return compute_capability(architecture) >= 90
 
 
 _pretended: ContextVar[Device | None] = ContextVar("fastbound_device", default=None)
