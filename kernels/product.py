@@ -39,7 +39,7 @@ def _angle(A, B, offs_n, offs_k, in_n, in_k, rank, omega,
     return z * omega
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rank"])
 def _adapt_kernel(
     W, A, B, OUT, N, K, rank,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_on, stride_ok,
@@ -60,7 +60,7 @@ def _adapt_kernel(
     tl.store(o_ptrs, sum_.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rank", "chunk"])
 def _contract_kernel(
     G, A, B, P, Q, N, K, rank, chunk,
     stride_gn, stride_gk, stride_ar, stride_ak, stride_bn, stride_br, omega, slope,

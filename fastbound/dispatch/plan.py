@@ -120,13 +120,13 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     odd = _unaligned(N, K, dtype)
     R = padded_rank(rank)
     tiles = filled_tiles(device, M, (N, K), R, dtype)
-    strategy, reason = "fused", f"default tiles of {tile_family(device.architecture)}"
+    strategy, reason = "fused", f"default tiles of {tile_family(device)}"
     of_block = ""
     if dtype is torch.float32:
         strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
     elif odd:
         strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
-        tiles = unaligned_tiles(R)
+        tiles = unaligned_tiles(device, R)
     else:
         if M <= FEW_ROWS:
             block = f"{tiles.gemm.block_m}x{tiles.gemm.block_n}"
@@ -200,6 +200,8 @@ def _has_triton() -> bool:
 def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | None:
     if device.architecture in ("cpu", "mps", "xpu"):
         return f"device {device.architecture}: the kernels are for CUDA and ROCm"
+    if device.architecture != "interpreter" and not device.has_matrix_units:
+        return f"{device.architecture}: no matrix units for bf16 (NVIDIA's from sm_80 on have them)"
     if not _has_triton():
         return "the package triton is not installed"
     if dtype not in _TRITON_DTYPES:
