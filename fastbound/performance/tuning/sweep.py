@@ -15,12 +15,12 @@ from functools import partial
 import torch
 
 from fastbound.dispatch.defaults import Tiles, default_tiles, padded_rank
+from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.operator.engine import Engine
 from fastbound.performance.compilation import TARGETS, Compiled, compile_launch
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.performance.passes import Candidate, Pass, operands_at, passes_of
 from fastbound.performance.shapes import Block, Shape
-from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.truth.interpreter import poisoned_empty
 from fastbound.truth.operands import BlockOperands, LayerOperands
 
