@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbound.dispatch.device import describe
-from fastbound.dispatch.tables import row_bucket
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
 from fastbound.operator.dropout import keep_rate
-from fastbound.operator.engine import Engine, engine_for
+from fastbound.operator.engine import Engine, Route, route_for
+from fastbound.operator.trials import backward_trial, forward_trial
 from fastbound.truth.formula import thin_dtype
 
 # Kept for the life of the process: a collected Library leaves dangling operators behind.
@@ -51,7 +52,10 @@ def compute_forward(
     term = Term(A, B, *adapter[2:])
     with scope(x):
         X = rows(x)
-        engine = engine or _engine(X, term, over_base=weight is None)
+        if engine is None:
+            route = _route(X, weight, term, "forward")
+            call = (compute_forward, X, weight, bias, result, term)
+            engine = route.engine or route.decide(partial(forward_trial, route, *call))
         keep, scaling = kept(engine, term, X.shape[0])
         SA, SB = engine.factors(term.A, term.B, scaling, term.omega, X.dtype, term.R)
         S = engine.thin(X, SA.t(), keep)
@@ -87,7 +91,12 @@ def compute_backward(
     dx = dA = dB = None
     with scope(dy):
         DY = rows(dy)
-        engine = engine or _engine(DY, term, over_base=weight is None)
+        if engine is None:
+            route = _route(DY, weight, term, "backward")
+            needs = (need_dx, need_dA, need_dB)
+            X = None if x is None else rows(x)
+            call = (compute_backward, DY, X, S, weight, dtype, needs, term)
+            engine = route.engine or route.decide(partial(backward_trial, route, *call))
         keep, scaling = kept(engine, term, DY.shape[0])
         SA, SB = engine.factors(A, B, scaling, omega, DY.dtype, term.R)
         S = None if S is None else _cast(S, SB.dtype)
@@ -150,13 +159,22 @@ def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
     return compute_forward(x, None, None, result, *adapter, in_place=True)[1]
 
 
-def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
+def _route(T: Tensor, weight: Tensor | None, term: Term, part: str) -> Route:
     """For a tall matrix T [M, ·], in whose dtype the products are computed."""
-    A, B, _, _, backend, _, _ = term
+    A, B = term.A, term.B
     rank, K = A.shape
     where = describe(T.device) if T.is_meta else T.device
-    M, N = row_bucket(T.shape[0]), B.shape[0]
-    return engine_for(where, M, N, K, rank, T.dtype, backend, None, over_base)
+    shape = (T.shape[0], B.shape[0], K, rank, T.dtype, term.backend, None, weight is None)
+    return route_for(where, *shape, part, layout_of(T, weight), term.seed is not None)
+
+
+def layout_of(T: Tensor, weight: Tensor | None) -> str:
+    """One of ``choices.LAYOUTS``."""
+    if not T.is_contiguous():
+        return "strided"
+    if weight is None or weight.is_contiguous():
+        return "rows"
+    return "columns" if weight.t().is_contiguous() else "strided"
 
 
 def dS_and_dB(
