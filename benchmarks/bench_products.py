@@ -15,7 +15,7 @@ import torch
 from benchmarks.rivals.cases import DTYPES
 from benchmarks.rivals.products import PRODUCTS, product_operands
 from benchmarks.rivals.replay import play, playback, recorded_time
-from fastbound.performance.timing import interleaved, stopwatch_for
+from fastbound.dispatch.timing import interleaved, stopwatch_for
 
 SIZES = {True: (32, 64, 192, 16), False: (2048, 1024, 4096, 16)}  # by --smoke: M, K, N, R
 

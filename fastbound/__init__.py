@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastbound.models.report import InjectionReport
     from fastbound.models.sharding import shard
     from fastbound.models.storage import load_adapter, save_adapter
+    from fastbound.operator.engine import set_planning
     from fastbound.operator.function import bounded_linear
     from fastbound.peft.method import BoundedConfig, BoundedLayer, BoundedModel
 
@@ -51,6 +52,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "save_adapter",
+    "set_planning",
     "shard",
 ]
 
@@ -75,6 +77,7 @@ _HOME = {
     "load_adapter": "models.storage",
     "merge": "models.injection",
     "save_adapter": "models.storage",
+    "set_planning": "operator.engine",
     "shard": "models.sharding",
 }
 

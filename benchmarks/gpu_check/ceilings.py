@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from benchmarks.report.facts import readings
-from fastbound.performance.timing import at_most, interleaved, stopwatch_for
+from fastbound.dispatch.timing import at_most, interleaved, stopwatch_for
 
 COPY_BYTES = 4 * 2**30  # of each of the two buffers
 MATMUL_SIZE = 8192

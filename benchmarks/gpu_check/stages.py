@@ -29,12 +29,12 @@ from benchmarks.rivals.competitors import BLOCK_COMPETITORS, LAYER_COMPETITORS, 
 from benchmarks.rivals.measuring import Measurement, described, measure
 from fastbound.dispatch.defaults import Tiles
 from fastbound.dispatch.plan import Plan, plan_for, plan_key
+from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.operator.block_ops import block_key
 from fastbound.operator.engine import engine_of
 from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import LAYER_PASSES, operands_at, passes_of
 from fastbound.performance.prediction import prediction_of
-from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.performance.tuning.candidates import candidates
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
 

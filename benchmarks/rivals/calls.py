@@ -15,7 +15,7 @@ import torch
 from benchmarks.rivals.cases import Case
 from benchmarks.rivals.competitors import LAYER_COMPETITORS, Contender
 from benchmarks.rivals.measuring import forward_and_backward
-from fastbound.performance.timing import host_seconds, interleaved, quartiles, stopwatch_for
+from fastbound.dispatch.timing import host_seconds, interleaved, quartiles, stopwatch_for
 
 TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_bf16")
 

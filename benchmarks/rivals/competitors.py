@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbound import bounded_linear
 from fastbound.dispatch.entries import block_form
-from fastbound.dispatch.plan import plan_for, plan_key, product_plan
+from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.block_ops import block_key
 from fastbound.performance.profiling import baselines
@@ -104,12 +104,11 @@ def _strategy(o: Operands, backend: str) -> str:
     N, K = first.weight.shape
     sizes = (o.x.device, o.x.shape[0], N, K)
     ranks = [p.A.shape[0] for p in o.projections.values() if p.A is not None]
-    if first.form == "product":
-        return product_plan(o.x.device, ranks[0], o.x.dtype, backend).strategy
     if isinstance(o, BlockOperands):
         form = block_form(o.activation, o.gate is not None)
         return plan_for(block_key(*sizes, ranks, o.x.dtype, backend, form)).strategy
-    return plan_for(plan_key(*sizes, ranks[0], o.x.dtype, backend)).strategy
+    product = first.form == "product"
+    return plan_for(plan_key(*sizes, ranks[0], o.x.dtype, backend, product=product)).strategy
 
 
 def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.rivals.cases import Case
 from benchmarks.rivals.competitors import Competitor, Contender
+from fastbound.dispatch.timing import interleaved, stopwatch_for
 from fastbound.performance.memory import peak_bytes, saved_bytes
-from fastbound.performance.timing import interleaved, stopwatch_for
 from fastbound.truth.exactness import CORRECT, exact, require_truth
 from fastbound.truth.operands import Operands, drawing
 

@@ -1,6 +1,6 @@
 """Interleaved measurements handed to pytest-benchmark, whose own loop times one function at a time.
 
-It gets what `performance.timing.interleaved` measured: `recorded_time` is its timer and `playback`
+It gets what `dispatch.timing.interleaved` measured: `recorded_time` is its timer and `playback`
 its function, and its statistics, JSON and comparisons then work on exactly those samples.
 """
 

@@ -28,7 +28,7 @@ from benchmarks.rivals.calls import measure_calls
 from benchmarks.rivals.cases import SMOKE_SHAPES, Case
 from benchmarks.static import in_the_interpreter
 from fastbound import bounded_linear
-from fastbound.performance.timing import interleaved
+from fastbound.dispatch.timing import interleaved
 
 M, K, N, RANK = 16, 64, 96, 16
 CALLS = 20  # in one reading of the clock

@@ -1,12 +1,15 @@
 """(device, shape, dtype) -> Plan: which path runs and with which tiles. Pure, and never an error.
 
-A table of measurements (``tables``) answers where it holds a shape near enough, the defaults
-elsewhere: an unknown GPU gets the pointer tiles of Ampere, the smallest common ground. What cannot
-run in Triton (fp64, rank above 64, no Triton) runs in PyTorch. ``Plan.reason`` says which it was.
+Without a measurement the GEMM is cuBLAS's: "split". A table (``tables``) answers for the shape it
+was measured at, and lends its tiles to those near; where it has no answer the plan names what the
+first call is to measure (``first_use``). An unknown GPU gets the pointer tiles of Ampere, the
+smallest common ground. What cannot run in Triton (fp64, rank above 64, no Triton) runs in PyTorch.
+``Plan.reason`` says which it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,8 +17,10 @@ from typing import NamedTuple
 
 import torch
 
+from fastbound.dispatch.choices import Place
 from fastbound.dispatch.defaults import (
     Tiles,
+    filled_share,
     filled_tiles,
     padded_rank,
     tile_family,
@@ -23,9 +28,12 @@ from fastbound.dispatch.defaults import (
 )
 from fastbound.dispatch.device import Device, describe
 from fastbound.dispatch.entries import BlockEntry, Entry
-from fastbound.dispatch.tables import PlanTable, row_bucket, table_for
-from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, FEW_ROWS
+from fastbound.dispatch.first_use import LEAST_ROWS
+from fastbound.dispatch.tables import PlanTable, row_bucket, software, table_for
+from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT
 
+PLANNING = ("measured", "fixed")
+LEAST_SHARE = 0.93  # of the device, that the blocks of a fused GEMM must fill
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
 MAX_TRITON_RANK = 64
 MAX_BLOCK_RANK = MAX_TRITON_RANK // 2  # two projections stand side by side
@@ -37,23 +45,34 @@ class Plan:
     """The path of one layer's products at one shape.
 
     ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1),
-    "torch" or "reference", which have no tiles. `explain` also has "base" (no adapter is active)
-    and "refused" (calling the layer raises); ``reason`` says why.
+    "torch" or "reference", which have no tiles; how a block as a whole runs is "block" (as one
+    operator) or "layers". `explain` also has "base" (no adapter is active) and "refused" (calling
+    the layer raises); ``reason`` says why. ``candidates`` are the strategies that the first call
+    measures, the default first; ``strategy`` is then what runs where it cannot.
     """
 
     strategy: str
     reason: str
     tiles: Tiles | None = None
     multiprocessors: int = 1
+    candidates: tuple[str, ...] = ()
+
+    def by(self, strategy: str, reason: str | None = None) -> Plan:
+        """Settled on a strategy."""
+        tiles = None if strategy in ("torch", "layers") else self.tiles
+        reason = self.reason if reason is None else reason
+        return replace(self, strategy=strategy, reason=reason, tiles=tiles)
 
 
 class PlanKey(NamedTuple):
-    """All that a plan depends on, tables apart: the one key of the one cache (``engine_for``).
+    """All that a plan depends on, tables apart: the one key of the one cache (``route_for``).
 
-    ``M`` is a power of two, so that nearby sizes share a plan and its binaries. ``form``, as
-    :func:`fastbound.dispatch.entries.block_form` names it, is that of an MLP block whose two first
-    projections have ``rank`` side by side. ``over_base`` says that another layer computes x Wᵀ:
-    there is no GEMM to fuse with.
+    ``M`` is the number of rows as it is; those up to one power of two share tiles and binaries.
+    ``form``, as :func:`fastbound.dispatch.entries.block_form` names it, is that of an MLP block
+    whose two first projections have ``rank`` side by side. ``over_base`` says that another layer
+    computes x Wᵀ: there is no GEMM to fuse with. ``part`` is one of ``choices.PARTS``; ``layout``,
+    of ``choices.LAYOUTS``, how a contiguous x's weight lies, or that one of the two is strided.
+    ``product`` says that the adapter is of that form, whose GEMMs take W + ΔW at any rank.
     """
 
     device: Device | torch.device
@@ -65,6 +84,10 @@ class PlanKey(NamedTuple):
     backend: str = "auto"
     form: str | None = None
     over_base: bool = False
+    part: str = "forward"
+    layout: str = "rows"
+    dropout: bool = False
+    product: bool = False
 
 
 def plan_key(
@@ -77,19 +100,46 @@ def plan_key(
     backend: str = "auto",
     form: str | None = None,
     over_base: bool = False,
+    part: str = "forward",
+    layout: str = "rows",
+    dropout: bool = False,
+    product: bool = False,
 ) -> PlanKey:
     """The key of x [M, K] on a torch device, which meta tensors only pretend to be on."""
     where = describe(device) if device.type == "meta" else device
-    return PlanKey(where, row_bucket(M), N, K, rank, dtype, backend, form, over_base)
+    how = (backend, form, over_base, part, layout, dropout, product)
+    return PlanKey(where, M, N, K, rank, dtype, *how)
 
 
-def plan_for(key: PlanKey) -> Plan:
-    """:func:`plan` with the table of measurements that lies there for the key's device."""
+def place_of(key: PlanKey, found: Plan) -> Place:
+    """Where the first call's choice for a key is kept, ``found`` being its plan."""
+    tiles = hashlib.sha256(repr(found.tiles).encode()).hexdigest()[:12] if found.tiles else ""
+    return Place(
+        **{name: getattr(key, name) for name in ("part", "N", "K", "layout", "dropout", "product")},
+        M=row_bucket(key.M),
+        R=padded_rank(key.rank),
+        dtype=str(key.dtype).removeprefix("torch."),
+        form=key.form or "",
+        over_base=key.over_base,
+        fills="fused" in found.candidates,
+        tiles=tiles,
+    )
+
+
+def plan_for(key: PlanKey, planning: str = "measured") -> Plan:
+    """:func:`plan` with the table of measurements that lies there for the key's device.
+
+    With ``planning`` "fixed" only a table of the package's own counts, and nothing is left open.
+    """
     device = key.device if isinstance(key.device, Device) else describe(key.device)
     table = None
     if device.architecture.startswith(("sm_", "gfx")):
-        table = table_for(device.architecture, device.multiprocessors)
-    return plan(key._replace(device=device), table)
+        table = table_for(device.architecture, device.multiprocessors, planning == "fixed")
+    found = plan(key._replace(device=device), table)
+    if found.candidates and (planning == "fixed" or isinstance(key.device, Device)):
+        why = "planning is fixed" if planning == "fixed" else "a device that is not here"
+        return replace(found, candidates=(), reason=f"{why}: {found.reason}")
+    return found
 
 
 def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
@@ -98,7 +148,7 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     ``table`` holds measurements of this device, or None. Raises ValueError for an unknown backend,
     for "fused" or "split" where Triton cannot run, and for "fused" over a base.
     """
-    described, M, N, K, rank, dtype, backend, form, over_base = key
+    described, M, N, K, rank, dtype, backend, form, over_base, part, *_ = key
     device = described if isinstance(described, Device) else describe(described)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -110,7 +160,9 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return Plan(backend, f'backend="{backend}" was asked for')
     if M == 0:
         return Plan("torch", "no rows: nothing to launch")
-    obstacle = _triton_obstacle(device, rank, dtype)
+    if part == "whole":
+        return _whole(device, M, backend)
+    obstacle = _triton_obstacle(device, 1 if key.product else rank, dtype)
     if obstacle is not None:
         if backend == "auto":
             return Plan("torch", obstacle)
@@ -118,61 +170,85 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     if backend == "auto" and device.architecture == "interpreter":
         return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
     odd = _unaligned(N, K, dtype)
-    R = padded_rank(rank)
-    tiles = filled_tiles(device, M, (N, K), R, dtype)
-    strategy, reason = "fused", f"default tiles of {tile_family(device)}"
+    R, bucket = padded_rank(1 if key.product else rank), row_bucket(M)
+    tiles = unaligned_tiles(device, R) if odd else filled_tiles(device, bucket, (N, K), R, dtype)
+    reason = f"default tiles of {tile_family(device)}"
     of_block = ""
-    if dtype is torch.float32:
-        strategy, reason = "split", "fp32: cuBLAS honours the fp32 precision setting"
-    elif odd:
-        strategy, reason = "split", f"rows of {odd} are no multiple of 16 bytes"
-        tiles = unaligned_tiles(device, R)
-    else:
-        if M <= FEW_ROWS:
-            block = f"{tiles.gemm.block_m}x{tiles.gemm.block_n}"
-            strategy, reason = "split", f"few rows: too few blocks of {block}; {reason}"
-        if table is not None:
-            name = str(dtype).removeprefix("torch.")
-            entry = table.nearest(M, N, K, R, name)
-            if entry is not None:
-                strategy, reason = entry.strategy, f"{entry.origin}: {entry}, in {table.path}"
-                tiles = _with_entry(tiles, entry)
-            elif table.path is not None:
-                reason += f": nothing near in {table.path}"
-            if table.note:
-                reason += f" ({table.note})"
-            if form is not None:
-                own = table.nearest_block(M, N, R // 2, name, form)
-                tiles, of_block = _with_block(tiles, own, table)
+    entry = None
+    if table is not None and not odd and dtype is not torch.float32 and not key.product:
+        name = str(dtype).removeprefix("torch.")
+        entry = table.nearest(M, N, K, R, name)
+        if entry is not None:
+            reason = f"{entry.origin}: {entry}, in {table.path}"
+            tiles = _with_entry(tiles, entry)
+        elif table.path is not None:
+            reason += f": nothing near in {table.path}"
+        if table.note:
+            reason += f" ({table.note})"
+        if form is not None:
+            own = table.nearest_block(M, N, R // 2, name, form)
+            tiles, of_block = _with_block(tiles, own, table)
     if backend != "auto":
-        strategy, reason = backend, f'backend="{backend}" was asked for'
-    if strategy == "torch":
-        return Plan(strategy, reason)
-    if over_base and strategy == "fused":
-        strategy = "split"
-    return Plan(strategy, reason + of_block, tiles, device.multiprocessors)
+        held = None if backend == "torch" else tiles
+        reason = f'backend="{backend}" was asked for{of_block}'
+        return Plan(backend, reason, held, device.multiprocessors)
+    unfused = _unfused(key._replace(device=device), odd, tiles)
+    if entry is not None and table is not None and _settles(entry, bucket, N, K, table):
+        if entry.strategy == "torch":
+            return Plan("torch", reason)
+        strategy = "split" if unfused else entry.strategy
+        if strategy != entry.strategy:
+            reason = f"{unfused}; {reason}"
+        return Plan(strategy, reason + of_block, tiles, device.multiprocessors)
+    candidates: tuple[str, ...] = ("split", "torch") if unfused else ("split", "torch", "fused")
+    said = f"{unfused}; {reason}" if unfused else reason
+    if M < LEAST_ROWS:
+        candidates, said = (), f"few rows: below {LEAST_ROWS} no time is taken; {reason}"
+    return Plan("split", said + of_block, tiles, device.multiprocessors, candidates)
 
 
-def product_plan(
-    device: Device | torch.device, rank: int, dtype: torch.dtype, backend: str = "auto"
-) -> Plan:
-    """The plan of the product form: W + ΔW in Triton with the GEMMs left to cuBLAS, or in PyTorch.
+def _whole(device: Device, M: int, backend: str) -> Plan:
+    """How a block runs, which autograd has to know before its forward."""
+    reason = "one operator keeps less for backward"
+    if backend != "auto":
+        return Plan("block", f'backend="{backend}" was asked for')
+    if M < LEAST_ROWS:
+        return Plan("block", f"{reason}; few rows: below {LEAST_ROWS} no time is taken")
+    known = device.architecture in ("cpu", "interpreter")
+    known = known or device.architecture.startswith(("sm_", "gfx"))
+    return Plan("block", reason, candidates=("block", "layers") if known else ())
 
-    Raises ValueError as :func:`plan`.
-    """
-    described = device if isinstance(device, Device) else describe(device)
-    if backend in ("torch", "reference"):
-        return Plan(backend, f'backend="{backend}" was asked for')
-    obstacle = _triton_obstacle(described, min(rank, MAX_TRITON_RANK), dtype)
-    if obstacle is not None:
-        if backend == "auto":
-            return Plan("torch", obstacle)
-        raise ValueError(f'backend="{backend}" cannot run here: {obstacle}; use "auto"')
-    if backend == "auto" and described.architecture == "interpreter":
-        return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
-    tiles = filled_tiles(described, FEW_ROWS, (FEW_ROWS, FEW_ROWS), 16, dtype)
-    reason = "W + ΔW and its gradient's contraction in Triton, the GEMMs by cuBLAS"
-    return Plan("split", reason, tiles, described.multiprocessors)
+
+def _settles(entry: Entry, bucket: int, N: int, K: int, table: PlanTable) -> bool:
+    """Whether an entry was measured for this very shape and with the software that is here."""
+    same = (bucket, N, K) == (entry.M, entry.N, entry.K)
+    return same and all(software().get(name) == v for name, v in table.versions.items())
+
+
+def _unfused(key: PlanKey, odd: str, tiles: Tiles) -> str:
+    """Why the GEMM of a key is not to be Triton's, whatever it measures; or ""."""
+    if key.product:
+        return "product form: W + ΔW and its gradient in Triton, the GEMMs by cuBLAS"
+    if key.dtype is torch.float32:
+        return "fp32: cuBLAS honours the fp32 precision setting"
+    if odd:
+        return f"rows of {odd} are no multiple of 16 bytes"
+    if key.over_base:
+        return "over a base there is no GEMM to fuse with"
+    if key.layout == "strided":
+        return "strided operands: its loads would go element by element"
+    device, M = key.device, key.M
+    if not isinstance(device, Device):
+        raise TypeError(f"{device} is to be described first")
+    transposed = (key.part == "backward") != (key.layout == "columns")
+    tile = tiles.gemm_t if transposed else tiles.gemm
+    widths = [key.K if key.part == "backward" else key.N]
+    if key.form is not None:
+        widths = [key.N, key.K]
+    share = min(filled_share(M, width, tile, device.multiprocessors) for width in widths)
+    if share < LEAST_SHARE:
+        return f"its blocks would fill {share:.2f} of the device, less than {LEAST_SHARE}"
+    return ""
 
 
 def _with_entry(tiles: Tiles, entry: Entry) -> Tiles:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
+from fastbound.dispatch.choices import Choice, choice_as_json, read_choice
 from fastbound.dispatch.entries import (
     BlockEntry,
     Entry,
@@ -39,7 +40,8 @@ class PlanTable:
     """A table as it was read, or none and why.
 
     ``note`` is what plans say beside their reason: why a file that lies there is not used.
-    ``versions`` are those of the software that it was measured with.
+    ``versions`` are those of the software that it was measured with. ``choices`` are those of first
+    calls (``first_use``), which lie in files of their own.
     """
 
     architecture: str
@@ -50,6 +52,7 @@ class PlanTable:
     note: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[BlockEntry, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def nearest(self, M: int, N: int, K: int, R: int, dtype: str) -> Entry | None:
         """The entry of this R and dtype whose N, K and M are the fewest doublings away."""
@@ -87,9 +90,12 @@ def user_folder() -> Path | None:
 
 
 @lru_cache(maxsize=16)
-def table_for(architecture: str, multiprocessors: int) -> PlanTable | None:
+def table_for(
+    architecture: str, multiprocessors: int, shipped_alone: bool = False
+) -> PlanTable | None:
     """The table of a GPU, read once a process; None where no file lies there."""
-    folders = [folder for folder in (user_folder(), SHIPPED) if folder is not None]
+    own = None if shipped_alone else user_folder()
+    folders = [folder for folder in (own, SHIPPED) if folder is not None]
     return find_table(architecture, multiprocessors, folders)
 
 
@@ -154,6 +160,7 @@ def read_table(path: Path) -> PlanTable:
             path,
             versions=typed(content, "versions", dict),
             blocks=tuple(read_block_entry(entry) for entry in typed(content, "blocks", list)),
+            choices=tuple(read_choice(choice) for choice in content.get("choices", [])),
         )
     except (KeyError, TypeError, ValueError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -170,6 +177,7 @@ def write_table(path: Path, table: PlanTable) -> None:
         "versions": dict(table.versions),
         "entries": [as_json(entry) for entry in table.entries],
         "blocks": [as_json(entry) for entry in table.blocks],
+        "choices": [choice_as_json(choice) for choice in table.choices],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_files({path: (json.dumps(content, indent=1) + "\n").encode()})

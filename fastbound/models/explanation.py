@@ -12,7 +12,7 @@ from torch import nn
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import Plan, plan_key
-from fastbound.layers.base import Adapted, weight_shape
+from fastbound.layers.base import Adapted, transposed, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
@@ -20,7 +20,7 @@ from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.readers import weight_reader
 from fastbound.models.adapted import adapted_blocks, unfused_reason
 from fastbound.operator.block_ops import block_key
-from fastbound.operator.engine import engine_for, product_engine_for
+from fastbound.operator.engine import route_for
 from fastbound.operator.partition import GATHER, gathered_modules, partition
 
 
@@ -28,9 +28,10 @@ from fastbound.operator.partition import GATHER, gathered_modules, partition
 class LayerExplanation:
     """One layer: its name, shape [N, K], rank, compute dtype, device, its plan and adapter's form.
 
-    ``block`` names the fused block that the layer runs in, under that block's plan; None where the
-    layer runs by itself. ``left_out`` says why the adapter does not always run: the module around
-    the layer reads its weight instead of calling it. `inject` leaves such layers alone.
+    ``backward`` is the plan of the gradients where that is another. ``block`` names the fused block
+    that the layer runs in, under that block's plan; None where the layer runs by itself.
+    ``left_out`` says why the adapter does not always run: the module around the layer reads its
+    weight instead of calling it. `inject` leaves such layers alone.
 
     ``bound`` is the largest an entry of ΔW can be and ``bound_in_use`` the root mean square of ΔW
     over it, at most 1: near 0 the bound does not act yet, and the adapter behaves as LoRA. Both are
@@ -48,6 +49,7 @@ class LayerExplanation:
     bound: float | None = None
     bound_in_use: float | None = None
     form: str = "factors"
+    backward: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ class BlockExplanation:
     """One module that holds adapted layers: whether it runs as one operator, and why not.
 
     ``form`` is what a fused block computes, and ``reason`` why another runs layer by layer; one of
-    the two is None.
+    the two is None. ``whole`` says how a fused block came to be run as one operator.
     """
 
     block: str
     fused: bool
     form: str | None
     reason: str | None
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,21 @@ class Explanation:
         if fused:
             lines[0] += f", {fused} of them in {sum(b.fused for b in self.blocks)} fused blocks"
         lines += self._bound_line()
-        for (form, reason), names in _grouped(
-            (b.block or "(this module)", (b.form, b.reason)) for b in self.blocks
+        for (form, reason, whole), names in _grouped(
+            (b.block or "(this module)", (b.form, b.reason, b.whole)) for b in self.blocks
         ):
             lines.append(f"block {names}")
             lines.append(f"  layer by layer: {reason}" if form is None else f"  fused: {form}")
-        for (shape, rank, form, dtype, device, plan, in_block, left_out), names in _grouped(
+            lines += [] if whole is None else [f"  {whole}"]
+        for (
+            (shape, rank, form, dtype, device, plan, backward, in_block, left_out),
+            names,
+        ) in _grouped(
             (
                 row.layer or "(this layer)",
                 (
-                    *(row.shape, row.rank, row.form, row.dtype, row.device, row.plan),
+                    *(row.shape, row.rank, row.form, row.dtype, row.device),
+                    *(row.plan, row.backward),
                     *(row.block is not None, row.left_out),
                 ),
             )
@@ -110,7 +118,10 @@ class Explanation:
             lines.append(f"  N {shape[0]}, K {shape[1]}, rank {rank}{product}, {dtype} on {device}")
             where = "in its block, " if in_block else ""
             lines.append(f"  {where}{plan.strategy}: {plan.reason}")
-            lines += _tile_lines(plan, in_block)
+            if backward is not None:
+                lines.append(f"  its backward {backward.strategy}: {backward.reason}")
+            shown = plan if backward is None else _more(plan, backward)
+            lines += _tile_lines(shown, in_block, form == "product")
         return "\n".join(lines)
 
     def _bound_line(self) -> Iterator[str]:
@@ -146,18 +157,17 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
         raise ValueError(f"tokens must be >= 1, got {tokens}")
     held = adapted_blocks(model_or_layer)
     gathered = gathered_modules(model_or_layer)
-    blocks = tuple(_explain_block(name, m, m in gathered) for name, m in held.items())
+    blocks = tuple(_explain_block(name, m, m in gathered, tokens) for name, m in held.items())
     inside = {
-        layer: (row.block, _fused_plan(module, tokens))
+        layer: (row.block, *_fused_plans(module, tokens))
         for row, module in zip(blocks, held.values(), strict=True)
         if row.fused and isinstance(module, FusedBoundedMLP)
         for layer in module.adapted_layers().values()
     }
+    alone = (None, None, None)
     layers = tuple(
         replace(
-            _explain_layer(
-                name, module, tokens, module in gathered, *inside.get(module, (None, None))
-            ),
+            _explain_layer(name, module, tokens, module in gathered, *inside.get(module, alone)),
             left_out=weight_reader(model_or_layer, name) if name else None,
         )
         for name, module in model_or_layer.named_modules()
@@ -171,13 +181,24 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
     return Explanation(tokens, layers, blocks)
 
 
-def _explain_block(name: str, block: nn.Module, gathered: bool) -> BlockExplanation:
+def _explain_block(name: str, block: nn.Module, gathered: bool, tokens: int) -> BlockExplanation:
     reason = unfused_reason(name, block, gathered)
-    form = str(block.fusion.form) if isinstance(block, FusedBoundedMLP) and not reason else None
-    return BlockExplanation(name, reason is None, form, reason)
+    if reason is not None or not isinstance(block, FusedBoundedMLP):
+        return BlockExplanation(name, reason is None, None, reason)
+    whole = None
+    if block.recompute is None:
+        plan = _block_plan(block, tokens, "whole")
+        if plan.strategy == "layers":
+            return BlockExplanation(name, False, None, plan.reason)
+        whole = plan.reason if plan.candidates else None
+    return BlockExplanation(name, True, str(block.fusion.form), None, whole)
 
 
-def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
+def _fused_plans(block: FusedBoundedMLP, tokens: int) -> tuple[Plan, Plan]:
+    return _block_plan(block, tokens, "forward"), _block_plan(block, tokens, "backward")
+
+
+def _block_plan(block: FusedBoundedMLP, tokens: int, part: str) -> Plan:
     layers = list(block.adapted_layers().values())
     form = block.fusion.form
     first = block.get_submodule(form.up)
@@ -185,12 +206,14 @@ def _fused_plan(block: FusedBoundedMLP, tokens: int) -> Plan:
     N, K = weight_shape(first)
     if form.packed:
         N //= 2
-    product = layers[0].adapter.form == "product"  # whose passes do not depend on the rank
-    ranks = [] if product else [layer.adapter.rank for layer in layers]
+    product = layers[0].adapter.form == "product"
+    ranks = [layer.adapter.rank for layer in layers]
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
-    return engine_for(*block_key(weight.device, tokens, N, K, ranks, dtype, backend, named)).plan
+    layout = "columns" if transposed(first) else "rows"
+    how = (dtype, backend, named, part, layout, product)
+    return route_for(*block_key(weight.device, tokens, N, K, ranks, *how)).explained()
 
 
 def _explain_layer(
@@ -200,6 +223,7 @@ def _explain_layer(
     gathered: bool,
     block: str | None,
     plan: Plan | None,
+    backward: Plan | None,
 ) -> LayerExplanation:
     active = layer.running()
     # x does not come in a quantised weight's dtype: take the bias's, else the adapter's.
@@ -208,7 +232,8 @@ def _explain_layer(
     where = active[0].A.device if active else layer.weight.device
     dtype = _compute_dtype(held[0].dtype if held else torch.get_default_dtype(), where)
     if plan is None:
-        plan = _layer_plan(layer, where, tokens, dtype, gathered)
+        plan = _layer_plan(layer, where, tokens, dtype, gathered, "forward")
+        backward = _layer_plan(layer, where, tokens, dtype, gathered, "backward")
     rank = max((adapter.rank for adapter in active), default=0)
     device = describe(where).architecture
     shape = (layer.out_features, layer.in_features)
@@ -217,21 +242,21 @@ def _explain_layer(
     readable = not any(factor.is_meta or partition(factor) for factor in factors)
     used = max((a.bound_in_use() for a in active), default=None) if readable else None
     return LayerExplanation(
-        name,
-        shape,
-        rank,
-        str(dtype),
-        device,
-        plan,
-        block,
+        *(name, shape, rank, str(dtype), device, plan, block),
         bound=bound,
         bound_in_use=used,
         form=active[0].form if active else "factors",
+        backward=None if backward == plan else backward,
     )
 
 
 def _layer_plan(
-    layer: Adapted, device: torch.device, tokens: int, dtype: torch.dtype, gathered: bool
+    layer: Adapted,
+    device: torch.device,
+    tokens: int,
+    dtype: torch.dtype,
+    gathered: bool,
+    part: str,
 ) -> Plan:
     """The plan of a layer outside a block; "base" where its base layer runs without adapters."""
     active, obstacle = layer.running(), layer.obstacle(gathered)
@@ -244,16 +269,15 @@ def _layer_plan(
         return Plan("base", obstacle or "has no active adapter")
     adapter = active[0]
     shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
-    alone = not injected and (obstacle is not None or over_base)
-    if adapter.form == "product":
-        plan = product_engine_for(device, adapter.rank, dtype, adapter.backend).plan
-    else:
-        plan = engine_for(*plan_key(device, *shape, over_base=alone)).plan
-    if not alone:
-        return plan
+    dropout = adapter.training and adapter.dropout > 0
+    how: dict[str, Any] = {"part": part, "dropout": dropout, "product": adapter.form == "product"}
+    if injected or (obstacle is None and not over_base):
+        how["layout"] = "columns" if transposed(layer) else "rows"
+        return route_for(*plan_key(device, *shape, **how)).explained()
     reason = f"it {obstacle}, so the base layer runs and each adapter is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
+    plan = route_for(*plan_key(device, *shape, over_base=True, **how)).explained()
     return replace(plan, reason=f"{reason}; {plan.reason}")
 
 
@@ -268,14 +292,24 @@ def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
-def _tile_lines(plan: Plan, in_block: bool) -> Iterator[str]:
+def _more(plan: Plan, backward: Plan) -> Plan:
+    """The one whose tiles to print: fused before split before PyTorch, which has none."""
+
+    def order(each: Plan) -> tuple[bool, bool]:
+        return each.strategy == "fused", each.tiles is not None
+
+    return max((plan, backward), key=order)
+
+
+def _tile_lines(plan: Plan, in_block: bool, product: bool) -> Iterator[str]:
     if plan.tiles is None:
         return
-    names = ["thin", "reduce", *(("activate", "gated") if in_block else ())]
+    thin = () if product else ("thin", "reduce")
+    names = [*thin, *(("activate", "gated") if in_block else ())]
     if plan.strategy == "fused":
         same = plan.tiles.gemm_t == plan.tiles.gemm
         names = [*(("gemm",) if same else ("gemm", "gemm_t")), *names]
-    width = max(len(name) for name in names)
+    width = max(map(len, names), default=0)
     for name in names:
         yield f"  {name:<{width}} {getattr(plan.tiles, name)}"
 

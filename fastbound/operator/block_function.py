@@ -8,14 +8,26 @@ references to the parameters; h and all else of size [M, N] is made again, or no
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbound.operator.autograd import apply_of, differentiable_once, rows_alone
-from fastbound.operator.block_ops import mlp_backward, mlp_forward
+from fastbound.dispatch.first_use import LEAST_ROWS
+from fastbound.operator.autograd import (
+    apply_of,
+    differentiable_once,
+    nothing_intercepts,
+    plain,
+    rows_alone,
+)
+from fastbound.operator.block_ops import block_route, mlp_backward, mlp_forward
 from fastbound.operator.call import SETTINGS, BlockCall, Term, autocast_to, check_operands
+from fastbound.operator.function import bounded_linear
+from fastbound.operator.ops import rows
+from fastbound.operator.trials import layer_by_layer, whole_trial
 from fastbound.truth import formula
 from fastbound.truth.formula import ACTIVATIONS, Projection
 
@@ -85,7 +97,9 @@ def bounded_mlp(
         down: weight [K', N].
         activation: f, one of "silu", "gelu", "gelu_tanh", "relu".
         recompute: "gate_up" saves neither g nor u and runs their GEMMs again in backward.
-        backend: as for :func:`fastbound.bounded_linear`.
+        backend: as for :func:`fastbound.bounded_linear`. "auto" runs the projections one by one
+            where the first call of the shape found that clearly faster; they keep more for
+            backward. With ``recompute`` it never does.
 
     Any subset of the projections may be adapted; ranks, alpha and bound may differ. Returns
     [..., K'] in the compute dtype. Two runs give the same bits.
@@ -122,8 +136,36 @@ def bounded_mlp(
             return formula.bounded_mlp(x, **cast, activation=activation)  # type: ignore[arg-type]
     first, second = (up, None) if gate is None else (gate, up)
     call = BlockCall(first, second, down, activation, backend)
+    if recompute is None and _by_layers(x, call):
+        return layer_by_layer(x, call, bounded_linear)
     y, *_ = _apply(x, recompute, *call.flat())
     return y
+
+
+def _by_layers(x: Tensor, call: BlockCall) -> bool:
+    """Whether the layers one by one were found faster than the one operator, or are found so now.
+
+    Asked where a gradient is, and nothing intercepts the call: all others take the one operator.
+    """
+    if call.backend != "auto" or x.numel() < LEAST_ROWS * x.shape[-1]:
+        return False
+    tensors = call.flat()[:12]
+    trained = any(t is not None and t.requires_grad for t in (x, *tensors))
+    if not (trained and torch.is_grad_enabled() and nothing_intercepts() and plain(x, *tensors)):
+        return False
+    X = rows(x.detach())
+    route = block_route(X, call, "whole")
+    engine = route.engine
+    if engine is None:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            engine = route.decide(partial(whole_trial, _WHOLE, X, call))
+    return engine.plan.strategy == "layers"
+
+
+_WHOLE = {
+    "block": lambda x, call: _apply(x, None, *call.flat())[0],
+    "layers": lambda x, call: layer_by_layer(x, call, bounded_linear),
+}
 
 
 def _check_block(x: Tensor, projections: dict[str, Projection | None], backend: str) -> None:

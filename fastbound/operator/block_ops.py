@@ -10,6 +10,7 @@ two of them. In the product form there are none: each projection's W + ΔW is ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from fastbound.hook import after_import
 from fastbound.operator import flops
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import BLOCK_SCHEMA, SETTINGS, BlockCall, Factors
-from fastbound.operator.engine import engine_for
-from fastbound.operator.ops import given, in_memory, library, rows, rows_as_of, scope
+from fastbound.operator.engine import Engine, Route, route_for
+from fastbound.operator.ops import given, in_memory, layout_of, library, rows, rows_as_of, scope
 from fastbound.operator.product import Delta, adapted_gemm, factor_gradients
+from fastbound.operator.trials import block_backward_trial, block_forward_trial
 from fastbound.truth.formula import Projection, thin_dtype
 
 library.define(
@@ -49,26 +51,33 @@ def block_key(
     dtype: torch.dtype,
     backend: str,
     form: str,
+    part: str = "forward",
+    layout: str = "rows",
+    product: bool = False,
 ) -> PlanKey:
     """The key of a block: that of a layer of twice its widest rank, as two stand side by side.
 
     ``form`` is its :func:`fastbound.dispatch.entries.block_form`.
     """
     R = padded_rank(max(ranks, default=1))
-    return plan_key(device, M, N, K, 2 * R, dtype, backend, form=form)
+    sizes = (M, N, K, 2 * R, dtype)
+    return plan_key(device, *sizes, backend, form, part=part, layout=layout, product=product)
+
+
+def block_route(X: Tensor, call: BlockCall, part: str) -> Route:
+    """The route of a call over X [M, K]."""
+    N, K = call.gate.weight.shape
+    form = block_form(call.activation, call.up is not None)
+    key = (X.device, X.shape[0], N, K, call.ranks, X.dtype, call.backend, form)
+    how = (part, layout_of(X, call.gate.weight), call.form == "product")
+    return route_for(*block_key(*key, *how))
 
 
 class ReadyBlock:
-    """The operands of one call, in the compute dtype, and the engine that the plan names."""
+    """The operands of one call, in the compute dtype, and the engine that makes its products."""
 
-    def __init__(self, X: Tensor, call: BlockCall) -> None:
-        self.R = call.R
-        N, K = call.gate.weight.shape
-        form = block_form(call.activation, call.up is not None)
-        self.product = call.form == "product"
-        ranks = () if self.product else call.ranks  # it has no thin products
-        settings = (ranks, X.dtype, call.backend, form)
-        self.engine = engine_for(*block_key(X.device, X.shape[0], N, K, *settings))
+    def __init__(self, X: Tensor, call: BlockCall, engine: Engine) -> None:
+        self.R, self.engine, self.product = call.R, engine, call.form == "product"
         self.gate, self.down = self._ready(call.gate, X.dtype), self._ready(call.down, X.dtype)
         self.up = None if call.up is None else self._ready(call.up, X.dtype)
 
@@ -140,12 +149,19 @@ def _delta(p: Factors) -> Delta:
     return Delta(given(p.A), given(p.B), p.scaling, p.omega)
 
 
-def compute_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def compute_forward(
+    x: Tensor, *arguments: Any, engine: Engine | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``engine``: None takes that of the plan."""
     call = _readable_call(arguments)
     (x,) = in_memory(x)
     with scope(x):
         X = rows(x)
-        block = ReadyBlock(X, call)
+        if engine is None:
+            route = block_route(X, call, "forward")
+            trial = partial(block_forward_trial, route, compute_forward, X, call)
+            engine = route.engine or route.decide(trial)
+        block = ReadyBlock(X, call, engine)
         down, SA = block.down, block.stacked_SA()
         if SA is None:
             S = X.new_empty(X.shape[0], 0, dtype=thin_dtype(X.dtype))
@@ -168,13 +184,19 @@ def compute_backward(
     S_down: Tensor,
     need_dx: bool,
     *arguments: Any,
+    engine: Engine | None = None,
 ) -> tuple[Tensor, ...]:
+    """``engine`` as above."""
     call = _readable_call(arguments)
     dy, x, G, U, S, S_down = in_memory(dy, x, G, U, S, S_down)
     with scope(dy):
         X, DY = rows(x).to(dy.dtype), rows(dy)
-        block = ReadyBlock(X, call)
-        engine, gate, up, down = block.engine, block.gate, block.up, block.down
+        if engine is None:
+            route, saved = block_route(X, call, "backward"), (G, U, S, S_down)
+            made = (route, compute_backward, DY, X, saved, need_dx, call)
+            engine = route.engine or route.decide(partial(block_backward_trial, *made))
+        block = ReadyBlock(X, call, engine)
+        gate, up, down = block.gate, block.up, block.down
         if G is None:
             G, U = block.preactivations(X, S)
         if block.product:

@@ -61,7 +61,8 @@ def keep_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 
 
 def keep_mask(bits: Tensor, K: int) -> Tensor:
-    """The bits [M, ceil(K/8)] spread out: bool [M, K]."""
+    """The bits [M, ceil(K/8)] spread out: bool [M, K]; Triton's words of four bytes will do too."""
+    bits = bits.view(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, :, None] >> places) & 1).flatten(1)[:, :K].bool()
 

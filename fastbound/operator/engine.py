@@ -1,14 +1,21 @@
-"""Which engine makes a call's products, as the plan says: one key, one cache."""
+"""Which engine makes a call's products: one key, one cached route, chosen on the first call."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
+from fastbound.dispatch import first_use
+from fastbound.dispatch.choices import Choice
 from fastbound.dispatch.device import Device
-from fastbound.dispatch.plan import Plan, PlanKey, plan_for, product_plan
+from fastbound.dispatch.first_use import Trial, Unmeasurable
+from fastbound.dispatch.plan import PLANNING, Plan, PlanKey, place_of, plan_for
+from fastbound.dispatch.tables import row_bucket, table_for
 from fastbound.operator.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
@@ -17,21 +24,156 @@ if TYPE_CHECKING:
 Engine: TypeAlias = "TorchEngine | TritonEngine"
 
 
-@lru_cache(maxsize=4096)
-def engine_for(*key: Any) -> Engine:
-    """The engine of a :class:`PlanKey`, given field by field, since making one takes a while.
+class Route:
+    """The one way that the calls of a key take in this process, and why.
 
-    ``engine.plan`` is its plan, reason included.
+    ``engine`` is None until the first call has chosen it (:meth:`decide`); it never changes after.
     """
-    return engine_of(plan_for(PlanKey(*key)))
+
+    __slots__ = ("_lock", "_place", "engine", "key", "plan")
+
+    def __init__(self, key: PlanKey, plan: Plan) -> None:
+        self.key, self.plan, self._place = key, plan, place_of(key, plan)
+        self.engine = None if plan.candidates else self._answering(plan)
+        self._lock = threading.Lock()
+
+    def decide(self, trial: Callable[[], Trial]) -> Engine:
+        """The engine, measured now, found on disk, or where nothing can be measured the default."""
+        with self._lock:
+            if self.engine is None and self._recall() is None:
+                store = first_use.store_for(self._device)
+                try:
+                    asked = (self._place, trial(), self.plan.candidates, store.card.name)
+                    choice = first_use.measured(*asked)
+                except Unmeasurable as obstacle:
+                    self._settle(self.plan.strategy, f"not measured, as {obstacle}")
+                else:
+                    first_use.warn_of(choice)
+                    store.keep(choice)
+                    self._settle(choice.strategy, choice.reason)
+        if self.engine is None:
+            raise RuntimeError(f"fastbound: {self.key} was left without an engine")
+        return self.engine
+
+    def explained(self) -> Plan:
+        """The plan, and the choice of an earlier process where there is one."""
+        if self.engine is None:
+            with self._lock:
+                self._recall()
+        if self.engine is not None:
+            return self.plan
+        others = " and ".join(f'"{name}"' for name in self.plan.candidates[1:])
+        later = f'the first call times "{self.plan.candidates[0]}" against {others}'
+        return replace(self.plan, reason=f"{self.plan.reason}; not measured yet: {later}")
+
+    @property
+    def _device(self) -> torch.device:
+        device = self.key.device
+        if isinstance(device, Device):
+            raise TypeError(f"{device} is not here: nothing is measured on it")
+        return device
+
+    def _recall(self) -> Choice | None:
+        if self.engine is not None:
+            return None
+        choice = first_use.store_for(self._device).find(self._place)
+        if choice is not None:
+            self._settle(choice.strategy, choice.reason)
+        return choice
+
+    def _settle(self, strategy: str, reason: str) -> None:
+        self.plan = self.plan.by(strategy, f"{reason}; {self.plan.reason}")
+        self.engine = self._answering(self.plan)
+
+    def _answering(self, plan: Plan) -> Engine:
+        """The plan's engine; where "auto" chose Triton, one that answers if a launch fails."""
+        engine = engine_of(plan)
+        if plan.tiles is None or self.key.backend != "auto":
+            return engine
+        return cast("Engine", Answering(engine, self._let_go))
+
+    def _let_go(self, why: str) -> None:
+        """From here on PyTorch's products, in later processes too where this key was measured."""
+        with self._lock:
+            failed = self.plan.strategy
+            self.plan = self.plan.by("torch", f'"{failed}" does not run here ({why})')
+            self.engine = engine_of(self.plan)
+            first_use.let_go(self.key.device, self._place, failed, why)
 
 
-@lru_cache(maxsize=256)
-def product_engine_for(
-    device: Device | torch.device, rank: int, dtype: torch.dtype, backend: str
-) -> Engine:
-    """The engine of the product form, whose plan depends on no sizes but the rank."""
-    return engine_of(product_plan(device, rank, dtype, backend))
+_planning = "measured"
+_routes: dict[tuple[Any, ...], Route] = {}
+
+
+@lru_cache(maxsize=16384)
+def route_for(*key: Any) -> Route:
+    """The route of a :class:`PlanKey`, given field by field, since making one takes a while."""
+    asked = PlanKey(*key)
+    plan = plan_for(asked, _planning)
+    bucket = asked._replace(M=row_bucket(asked.M))
+    return _routes.setdefault((bucket, plan.strategy, plan.candidates), Route(asked, plan))
+
+
+def set_planning(planning: str) -> None:
+    """Whether the first call of a shape may measure which kernels it runs on; for this process.
+
+    "measured", the default: on the first call of a shape with 512 rows or more, "auto" times its
+    candidates on this card, as ``torch.backends.cudnn.benchmark`` does, and keeps what it found on
+    disk. "fixed": nothing is measured, and nothing is read that a measurement on this machine left:
+    every machine with the same card and the same software then gives the same bits.
+
+    Calls after this one are planned anew. Raises ValueError for another word.
+    """
+    global _planning
+    if planning not in PLANNING:
+        raise ValueError(f"planning must be one of {', '.join(PLANNING)}, got {planning!r}")
+    _planning = planning
+    forget()
+
+
+def forget() -> None:
+    """All routes, tables and choices of this process; files stay."""
+    route_for.cache_clear()
+    _routes.clear()
+    table_for.cache_clear()
+    first_use.forget()
+
+
+class Answering:
+    """Triton's products; one that cannot be launched is made by PyTorch, and so are all after it.
+
+    ``let_go`` is told why, once. Running out of memory is no fault of a kernel's.
+    """
+
+    def __init__(self, engine: Engine, let_go: Callable[[str], None]) -> None:
+        self.plan = engine.plan
+        self._failed = False
+        self._let_go = let_go
+        other = TorchEngine(engine.plan)
+        for name in PRODUCTS:
+            setattr(self, name, self._either(getattr(engine, name), getattr(other, name)))
+
+    def _either(self, triton: Callable[..., Any], torch_: Callable[..., Any]) -> Callable[..., Any]:
+        def product(*arguments: Any, **named: Any) -> Any:
+            if self._failed:
+                return torch_(*arguments, **named)
+            try:
+                return triton(*arguments, **named)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                made = torch_(*arguments, **named)  # raises what is the caller's own mistake
+                self._failed = True
+                lines = str(error).strip().splitlines()
+                self._let_go(f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
+                return made
+
+        return product
+
+
+PRODUCTS = tuple(
+    name for name, made in vars(TorchEngine).items() if callable(made) and not name.startswith("_")
+)
 
 
 def engine_of(plan: Plan) -> Engine:

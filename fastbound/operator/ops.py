@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbound.dispatch.device import describe
-from fastbound.dispatch.tables import row_bucket
 from fastbound.operator.autograd import direct
 from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
 from fastbound.operator.dropout import keep_rate
-from fastbound.operator.engine import Engine, engine_for, product_engine_for
+from fastbound.operator.engine import Engine, Route, route_for
 from fastbound.operator.product import Delta, adapted_gemm, factor_gradients
+from fastbound.operator.trials import backward_trial, forward_trial
 from fastbound.truth.formula import thin_dtype
 
 # Kept for the life of the process: a collected Library leaves dangling operators behind.
@@ -53,9 +54,12 @@ def compute_forward(
     term = Term(A, B, *adapter[2:])
     with scope(x):
         X = rows(x)
+        if engine is None:
+            route = _route(X, weight, term, "forward")
+            call = (compute_forward, X, weight, bias, result, term)
+            engine = route.engine or route.decide(partial(forward_trial, route, *call))
         if term.form == "product":
             return _product_forward(x, X, weight, bias, result, term, in_place, engine)
-        engine = engine or _engine(X, term, over_base=weight is None)
         keep, scaling = kept(engine, term, X.shape[0])
         SA, SB = engine.factors(term.A, term.B, scaling, term.omega, X.dtype, term.R)
         S = engine.thin(X, SA.t(), keep)
@@ -91,11 +95,16 @@ def compute_backward(
     dx = dA = dB = None
     with scope(dy):
         DY = rows(dy)
+        if engine is None:
+            route = _route(DY, weight, term, "backward")
+            needs = (need_dx, need_dA, need_dB)
+            X = None if x is None else rows(x)
+            call = (compute_backward, DY, X, S, weight, dtype, needs, term)
+            engine = route.engine or route.decide(partial(backward_trial, route, *call))
         if term.form == "product":
             return _product_backward(
                 dy, DY, x, weight, dtype, need_dx, need_dA, need_dB, term, engine
             )
-        engine = engine or _engine(DY, term, over_base=weight is None)
         keep, scaling = kept(engine, term, DY.shape[0])
         SA, SB = engine.factors(A, B, scaling, omega, DY.dtype, term.R)
         S = None if S is None else _cast(S, SB.dtype)
@@ -124,9 +133,8 @@ def _product_forward(
     result: Tensor | None,
     term: Term,
     in_place: bool,
-    engine: Engine | None,
+    engine: Engine,
 ) -> tuple[Tensor, Tensor]:
-    engine = engine or _product_engine(X, term)
     delta = Delta(term.A, term.B, term.scaling, term.omega)
     S = X.new_empty(X.shape[0], 0)
     if weight is not None:
@@ -149,9 +157,8 @@ def _product_backward(
     need_dA: bool,
     need_dB: bool,
     term: Term,
-    engine: Engine | None,
+    engine: Engine,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    engine = engine or _product_engine(DY, term)
     delta = Delta(term.A, term.B, term.scaling, term.omega)
     dx = dA = dB = None
     if need_dx:
@@ -204,19 +211,23 @@ def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
     return compute_forward(x, None, None, result, *adapter, in_place=True)[1]
 
 
-def _engine(T: Tensor, term: Term, over_base: bool) -> Engine:
+def _route(T: Tensor, weight: Tensor | None, term: Term, part: str) -> Route:
     """For a tall matrix T [M, ·], in whose dtype the products are computed."""
-    A, B, backend = term.A, term.B, term.backend
+    A, B = term.A, term.B
     rank, K = A.shape
     where = describe(T.device) if T.is_meta else T.device
-    M, N = row_bucket(T.shape[0]), B.shape[0]
-    return engine_for(where, M, N, K, rank, T.dtype, backend, None, over_base)
+    shape = (T.shape[0], B.shape[0], K, rank, T.dtype, term.backend, None, weight is None)
+    how = (part, layout_of(T, weight), term.seed is not None, term.form == "product")
+    return route_for(where, *shape, *how)
 
 
-def _product_engine(T: Tensor, term: Term) -> Engine:
-    """For the product form, of a tall matrix T [M, ·]."""
-    where = describe(T.device) if T.is_meta else T.device
-    return product_engine_for(where, term.A.shape[0], T.dtype, term.backend)
+def layout_of(T: Tensor, weight: Tensor | None) -> str:
+    """One of ``choices.LAYOUTS``."""
+    if not T.is_contiguous():
+        return "strided"
+    if weight is None or weight.is_contiguous():
+        return "rows"
+    return "columns" if weight.t().is_contiguous() else "strided"
 
 
 def dS_and_dB(

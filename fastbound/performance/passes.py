@@ -138,7 +138,7 @@ def passes_of(o: LayerOperands | BlockOperands) -> dict[str, Pass]:
 
 def _block_passes(o: BlockOperands) -> dict[str, Pass]:
     first, second = (o.up, None) if o.gate is None else (o.gate, o.up)
-    block = ReadyBlock(o.x, BlockCall(first, second, o.down, o.activation, "torch"))
+    block = ReadyBlock(o.x, BlockCall(first, second, o.down, o.activation), TorchEngine())
     gate, up, down, engine = block.gate, block.up, block.down, block.engine
     S = engine.thin(o.x, given(block.stacked_SA()).t())
     G, U = block.preactivations(o.x, S)

@@ -14,7 +14,7 @@ import fastbound
 from fastbound.dispatch.defaults import filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import MAX_TRITON_RANK, Plan, plan_key
-from fastbound.operator.engine import engine_for
+from fastbound.operator.engine import route_for
 from tests.support.plans import planned
 
 HOPPER = Device("sm_90", 132)
@@ -47,20 +47,20 @@ def test_auto_always_has_an_answer_with_valid_tiles(
 @pytest.mark.parametrize(
     ("device", "shape", "rank", "dtype", "strategy", "reason"),
     [
-        (HOPPER, (8192, 14336, 4096), 16, torch.bfloat16, "fused", "default tiles of sm_90"),
+        (HOPPER, (8192, 14336, 4096), 16, torch.bfloat16, "split", "default tiles of sm_90"),
         (HOPPER, (8192, 14336, 4096), 16, torch.float32, "split", "fp32"),
         (HOPPER, (8192, 14336, 4096), 16, torch.float64, "torch", "float64"),
         (HOPPER, (8192, 14336, 4096), 65, torch.bfloat16, "torch", f"up to {MAX_TRITON_RANK}"),
         (HOPPER, (8192, 14333, 4096), 16, torch.bfloat16, "split", "rows of N 14333"),
         (HOPPER, (0, 14336, 4096), 16, torch.bfloat16, "torch", "no rows"),
-        (HOPPER, (257, 4096, 4096), 16, torch.bfloat16, "fused", "default tiles of sm_90"),
-        (HOPPER, (256, 4096, 4096), 16, torch.bfloat16, "split", "few rows: too few blocks"),
+        (HOPPER, (511, 4096, 4096), 16, torch.bfloat16, "split", "few rows: below 512"),
+        (HOPPER, (512, 4096, 4096), 16, torch.bfloat16, "split", "would fill 0.48 of the device"),
         (Device("sm_75", 40), (512, 64, 64), 8, torch.float16, "torch", "sm_75: no matrix units"),
         (Device("gfx1030", 40), (512, 64, 64), 8, torch.float16, "torch", "gfx1030: no matrix"),
-        (Device("sm_86", 82), (512, 64, 64), 8, torch.float16, "fused", "default tiles of sm_80"),
-        (Device("sm_121", 48), (512, 64, 64), 8, torch.float16, "fused", "tiles of sm_120"),
-        (Device("sm_103", 148, 232_448), (512, 64, 64), 8, torch.float16, "fused", "of sm_90"),
-        (Device("gfx1201", 32), (512, 64, 64), 8, torch.float16, "fused", "tiles of gfx1100"),
+        (Device("sm_86", 82), (512, 64, 64), 8, torch.float16, "split", "default tiles of sm_80"),
+        (Device("sm_121", 48), (512, 64, 64), 8, torch.float16, "split", "tiles of sm_120"),
+        (Device("sm_103", 148, 232_448), (512, 64, 64), 8, torch.float16, "split", "of sm_90"),
+        (Device("gfx1201", 32), (512, 64, 64), 8, torch.float16, "split", "tiles of gfx1100"),
         (Device("cpu"), (64, 64, 64), 8, torch.bfloat16, "torch", "device cpu"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_path_asked_for_by_name_runs_or_says_why_not() -> None:
 def test_rows_enter_in_powers_of_two() -> None:
     cpu = torch.device("cpu")
     few, more = (plan_key(cpu, M, 64, 64, 8, torch.float32) for M in (1000, 1024))
-    assert engine_for(*few) is engine_for(*more)
+    assert route_for(*few) is route_for(*more)
 
 
 class TestExplain:

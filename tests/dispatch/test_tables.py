@@ -80,7 +80,8 @@ def test_an_entry_decides_strategy_and_tiles_and_says_where_from(folder: Path) -
     table = read_table(folder / "sm_90.json")
     chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
     default = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16)
-    assert chosen.strategy == "split" and default.strategy == "fused"
+    assert chosen.strategy == "split" and not chosen.candidates
+    assert default.candidates == ("split", "torch", "fused")
     assert chosen.tiles is not None and default.tiles is not None
     assert chosen.tiles == replace(
         default.tiles,
@@ -364,22 +365,20 @@ def explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """What `explain` prints with a table in the user's folder, on its GPU: the lookup, whole."""
     from fastbound.dispatch import plan as plan_module
     from fastbound.models import explanation
-    from fastbound.operator.engine import engine_for
+    from fastbound.operator.engine import forget
 
     monkeypatch.setattr(plan_tables, "user_folder", lambda: folder)
+    fastbound.set_planning("measured")
     for module in (explanation, plan_module):
         monkeypatch.setattr(module, "describe", lambda *device: HOPPER)
-    caches = (plan_tables.table_for, engine_for)
 
     def text(table: PlanTable, module: torch.nn.Module, tokens: int) -> str:
         write_table(folder / "sm_90.json", table)
-        for cache in caches:
-            cache.cache_clear()
+        forget()
         return str(fastbound.explain(module, tokens=tokens))
 
     yield text
-    for cache in caches:
-        cache.cache_clear()
+    fastbound.set_planning("fixed")
 
 
 def test_explain_prints_where_a_plan_comes_from(
@@ -392,7 +391,7 @@ def test_explain_prints_where_a_plan_comes_from(
     assert str(folder / "sm_90.json") in text
     assert "gated" not in text
     far = explained(small, layer, 8)
-    assert "split: few rows: too few blocks of 128x256; default tiles of sm_90" in far
+    assert "split: few rows: below 512 no time is taken; default tiles of sm_90" in far
     assert f"nothing near in {folder / 'sm_90.json'}" in far
 
 
@@ -403,7 +402,8 @@ def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
     table = replace(TABLE, entries=(entry,), blocks=(replace(BLOCK, N=256),))
     block = fastbound.FusedBoundedMLP.from_mlp(Gated(K=64, N=256).bfloat16(), rank=16)
     text = explained(table, block, 8000)
-    assert "in its block, fused: measured 2026-01-02 on a card: N 256, K 64, 8192 rows" in text
+    assert "in its block, split: its blocks would fill" in text
+    assert "; measured 2026-01-02 on a card: N 256, K 64, 8192 rows" in text
     assert "activate and gated measured 2026-01-03 on a card: gated silu, N 256, 8192 rows" in text
     for line in (f"thin     {ENTRY.thin}", f"activate {BLOCK.activate}", f"gated    {BLOCK.gated}"):
         assert f"\n  {line}" in text

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fastbound
 from fastbound.dispatch.device import Device, pretending
 from fastbound.operator import ops
-from fastbound.operator.engine import engine_for
+from fastbound.operator.engine import route_for
 from fastbound.truth.formula import bounded_linear
 from tests.support.bases import (
     BASES,
@@ -110,10 +110,10 @@ def test_report_and_explanation_say_why_the_base_is_called(build):
 def test_the_explanation_over_a_base_is_the_plan_that_runs(backend):
     """On the CPU: PyTorch's, and Triton's in the interpreter where it is asked for by name."""
     layer = injected(subclass, backend=backend).mlp.up
-    with mock.patch("fastbound.operator.ops.engine_for", side_effect=engine_for) as chosen:
+    with mock.patch("fastbound.operator.ops.route_for", side_effect=route_for) as chosen:
         layer(rows(5, K)).sum().backward()
     (row,) = fastbound.explain(layer, tokens=5)
-    plans = {engine_for(*call.args).plan for call in chosen.call_args_list}
+    plans = {route_for(*call.args).plan for call in chosen.call_args_list}
     assert plans == {replace(row.plan, reason=row.plan.reason.removeprefix("base is Doubled; "))}
     assert row.plan.strategy == ("split" if backend == "split" else "torch")
 

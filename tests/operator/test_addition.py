@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import fastbound
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import plan_key
-from fastbound.operator.engine import engine_for
+from fastbound.operator.engine import route_for
 from fastbound.operator.function import bounded_addition, can_write_into
 from fastbound.truth import formula
 from fastbound.truth.exactness import assert_as_exact_as_the_formula
@@ -206,7 +206,7 @@ def test_the_products_are_tritons_where_they_can_run_and_never_fused():
     cpu = torch.device("cpu")
 
     def plan(N, dtype, backend="auto"):
-        return engine_for(*plan_key(cpu, 64, N, 32, 4, dtype, backend, over_base=True)).plan
+        return route_for(*plan_key(cpu, 64, N, 32, 4, dtype, backend, over_base=True)).plan
 
     assert plan(32, torch.float32, "split").strategy == "split"
     assert plan(32, torch.float32).strategy == "torch"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import fastbound
+from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.files import replace_files
 from fastbound.performance.memory import peak_bytes, saved_bytes
 from fastbound.performance.profiling.baselines import inject_peft
 from fastbound.performance.shapes import Block, block_of, linear_shapes
-from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 
 MODES = ("linear", "mlp", "step")
 FLOOR = "frozen"

@@ -12,13 +12,13 @@ from torch import Tensor
 from fastbound.dispatch.defaults import Tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import Plan
+from fastbound.dispatch.timing import interleaved, kernel_stopwatch
 from fastbound.operator import ops
 from fastbound.operator.call import Term
 from fastbound.operator.engine import Engine, engine_of
 from fastbound.operator.ops import given
 from fastbound.performance.passes import Candidate, operands_at
 from fastbound.performance.shapes import Block
-from fastbound.performance.timing import interleaved, kernel_stopwatch
 from fastbound.performance.tuning.candidates import Point
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, reason_of, sweep
 from fastbound.performance.tuning.tune import Timings

@@ -16,13 +16,13 @@ import torch
 
 from fastbound.dispatch.defaults import Tiles, default_tiles, padded_rank
 from fastbound.dispatch.device import Device
+from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.operator.engine import Engine
 from fastbound.performance.binaries import Compiled
 from fastbound.performance.compilation import compile_launch, faults, target_of
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.performance.passes import Candidate, Pass, operands_at, passes_of
 from fastbound.performance.shapes import Block, Shape
-from fastbound.performance.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.truth.interpreter import poisoned_empty
 from fastbound.truth.operands import BlockOperands, LayerOperands
 

@@ -96,13 +96,17 @@ def at_most(nbytes: int, device: torch.device) -> int:
     return min(nbytes, free // 8) // 64 * 64
 
 
-def kernel_stopwatch(device: torch.device) -> Stopwatch:
-    """Seconds of a step alone: behind a read of a buffer that outweighs L2 many times.
+def kernel_stopwatch(device: torch.device, nbytes: int = FLUSH_BYTES, reads: int = 1) -> Stopwatch:
+    """Seconds of a step alone: behind reads of a buffer that outweighs L2 many times.
 
-    The read leaves the cache cold and clean, and lasts longer than the step takes to launch.
+    The reads leave the cache cold and clean, and last longer than the step takes to launch.
     """
     if device.type != "cuda":
         return stopwatch_for(device)
-    flush = torch.ones(at_most(FLUSH_BYTES, device) // 4, device=device)
+    flush = torch.ones(at_most(nbytes, device) // 4, device=device)
 
-    return partial(_gpu_seconds, before=flush.sum)
+    def before() -> None:
+        for _ in range(reads):
+            flush.sum()
+
+    return partial(_gpu_seconds, before=before)

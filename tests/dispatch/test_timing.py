@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastbound.dispatch.timing import interleaved
 from fastbound.performance.memory import saved_bytes
-from fastbound.performance.timing import interleaved
 
 
 def test_every_round_runs_every_step_once_in_a_new_order() -> None:

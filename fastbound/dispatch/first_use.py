@@ -1,0 +1,359 @@
+"""The first call of a key measures its candidates, and its choice is kept on disk.
+
+Every candidate runs on the real operands into results that are thrown away, is checked, and is
+timed against the others, round by round. What is found holds for this card and this software alone
+(``card``), and lies in a file of its own beside the tables, in their format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastbound.dispatch import tables
+from fastbound.dispatch.card import Card, card_of
+from fastbound.dispatch.choices import CPU_MARGIN, MARGIN, Choice, Place, pick
+from fastbound.dispatch.tables import PlanTable, read_table, require_same_gpu, write_table
+from fastbound.dispatch.timing import host_seconds, interleaved, kernel_stopwatch, quartiles
+from fastbound.errors import InputError
+from fastbound.files import writing
+
+LEAST_ROWS = 512  # below, a call is over before a choice could pay
+WARM, TIMED = 2, 7
+# On a CPU, where what is tried takes the user's own time: seconds after which no round begins, and
+# the fewest rounds.
+CPU_SECONDS, CPU_ROUNDS = 1.0, 3
+FLUSH_READS = 8
+LOCK_SECONDS = 5.0
+# Relative error above which a result is not the operator's; fp32's is what TF32 leaves.
+CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-9}
+
+Outputs = Sequence["Tensor | None"]
+
+
+class Unmeasurable(Exception):
+    """What keeps a key from being measured now, as `explain` is to say it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call to try.
+
+    ``run`` makes its results by a strategy. ``truth`` gives the fp64 values of ``rows`` of those
+    results that have a row for each of x's, by their place; the others, sums over all rows, are
+    held against those of ``yardstick``, a strategy. ``nbytes`` is what one run allocates.
+    """
+
+    run: Callable[[str], Outputs]
+    truth: Callable[[], Mapping[int, Tensor]]
+    rows: Tensor
+    yardstick: str
+    device: torch.device
+    dtype: torch.dtype
+    nbytes: int
+
+
+class Bench(Protocol):
+    """What measuring asks of a device; tests bring their own."""
+
+    def obstacle(self, device: torch.device, nbytes: int) -> str | None:
+        """Why nothing can be measured now; None: nothing stands in the way."""
+        ...
+
+    def seconds(
+        self, steps: Mapping[str, Callable[[int], object]], device: torch.device
+    ) -> Mapping[str, Sequence[float]]:
+        """Of each step in each round."""
+        ...
+
+
+class DeviceBench:
+    """The clock of the device itself."""
+
+    def obstacle(self, device: torch.device, nbytes: int) -> str | None:
+        if device.type != "cuda":
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph was being captured"
+        needed = nbytes + self._flush(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if free < needed:
+            return f"{needed / 2**20:.0f} MiB were needed and {free / 2**20:.0f} free"
+        return None
+
+    def seconds(
+        self, steps: Mapping[str, Callable[[int], object]], device: torch.device
+    ) -> Mapping[str, Sequence[float]]:
+        if device.type == "cpu":
+            return self._cpu_seconds(steps)
+        stopwatch = kernel_stopwatch(device, self._flush(device), FLUSH_READS)
+        taken = interleaved(steps, rounds=WARM + TIMED, stopwatch=stopwatch)
+        return {name: seconds[WARM:] for name, seconds in taken.items()}
+
+    @staticmethod
+    def _cpu_seconds(steps: Mapping[str, Callable[[int], object]]) -> Mapping[str, Sequence[float]]:
+        """Warm already from being checked, and nothing runs ahead."""
+        taken: dict[str, list[float]] = {name: [] for name in steps}
+        start = time.monotonic()
+        for turn in range(TIMED):
+            if turn >= CPU_ROUNDS and time.monotonic() - start > CPU_SECONDS:
+                break
+            for name, seconds in interleaved(
+                steps, rounds=1, stopwatch=host_seconds, seed=turn
+            ).items():
+                taken[name] += seconds
+        return taken
+
+    @staticmethod
+    def _flush(device: torch.device) -> int:
+        if device.type != "cuda":
+            return 0
+        return max(64 * 2**20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+bench: Bench = DeviceBench()
+
+
+def measured(place: Place, trial: Trial, order: Sequence[str], on: str) -> Choice:
+    """Try ``order``, the default first, at a place; ``on`` names the card.
+
+    Raises Unmeasurable where no candidate can be held against the truth, or where something stands
+    in the way.
+    """
+    obstacle = bench.obstacle(trial.device, 2 * trial.nbytes)
+    if obstacle is not None:
+        raise Unmeasurable(obstacle)
+    try:
+        errors, faults = _checked(trial, order)
+        faults |= _disagreeing(errors, trial.dtype)
+        kept = [name for name in order if name not in faults]
+        if not kept:
+            raise Unmeasurable("no candidate ran: " + _listed(faults))
+        steps = {name: _step(trial, name) for name in kept}
+        samples = bench.seconds(steps, trial.device)
+    except torch.OutOfMemoryError:
+        raise Unmeasurable("memory ran out") from None
+    margin = CPU_MARGIN if trial.device.type == "cpu" else MARGIN
+    seconds = {name: _three(taken) for name, taken in samples.items()}
+    origin = f"measured {datetime.now(timezone.utc):%Y-%m-%d} on {on}"
+    return Choice(place, pick(samples, order, margin), seconds, faults, origin)
+
+
+def _checked(
+    trial: Trial, order: Sequence[str]
+) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Of each candidate that ran, every result's error; and what became of the others."""
+    expected = dict(trial.truth())
+    if not all(bool(t.isfinite().all()) and bool(t.any()) for t in expected.values()):
+        raise Unmeasurable("its operands were zero, or not finite")
+    by_rows = set(expected)
+    errors: dict[str, dict[int, float]] = {}
+    faults: dict[str, str] = {}
+    for name in sorted(order, key=lambda name: name != trial.yardstick):  # which comes first
+        try:
+            results = dict(enumerate(trial.run(name)))
+            made = {i: t for i, t in results.items() if t is not None and t.numel()}
+            if name == trial.yardstick:
+                expected |= {i: t.double() for i, t in made.items() if i not in by_rows}
+            errors[name] = {
+                i: _error(t[trial.rows] if i in by_rows else t, expected[i])
+                for i, t in made.items()
+                if i in expected
+            }
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            faults[name] = f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+            continue
+        for result in made.values():  # the memory that the next one may be given
+            result.detach().fill_(float("nan"))
+        del results, made
+    return errors, faults
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    """Relative, by the norm."""
+    norm = float(expected.norm())
+    return float((got.detach().double() - expected).norm()) / (norm or 1.0)
+
+
+def _disagreeing(errors: Mapping[str, Mapping[int, float]], dtype: torch.dtype) -> dict[str, str]:
+    """Those whose error is beyond twice the least of all and a rounding, or beyond all reason.
+
+    Twice: one candidate rounds once where another does it two times.
+    """
+    found: dict[str, str] = {}
+    for i in sorted({i for own in errors.values() for i in own}):
+        least = min((own[i] for own in errors.values() if own[i] == own[i]), default=0.0)
+        most = CORRECT.get(dtype, 2**-30)
+        allowed = min(2 * least + torch.finfo(dtype).eps, most) if least else most
+        for name, own in errors.items():
+            if not own[i] <= allowed and name not in found:  # a NaN fails too
+                found[name] = f"result {i} is off by {own[i]:.2e}, more than {allowed:.2e}"
+    return found
+
+
+def _step(trial: Trial, name: str) -> Callable[[int], object]:
+    return lambda turn: trial.run(name)
+
+
+def _three(seconds: Sequence[float]) -> tuple[float, float, float]:
+    lower, middle, upper = quartiles(seconds)
+    return lower, middle, upper
+
+
+def _listed(faults: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in faults.items())
+
+
+class Store:
+    """The choices of one card, in its file: read when it changes, written with a lock.
+
+    A file that is damaged or of another card, and a folder that cannot be written to, are said once
+    and left alone: choices then last as long as the process.
+    """
+
+    def __init__(self, path: Path | None, card: Card) -> None:
+        self.path, self.card = path, card
+        self._choices: dict[Place, Choice] = {}
+        self._stamp: tuple[int, int] | None = None
+        self._usable = path is not None
+
+    def find(self, place: Place) -> Choice | None:
+        """From this process, or from the file, which others write too."""
+        if place not in self._choices:
+            self._read()
+        return self._choices.get(place)
+
+    def keep(self, choice: Choice) -> None:
+        """Into the file, together with what others wrote there; of two for a place this one."""
+        self._choices[choice.place] = choice
+        if not self._usable or self.path is None:
+            return
+        try:
+            with _waiting(self.path.parent):
+                self._read()
+                if self._usable:
+                    write_table(self.path, self._table())
+                    self._stamp = _stamp(self.path)
+        except InputError:
+            if self.path.parent.exists() and not self.path.parent.is_dir():
+                self._leave(f"choices are not kept: {self.path.parent} is a file")
+            # Else others write there and have not ended: the next choice takes this one along.
+        except OSError as error:
+            self._leave(f"choices are not kept: {error}")
+
+    def _read(self) -> None:
+        if not self._usable or self.path is None:
+            return
+        stamp = _stamp(self.path)
+        if stamp is None or stamp == self._stamp:
+            return
+        try:
+            table = read_table(self.path)
+            require_same_gpu(table, self.card.architecture, self.card.multiprocessors)
+            if (table.device, dict(table.versions)) != (self.card.name, dict(self.card.versions)):
+                raise ValueError(f"{self.path} is of {table.device} with other software")
+        except (OSError, ValueError) as error:
+            self._leave(f"choices are neither read nor kept: {error}; remove that file")
+            return
+        self._stamp = stamp
+        for choice in table.choices:
+            self._choices.setdefault(choice.place, choice)
+
+    def _table(self) -> PlanTable:
+        card = self.card
+        return PlanTable(
+            card.architecture,
+            card.name,
+            card.multiprocessors,
+            versions=dict(card.versions),
+            choices=tuple(self._choices.values()),
+        )
+
+    def _leave(self, said: str) -> None:
+        self._usable = False
+        warnings.warn(said, stacklevel=2)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _waiting(folder: Path) -> Iterator[None]:
+    """:func:`fastbound.files.writing`, once whoever writes there has ended."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(writing(folder))
+                break
+            except InputError:
+                if not folder.is_dir() or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield
+
+
+_stores: dict[Card, Store] = {}
+
+
+def store_for(device: torch.device) -> Store:
+    """The choices of a device, one store per card and process."""
+    card = card_of(device)
+    if card not in _stores:
+        folder = tables.user_folder()
+        name = f"{card.architecture}-{card.digest}.json"
+        _stores[card] = Store(None if folder is None else folder / "measured" / name, card)
+    return _stores[card]
+
+
+def forget() -> None:
+    """What this process has read and measured; files stay."""
+    _stores.clear()
+    _warned.clear()
+
+
+def let_go(device: object, place: Place, failed: str, why: str) -> None:
+    """A strategy that was taken at a place and failed later: said once, and kept if measured."""
+    _warn(f'"{failed}" is not used here any more: {why}', place)
+    if not isinstance(device, torch.device):
+        return
+    store = store_for(device)
+    choice = store.find(place)
+    if choice is not None and "torch" in choice.seconds:
+        seconds = {name: times for name, times in choice.seconds.items() if name != failed}
+        faults = {**choice.faults, failed: why}
+        store.keep(replace(choice, strategy="torch", seconds=seconds, faults=faults))
+
+
+def warn_of(choice: Choice) -> None:
+    """A candidate that does not run, or gives wrong results, is let go."""
+    for name, why in choice.faults.items():
+        _warn(f'"{name}" is not used here: {why}', choice.place)
+
+
+_warned: set[str] = set()
+
+
+def _warn(said: str, place: Place) -> None:
+    """Once for each failure, whatever the place."""
+    if said not in _warned:
+        _warned.add(said)
+        warnings.warn(f"{said} (first at {place})", stacklevel=3)
