@@ -29,7 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--data", metavar="DIR", help="folder of the data (default: the hub)")
     what.add_argument(
-        "--retain-log", metavar="FILE", help="log of a model trained without the forget rows"
+        "--retain-log",
+        metavar="FILE",
+        help="log of a model trained without the forget rows, or open-unlearning's TOFU_EVAL.json",
+    )
+    what.add_argument(
+        "--membership",
+        metavar="NAMES",
+        help="attacks to score as well, with commas between: loss, zlib, min_k, min_k_plus_plus, "
+        "gradnorm, reference; all is every one but the last",
+    )
+    what.add_argument(
+        "--reference", metavar="DIR_OR_ID", help="a model that never saw the rows, for that attack"
     )
     what.add_argument("--output", metavar="DIR", required=True, help="output folder")
     what.add_argument("--resume", action="store_true", help="go on with the one in --output")
