@@ -12,6 +12,8 @@ import torch
 from fastbound.errors import DamageWarning, InputError
 from fastbound.files import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
+from fastbound.unlearning.evaluation.attacks.command import check_flags
+from fastbound.unlearning.evaluation.attacks.command import run as run_attack
 from fastbound.unlearning.evaluation.membership import ATTACKS
 from fastbound.unlearning.evaluation.run import (
     PICTURE,
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; the table goes to standard output.
 
     Raises:
-        InputError, NonFiniteError: see `evaluate_benchmark`.
+        InputError, NonFiniteError: see `evaluate_benchmark` and `attacks.run.attack`.
     """
 
     for name, known in (("device", DEVICES), ("dtype", DTYPES)):
@@ -38,6 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"{name} must be one of {', '.join(known)}; got {getattr(arguments, name)!r}"
             )
+    check_device(arguments.device)
+    check_flags(arguments)
+    if arguments.attack is not None:
+        return run_attack(arguments)
+    if arguments.benchmark is None:
+        raise InputError("give --benchmark (tofu, muse or tdec) or --attack")
     config = EvaluationConfig(
         benchmark=arguments.benchmark,
         split=arguments.split,
@@ -49,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         n=arguments.n,
         membership=_attacks(arguments.membership),
     )
-    check_device(arguments.device)
     output = Path(arguments.output)
     with writing(output):
         check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
