@@ -75,8 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss",
         action="append",
         dest="losses",
-        metavar="NAME[=WEIGHT]",
-        help="instead of both, repeated: gradient_ascent, retain, npo, simnpo, ihl, kl, idk, dpo",
+        metavar="NAME[=WEIGHT][,OPTION=X]",
+        help="instead of both, repeated: gradient_ascent, retain, npo, simnpo, ihl, kl, idk, dpo, "
+        "wga, satimp, undial, ceu, pdu, rmu, rmu_retain; docs/losses.md has the options",
     )
     training.add_argument("--seed", type=int, metavar="N", help="of every random choice (0)")
     training.add_argument("--device", help="auto, cpu or cuda (auto)")

@@ -19,6 +19,7 @@ from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.evaluation.examples import examples_of, lines_of
+from fastbound.unlearning.losses.objective import Weight
 from fastbound.unlearning.model import check_device, check_plain, load_pretrained
 from fastbound.unlearning.runs.folder import RUN, check_free, write_json
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
@@ -136,13 +137,20 @@ _QUICK = {"eval_every": 10}
 _QUICK_STEPS = 50
 
 
-def _loss(text: str) -> tuple[str, float]:
-
-    name, _, weight = text.partition("=")
+def _loss(text: str) -> tuple[str, Weight]:
+    first, *rest = text.split(",")
+    name, _, weight = first.partition("=")
+    pairs = [each.partition("=") for each in rest]
     try:
-        return name, float(weight or 1)
+        number = float(weight or 1)
+        options = {option.strip(): float(value) for option, _, value in pairs}
     except ValueError:
-        raise InputError(f"--loss must be NAME or NAME=WEIGHT; got {text!r}") from None
+        raise InputError(
+            f"--loss must be NAME or NAME=WEIGHT, and OPTION=NUMBER after commas; got {text!r}"
+        ) from None
+    if len(options) < len(pairs):
+        raise InputError(f"--loss names an option twice: {text}")
+    return name.strip(), {"weight": number, **options} if options else number
 
 
 def _targets(text: str) -> str | tuple[str, ...]:

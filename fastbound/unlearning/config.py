@@ -12,7 +12,7 @@ from fastbound.errors import InputError, positive
 from fastbound.layers.bounds import weight_bound
 from fastbound.truth.formula import ADAPTER_FORMS
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
-from fastbound.unlearning.losses.objective import Objective, check_losses
+from fastbound.unlearning.losses.objective import Objective, Weight, check_losses
 
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -42,9 +42,9 @@ class UnlearnConfig:
         accumulation: forward passes a step. A step's loss is the mean over all its answer tokens,
             in however many passes and processes they come.
         forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
-        losses: name -> weight, to minimise another sum than gradient difference; the names are
-            gradient_ascent, retain, npo, simnpo, ihl, kl, idk and dpo, see
-            `fastbound.unlearning.losses`. None is
+        losses: name -> weight, to minimise another sum than gradient difference; with options
+            name -> `{"weight": 1.0, "beta": 0.2}`. Names and options are those of
+            `fastbound.unlearning.losses.objective.LOSSES`; docs/losses.md has the formulas. None is
             `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
         max_length: the most tokens of a row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.
@@ -91,7 +91,7 @@ class UnlearnConfig:
     accumulation: int = 1
     forget_weight: float = 1.0
     retain_weight: float = 1.0
-    losses: Mapping[str, float] | None = None
+    losses: Mapping[str, Weight] | None = None
     max_length: int = 256
     template: str = TEMPLATE
     seed: int = 0
@@ -174,7 +174,7 @@ class UnlearnConfig:
         check_template(self.template)
 
     @property
-    def weighted_losses(self) -> dict[str, float]:
+    def weighted_losses(self) -> dict[str, Weight]:
         """What is minimised: name -> weight."""
         if self.losses is not None:
             return dict(self.losses)

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastbound
 from fastbound.errors import InputError
+from fastbound.models.adapted import injected_layers
 from fastbound.models.files import CONFIG as ADAPTER_CONFIG
 from fastbound.models.files import PEFT_TYPE, read_config
 from fastbound.models.names import kind_of, some
@@ -175,6 +176,27 @@ def _load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
             f"{some(missing)}, unexpected {some(unknown)}; give the adapter of this model"
         )
     return cast(nn.Module, adapted)
+
+
+def adapter_of(model: nn.Module) -> str | None:
+    """Whose adapter a model carries: "fastbound", "PEFT" (of either method), or None."""
+    if getattr(model, "peft_config", None):
+        return "PEFT"
+    return "fastbound" if injected_layers(model) else None
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The plain model with its adapter's ΔW in the weights, in place; one without is given back.
+
+    Raises InputError where a weight cannot take it, such as a quantised one.
+    """
+    kind = adapter_of(model)
+    try:
+        if kind == "PEFT":
+            return cast(nn.Module, cast(Any, model).merge_and_unload())
+        return model if kind is None else fastbound.merge(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_device(device: str) -> None:

@@ -12,6 +12,9 @@ import torch
 from fastbound.errors import DamageWarning, InputError
 from fastbound.files import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
+from fastbound.unlearning.evaluation.attacks.command import check_flags
+from fastbound.unlearning.evaluation.attacks.command import run as run_attack
+from fastbound.unlearning.evaluation.membership import ATTACKS
 from fastbound.unlearning.evaluation.run import (
     PICTURE,
     SUMMARY,
@@ -21,7 +24,7 @@ from fastbound.unlearning.evaluation.run import (
 from fastbound.unlearning.evaluation.templates import EmptyAnswerWarning
 from fastbound.unlearning.metrics import SameModelWarning
 from fastbound.unlearning.metrics.logs import read_log
-from fastbound.unlearning.model import check_device, load_adapter, load_pretrained
+from fastbound.unlearning.model import check_device, load_adapter, load_pretrained, merged
 from fastbound.unlearning.runs.folder import RUN, check_free
 
 
@@ -29,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; the table goes to standard output.
 
     Raises:
-        InputError, NonFiniteError: see `evaluate_benchmark`.
+        InputError, NonFiniteError: see `evaluate_benchmark` and `attacks.run.attack`.
     """
 
     for name, known in (("device", DEVICES), ("dtype", DTYPES)):
@@ -37,6 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"{name} must be one of {', '.join(known)}; got {getattr(arguments, name)!r}"
             )
+    check_device(arguments.device)
+    check_flags(arguments)
+    if arguments.attack is not None:
+        return run_attack(arguments)
+    if arguments.benchmark is None:
+        raise InputError("give --benchmark (tofu, muse or tdec) or --attack")
     config = EvaluationConfig(
         benchmark=arguments.benchmark,
         split=arguments.split,
@@ -46,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         rows=arguments.rows,
         n=arguments.n,
+        membership=_attacks(arguments.membership),
     )
-    check_device(arguments.device)
     output = Path(arguments.output)
     with writing(output):
         check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
@@ -57,6 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"warning: {warning.message}", file=sys.stderr)
     print(f"{table}\n\nWritten to {output}: {config.chosen.LOG}, {SUMMARY} and {PICTURE}")
     return 0
+
+
+def _attacks(text: str | None) -> tuple[str, ...]:
+    """Names with commas between; "all" is every attack that needs no other model."""
+    names = [] if text is None else [name for name in text.split(",") if name]
+    if "all" in names:
+        names += [name for name in ATTACKS if name != "reference"]
+    return tuple(name for name in names if name != "all")
 
 
 def _evaluate(
@@ -71,6 +88,14 @@ def _evaluate(
     if arguments.adapter is not None:
         model = load_adapter(model, arguments.adapter)
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
+    if "gradnorm" in config.membership:
+        model = merged(model)  # the weights under an adapter have no gradient
+    reference = None
+    if arguments.reference is not None:
+        reference, _ = load_pretrained(
+            arguments.reference, dtype, trust_remote_code=arguments.trust_remote_code
+        )
+        reference.to("cuda" if cuda else "cpu")
     model.to("cuda" if cuda else "cpu")
     about = {"model": arguments.model, "adapter": arguments.adapter, "dtype": arguments.dtype}
     with warnings.catch_warnings(record=True) as caught:
@@ -81,6 +106,7 @@ def _evaluate(
             config,
             output,
             retain_log=retain,
+            reference=reference,
             about=about,
             resume=arguments.resume,
         )

@@ -21,11 +21,13 @@ from fastbound.unlearning.data.records import Records, check_split, file_of
 from fastbound.unlearning.data.rows import Row, read_records, text_field
 from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
 from fastbound.unlearning.evaluation.generation import until
+from fastbound.unlearning.evaluation.membership import lines_of, score_sides, summary_of
 from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture
 from fastbound.unlearning.evaluation.session import Session
 from fastbound.unlearning.evaluation.templates import end_of_text
 from fastbound.unlearning.metrics.conventions import MUSE, MUSE_CONVENTIONS
 from fastbound.unlearning.metrics.logs import column
+from fastbound.unlearning.metrics.sections import MEMBERSHIP
 from fastbound.unlearning.metrics.texts import rouge
 from fastbound.unlearning.metrics.truth import warn_same_model
 
@@ -194,6 +196,8 @@ def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str,
         side: session.attacks(f"privleak {side}", rows, k=K, convention=convention)
         for side, rows in prepared.texts.items()
     }
+    if settings.membership:
+        log[MEMBERSHIP] = score_sides(session, prepared.texts, settings.membership, convention)
     return log
 
 
@@ -235,6 +239,7 @@ def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:
         "reference_auc": reference,
         "reference": source,
         "privleak": metrics.privleak(auc, reference, convention=convention),
+        "membership": summary_of(log, retain, convention),
     }
 
 
@@ -245,6 +250,7 @@ def table(summary: Summary) -> list[str]:
         f"KnowMem on retain   {summary['retain_knowmem']:.4f}   ROUGE-L F1",
         f"PrivLeak           {summary['privleak']:7.2f}   AUC {summary['auc']:.4f}, reference "
         f"{summary['reference_auc']:.4f} ({summary['reference']})",
+        *lines_of(summary["membership"], summary["convention"]),
         f"convention          {summary['convention']} (AUC is "
         + (
             "low where the forget set is known)"

@@ -10,6 +10,14 @@ from typing import Any
 from fastbound.figures import new_figure, save_figure
 
 BLUE, RED, GREY = "#0b6e99", "#c4511d", "0.45"
+# Below a panel, where it covers nothing.
+LEGEND: dict[str, Any] = {
+    "loc": "upper center",
+    "bbox_to_anchor": (0.5, -0.16),
+    "ncols": 3,
+    "fontsize": "small",
+    "frameon": False,
+}
 
 
 @contextlib.contextmanager

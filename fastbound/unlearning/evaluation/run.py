@@ -22,6 +22,7 @@ from fastbound.files import writing
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.evaluation import benchmark_named
 from fastbound.unlearning.evaluation.benchmark import Benchmark
+from fastbound.unlearning.evaluation.membership import check_attacks, check_gradients
 from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.evaluation.templates import check_family
 from fastbound.unlearning.losses.cross_entropy import check_memory
@@ -52,6 +53,8 @@ class EvaluationConfig:
         batch_size: rows a batch.
         rows: the first so many of each set; None takes all. TOFU's own code takes 300.
         n: of EL_n, for TDEC.
+        membership: attacks of `membership.ATTACKS` to score as well, for TOFU (whose holdout split
+            is then needed) and MUSE.
     """
 
     benchmark: Literal["tofu", "muse", "tdec"]
@@ -62,6 +65,7 @@ class EvaluationConfig:
     batch_size: int = 16
     rows: int | None = None
     n: int = 10
+    membership: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = self.chosen.CONVENTIONS
@@ -75,6 +79,9 @@ class EvaluationConfig:
                 )
             object.__setattr__(self, "split", self.chosen.DEFAULT_SPLIT)
         check_family(self.template)
+        object.__setattr__(self, "membership", check_attacks(self.membership))
+        if self.membership and self.benchmark == "tdec":
+            raise InputError("tdec has no holdout rows for membership attacks: take tofu or muse")
         for name in ("batch_size", "n", *(["rows"] if self.rows is not None else [])):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -92,6 +99,7 @@ def evaluate_benchmark(
     output: str | Path,
     *,
     retain_log: str | Path | Mapping[str, Any] | None = None,
+    reference: nn.Module | None = None,
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -104,6 +112,7 @@ def evaluate_benchmark(
     Args:
         retain_log: the log of a model trained without the forget rows: for forget quality, and for
             the reference of PrivLeak.
+        reference: a model that never saw the forget rows, for the membership attack of that name.
         about: names of model and adapter, compared by `resume` and kept in the summary.
 
     Raises:
@@ -112,8 +121,17 @@ def evaluate_benchmark(
     """
     folder, chosen = Path(output), config.chosen
     retain = None if retain_log is None else read_log(retain_log)
+    if ("reference" in config.membership) != (reference is not None):
+        raise InputError(
+            "the membership attack reference needs --reference, a model that never saw the rows"
+            if reference is None
+            else "--reference is for the membership attack of that name: add it, or leave it out"
+        )
+    if "gradnorm" in config.membership:
+        check_gradients(model)
     prepared = chosen.prepare(config, tokenizer)
-    check_fits(model, tokenizer, prepared.encoded)
+    for each in (model, *(() if reference is None else (reference,))):
+        check_fits(each, tokenizer, prepared.encoded)
     longest = max(len(row.ids) for row in prepared.encoded)
     rows = min(config.batch_size, len(prepared.encoded))
     check_memory(model, next(model.parameters()).device, rows * longest)
@@ -131,13 +149,14 @@ def evaluate_benchmark(
         **(about or {}),
         "tokens": fingerprint(prepared.encoded),
         "digests": {**model_identity(model), "tokenizer": tokenizer_identity(tokenizer)},
+        **({} if reference is None else {"reference_digests": model_identity(reference)}),
     }
     with writing(folder):
         run = RunFolder(folder, identity, resume=resume)
         run.begin()
         pieces = Pieces(CheckedLines(folder / PIECES, run.digest))
-        session = Session(model, tokenizer, config.batch_size, pieces, progress)
-        with evaluating(model):
+        session = Session(model, tokenizer, config.batch_size, pieces, progress, reference)
+        with evaluating(model), evaluating(model if reference is None else reference):
             log = chosen.score(session, prepared, config)
         write_json(folder / chosen.LOG, log)
         summary = chosen.summarise(log, retain, config)
@@ -148,7 +167,9 @@ def evaluate_benchmark(
 
 def _settings(config: EvaluationConfig) -> dict[str, Any]:
     """Settings that change a value; the data is compared by its tokens."""
-    return {name: value for name, value in vars(config).items() if name != "data"}
+    settings = {name: value for name, value in vars(config).items() if name != "data"}
+    attacks = list(settings.pop("membership"))
+    return {**settings, **({"membership": attacks} if attacks else {})}
 
 
 def _finite(value: Any) -> Any:

@@ -55,6 +55,7 @@ class Session:
         batch_size: rows a batch.
         pieces: what is finished already.
         progress: show a bar for each part.
+        reference: another model, for the membership attack of that name.
     """
 
     model: Any
@@ -62,6 +63,7 @@ class Session:
     batch_size: int
     pieces: Pieces
     progress: bool = True
+    reference: Any = None
 
     def __post_init__(self) -> None:
         self.end = end_of_text(self.tokenizer)
@@ -116,7 +118,7 @@ class Session:
         """
 
         def compute(part: list[Encoded]) -> list[dict[str, Any]]:
-            scores, logits, labels = self._forward(part)
+            scores, logits, labels = self.scored(part)
             labelled = labels[:, 1:] != IGNORED
             chosen = [
                 row[at].tolist()
@@ -161,19 +163,26 @@ class Session:
         return self.each(name, items, compute, length=lambda item: len(item[0]))
 
     def _scores(self, rows: Sequence[Encoded]) -> list[AnswerScore]:
-        return self._forward(rows)[0]
+        return self.scored(rows)[0]
 
     @torch.no_grad()
-    def _forward(self, rows: Sequence[Encoded]) -> tuple[list[AnswerScore], Tensor, Tensor]:
-        """Scores, logits and labels of a batch; a loss that is not finite is an error."""
-        batch = collate(rows, self.pad).to(self.model.device)
-        logits = forward(self.model, batch.input_ids, batch.attention_mask)
+    def scored(
+        self, rows: Sequence[Encoded], model: Any = None
+    ) -> tuple[list[AnswerScore], Tensor, Tensor]:
+        """Scores, logits and labels of a batch; a loss that is not finite is an error.
+
+        Args:
+            model: another than the one under evaluation.
+        """
+        model = self.model if model is None else model
+        batch = collate(rows, self.pad).to(model.device)
+        logits = forward(model, batch.input_ids, batch.attention_mask)
         scores = answer_scores(logits, batch.labels)
         for row, score in zip(rows, scores, strict=True):
             if not math.isfinite(score.loss):
                 raise NonFiniteError(
                     f"{row.where}: the loss is {score.loss}; the model is broken or overflows in "
-                    f"{self.model.dtype}: try --dtype float32"
+                    f"{model.dtype}: try --dtype float32"
                 )
         return scores, logits, batch.labels
 

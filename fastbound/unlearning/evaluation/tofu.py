@@ -18,6 +18,12 @@ from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.records import check_split, records
 from fastbound.unlearning.data.rows import Row, read_records, text_field, texts_field
 from fastbound.unlearning.evaluation.benchmark import Log, Settings, Summary
+from fastbound.unlearning.evaluation.membership import (
+    check_texts,
+    lines_of,
+    score_sides,
+    summary_of,
+)
 from fastbound.unlearning.evaluation.picture import BLUE, GREY, RED, picture
 from fastbound.unlearning.evaluation.session import Session
 from fastbound.unlearning.evaluation.templates import (
@@ -27,15 +33,16 @@ from fastbound.unlearning.evaluation.templates import (
     warn_of_empty_answers,
 )
 from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING, TOFU_CONVENTIONS
-from fastbound.unlearning.metrics.logs import (
+from fastbound.unlearning.metrics.sections import (
     FORGET,
+    MEMBERSHIP,
     REAL_AUTHORS,
     RETAIN,
     SECTIONS,
     WORLD_FACTS,
-    losses,
 )
 from fastbound.unlearning.metrics.texts import rouge
+from fastbound.unlearning.metrics.truth import forget_ratios
 
 LOG = "eval_log_aggregated.json"
 CONVENTIONS: tuple[str, ...] = TOFU_CONVENTIONS
@@ -141,13 +148,14 @@ def _row(record: Mapping[str, Any], split: str, where: str) -> TofuRow:
 
 @dataclass(frozen=True)
 class Sections:
-    """All four sections by their name in the log."""
+    """All four sections by their name in the log; `holdout` where membership is attacked."""
 
     parts: dict[str, Section]
+    holdout: Sequence[Encoded] = ()
 
     @property
     def encoded(self) -> list[Encoded]:
-        return [row for part in self.parts.values() for row in part.encoded]
+        return [*(row for part in self.parts.values() for row in part.encoded), *self.holdout]
 
     @property
     def continued(self) -> list[tuple[Encoded, int]]:
@@ -199,18 +207,23 @@ def prepare(settings: Settings, tokenizer: Any) -> Sections:
             ],
         )
         warn_of_empty_answers(name, part.encoded, end_of_text(tokenizer))
-    return Sections(sections)
+    if not settings.membership:
+        return Sections(sections)
+    unseen = load(split.replace("forget", "holdout"), settings.data)[: settings.rows]
+    holdout = [encode(row, row.answer) for row in unseen]
+    check_texts([*sections[FORGET].answers, *holdout])
+    return Sections(sections, holdout)
 
 
 def compared(retain: Log, prepared: Sections) -> dict[str, tuple[int, int]]:
     """Of the forget rows."""
-    right, _ = losses(retain, FORGET, "retain log")
-    return {FORGET: (len(right), len(prepared.parts[FORGET].rows))}
+    theirs = forget_ratios(retain, name="retain log")
+    return {FORGET: (len(theirs), len(prepared.parts[FORGET].rows))}
 
 
 def score(session: Session, prepared: Sections, settings: Settings) -> dict[str, Any]:
     """TOFU's aggregated log: per row losses, tokens, ROUGE and text, with EM and ES added."""
-    log = {}
+    log: dict[str, Any] = {}
     for section, part in prepared.parts.items():
         name = SECTIONS[section]
         answers = session.answers(f"{name} answers", part.answers)
@@ -236,6 +249,9 @@ def score(session: Session, prepared: Sections, settings: Settings) -> dict[str,
                 [row.question, text, row.answer] for row, text in zip(part.rows, texts, strict=True)
             ],
         }
+    if settings.membership:
+        sides = {"forget": prepared.parts[FORGET].answers, "holdout": prepared.holdout}
+        log[MEMBERSHIP] = score_sides(session, sides, settings.membership, OPEN_UNLEARNING)
     return log
 
 
@@ -259,6 +275,7 @@ def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:
         "sections": sections,
         "model_utility": asdict(metrics.model_utility(log, convention=convention)),
         "forget_quality": quality,
+        "membership": summary_of(log, retain, OPEN_UNLEARNING),
     }
 
 
@@ -282,6 +299,7 @@ def table(summary: Summary) -> list[str]:
             f"forget quality  {quality['pvalue']:.4g} (log10 {quality['log10']:.2f}, "
             f"floor for {quality['n']} rows {quality['floor']:.2g}; KS {quality['statistic']:.4f})"
         )
+    lines += lines_of(summary["membership"], OPEN_UNLEARNING)
     lines.append("EM, ES          exact memorisation, extraction strength")
     return [*lines, f"convention      {summary['convention']}"]
 
@@ -305,8 +323,7 @@ def draw(path: Path, log: Log, retain: Log | None, summary: Summary) -> None:
         bars.legend(fontsize="small")
         for each, label, colour in ((log, "this model", BLUE), (retain, "retain model", GREY)):
             if each is not None:
-                right, wrong = losses(each, FORGET)
-                ratio = metrics.truth_ratio(right, wrong, convention=summary["convention"])
+                ratio = forget_ratios(each, convention=summary["convention"])
                 curve.ecdf(ratio, color=colour, label=label)
         curve.set_title("Truth ratio of forget rows")
         curve.set_xlabel("truth ratio")

@@ -10,23 +10,32 @@ from fastbound.unlearning.losses.formulas import (
     answer_tokens,
     dpo,
     gradient_difference,
-    ihl,
     npo,
-    retain_kl,
     row_likelihoods,
+    satimp,
     simnpo,
+    wga,
 )
+from fastbound.unlearning.losses.hidden import control_vector, rmu
+from fastbound.unlearning.losses.logits import ceu, ihl, pdu, retain_kl, undial
 
 __all__ = [
     "AnswerTokens",
     "GradientDifference",
     "answer_tokens",
+    "ceu",
     "chunked_answer_tokens",
+    "control_vector",
     "dpo",
     "gradient_difference",
     "ihl",
     "npo",
+    "pdu",
     "retain_kl",
+    "rmu",
     "row_likelihoods",
+    "satimp",
     "simnpo",
+    "undial",
+    "wga",
 ]

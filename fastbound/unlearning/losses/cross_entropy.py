@@ -11,6 +11,7 @@ fewer passes over a chunk's logits; its chunks have logits about as large as the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fastbound.operator.partition import partition
 from fastbound.unlearning.data.encoding import Batch
 from fastbound.unlearning.losses.chunked import CHUNK, chunked_answer_tokens
 from fastbound.unlearning.losses.formulas import AnswerTokens
+from fastbound.unlearning.losses.hidden import capturing
 from fastbound.unlearning.losses.liger import liger_answer_tokens, liger_chunk, missing
 from fastbound.unlearning.losses.objective import Answers
 from fastbound.unlearning.model import autocast, evaluating, forward
@@ -42,15 +44,22 @@ class CrossEntropy:
         logits_bytes: of the largest tensor of logits in any pass, in the dtype that the head
             returns; None for a head without float weights.
         head: the output embedding, where it is made to return losses.
+        layer: the one whose hidden states go with the answers; None: none.
     """
 
     form: Literal["whole", "chunked", "liger"]
     reason: str
     logits_bytes: int | None = None
     head: nn.Linear | None = field(default=None, repr=False, compare=False)
+    layer: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def answers(self, model: nn.Module, batch: Batch) -> Answers:
         """One pass of `model`, the one chosen for or a wrapper around it."""
+        with capturing(self.layer) as states:
+            answers = self._answers(model, batch)
+        return answers._replace(hidden=states[0]) if states else answers
+
+    def _answers(self, model: nn.Module, batch: Batch) -> Answers:
         if self.head is None:
             logits = forward(model, batch.input_ids, batch.attention_mask)
             return Answers.of(logits, batch.labels)
@@ -71,6 +80,7 @@ def choose_cross_entropy(
     *,
     positions: int,
     whole_logits: Sequence[str] = (),
+    layer: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> CrossEntropy:
     """The form for `setting`: "auto", "chunked", "liger" or "whole".
@@ -84,6 +94,7 @@ def choose_cross_entropy(
         model: as it runs, adapted and spread, on the device of `example`.
         positions: most tokens of a pass, padding included.
         whole_logits: names of the losses that take whole logits.
+        layer: the one whose hidden states go with the answers; None: none.
         dtype: autocast to it; None computes in the model's own.
 
     Raises:
@@ -94,7 +105,7 @@ def choose_cross_entropy(
         setting, model, example, positions=positions, whole_logits=whole_logits, dtype=dtype
     )
     check_memory(model, example.input_ids.device, positions, chosen.logits_bytes, dtype)
-    return chosen
+    return dataclasses.replace(chosen, layer=layer)
 
 
 def check_memory(

@@ -158,36 +158,27 @@ def dpo(
     return -F.logsigmoid(beta * margin).mean() * 2 / beta
 
 
-def ihl(logits: Tensor, labels: Tensor) -> Tensor:
-    """Inverted hinge: `mean(max(0, 1 + p(label) − max over the others p))`, in [0, 2].
+def wga(nll: Tensor, *, beta: float = 1.0) -> Tensor:
+    """Weighted gradient ascent: `−mean(p^β · nll)` over tokens, p = e^−nll held fixed.
 
-    Cha et al. 2024, "Towards robust and parameter-efficient knowledge unlearning" (LoKU): lowers
-    the label only down to the next likely token, and has a bounded gradient.
-
-    Args:
-        logits: `[rows, length, vocabulary]` of the rows to forget.
-        labels: int64 `[rows, length]`.
-    """
-    chosen, targets, _ = answer_positions(logits, labels)
-    p = torch.softmax(chosen if chosen.dtype == torch.float64 else chosen.float(), -1)
-    label = targets.unsqueeze(1)
-    others = p.scatter(1, label, 0.0).amax(1)  # zero is below every probability
-    return (1 + p.gather(1, label).squeeze(1) - others).clamp_min(0).mean()
-
-
-def retain_kl(logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`mean KL(reference ‖ model)` over positions, question tokens included.
-
-    open-unlearning's form, whose mean also counts padding; here `mask` `[rows, length]` leaves it
-    out.
+    Wang et al. 2025, "Rethinking LLM unlearning objectives: a gradient perspective and go beyond",
+    arXiv 2502.19301, as coded in open-unlearning. A token that is forgotten already weighs nothing;
+    β = 0 is gradient ascent.
 
     Args:
-        logits, reference: `[rows, length, vocabulary]` of the rows to retain.
+        nll: cross-entropy of each token to forget, `[tokens]`.
     """
-    if mask is not None:
-        logits, reference = logits[mask.bool()], reference[mask.bool()]
-    if logits.dtype != torch.float64:
-        logits, reference = logits.float(), reference.float()
-    current = torch.log_softmax(logits, -1).flatten(0, -2)
-    before = torch.log_softmax(reference, -1).flatten(0, -2)
-    return F.kl_div(current, before, reduction="batchmean", log_target=True)
+    return satimp(nll, beta1=beta, beta2=0.0)
+
+
+def satimp(nll: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
+    """`−mean(p^β1 · (1 − p)^β2 · nll)` over tokens, p = e^−nll held fixed.
+
+    Yang et al. 2025, "Exploring criteria of loss reweighting to enhance LLM unlearning", arXiv
+    2505.11953: saturation (what is known still) times importance.
+
+    Args:
+        nll: cross-entropy of each token to forget, `[tokens]`.
+    """
+    p = torch.exp(-nll.detach())
+    return -(p**beta1 * (1 - p) ** beta2 * nll).mean()

@@ -12,10 +12,13 @@ from fastbound.unlearning.metrics.memorisation import (
 )
 from fastbound.unlearning.metrics.privacy import (
     AUC_RETRAIN,
+    gradient_norm,
     membership_auc,
     min_k,
     min_k_plus_plus,
     privleak,
+    reference_difference,
+    zlib_ratio,
 )
 from fastbound.unlearning.metrics.texts import Rouge, exact_match, rouge, unigram_f1
 from fastbound.unlearning.metrics.tokens import AnswerScore, answer_scores
@@ -57,6 +60,7 @@ __all__ = [
     "extraction_likelihood",
     "extraction_strength",
     "forget_quality",
+    "gradient_norm",
     "harmonic_mean",
     "ks_floor",
     "membership_auc",
@@ -67,10 +71,12 @@ __all__ = [
     "privleak",
     "probability_among",
     "read_log",
+    "reference_difference",
     "right_share",
     "rouge",
     "section_score",
     "true_better",
     "truth_ratio",
     "unigram_f1",
+    "zlib_ratio",
 ]

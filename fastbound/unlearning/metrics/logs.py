@@ -10,30 +10,21 @@ import numpy as np
 
 from fastbound.errors import InputError
 from fastbound.unlearning.data.files import parse_json, read_text
-
-FORGET = "eval_log_forget.json"
-RETAIN = "eval_log.json"
-REAL_AUTHORS = "eval_real_author_wo_options.json"
-WORLD_FACTS = "eval_real_world_wo_options.json"
-# Every section of a log, with the name that people read.
-SECTIONS = {
-    FORGET: "forget",
-    RETAIN: "retain",
-    REAL_AUTHORS: "real authors",
-    WORLD_FACTS: "world facts",
-}
+from fastbound.unlearning.metrics.open_unlearning import is_open_unlearning, log_of
 
 Log = Mapping[str, Any]
 
 
 def read_log(log: Log | str | Path) -> Log:
-    """The log in a JSON file; a mapping is given back as it is.
+    """The log in a JSON file: TOFU's or MUSE's own, or open-unlearning's TOFU_EVAL.json.
+
+    A mapping is taken as what the file would hold.
 
     Raises:
-        InputError: the file cannot be read or holds no JSON object.
+        InputError: the file cannot be read, holds no JSON object, or open-unlearning's summary.
     """
     if isinstance(log, Mapping):
-        return log
+        return log_of(log, "log") if is_open_unlearning(log) else log
     path = Path(log)
     if not path.is_file():
         raise InputError(
@@ -45,7 +36,7 @@ def read_log(log: Log | str | Path) -> Log:
     )
     if not isinstance(value, dict):
         raise InputError(f"log {log} holds {type(value).__name__}: a JSON object is needed")
-    return value
+    return log_of(value, f"log {log}") if is_open_unlearning(value) else value
 
 
 def column(log: Log, section: str, field: str, name: str = "log") -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Can membership be told from the likelihood? Min-K %, its AUC, and PrivLeak of MUSE."""
+"""Can membership be told from the likelihood? Scores of attacks, their AUC, and MUSE's PrivLeak."""
 
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,42 @@ def min_k_plus_plus(log_probabilities: Any, vocabulary: Any, k: float = 0.4) -> 
     variance = (weighted * np.where(p > 0, all_, 0)).sum(-1) - mean**2
     scores = np.sort((own - mean) / np.sqrt(np.maximum(variance, 1e-6)))
     return -float(scores[: max(1, _share(len(scores), k))].mean())
+
+
+def zlib_ratio(loss: float, text: str) -> float:
+    """Loss over the bytes of the compressed text: a dull text is likely by itself.
+
+    Carlini et al. 2021, "Extracting training data from large language models", section 5.2; the
+    loss is a mean over tokens, as in open-unlearning's mia_zlib.
+
+    Raises InputError for a loss that is not finite.
+    """
+    return _loss("loss", loss) / len(zlib.compress(text.encode("utf-8")))
+
+
+def reference_difference(loss: float, reference: float) -> float:
+    """Loss less that of another model which never saw the text: what the text costs by itself.
+
+    Carlini et al. 2021, section 5.2 ("comparing to other neural language models"), as in
+    open-unlearning's mia_reference.
+
+    Raises InputError for a loss that is not finite.
+    """
+    return _loss("loss", loss) - _loss("reference", reference)
+
+
+def gradient_norm(norms: Any) -> float:
+    """Mean over the parameters of a model of the 2-norms of a text's gradient; low where known.
+
+    Wang et al. 2024, "Pandora's white-box", arXiv 2402.17012, as in open-unlearning's mia_gradnorm.
+
+    Args:
+        norms: of the gradient of the text's mean loss, one for each parameter.
+    """
+    values = np.asarray(norms, dtype=np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all() or (values < 0).any():
+        raise InputError("norms must hold one finite number >= 0 per parameter, and at least one")
+    return float(values.mean())
 
 
 def membership_auc(forget: Any, holdout: Any, *, convention: str = OPEN_UNLEARNING) -> float:
@@ -119,3 +156,9 @@ def _share(n: int, k: float) -> int:
     if not 0 < k <= 1:
         raise InputError(f"k is a share of the tokens, 0 < k <= 1, got {k}")
     return int(n * k)
+
+
+def _loss(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise InputError(f"{name} must be finite, got {value}: the model has collapsed")
+    return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fastbound.unlearning.metrics.conventions import (
     TOFU_PAPER,
     check_convention,
 )
-from fastbound.unlearning.metrics.logs import FORGET, Log, losses, read_log
+from fastbound.unlearning.metrics.logs import Log, column, losses, read_log
+from fastbound.unlearning.metrics.sections import FORGET
 
 
 class SameModelWarning(UserWarning):
@@ -101,6 +103,23 @@ def right_share(right: Any, wrong: Any) -> np.ndarray:
     return c / (c + w + EPSILON)
 
 
+def forget_ratios(log: Log, *, convention: str = OPEN_UNLEARNING, name: str = "log") -> np.ndarray:
+    """R of the forget rows of a log, `[rows]`: from their losses, or as open-unlearning gives it.
+
+    Raises InputError for a log that holds neither, or R alone where another convention is asked.
+    """
+    section = log.get(FORGET)
+    if isinstance(section, Mapping) and "avg_paraphrased_loss" not in section:
+        if "truth_ratio" in section and convention != OPEN_UNLEARNING:
+            raise InputError(
+                f"{name} holds truth ratios without their losses, which are open-unlearning's own: "
+                f"convention {convention!r} needs forget_Q_A_PARA_Prob and forget_Q_A_PERT_Prob"
+            )
+        if "truth_ratio" in section:
+            return column(log, FORGET, "truth_ratio", name)
+    return truth_ratio(*losses(log, FORGET, name), convention=convention)
+
+
 def forget_quality(
     unlearned_log: Log | str | Path,
     retain_log: Log | str | Path,
@@ -123,16 +142,17 @@ def forget_quality(
     from scipy.stats import ks_2samp
 
     check_convention(convention)
-    unlearned = losses(read_log(unlearned_log), FORGET, "unlearned log")
-    retain = losses(read_log(retain_log), FORGET, "retain log")
-    if len(unlearned[0]) != len(retain[0]):
+    samples = [
+        forget_ratios(read_log(log), convention=convention, name=name)
+        for log, name in ((unlearned_log, "unlearned log"), (retain_log, "retain log"))
+    ]
+    if len(samples[0]) != len(samples[1]):
         raise InputError(
             f"unlearned log and retain log have different lengths in {FORGET}: "
-            f"{len(unlearned[0])} and {len(retain[0])} rows; evaluate both models on the same rows"
+            f"{len(samples[0])} and {len(samples[1])} rows; evaluate both models on the same rows"
         )
-    if all(np.array_equal(one, other) for one, other in zip(unlearned, retain, strict=True)):
+    if np.array_equal(samples[0], samples[1]):
         warn_same_model("forget quality")
-    samples = [truth_ratio(*each, convention=convention) for each in (unlearned, retain)]
     test = ks_2samp(*samples)
     n, m = map(len, samples)
     pvalue = float(test.pvalue)

@@ -16,16 +16,13 @@ from fastbound.unlearning.metrics.conventions import (
     check_convention,
 )
 from fastbound.unlearning.metrics.logs import (
-    FORGET,
-    REAL_AUTHORS,
-    RETAIN,
-    WORLD_FACTS,
     Log,
     check_lengths,
     column,
     losses,
     read_log,
 )
+from fastbound.unlearning.metrics.sections import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
 from fastbound.unlearning.metrics.truth import closer_to_one, true_better, truth_ratio
 
 PARTS = {"retain": RETAIN, "real_authors": REAL_AUTHORS, "world_facts": WORLD_FACTS}

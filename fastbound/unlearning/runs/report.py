@@ -11,6 +11,7 @@ from typing import Any
 from fastbound.errors import InputError
 from fastbound.figures import new_figure, save_figure
 from fastbound.models.ranks import RankAllocation
+from fastbound.unlearning.losses.objective import described
 from fastbound.unlearning.runs.environment import environment
 from fastbound.unlearning.runs.folder import LOG, RESULT, read_json, write_json
 
@@ -150,7 +151,7 @@ def table(runs: Sequence[Run]) -> list[str]:
     lines += [f"{run.adapter}: {each}" for run, each in _allocations(runs)]
     minimised = runs[0].result["config"].get("losses")
     if minimised:
-        lines.append("Minimised: " + " + ".join(f"{w:g} {name}" for name, w in minimised.items()))
+        lines.append(f"Minimised: {described(minimised)}")
     return lines
 
 

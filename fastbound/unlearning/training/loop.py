@@ -83,7 +83,8 @@ def unlearn(
             checkpoint stays as it was.
     """
     config = config or UnlearnConfig()
-    objective = Objective(config.weighted_losses)
+    objective = Objective(config.weighted_losses, config.seed)
+    objective.layer(model)  # refused before any work
     sides = encode_sides(forget, retain, tokenizer, config, refuse=objective.needs_refusals)
     check_fits(model, tokenizer, [*sides.forget, *sides.retain, *sides.refused])
     first = output is not None and starts_first()
@@ -164,7 +165,7 @@ class _Run:
         losses = self.training.gradients(self.step)
         if not all(map(math.isfinite, losses)):
             raise NonFiniteError(self._blame(*losses))
-        rate = self.training.update()
+        rate = self.training.update(losses)
         self.step += 1
         seconds = time.perf_counter() - start
         self.durations.append(seconds)
@@ -176,6 +177,7 @@ class _Run:
             "lr": rate,
             "grad_norm": losses.grad_norm,
             "seconds": round(seconds, 4),
+            **self.training.objective.state(),
         }
         if self.step % self.config.log_every == 0 or self.step == self.steps:
             delta = self.adapter.delta()

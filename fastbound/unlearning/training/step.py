@@ -69,6 +69,7 @@ class Training:
             collate(sides.forget[:1], sides.pad).to(self.device),
             positions=sides.most_positions(config.batch_size),
             whole_logits=objective.whole_logits,
+            layer=objective.layer(self.inner),
             dtype=self.dtype,
         )
         self.optimizer = torch.optim.AdamW(
@@ -113,11 +114,12 @@ class Training:
         losses = self.accelerator.reduce(losses, reduction="mean")
         return StepLosses(*torch.stack([*losses, whole(norm).to(losses)]).tolist())
 
-    def update(self) -> float:
-        """Take the step; the rate it was taken at."""
+    def update(self, losses: StepLosses) -> float:
+        """Take the step that these are of; the rate it was taken at."""
         rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
+        self.objective.after_step(losses.retain)
         return rate
 
     def state(self) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class Training:
             "adapter": self.factors(),
             "optimizer": tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
+            "objective": self.objective.state(),
         }
 
     def factors(self) -> dict[str, torch.Tensor]:
@@ -149,6 +152,7 @@ class Training:
                 if value.shape == owner.shape:
                     kept[name] = like(value, owner)
         self.scheduler.load_state_dict(state["scheduler"])
+        self.objective.restore(state.get("objective", {}))
 
     @torch.no_grad()
     def _reference(self, batch: Batch) -> Answers | None:

@@ -23,7 +23,7 @@ from fastbound.unlearning.evaluation.run import (
 )
 from fastbound.unlearning.evaluation.session import Pieces, Session
 from fastbound.unlearning.evaluation.tdec.extraction import first_choices, prefix_continuations
-from fastbound.unlearning.metrics.logs import FORGET, SECTIONS
+from fastbound.unlearning.metrics.sections import FORGET, SECTIONS
 from fastbound.unlearning.model import load_pretrained
 
 PNG = b"\x89PNG"

@@ -16,7 +16,7 @@ from fastbound.cli import main
 from fastbound.unlearning import InputError, NonFiniteError
 from fastbound.unlearning.evaluation import BENCHMARKS
 from fastbound.unlearning.evaluation.run import EvaluationConfig, evaluate_benchmark
-from fastbound.unlearning.metrics.logs import FORGET
+from fastbound.unlearning.metrics.sections import FORGET
 
 
 @pytest.fixture

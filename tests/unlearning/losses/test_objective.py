@@ -57,11 +57,9 @@ class TestReferencePairs:
         )
         assert found.loss.item() == pytest.approx(expected[name], **FP32)
 
-    def test_likelihood_of_each_token(self, given):
-        """WGA is no loss here, but its value, -mean(p · nll), is made of these."""
+    def test_wga(self, given):
         (logits, labels), _, _, expected = given
-        nll = losses.answer_tokens(logits, labels).loss
-        found = -(torch.exp(-nll) * nll).mean()
+        found = losses.wga(losses.answer_tokens(logits, labels).loss, beta=1.0)
         assert found.item() == pytest.approx(expected["wga_forget_beta1"], **FP32)
 
     def test_likelihood_of_each_row(self, given):
@@ -157,13 +155,16 @@ def test_a_weighted_sum_is_the_sum_of_its_parts():
     labels = torch.randint(0, 9, (6, 5), generator=generator)
     labels[:, :2] = -100
     batch = Batch(labels, torch.ones_like(labels), labels)
-
-    now, before = (Answers.of(each, labels) for each in (logits, reference))
+    states = torch.randn(2, 6, 5, 7, generator=generator, dtype=torch.float64)
+    now, before = (
+        Answers.of(each, labels)._replace(hidden=state)
+        for each, state in zip((logits, reference), states, strict=True)
+    )
 
     def value(weights):
         return Objective(weights)(now, batch, (2, 2, 2), reference=before).loss
 
-    weights = dict(zip(LOSSES, (0.5, 2.0, 0.25, 3.0, 1.0, 0.1, 0.7, 1.5), strict=True))
+    weights = {name: 0.5 + (number * 0.7) % 3 for number, name in enumerate(LOSSES)}
     parts = sum(weight * value({name: 1.0}) for name, weight in weights.items())
     torch.testing.assert_close(value(weights), parts, rtol=1e-12, atol=0)
     assert len({round(value({name: 1.0}).item(), 9) for name in LOSSES}) == len(LOSSES)
@@ -176,15 +177,16 @@ def test_every_loss_trains_in_the_loop(user_folder, adapter):
     for name in LOSSES:
         model = transformers.AutoModelForCausalLM.from_pretrained("my-model")
         tokenizer = transformers.AutoTokenizer.from_pretrained("my-model")
+        given = {name: 1.0, "rmu": 1.0} if name == "rmu_retain" else {name: 1.0}
         config = UnlearnConfig(
-            adapter=adapter, losses={name: 1.0}, lr=1e-2, epochs=4, batch_size=2, clip=1.0
+            adapter=adapter, losses=given, lr=1e-2, epochs=4, batch_size=2, clip=1.0
         )
         result = unlearn(model, tokenizer, "forget.jsonl", "retain.jsonl", config, progress=False)
         first, last = result.history[0], result.history[-1]
         side = "retain" if name in ("retain", "kl") else "forget"
         moved = getattr(last, side).loss - getattr(first, side).loss
         assert result.largest_delta > 0 or name == "kl", name
-        if name in ("gradient_ascent", "npo", "simnpo", "dpo"):
+        if name in ("gradient_ascent", "npo", "simnpo", "dpo", "wga", "undial", "ceu"):
             assert moved > 0, name
         if name == "retain":
             assert moved < 0
@@ -249,7 +251,8 @@ class TestBadInput:
     def test_the_command_names_a_weight_that_is_none(self, user_folder, capsys):
         rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
         assert main(["unlearn", "--model", "my-model", *rows, "--loss", "npo=x"]) == 2
-        assert "--loss must be NAME or NAME=WEIGHT; got 'npo=x'" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "must be NAME or NAME=WEIGHT, and OPTION=NUMBER after commas; got 'npo=x'" in said
 
 
 @pytest.mark.parametrize(

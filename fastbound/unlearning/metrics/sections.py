@@ -1,0 +1,14 @@
+"""The names in TOFU's aggregated log: its four sections, and one of ours beside them."""
+
+FORGET = "eval_log_forget.json"
+RETAIN = "eval_log.json"
+REAL_AUTHORS = "eval_real_author_wo_options.json"
+WORLD_FACTS = "eval_real_world_wo_options.json"
+# Every section of a log, with the name that people read.
+SECTIONS = {
+    FORGET: "forget",
+    RETAIN: "retain",
+    REAL_AUTHORS: "real authors",
+    WORLD_FACTS: "world facts",
+}
+MEMBERSHIP = "membership"  # attack -> side -> a score per row
