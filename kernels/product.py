@@ -175,8 +175,8 @@ def contract(
     P = G.new_empty(cdiv(K, tile.block_n), N, R, dtype=torch.float32)
     Q = G.new_empty(chunks, K, R, dtype=torch.float32)
     launch_contract(G, A, B, P, Q, chunk, scaling, omega, precision).run()
-    dA = G.new_empty(K, rank, dtype=torch.float32)
-    dB = G.new_empty(N, rank, dtype=torch.float32)
+    dA = G.new_empty(K, R, dtype=torch.float32)
+    dB = G.new_empty(N, R, dtype=torch.float32)
     launch_finish(Q, dA).run()
     launch_finish(P, dB).run()
-    return dA.t(), dB
+    return dA[:, :rank].t(), dB[:, :rank]
