@@ -92,7 +92,7 @@ def gated_tile(architecture: str, R: int) -> Tile:
 def unaligned_tiles(R: int) -> Tiles:
     """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
     gemm = GemmTile(128, 128, 32, 8, 2)
-    activate, gated = Tile(16, 64, 8 if R == 64 else 4, 2), Tile(16, 16, 4, 1)
+    activate, gated = Tile(16, 64, 8 if R == 64 else 4, 2), Tile(16, 32, 4, 1)
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), Tile(32, 128, 4, 2), activate, gated)
 
 
