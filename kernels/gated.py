@@ -34,9 +34,10 @@ def _once(x, _semantic=None):
     """
     if _semantic is None or x.dtype.primitive_bitwidth != 16:
         return x
-    register = "v" if _semantic.builder.options.backend_name == "hip" else "r"
+    amd = _semantic.builder.options.backend_name == "hip"
+    # Triton 3.6 cannot pipeline a loop around an impure one for AMD, where the pure one will do.
     return tl.inline_asm_elementwise(
-        "", f"={register},0", [x], x.dtype, is_pure=False, pack=2, _semantic=_semantic
+        "", "=v,0" if amd else "=r,0", [x], x.dtype, is_pure=amd, pack=2, _semantic=_semantic
     )
 
 
@@ -76,9 +77,9 @@ def _activation(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def _activate_kernel(
-    G, U, F, H, P, M, N, chunk,
+    G, U, F, H, P, M, N, steps,
     stride_gm, stride_um, stride_fn, stride_fr, stride_hm, stride_ps, stride_pm, stride_pr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, WITH_P: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -88,7 +89,8 @@ def _activate_kernel(
     offs_r = tl.arange(0, R)
     in_m = offs_m[:, None] < M
     p = tl.zeros([BLOCK_M, R], dtype=tl.float32)
-    for n in range(pid_n * chunk, tl.minimum(pid_n * chunk + chunk, N), BLOCK_N):
+    start = pid_n * steps * BLOCK_N  # a multiple of BLOCK_N to the compiler too: wide loads
+    for n in range(start, tl.minimum(start + steps * BLOCK_N, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         inside = in_m & (offs_n[None, :] < N)
         g = tl.load(G + offs_m[:, None] * stride_gm + offs_n[None, :], mask=inside, other=0.0)
@@ -216,7 +218,7 @@ def launch_activation(
         _activate_kernel,
         (cdiv(M, tile.block_m), chunks),
         (
-            G, u, f, H, p, M, N, chunk,
+            G, u, f, H, p, M, N, chunk // tile.block_n,
             G.stride(0), u.stride(0), *f.stride(), H.stride(0), *part_strides(p),
         ),
         dict(

@@ -21,11 +21,13 @@ from fastbound.kernels.waves import cut_of, resident
 from torch import Tensor
 
 FINISH_ELEMENTS = 2048  # per program
+# A lies the other way round than B: one kernel takes both, and a factor is small.
+FACTOR_STRIDES = ("stride_an", "stride_ar", "stride_on", "stride_or")
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def _reduce_kernel(
-    T, F, G, P, Q, KEEP, M, N, chunk,
+    T, F, G, P, Q, KEEP, M, N, steps,
     stride_tm, stride_tn, stride_fn, stride_fr, stride_gm, stride_gr, stride_keep,
     WITH_P: tl.constexpr, HAS_KEEP: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -41,7 +43,8 @@ def _reduce_kernel(
         f_ptrs = F + offs_n[:, None] * stride_fn + offs_r[None, :] * stride_fr
         f = tl.load(f_ptrs, mask=in_n[:, None], other=0.0)  # [BLOCK_N, R]
     q = tl.zeros([BLOCK_N, R], dtype=tl.float32)
-    for m in range(pid_m * chunk, tl.minimum(pid_m * chunk + chunk, M), BLOCK_M):
+    start = pid_m * steps * BLOCK_M
+    for m in range(start, tl.minimum(start + steps * BLOCK_M, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
         t = tl.load(
@@ -85,7 +88,7 @@ def _finish_tile(
     tl.store(o_ptrs, total.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts", "rows"])
+@triton.jit(do_not_specialize=["parts", "rows", *FACTOR_STRIDES])
 def _finish_kernel(
     PARTS, ANGLE, OUT, parts, rows, rank, omega, scaling,
     stride_pp, stride_pn, stride_an, stride_ar, stride_on, stride_or,
@@ -133,7 +136,7 @@ def launch_reduce(
         _reduce_kernel,
         (cdiv(N, tile.block_n), Q.shape[0]),
         (
-            T, f, G, p, Q, T if keep is None else keep, M, N, chunk,
+            T, f, G, p, Q, T if keep is None else keep, M, N, chunk // tile.block_m,
             *T.stride(), *f.stride(), *G.stride(), 0 if keep is None else keep.stride(0),
         ),
         dict(

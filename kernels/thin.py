@@ -19,9 +19,9 @@ from torch import Tensor
 LEAST_STEPS = 4  # of a program along K: fewer do not fill its pipeline
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def _thin_kernel(
-    T, F, P, KEEP, M, K, chunk,
+    T, F, P, KEEP, M, K, steps,
     stride_tm, stride_tk, stride_fk, stride_fr, stride_ps, stride_pm, stride_pr, stride_keep,
     HAS_KEEP: tl.constexpr, EVEN_K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -33,7 +33,8 @@ def _thin_kernel(
     t_rows = T + (offs_m % M)[:, None] * stride_tm
     acc = tl.zeros([BLOCK_M, R], dtype=tl.float32)
     pid_k = tl.program_id(1).to(tl.int64)
-    for k in range(pid_k * chunk, tl.minimum(pid_k * chunk + chunk, K), BLOCK_K):
+    start = pid_k * steps * BLOCK_K  # a multiple of BLOCK_K to the compiler too: wide loads
+    for k in range(start, tl.minimum(start + steps * BLOCK_K, K), BLOCK_K):
         t_ptrs = t_rows + (k + offs_k)[None, :] * stride_tk
         f_ptrs = F + (k + offs_k)[:, None] * stride_fk + offs_r[None, :] * stride_fr
         if EVEN_K:
@@ -73,7 +74,7 @@ def launch_thin(
         _thin_kernel,
         (cdiv(M, tile.block_m), chunks),
         (
-            T, F, P, T if keep is None else keep, M, K, chunk,
+            T, F, P, T if keep is None else keep, M, K, chunk // tile.block_n,
             *T.stride(), *F.stride(), *part_strides(P), 0 if keep is None else keep.stride(0),
         ),
         dict(
