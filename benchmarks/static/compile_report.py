@@ -25,8 +25,8 @@ import torch
 from fastbound.kernels.launch import Launch
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
-from fastbound.performance.binaries import Compiled, count, kernel_name
 from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults
+from fastbound.performance.inspection import Compiled, count, kernel_name
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 

@@ -19,8 +19,8 @@ import torch
 from fastbound.dispatch.defaults import tile_family
 from fastbound.dispatch.device import Device, compute_capability
 from fastbound.kernels.launch import Launch
-from fastbound.performance import binaries
-from fastbound.performance.binaries import Compiled, count, steady_loop
+from fastbound.performance import inspection
+from fastbound.performance.inspection import Compiled, count, steady_loop
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def target_of(where: str | Device) -> Target:
 def faults(launch: Launch, compiled: Compiled, where: str | Device) -> tuple[str, ...]:
     """What is wrong with a launch compiled for a target; empty if nothing. See `target_of`."""
     target = target_of(where)
-    return tuple(binaries.faults(launch, compiled, target.units, target.shared_limit))
+    return tuple(inspection.faults(launch, compiled, target.units, target.shared_limit))
 
 
 def compile_launch(launch: Launch, where: str | Device) -> Compiled:
@@ -147,16 +147,17 @@ def _specialise(
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton's launcher derives them from the arguments.
 
-    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant.
+    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant, but
+    for integers that the kernel names in `do_not_specialize`.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    # The interpreter's kernels keep what their decorator was given.
+    given = getattr(launch.kernel, "kwargs", None) or vars(launch.kernel)
+    alike = given["do_not_specialize"] or ()
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    # Of what a kernel does not specialise on, neither 1 nor a multiple of 16 is known.
-    parameters = getattr(launch.kernel, "params", ())
-    unknown = {p.name for p in parameters if p.do_not_specialize}
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     arguments = dict(zip(names, launch.arguments, strict=True))
     for i, name in enumerate(launch.kernel.arg_names):
@@ -175,12 +176,12 @@ def _specialise(
         elif isinstance(value, float):
             signature[name] = "fp32"
             continue
-        elif value == 1 and name not in unknown:
+        elif value == 1 and name not in alike:
             signature[name], constants[(i,)] = "constexpr", 1
             continue
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0 and name not in unknown
+            divisible = value % 16 == 0 and name not in alike
         # The empty list too, as the launcher has it: the run then finds this binary in the cache.
         attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
     return signature, constants, attributes
@@ -193,11 +194,10 @@ def _read_cubin(binary: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        usage = _output(disassembler, "-res-usage", str(path))
-        listing = _output(disassembler, "-sass", str(path))
-    registers = re.search(r"REG:(\d+)", usage)
+        listing = _output(disassembler, "-res-usage", "-sass", str(path))
+    registers = re.search(r"REG:(\d+)", listing)
     if registers is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no register count: {usage!r}")
+        raise RuntimeError(f"cuobjdump -res-usage printed no register count: {listing[:200]!r}")
     counts = count(listing)
     spills = counts["LDL"] + counts["STL"]
     shared, loop = binary.metadata.shared, steady_loop(listing)
