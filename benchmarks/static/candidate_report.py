@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report.rows import markdown_table
-from fastbound.performance.binaries import Compiled
 from fastbound.performance.compilation import TARGETS
+from fastbound.performance.inspection import Compiled
 from fastbound.performance.passes import PASSES
 from fastbound.performance.prediction import DATASHEET, RANK
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes

@@ -25,8 +25,8 @@ import torch
 from fastbound.kernels.launch import Launch
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
-from fastbound.performance.binaries import Compiled, count, kernel_name
 from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults
+from fastbound.performance.inspection import GEMMS, Compiled, count, kernel_name
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
@@ -99,6 +99,13 @@ def calls(
         yield "layer with dropout", layer(backend="fused", dropout=0.1)
         yield "split layer with dropout", layer(backend="split", dropout=0.1)
         yield "term over a base with dropout", layer(over_base=True, dropout=0.1)
+    if shape == "8192 tokens":
+        strided = layer(backend="fused", strided=True)
+        gemms = (
+            [one for one in made if isinstance(one, Launch) and kernel_name(one) in GEMMS]
+            for made in strided
+        )
+        yield "layer with strided operands", Directions(*gemms)
     if rank > MAX_BLOCK_RANK:
         return
     forms = [(activation, gated) for activation in activations for gated in (True, False)]

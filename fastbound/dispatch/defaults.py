@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastbound.dispatch.device import SHARED_LIMIT, Device
-from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.kernels.tiles import ELEMENTWISE, GemmTile, Tile
 
 # The share of a device from which on a GEMM of ours is worth more than cuBLAS's, which cuts K too.
 FILLED = 0.93
@@ -101,6 +101,8 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32
     warps, activate, gated = 8 if R == 64 else 4, Tile(32, 64, 4, 1), gated_tile(device, R)
+    if R == 32 and rows == 32:
+        warps = 8
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
@@ -136,7 +138,7 @@ def gated_tile(device: Device, R: int) -> Tile:
 def unaligned_tiles(device: Device, R: int) -> Tiles:
     """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
     reduce = Tile(32, 64 if tile_family(device) == "gfx1100" else 128, 4, 2)
-    gemm = GemmTile(128, 128, 32, 8, 2)
+    gemm = ELEMENTWISE
     activate, gated = Tile(16, 64, 8 if R == 64 else 4, 2), Tile(16, 32, 4, 1)
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 

@@ -19,8 +19,8 @@ import torch
 from fastbound.dispatch.defaults import tile_family
 from fastbound.dispatch.device import Device, compute_capability
 from fastbound.kernels.launch import Launch
-from fastbound.performance import binaries
-from fastbound.performance.binaries import Compiled, count, steady_loop
+from fastbound.performance import inspection
+from fastbound.performance.inspection import Compiled, count, steady_loop
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def target_of(where: str | Device) -> Target:
 def faults(launch: Launch, compiled: Compiled, where: str | Device) -> tuple[str, ...]:
     """What is wrong with a launch compiled for a target; empty if nothing. See `target_of`."""
     target = target_of(where)
-    return tuple(binaries.faults(launch, compiled, target.units, target.shared_limit))
+    return tuple(inspection.faults(launch, compiled, target.units, target.shared_limit))
 
 
 def compile_launch(launch: Launch, where: str | Device) -> Compiled:
@@ -194,11 +194,10 @@ def _read_cubin(binary: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        usage = _output(disassembler, "-res-usage", str(path))
-        listing = _output(disassembler, "-sass", str(path))
-    registers = re.search(r"REG:(\d+)", usage)
+        listing = _output(disassembler, "-res-usage", "-sass", str(path))
+    registers = re.search(r"REG:(\d+)", listing)
     if registers is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no register count: {usage!r}")
+        raise RuntimeError(f"cuobjdump -res-usage printed no register count: {listing[:200]!r}")
     counts = count(listing)
     spills = counts["LDL"] + counts["STL"]
     shared, loop = binary.metadata.shared, steady_loop(listing)

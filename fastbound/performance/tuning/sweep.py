@@ -18,8 +18,8 @@ from fastbound.dispatch.defaults import Tiles, default_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.operator.engine import Engine
-from fastbound.performance.binaries import Compiled
 from fastbound.performance.compilation import compile_launch, faults, target_of
+from fastbound.performance.inspection import Compiled
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.performance.passes import Candidate, Pass, operands_at, passes_of
 from fastbound.performance.shapes import Block, Shape

@@ -21,9 +21,9 @@ from fastbound.kernels.launch import Launch
 from benchmarks.static import compile_report
 from benchmarks.static.compile_report import launches
 from fastbound.dispatch.device import Device
-from fastbound.performance import binaries, compilation
-from fastbound.performance.binaries import Compiled, SteadyLoop, kernel_name, steady_loop
+from fastbound.performance import compilation, inspection
 from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults, target_of
+from fastbound.performance.inspection import Compiled, SteadyLoop, kernel_name, steady_loop
 from fastbound.performance.recorder import layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
@@ -158,7 +158,7 @@ def gemm(target: str) -> Launch:
     return next(launch for launch in calls.launches if kernel_name(launch) == "descriptor")
 
 
-CLEAN = binaries.count("") | {"UTMALDG": 2, "UTMASTG": 1}
+CLEAN = inspection.count("") | {"UTMALDG": 2, "UTMASTG": 1}
 HOPPER = Compiled(154, 0, 213_016, CLEAN | {"HGMMA": 4}, SteadyLoop(1, 4, 88))
 
 
@@ -234,8 +234,7 @@ def test_a_loop_of_tensor_cores_that_wait_by_themselves_has_loads_ahead_alone() 
 
 def test_what_a_kernel_does_not_specialise_on_makes_no_binary_of_its_own() -> None:
     def launch(rows: int, free: bool) -> Launch:
-        names, parameter = ["M", "N"], SimpleNamespace(name="M", do_not_specialize=free)
-        kernel = SimpleNamespace(arg_names=names, params=[parameter])
+        kernel = SimpleNamespace(arg_names=["M", "N"], do_not_specialize=["M"] if free else None)
         return Launch(kernel, (1,), (rows, 16), {}, 4, 1)
 
     def distinct(free: bool) -> int:
