@@ -39,7 +39,7 @@ class Route:
 
     def decide(self, trial: Callable[[], Trial]) -> Engine:
         """The engine, measured now, found on disk, or where nothing can be measured the default."""
-        # Hooks around the user's call are not to see what is tried: a checkpoint's would recompute it.
+        # Hooks around the user's call are not to see this: a checkpoint's would recompute the call.
         with self._lock, torch.autograd.graph.saved_tensors_hooks(_same, _same):
             if self.engine is None and self._recall() is None:
                 store = first_use.store_for(self._device)
