@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastbound.operator.engine import set_planning
     from fastbound.operator.function import bounded_linear
     from fastbound.peft.method import BoundedConfig, BoundedLayer, BoundedModel
+    from fastbound.performance.warming import warmup
 
 __all__ = [
     "BoundedAdapter",
@@ -54,6 +55,7 @@ __all__ = [
     "save_adapter",
     "set_planning",
     "shard",
+    "warmup",
 ]
 
 # No module here has the name of a public function: importing a submodule binds its name on the
@@ -79,6 +81,7 @@ _HOME = {
     "save_adapter": "models.storage",
     "set_planning": "operator.engine",
     "shard": "models.sharding",
+    "warmup": "performance.warming",
 }
 
 

@@ -39,7 +39,8 @@ class Route:
 
     def decide(self, trial: Callable[[], Trial]) -> Engine:
         """The engine, measured now, found on disk, or where nothing can be measured the default."""
-        with self._lock:
+        # Hooks around the user's call are not to see this: a checkpoint's would recompute the call.
+        with self._lock, torch.autograd.graph.saved_tensors_hooks(_same, _same):
             if self.engine is None and self._recall() is None:
                 store = first_use.store_for(self._device)
                 try:
@@ -99,6 +100,10 @@ class Route:
             self.plan = self.plan.by("torch", f'"{failed}" does not run here ({why})')
             self.engine = engine_of(self.plan)
             first_use.let_go(self.key.device, self._place, failed, why)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 _planning = "measured"

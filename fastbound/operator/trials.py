@@ -141,8 +141,7 @@ def whole_trial(
         own = [None if p is None else _with_leaves(p) for p in call.projections()]
         leaves = [t for p in own if p is not None for t in (p.A, p.B) if t is not None]
         x = X.detach().requires_grad_()
-        # Hooks around the user's call (checkpoints, offloading) are not to see what is tried here.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with torch.enable_grad():
             y = steps[strategy](x, _with(call, own))
             return y.detach(), *torch.autograd.grad(y, [x, *leaves], DY)
 
@@ -156,10 +155,6 @@ def whole_trial(
 def _with(call: BlockCall, projections: Iterable[Projection | None]) -> BlockCall:
     gate, up, down = projections
     return BlockCall(gate or call.gate, up, down or call.down, call.activation, call.backend)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _with_leaves(p: Projection) -> Projection:

@@ -1,0 +1,219 @@
+"""Compiling and measuring up front what a model's first steps would otherwise wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastbound.dispatch.device import Device, describe
+from fastbound.layers.base import Adapted, weight_shape
+from fastbound.layers.forms import activation_name
+from fastbound.layers.mlp import FusedBoundedMLP
+from fastbound.models.explanation import Explanation, explain
+from fastbound.operator.partition import partition
+from fastbound.performance.compilation import TARGETS, binary_of, compile_launch
+from fastbound.performance.recorder import block_calls, layer_calls
+
+COMPILE_SECONDS = 300.0
+WORKERS = 12
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The launches of one layer or block by one strategy, for a process that compiles them."""
+
+    device: Device
+    M: int
+    N: int
+    K: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    backend: str
+    bias: bool
+    block: tuple[str, bool] | None = None  # activation, gated
+
+
+def warmup(model: nn.Module, tokens: int | Iterable[int] = 4096) -> Explanation:
+    """Compile every kernel and make every choice that the model's calls of ``tokens`` rows need.
+
+    Args:
+        model: with adapters, on the device and in the dtype of the training; under autocast call
+            this inside it.
+        tokens: rows of x in one call (batch times sequence length), one number or several.
+
+    Every adapted layer and block of another shape runs forward and backward once on noise: no
+    gradient, no state of a generator and no hook of the model is touched. Kernels are compiled
+    before that, in processes side by side. Under torch.distributed the process with local rank 0
+    measures, and the others read what it found once it is done; all of them have to call this.
+    Returns what `fastbound.explain` then says of the largest number.
+
+    Raises ValueError for tokens below 1, for a model without bounded layers, and for one of which a
+    part is on the meta device.
+    """
+    rows = sorted({tokens} if isinstance(tokens, int) else set(tokens))
+    if not rows:
+        raise ValueError("tokens names no number of rows")
+    explained = [explain(model, M) for M in rows]
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("a part of the model is on the meta device: load its weights first")
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not spread:
+        _compile(model, explained)
+        _run(model, rows)
+        return explain(model, rows[-1])
+    try:
+        if first:
+            _compile(model, explained)
+            _run(model, rows)
+    finally:
+        torch.distributed.barrier()
+    if not first:
+        _run(model, rows)
+    return explain(model, rows[-1])
+
+
+def _run(model: nn.Module, rows: Iterable[int]) -> None:
+    for M in rows:
+        done: set[Any] = set()
+        for module in _distinct(model):
+            kind = _kind(module)
+            if kind not in done:
+                done.add(kind)
+                _once(module, M)
+
+
+def _distinct(model: nn.Module) -> Iterator[nn.Module]:
+    """Blocks, and every adapted layer that runs; those in a block may be run alone."""
+    for module in model.modules():
+        runs = isinstance(module, Adapted) and module.running()
+        if runs or isinstance(module, FusedBoundedMLP):
+            yield module
+
+
+def _kind(module: Any) -> tuple[Any, ...]:
+    """Modules of one kind make the same calls."""
+    tensors = [(n, tuple(p.shape), p.dtype, p.device) for n, p in module.named_parameters()]
+    layers = [m for m in module.modules() if isinstance(m, Adapted)]
+    adapters = [(a.backend, a.dropout, a.training) for m in layers for a in m.running()]
+    return type(module), tuple(tensors), tuple(adapters), getattr(module, "recompute", None)
+
+
+def _once(module: Any, M: int) -> None:
+    """Forward and backward of a module, without its own hooks, on noise."""
+    if isinstance(module, FusedBoundedMLP):
+        if module.obstacle() is not None:
+            return  # its layers run alone
+        layer: Any = module.get_submodule(module.fusion.form.up)
+        K, held = weight_shape(layer)[1], layer.weight
+    else:
+        K, held = module.in_features, module.weight
+        if not (isinstance(held, torch.Tensor) and held.is_floating_point()):
+            held = module.running()[0].A  # over a quantised base
+    if partition(held) is not None:
+        return  # its unit gathers it, in a forward of its own
+    dtype, device = held.dtype, held.device
+    if dtype is not torch.float64 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        y = type(module).forward(module, x)
+        torch.autograd.grad(y, [x, *trained], torch.randn_like(y), allow_unused=True)
+
+
+def _compile(model: nn.Module, explained: Iterable[Explanation], workers: int = WORKERS) -> None:
+    """What the candidates launch, compiled into Triton's cache by processes side by side.
+
+    What they do not get done the first call does, and lets go what fails. Not by multiprocessing,
+    which runs the user's script again where that has no guard.
+    """
+    tasks = list(dict.fromkeys(t for one in explained for t in _tasks(model, one)))
+    count = min(workers, os.cpu_count() or 1, len(tasks))
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    here.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, env=here, stderr=subprocess.DEVNULL)
+        for _ in range(count)
+    ]
+    deadline = time.monotonic() + COMPILE_SECONDS
+    try:
+        for i, process in enumerate(running):
+            if process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(pickle.dumps(tasks[i::count]))
+                    process.stdin.close()
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def serve() -> None:
+    """Compile the tasks that come in; one that fails is left to the first call."""
+    for task in pickle.load(sys.stdin.buffer):
+        with contextlib.suppress(Exception):
+            compile_calls(task)
+
+
+def compile_calls(task: Calls) -> int:
+    """How many kernels were compiled."""
+    sizes = (task.device, task.M, task.N, task.K)
+    settings: dict[str, Any] = {"backend": task.backend, "bias": task.bias}
+    if task.block is None:
+        made = layer_calls(*sizes, task.ranks[0], task.dtype, **settings)
+    else:
+        activation, gated = task.block
+        settings |= {"activation": activation, "gated": gated}
+        made = block_calls(*sizes, task.ranks, task.dtype, **settings)
+    distinct = {binary_of(launch): launch for launch in made.launches}
+    for launch in distinct.values():
+        compile_launch(launch, task.device.architecture)
+    return len(distinct)
+
+
+def _tasks(model: nn.Module, explanation: Explanation) -> Iterator[Calls]:
+    rows = {row.layer: row for row in explanation}
+    for name, module in model.named_modules():
+        shape: tuple[Any, ...]
+        if isinstance(module, FusedBoundedMLP):
+            inside = [f"{name}.{part}" if name else part for part in module.adapted_layers()]
+            row = rows.get(inside[0]) if inside else None
+            if row is None or row.block is None:
+                continue
+            form = module.fusion.form
+            ranks = {n: layer.adapter.rank for n, layer in module.adapted_layers().items()}
+            first = (form.up, form.up) if form.packed else (form.gate, form.up)
+            adapted = tuple(ranks.get(n, 0) for n in (*first, form.down) if n is not None)
+            activation = cast(str, activation_name(getattr(module, form.activation)))
+            layer: Any = module.get_submodule(form.up)
+            N, K = weight_shape(layer)
+            block = (activation, form.gate is not None)
+            shape = (N // 2 if form.packed else N, K, adapted, layer.bias is not None, block)
+        elif name in rows and rows[name].block is None and rows[name].plan.tiles is not None:
+            row, layer = rows[name], module
+            shape = (*row.shape, (row.rank,), layer.bias is not None, None)
+        else:
+            continue
+        device = describe(next(module.parameters()).device)
+        if row.plan.tiles is None or device.architecture not in TARGETS:
+            continue
+        N, K, adapted, bias, kind = shape
+        dtype = getattr(torch, row.dtype.removeprefix("torch."))
+        for backend in sorted({row.plan.strategy, *row.plan.candidates} - {"torch", "layers"}):
+            sizes = (device, explanation.tokens, N, K, adapted, dtype)
+            yield Calls(*sizes, backend, bias, kind)

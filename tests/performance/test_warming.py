@@ -1,0 +1,119 @@
+"""warmup: every choice is made, nothing of the model is touched, and the first process leads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import fastbound
+from fastbound.dispatch.device import Device
+from fastbound.operator import engine
+from fastbound.performance import warming
+from fastbound.performance.warming import Calls, compile_calls, warmup
+from tests.support.first_use import Clock, measuring
+from tests.support.models import Gated
+
+
+def a_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    blocks = [Gated(K=16, N=24), Gated(K=16, N=24), torch.nn.Linear(16, 8)]
+    model = torch.nn.Sequential(*blocks)
+    fastbound.inject(model, rank=4, target_modules="all-linear")
+    return model
+
+
+def test_every_shape_is_measured_once_and_the_model_is_as_it_was(tmp_path: Path) -> None:
+    model, called = a_model(), []
+    for module in model.modules():
+        if module is not model[0]:
+            module.register_forward_hook(lambda *_: called.append(1)) if module is model[
+                2
+            ] else None
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    with measuring(tmp_path, Clock(layers=0.5)) as clock:
+        explained = warmup(model, [512, 2048])
+        assert clock.asked == [("block", "layers")] * 2  # for each number of rows
+        assert explained.tokens == 2048 and "layers 500 ms" in str(explained)
+        model(torch.randn(512, 16)).sum().backward()
+        assert len(clock.asked) == 2
+    torch.manual_seed(7)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_no_gradient_and_no_hook_sees_it() -> None:
+    model, called = a_model(), []
+    model[2].register_forward_hook(lambda *_: called.append(1))
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    warmup(model, 3)
+    assert torch.equal(torch.get_rng_state(), state) and not called
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_the_first_process_of_a_machine_measures_and_the_others_read(
+    local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(warming, "_run", lambda *_: done.append("run"))
+    warmup(a_model(), 3)
+    assert done == (["run", "barrier"] if local_rank == "0" else ["barrier", "run"])
+
+
+def test_the_others_are_let_go_when_the_first_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(warming, "_run", mock.Mock(side_effect=torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        warmup(a_model(), 3)
+    assert done == ["barrier"]
+
+
+def test_bad_input_is_named() -> None:
+    for tokens, said in ((0, "tokens must be >= 1, got 0"), ([], "names no number of rows")):
+        with pytest.raises(ValueError, match=said):
+            warmup(a_model(), tokens)
+    with pytest.raises(ValueError, match="no bounded adapter in this model"):
+        warmup(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="on the meta device"):
+        warmup(fastbound.FusedBoundedLinear(4, 4, 2, device="meta"))
+
+
+def test_what_would_be_compiled_is_what_the_candidates_launch(tmp_path: Path) -> None:
+    """One task for each shape and strategy, of a block one for all of its layers."""
+    model = a_model().bfloat16()
+    device = Device("sm_90", 132)
+    with (
+        measuring(tmp_path, Clock(), device),
+        mock.patch("fastbound.performance.warming.describe", lambda _: device),
+    ):
+        found = list(warming._tasks(model, fastbound.explain(model, 512)))
+    block = (device, 512, 24, 16, (4, 4, 4), torch.bfloat16, "split", True, ("silu", True))
+    layer = (device, 512, 8, 16, (4,), torch.bfloat16, "split", True, None)
+    assert dict.fromkeys(found) == dict.fromkeys([Calls(*block), Calls(*layer)])
+    engine.forget()
+
+
+@pytest.mark.slow  # compiles
+def test_processes_compile_what_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    task = Calls(Device("sm_90", 132), 512, 256, 256, (8,), torch.bfloat16, "split", False)
+    with mock.patch.object(warming, "_tasks", lambda *_: iter([task])):
+        warming._compile(torch.nn.Identity(), [None], workers=1)
+    assert len(list(tmp_path.rglob("*.cubin"))) >= 4
+    with pytest.raises(RuntimeError, match="kernels are interpreted"):
+        compile_calls(task)
