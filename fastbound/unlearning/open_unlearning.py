@@ -48,7 +48,7 @@ class BoundedCausalLM:
 
         Args:
             rank, alpha, bound, target_modules: as in `fastbound.inject`.
-            kwargs: for `AutoModelForCausalLM.from_pretrained`.
+            kwargs: for transformers' own `from_pretrained`.
 
         Raises:
             ValueError: the model has no layer of that name, or a number is out of range.
