@@ -48,7 +48,7 @@ class BoundedCausalLM:
 
         Args:
             rank, alpha, bound, target_modules: as in `fastbound.inject`.
-            kwargs: for `AutoModelForCausalLM.from_pretrained`.
+            kwargs: for transformers' own `from_pretrained`.
 
         Raises:
             ValueError: the model has no layer of that name, or a number is out of range.
@@ -157,7 +157,8 @@ def _load(name: str, kwargs: dict[str, Any]) -> Any:
     dtype = kwargs.pop("torch_dtype", None)  # transformers calls it dtype now
     if dtype is not None:
         kwargs.setdefault("dtype", dtype)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    trusted = kwargs.pop("trust_remote_code", False)
+    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trusted, **kwargs)
 
 
 def _names(target_modules: str | Iterable[str]) -> str | tuple[str, ...]:

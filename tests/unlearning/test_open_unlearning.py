@@ -160,7 +160,7 @@ class TestHandlers:
         assert type(model).__name__ == "LlamaForCausalLM"
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
-    @pytest.mark.parametrize("trainer", [GradDiff, KL])
+    @pytest.mark.parametrize("trainer", [GradDiff, pytest.param(KL, marks=pytest.mark.slow)])
     def test_a_trainer_saves_a_plain_model_that_computes_what_was_trained(
         self, get_model, train, user_folder, handler, trainer
     ):

@@ -83,7 +83,7 @@ def reported(command, attacked, model_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "attack"
     given = [model_folder, attacked / "run"]
     before = [digests(each) for each in given]
-    flags = ("--attack", "all", "--steps", "20", "--lr", "1e-3", "--reference", str(model_folder))
+    flags = ("--attack", "all", "--steps", "5", "--lr", "3e-3", "--reference", str(model_folder))
     assert main(command(output, *flags)) == 0
     return (
         json.loads((output / "attack.json").read_text()),
@@ -110,7 +110,7 @@ def test_relearning_a_tenth_brings_the_other_rows_back_by_step(reported):
     before = result["before"]["accuracy"]
     for (model, _), curve in curves.items():
         steps = [each["step"] for each in curve["steps"]]
-        assert steps == [0, *range(2, 21, 2)]
+        assert steps == [0, 1, 2, 3, 4, 5]
         start = curve["steps"][0]
         if model == "reference":  # which is the model from before here, and forgets what it knew
             assert start["accuracy"] == before and start["recovered"] is None
@@ -243,7 +243,8 @@ class TestQuantized:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("weights", ["all", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["all", "lora"])
 def test_relearning_half_of_the_rows_moves_the_other_half(
     attacked, model_folder, tmp_path, weights
 ):

@@ -252,7 +252,7 @@ class TestHiddenStates:
         assert torch.equal(form.answers(model, batch).hidden, expected)
         assert len(layer_at(model, 0)._forward_hooks) == hooks
 
-    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("adapter", ["bounded", "lora"])
     def test_rmu_steers_the_layer_and_keeps_it_on_the_other_rows(
         self, user_folder, adapter, checkpointing
