@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from fastbound.kernels.launch import Launch
 
-from fastbound.dispatch.plan import MAX_BLOCK_RANK
+from fastbound.dispatch.defaults import tile_family
+from fastbound.dispatch.plan import MAX_BLOCK_RANK, WITHOUT_PRODUCT
 from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults
 from fastbound.performance.inspection import GEMMS, Compiled, count, kernel_name
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
@@ -106,6 +107,8 @@ def calls(
             for made in strided
         )
         yield "layer with strided operands", Directions(*gemms)
+    if tile_family(device) not in WITHOUT_PRODUCT:
+        yield "product layer", layer(backend="split", form="product")
     if rank > MAX_BLOCK_RANK:
         return
     forms = [(activation, gated) for activation in activations for gated in (True, False)]

@@ -36,6 +36,8 @@ PLANNING = ("measured", "fixed")
 LEAST_SHARE = 0.93  # of the device, that the blocks of a fused GEMM must fill
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
 MAX_TRITON_RANK = 64
+# Families whose matrix unit takes no fp32, in which the product form's gradient is contracted.
+WITHOUT_PRODUCT = ("gfx1100",)
 MAX_BLOCK_RANK = MAX_TRITON_RANK // 2  # two projections stand side by side
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -163,6 +165,8 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     if part == "whole":
         return _whole(device, M, backend)
     obstacle = _triton_obstacle(device, 1 if key.product else rank, dtype)
+    if key.product and obstacle is None and tile_family(device) in WITHOUT_PRODUCT:
+        obstacle = f"product form: the matrix unit of {device.architecture} takes no fp32"
     if obstacle is not None:
         if backend == "auto":
             return Plan("torch", obstacle)

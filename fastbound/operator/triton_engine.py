@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import Plan
 from fastbound.kernels.dropout import keep_bits
 from fastbound.kernels.factors import factors
@@ -146,7 +147,7 @@ class TritonEngine:
         self, G: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float
     ) -> tuple[Tensor, Tensor]:
         precision = "tf32" if G.dtype is torch.bfloat16 else "tf32x3"
-        if torch.version.hip is not None:
+        if describe(G.device).architecture.startswith("gfx"):
             precision = "ieee"
         return contract(G, A, B, scaling, omega, self._multiprocessors, precision)
 

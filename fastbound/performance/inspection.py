@@ -11,7 +11,7 @@ import torch
 from fastbound.kernels.launch import Launch
 
 GEMMS = ("descriptor", "pointer")
-WITHOUT_DOT = ("factors", "finish", "finish_both", "keep", "narrow")
+WITHOUT_DOT = ("adapt", "factors", "finish", "finish_both", "keep", "narrow")
 
 # What shows in a listing when the matrix unit, the copy engine or a spill is used.
 _COUNTED = {

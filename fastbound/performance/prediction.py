@@ -137,6 +137,9 @@ _FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_thin_kernel": lambda given: 2 * given.M * given.K * given.R,
     "_reduce_kernel": lambda given: 2 * given.M * given.N * given.R * (1 + given.WITH_P),
     "_activate_kernel": lambda given: 2 * given.M * given.N * given.R * given.WITH_P,
+    # Beside its angle, B A, and sine, which no matrix unit takes: they count as arithmetic, too.
+    "_adapt_kernel": lambda given: 2 * given.N * given.K * given.rank,
+    "_contract_kernel": lambda given: 6 * given.N * given.K * given.rank,
     "_activate_backward_kernel": lambda given: (
         2 * given.M * given.N * (2 * given.WIDTH + given.R * given.ADAPT_DOWN)
     ),

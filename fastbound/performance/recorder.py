@@ -76,6 +76,7 @@ def layer_calls(
     dropout: float = 0.0,
     over_base: bool = False,
     strided: bool = False,
+    form: str = "factors",
 ) -> Directions:
     """One layer's x [M, K], weight [N, K]; ``over_base``: the term alone, added to a result.
 
@@ -85,7 +86,7 @@ def layer_calls(
     x, dy, weight = (_meta(m, n + strided, dtype=dtype)[:, :n] for m, n in sizes)
     b = _meta(N, dtype=dtype) if bias else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
-    term = Term(_meta(rank, K), _meta(N, rank), 1.0, 1.0, backend, seed, dropout)
+    term = Term(_meta(rank, K), _meta(N, rank), 1.0, 1.0, backend, seed, dropout, form)
     base = (None, None, _meta(M, N, dtype=dtype)) if over_base else (weight, b, None)
     with recording(device) as forward:
         _, S = ops.compute_forward(x, *base, *term)
@@ -106,6 +107,7 @@ def block_calls(
     gated: bool = True,
     backend: str = "auto",
     bias: bool = False,
+    form: str = "factors",
 ) -> Directions:
     """An MLP block K -> N -> K; ``ranks`` of gate, up and down, 0 where one is not adapted.
 
@@ -114,7 +116,8 @@ def block_calls(
 
     def projection(N: int, K: int, rank: int) -> Projection:
         A, B = (_meta(rank, K), _meta(N, rank)) if rank else (None, None)
-        return Projection(_meta(N, K, dtype=dtype), _meta(N, dtype=dtype) if bias else None, A, B)
+        b = _meta(N, dtype=dtype) if bias else None
+        return Projection(_meta(N, K, dtype=dtype), b, A, B, form=form)
 
     *first, down = ranks
     projections = [projection(N, K, rank) for rank in first]

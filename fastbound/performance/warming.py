@@ -41,6 +41,7 @@ class Calls:
     backend: str
     bias: bool
     block: tuple[str, bool] | None = None  # activation, gated
+    form: str = "factors"
 
 
 def warmup(model: nn.Module, tokens: int | Iterable[int] = 4096) -> Explanation:
@@ -173,7 +174,7 @@ def serve() -> None:
 def compile_calls(task: Calls) -> int:
     """How many kernels were compiled."""
     sizes = (task.device, task.M, task.N, task.K)
-    settings: dict[str, Any] = {"backend": task.backend, "bias": task.bias}
+    settings: dict[str, Any] = {"backend": task.backend, "bias": task.bias, "form": task.form}
     if task.block is None:
         made = layer_calls(*sizes, task.ranks[0], task.dtype, **settings)
     else:
@@ -216,4 +217,4 @@ def _tasks(model: nn.Module, explanation: Explanation) -> Iterator[Calls]:
         dtype = getattr(torch, row.dtype.removeprefix("torch."))
         for backend in sorted({row.plan.strategy, *row.plan.candidates} - {"torch", "layers"}):
             sizes = (device, explanation.tokens, N, K, adapted, dtype)
-            yield Calls(*sizes, backend, bias, kind)
+            yield Calls(*sizes, backend, bias, kind, row.form)
