@@ -1,0 +1,149 @@
+"""The product form's memory, counted, and its predicted time.
+
+    python -m benchmarks.static.product_form [--gpu h200]
+
+Largest workspaces are those of recorded calls over tensors without memory. Times are predictions,
+nothing is measured: a call takes the longest of its operations, its bytes, and for the two kernels
+that make sines the instructions of their lanes, r of ω·B A and `SINE` of the sine per element,
+which no matrix unit takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from fastbound.kernels.launch import Launch
+
+from benchmarks.report.rows import MIB, markdown_table
+from fastbound.dispatch.device import Device
+from fastbound.performance.prediction import DATASHEET, RANK, kernel_name, prediction_of
+from fastbound.performance.recorder import Call, Directions, layer_calls
+from fastbound.performance.shapes import Shape, linear_shapes
+
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+HOPPER = Device("sm_90", 132)
+SINE = 30  # instructions per element of reduction, polynomials and choice, as compiled for sm_90
+# Lanes of all multiprocessors times the boost clock of the datasheet: fp32 instructions per second.
+LANES = {
+    "a100-80gb": 108 * 64 * 1.41e9,
+    "h100": 132 * 128 * 1.83e9,
+    "h200": 132 * 128 * 1.83e9,
+    "4090": 128 * 128 * 2.52e9,
+}
+CLOSE = 0.03  # of the frozen layer's forward that making W + ΔW may take
+PLAIN_BYTES = 12  # per element of W that the plain form keeps: ΔW's argument and sine, and W + ΔW
+
+
+def calls_of(shape: Shape, M: int) -> Directions:
+    """What a layer of the form calls in bf16 at M rows."""
+    sizes = (M, shape.N, shape.K, RANK)
+    return layer_calls(HOPPER, *sizes, torch.bfloat16, backend="split", form="product")
+
+
+def largest_workspace(shape: Shape, M: int = 8192) -> int:
+    """Bytes of the largest part of the weight's size that a call makes: of W + ΔW, or of dyᵀ x."""
+    found = [0]
+    for call in (c for calls in calls_of(shape, M) for c in calls if isinstance(c, Launch)):
+        names = dict(zip(call.kernel.arg_names, call.arguments, strict=False))
+        found += [names[name].nbytes for name in ("OUT", "G") if _of_the_weight(names, name, shape)]
+    return max(found)
+
+
+def _of_the_weight(names: dict[str, object], name: str, shape: Shape) -> bool:
+    tensor = names.get(name)
+    return isinstance(tensor, torch.Tensor) and bool({shape.N, shape.K} & set(tensor.shape))
+
+
+def memory_table(shapes: Sequence[Shape]) -> str:
+    """Per layer: what the plain form keeps of the weight's size, and what is there at once here."""
+    lines = [
+        [
+            str(shape),
+            f"{shape.N * shape.K * PLAIN_BYTES / MIB:.0f}",
+            "0",
+            f"{largest_workspace(shape) / MIB:.0f}",
+        ]
+        for shape in shapes
+    ]
+    return markdown_table(
+        ["layer", "plain form keeps, MiB", "kept here", "largest workspace, MiB"], lines
+    )
+
+
+def predicted(call: Call, gpu: str) -> float:
+    """Seconds of one call."""
+    least = prediction_of(call).seconds(DATASHEET[gpu])
+    if not isinstance(call, Launch) or kernel_name(call) not in SINES:
+        return least
+    given = dict(zip(call.kernel.arg_names, call.arguments, strict=False))
+    return max(least, given["N"] * given["K"] * (given["rank"] + SINE) / LANES[gpu])
+
+
+SINES = ("product: adapt", "product: contract")
+
+
+def making(shape: Shape, gpu: str) -> float:
+    """Seconds of making W + ΔW once; it does not depend on the number of rows."""
+    return sum(predicted(c, gpu) for c in calls_of(shape, 1024).forward if isinstance(c, Launch))
+
+
+def gemm(shape: Shape, M: int, gpu: str) -> float:
+    """Seconds of the frozen layer's forward."""
+    ceilings = DATASHEET[gpu]
+    nbytes = 2 * (M * shape.K + M * shape.N + shape.N * shape.K)
+    return max(2 * M * shape.N * shape.K / ceilings.flops, nbytes / ceilings.bandwidth)
+
+
+def crossover(shape: Shape, gpu: str) -> int:
+    """The least rows at which making W + ΔW takes at most `CLOSE` of the forward's GEMM."""
+    limit = making(shape, gpu) / CLOSE
+    return bisect_left(range(1, 2**24), limit, key=lambda M: gemm(shape, M, gpu)) + 1
+
+
+def time_table(shapes: Sequence[Shape], tokens: Sequence[int], gpu: str) -> str:
+    """Forward plus backward over the layer trained whole, which is three such GEMMs."""
+
+    def ratio(shape: Shape, M: int) -> float:
+        calls: list[Call] = [*calls_of(shape, M).forward, *calls_of(shape, M).backward]
+        return sum(predicted(call, gpu) for call in calls) / (3 * gemm(shape, M, gpu))
+
+    lines = [
+        [
+            str(shape),
+            *(f"{ratio(shape, M):.3f}" for M in tokens),
+            f"{making(shape, gpu) * 1e3:.3f}",
+            str(crossover(shape, gpu)),
+        ]
+        for shape in shapes
+    ]
+    head = ["layer", *map(str, tokens), "W + ΔW, ms", f"rows from which it is {CLOSE:.0%}"]
+    return markdown_table(head, lines)
+
+
+def document(gpu: str = "h200") -> str:
+    ceilings, shapes = DATASHEET[gpu], linear_shapes("llama-3-8b")
+    stated = f"{ceilings.flops / 1e12:g} TFLOP/s, {ceilings.bandwidth / 1e12:g} TB/s"
+    return "\n\n".join(
+        [
+            f"Counted: bf16, r={RANK}.",
+            memory_table(shapes),
+            f"Predicted, not measured: {gpu} at its datasheet's {stated}; forward plus backward "
+            "over the same layer with its whole weight trained, by number of rows:",
+            time_table(shapes, TOKENS, gpu),
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static.product_form", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument("--gpu", choices=LANES, default="h200", help="whose datasheet (h200)")
+    print(document(parser.parse_args(arguments).gpu))
+
+
+if __name__ == "__main__":
+    main()
