@@ -34,10 +34,17 @@ def _once(x, _semantic=None):
     """
     if _semantic is None or x.dtype.primitive_bitwidth != 16:
         return x
-    amd = _semantic.builder.options.backend_name == "hip"
-    # Triton 3.6 cannot pipeline a loop around an impure one for AMD, where the pure one will do.
+    options = _semantic.builder.options
+    amd = options.backend_name == "hip"
+    # Triton 3.6 cannot pipeline a loop around an impure one for AMD, where a pure one will do then.
     return tl.inline_asm_elementwise(
-        "", "=v,0" if amd else "=r,0", [x], x.dtype, is_pure=amd, pack=2, _semantic=_semantic
+        "",
+        "=v,0" if amd else "=r,0",
+        [x],
+        x.dtype,
+        is_pure=amd and options.num_stages > 1,
+        pack=2,
+        _semantic=_semantic,
     )
 
 

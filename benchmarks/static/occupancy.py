@@ -44,6 +44,9 @@ SPECIAL = {"cuda": r"\bMUFU\b", "hip": r"\bv_(exp|rcp|log|sqrt|rsq)_f32"}
 BARRIER = {"cuda": r"\bBAR\.SYNC\b", "hip": r"\bs_barrier\b"}
 # What one multiprocessor holds: warps, of NVIDIA's; AMD's waves by their vector registers.
 WARPS = {"sm_86": 48, "sm_89": 48, "sm_120": 48, "sm_121": 48}
+# Cycles per second that NVIDIA states; instructions of warps that a multiprocessor starts in one.
+CLOCK = {"sm_80": 1.41e9, "sm_86": 1.695e9, "sm_89": 2.52e9, "sm_90": 1.755e9, "sm_120": 2.407e9}
+ISSUED = 4
 AMD_REGISTERS, AMD_SIMDS, AMD_WAVES = 512, 4, 8  # of a lane; of a compute unit; of a SIMD
 
 
@@ -57,7 +60,11 @@ class Loop(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One kernel as compiled: registers per thread, shared memory per program (bytes)."""
+    """One kernel as compiled: registers of a thread, programs and bytes of a multiprocessor.
+
+    ``issue_ms`` is an estimate: the time in which all multiprocessors start the loop's
+    instructions, at their best. None where no clock is known.
+    """
 
     target: str
     name: str
@@ -66,6 +73,7 @@ class Pass(NamedTuple):
     programs: int
     in_flight: int
     loop: Loop
+    issue_ms: float | None
 
 
 def innermost(listing: str, backend: str) -> list[str]:
@@ -152,7 +160,16 @@ def measured(launch: Launch, target: str) -> Pass:
     ahead = launch.stages - 1 if copies and launch.stages > 1 else 1
     in_flight = programs * ahead * LOADED[name] * elements * BF16
     tile = f"{constants['BLOCK_M']}x{columns}, {launch.warps} warps, {launch.stages} stages"
-    return Pass(target, name, tile, compiled.registers, programs, in_flight, loop)
+    clock, total = CLOCK.get(target), loop.instructions * _elements(launch)
+    issue = None if clock is None else 1e3 * total / (ISSUED * clock * where.multiprocessors)
+    return Pass(target, name, tile, compiled.registers, programs, in_flight, loop, issue)
+
+
+def _elements(launch: Launch) -> int:
+    """Of the tall tensor that a pass reads first."""
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    tall: torch.Tensor = given["G" if "DG" in given or "H" in given else "T"]
+    return tall.numel()
 
 
 def passes_table(passes: Sequence[Pass]) -> str:
@@ -168,11 +185,12 @@ def passes_table(passes: Sequence[Pass]) -> str:
             f"{one.loop.special:.2f}",
             str(one.loop.barriers),
             str(one.loop.wide_copies),
+            "" if one.issue_ms is None else f"{one.issue_ms:.3f}",
         ]
         for one in passes
     ]
     head = ["target", "pass", "tile", "registers", "programs", "KiB in flight"]
-    head += ["instructions", "special", "barriers", "wide copies"]
+    head += ["instructions", "special", "barriers", "wide copies", "est. issue ms"]
     return markdown_table(head, lines)
 
 
@@ -227,7 +245,8 @@ def document(targets: Sequence[str], M: int, rank: int) -> str:
         f"Llama-3-8B, {M} tokens, bf16, r={rank}: registers per thread, programs and KiB in flight "
         "per multiprocessor; per element of a tall tensor, instructions of a warp and of its "
         "special function unit (MUFU; AMD: v_exp, v_rcp and the like); per step, barriers and "
-        "asynchronous copies of 16 bytes.",
+        "asynchronous copies of 16 bytes; and an estimate, the time in which all instructions "
+        f"start at {ISSUED} per cycle and multiprocessor.",
         passes_table(found),
     ]
     for target in targets:
