@@ -112,7 +112,7 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
         return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, gated)
     if family == "gfx1100":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(min(rows, 32), 128, 4, 2)
-        return Tiles(gemm, gemm, thin, Tile(32, 128, 8, 1), Tile(16, 64, 4, 1), Tile(16, 32, 8, 2))
+        return Tiles(gemm, gemm, thin, Tile(32, 128, 8, 1), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2))
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
     if device.shared_limit < SHARED_LIMIT["sm_80"]:
@@ -137,9 +137,17 @@ def gated_tile(device: Device, R: int) -> Tile:
 
 def unaligned_tiles(device: Device, R: int) -> Tiles:
     """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
+<<<<<<< HEAD
     reduce = Tile(32, 64 if tile_family(device) == "gfx1100" else 128, 4, 2)
     gemm = ELEMENTWISE
     activate, gated = Tile(16, 64, 8 if R == 64 else 4, 2), Tile(16, 32, 4, 1)
+=======
+    gemm, reduce = ELEMENTWISE, Tile(32, 128, 4, 2)
+    activate, gated = Tile(16, 64, 8, 2), Tile(16, 16, 4, 1)
+    if tile_family(device) == "gfx1100":
+        reduce = Tile(32, 64, 4, 2)
+        gated = Tile(16, 16, 8, 2) if R == 64 else Tile(16, 32, 4, 2)
+>>>>>>> cards
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 
 

@@ -20,7 +20,7 @@ from fastbound.dispatch.defaults import tile_family
 from fastbound.dispatch.device import Device, compute_capability
 from fastbound.kernels.launch import Launch
 from fastbound.performance import inspection
-from fastbound.performance.inspection import Compiled, count, steady_loop
+from fastbound.performance.inspection import Compiled, count, local_traffic, steady_loop
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def faults(launch: Launch, compiled: Compiled, where: str | Device) -> tuple[str
 def compile_launch(launch: Launch, where: str | Device) -> Compiled:
     """Compile a launch for a target, by name or as a device describes it (`target_of`).
 
-    ``spills`` counts what goes through memory: local loads and stores (NVIDIA); vector registers
+    ``spills`` counts what goes through memory: local loads and stores (NVIDIA, where something is
+    loaded: Triton 3.6 also fills 8 bytes of stack on sm_120 that nothing reads); vector registers
     spilled and words of scratch memory (AMD, whose spilled scalar registers stay in lanes of vector
     registers and are counted among the instructions).
 
@@ -199,10 +200,9 @@ def _read_cubin(binary: Any) -> Compiled:
     if registers is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no register count: {listing[:200]!r}")
     counts = count(listing)
-    spills = counts["LDL"] + counts["STL"]
     shared, loop = binary.metadata.shared, steady_loop(listing)
     warnings = _ptxas_warnings(binary, listing)
-    return Compiled(int(registers[1]), spills, shared, counts, loop, warnings)
+    return Compiled(int(registers[1]), local_traffic(counts), shared, counts, loop, warnings)
 
 
 def _ptxas_warnings(binary: Any, listing: str) -> tuple[str, ...]:

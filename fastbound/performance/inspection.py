@@ -72,6 +72,11 @@ def count(listing: str) -> dict[str, int]:
     return {name: len(re.findall(pattern, listing)) for name, pattern in _COUNTED.items()}
 
 
+def local_traffic(counts: Mapping[str, int]) -> int:
+    """Local loads and stores; none where nothing is loaded, since a spill comes back."""
+    return counts["LDL"] + counts["STL"] if counts["LDL"] else 0
+
+
 def steady_loop(listing: str) -> SteadyLoop | None:
     """The first loop of a SASS listing with products and TMA loads; None where there is none."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)

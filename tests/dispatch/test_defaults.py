@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from fastbound.kernels.tiles import GemmTile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbound.dispatch.defaults import filled_share
+from fastbound.dispatch.defaults import filled_share, filled_tiles, unaligned_tiles
+from fastbound.dispatch.entries import fits
+from fastbound.performance.compilation import TARGETS
 
 WIDE, SQUARE = GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 3)
 H100, A100 = 132, 108
@@ -43,6 +46,35 @@ def test_rows_beyond_the_last_full_block_count_as_idle() -> None:
     assert filled_share(513, 4096, WIDE, H100) == pytest.approx(513 / 512 * 64 / 132)
     assert filled_share(8448, 4096, WIDE, H100) == 1.0
     assert filled_share(8449, 4096, WIDE, H100) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("architecture", "M", "y", "dx"),
+    [
+        ("sm_90", 512, (128, 256), (128, 128)),  # a square tile fills no more with 14336 columns
+        ("sm_90", 8192, (128, 256), (128, 256)),
+        ("sm_80", 1024, (128, 256), (128, 256)),  # neither fills 108 multiprocessors
+        ("gfx942", 512, (128, 128), (128, 128)),
+        ("sm_120", 512, (128, 128), (128, 128)),
+    ],
+)
+def test_a_square_tile_is_the_default_where_it_alone_fills_the_device(
+    architecture: str, M: int, y: tuple[int, int], dx: tuple[int, int]
+) -> None:
+    device = TARGETS[architecture].device
+    tiles = filled_tiles(device, M, (14336, 4096), 16, torch.bfloat16)
+    assert (tiles.gemm.block_m, tiles.gemm.block_n) == y
+    assert (tiles.gemm_t.block_m, tiles.gemm_t.block_n) == dx
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_default_gemm_can_fit_the_cards_shared_memory(target: str, rank: int) -> None:
+    device = TARGETS[target].device
+    for M in (512, 8192):
+        tiles = filled_tiles(device, M, (14336, 4096), rank, torch.bfloat16)
+        assert fits(tiles.gemm, device) and fits(tiles.gemm_t, device)
+    assert fits(unaligned_tiles(device, rank).gemm, device)
 
 
 @given(

@@ -227,6 +227,14 @@ def test_an_accumulator_that_leaves_blackwells_tensor_memory_is_counted() -> Non
     assert steady_loop(listing(*leaving)) == SteadyLoop(None, 0, 6, 1)
 
 
+@pytest.mark.parametrize(
+    ("loads", "stores", "spills"), [(0, 0, 0), (0, 6, 0), (1, 2, 3), (4, 0, 4)]
+)
+def test_what_is_stored_and_never_loaded_is_no_spill(loads: int, stores: int, spills: int) -> None:
+    counts = inspection.count("LDL R1, [R2] ;\n" * loads + "STL [R1], R2 ;\n" * stores)
+    assert inspection.local_traffic(counts) == spills
+
+
 def test_a_loop_of_tensor_cores_that_wait_by_themselves_has_loads_ahead_alone() -> None:
     body = ["HMMA.16816.F32.BF16 R4, R8, R12, R4", LOAD, LOAD, BACK.format(64)]
     assert steady_loop(listing(*[LOAD] * 4, *body)) == SteadyLoop(None, 4, 4)

@@ -12,16 +12,18 @@ import torch
 
 pytest.importorskip("triton", reason="what is tuned are Triton's kernels")
 
-from fastbound.kernels.tiles import Tile
+from fastbound.kernels.tiles import GemmTile, Tile
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbound.cli import main
 from fastbound.dispatch.defaults import Tiles, default_tiles
 from fastbound.dispatch.device import Device
+from fastbound.dispatch.entries import fits
 from fastbound.dispatch.tables import find_table, read_table
 from fastbound.operator.engine import Engine
 from fastbound.operator.torch_engine import TorchEngine
+from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import BLOCK_PASSES, LAYER_PASSES, PASSES, Candidate
 from fastbound.performance.prediction import DATASHEET, datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
@@ -263,6 +265,25 @@ def test_no_descriptors_are_tried_where_there_is_no_tma() -> None:
         found = [str(c) for c in shortlist(KINDS["gemm"], tiles, TODO[0], machine)]
         assert TIMED < len(found) <= COMPILED
         assert any("descriptors" in text for text in found) is (architecture == "sm_90")
+
+
+def test_the_widest_hopper_tile_is_tried_with_three_stages_and_with_four_and_two_stores() -> None:
+    point = Point(LLAMA[0], 8192, 16)
+    tiles = point.default_tiles(HOPPER.device, torch.bfloat16)
+    found = [str(c) for c in shortlist(KINDS["gemm"], tiles, point, HOPPER)]
+    wide = "128x256x64, 8 warps, {} stages, descriptors"
+    assert found[0] == wide.format(3)
+    assert wide.format(4) + ", 2 stores" in found and wide.format(4) not in found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_tiles_that_can_fit_a_card_are_compiled_for_it(target: str) -> None:
+    machine = replace(HOPPER, device=TARGETS[target].device)
+    point = Point(LLAMA[0], 8192, 16)
+    tiles = point.default_tiles(machine.device, torch.bfloat16)
+    chosen = shortlist(KINDS["gemm"], tiles, point, machine)
+    assert len(chosen) >= 5
+    assert all(fits(c.tile, machine.device) for c in chosen if isinstance(c.tile, GemmTile))
 
 
 @given(
