@@ -119,6 +119,11 @@ def route_for(*key: Any) -> Route:
     return _routes.setdefault((bucket, plan.strategy, plan.candidates), Route(asked, plan))
 
 
+def routes() -> tuple[Route, ...]:
+    """All that this process has taken, in the order of their first calls."""
+    return tuple(_routes.values())
+
+
 def set_planning(planning: str) -> None:
     """Whether the first call of a shape may measure which kernels it runs on; for this process.
 
