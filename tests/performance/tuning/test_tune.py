@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fastbound.cli import main
 from fastbound.dispatch.defaults import Tiles, default_tiles
 from fastbound.dispatch.device import Device
-from fastbound.dispatch.tables import find_table, read_table
+from fastbound.dispatch.tables import find_table, read_table, software
 from fastbound.performance.passes import BLOCK_PASSES, LAYER_PASSES, PASSES, Candidate
 from fastbound.performance.prediction import DATASHEET, datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
@@ -96,9 +96,13 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert len(tuned.table.entries) == len(LAYERS) == 4
     assert len(tuned.table.blocks) == len(TODO) - len(LAYERS) == 2
     table = find_table("sm_90", 132, [tmp_path])
-    shape = LLAMA[0]
-    chosen = planned(HOPPER.device, 8192, shape.N, shape.K, 16, torch.bfloat16, table=table)
+    assert table is not None
+    asked = (HOPPER.device, 8192, LLAMA[0].N, LLAMA[0].K, 16, torch.bfloat16)
+    elsewhere = planned(*asked, table=table)  # of other software: its tiles, and the first call
+    assert elsewhere.strategy == "split" and "fused" in elsewhere.candidates
+    chosen = planned(*asked, table=replace(table, versions=software()))
     assert chosen.strategy == "fused" and "on a card" in chosen.reason
+    assert not chosen.candidates
     assert chosen.tiles is not None
     assert str(chosen.tiles.gemm).startswith("256x128x64")
     assert str(chosen.tiles.gemm_t).startswith("256x128x64")
