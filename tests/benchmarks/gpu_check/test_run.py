@@ -30,7 +30,7 @@ def run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device=cpu", "--workers=1"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [*command, "--minutes=5", f"--output={output}"],
+        [*command, "--minutes=7", f"--output={output}"],
         cwd=repository,
         env={**environment, "OMP_NUM_THREADS": "1", "FASTBOUND_COMMIT": "abc1234"},
         capture_output=True,
