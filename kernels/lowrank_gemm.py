@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from fastbound.kernels.dropout import kept
 from fastbound.kernels.launch import Launch, cdiv
-from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, GemmTile
+from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, ELEMENTWISE, GemmTile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -191,10 +191,17 @@ def launch_lowrank_gemm(
 ) -> Launch:
     """X [M, K], W [N, K] (any strides), S [M, R], F [N, R], bias [N] or None -> Y [M, N].
 
-    keep [M, ceil(N/32)] masks S Fᵀ, and excludes a bias.
+    keep [M, ceil(N/32)] masks S Fᵀ, and excludes a bias. Operands that descriptors cannot address
+    are loaded by pointers, with :data:`~fastbound.kernels.tiles.ELEMENTWISE` for a larger tile.
     """
     M, K = X.shape
     N, R = F.shape
+    transposed = is_transposed(W)
+    stored, f = (W.t(), F.t()) if transposed else (W, F)
+    aligned = M > 0 and K > 0 and takes_descriptors(X, stored, Y)
+    described = tile.descriptors and aligned
+    if not aligned and tile.volume > ELEMENTWISE.volume:
+        tile = ELEMENTWISE
     others = (Y if bias is None else bias, Y if keep is None else keep)
     strides = (*S.stride(), *F.stride(), 0 if keep is None else keep.stride(0))
     constants = dict(
@@ -202,27 +209,24 @@ def launch_lowrank_gemm(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
     )
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    if tile.descriptors and M > 0 and K > 0:
-        transposed = is_transposed(W)
-        stored, f = (W.t(), F.t()) if transposed else (W, F)
-        if takes_descriptors(X, stored, Y):
-            block_x = [tile.block_m, tile.block_k]
-            block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
-            as_step = keep is None and R <= tile.block_k and takes_descriptors(S, f)
-            s, f = (_describe(S, block_x), _describe(f, block_w)) if as_step else (S, F)
-            programs = min(tiles, multiprocessors)
-            return Launch(
-                _descriptor_kernel,
-                (programs,),
-                (
-                    _describe(X, block_x), _describe(stored, block_w), s, f, *others,
-                    _describe(Y, [tile.block_m, tile.block_n // tile.stores]),
-                    M, N, K, programs, *strides,
-                ),
-                dict(AS_STEP=as_step, W_TRANSPOSED=transposed, STORES=tile.stores, **constants),
-                tile.warps,
-                tile.stages if as_step else min(tile.stages, START_STAGES),
-            )
+    if described:
+        block_x = [tile.block_m, tile.block_k]
+        block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
+        as_step = keep is None and R <= tile.block_k and takes_descriptors(S, f)
+        s, f = (_describe(S, block_x), _describe(f, block_w)) if as_step else (S, F)
+        programs = min(tiles, multiprocessors)
+        return Launch(
+            _descriptor_kernel,
+            (programs,),
+            (
+                _describe(X, block_x), _describe(stored, block_w), s, f, *others,
+                _describe(Y, [tile.block_m, tile.block_n // tile.stores]),
+                M, N, K, programs, *strides,
+            ),
+            dict(AS_STEP=as_step, W_TRANSPOSED=transposed, STORES=tile.stores, **constants),
+            tile.warps,
+            tile.stages if as_step else min(tile.stages, START_STAGES),
+        )
     return Launch(
         _pointer_kernel,
         (tiles,),

@@ -10,6 +10,8 @@ runs give the same bits. With dropout's bits, T is mask ⊙ T.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -245,6 +247,8 @@ def reduced_parts(
 ) -> Tensor:
     """The parts of Tᵀ G, [chunks, N, R]; into P, if given, those of T F, [column blocks, M, R]."""
     M, N = T.shape
+    if keep is not None:  # the mask is in registers, beside the block
+        tile = replace(tile, block_m=min(32, tile.block_m))
     chunks, chunk = row_chunks(M, N, tile, multiprocessors)
     Q = T.new_empty(chunks, N, G.shape[1], dtype=torch.float32)
     launch_reduce(T, F, G, P, Q, chunk, tile, keep).run()

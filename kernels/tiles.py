@@ -39,8 +39,18 @@ class GemmTile:
     descriptors: bool = False
     stores: int = 1
 
+    @property
+    def volume(self) -> int:
+        """Products of a step."""
+        return self.block_m * self.block_n * self.block_k
+
     def __str__(self) -> str:
         form = "descriptors" if self.descriptors else "pointers"
         form += f", {self.stores} stores" if self.stores > 1 else ""
         shape = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{shape}, {self.warps} warps, {self.stages} stages, {form}"
+
+
+# Element by element loads, of rows that are no multiple of 16 bytes or of strides that descriptors
+# cannot have: neither TMA nor asynchronous copies, and with larger tiles the addresses spill.
+ELEMENTWISE = GemmTile(128, 128, 32, 8, 2)

@@ -332,10 +332,10 @@ def _block_cases() -> Iterator[Check]:
 
 
 def _gemm_cases(device: torch.device) -> Iterator[Check]:
-    architecture = describe(device).architecture
+    described = describe(device)
     small = GemmTile(64, 64, 32, 4, 3)
     for dtype in ("bf16", "fp16", "fp32"):
-        tiles = default_tiles(architecture, 4096, 16, DTYPES[dtype])
+        tiles = default_tiles(described, 4096, 16, DTYPES[dtype])
         for transposed in (False, True):
             default = tiles.gemm_t if transposed else tiles.gemm
             for tile in dict.fromkeys((default, small)):
@@ -345,7 +345,7 @@ def _gemm_cases(device: torch.device) -> Iterator[Check]:
                     yield GemmCase(520, 776, K, 16, dtype, form, transposed)
             yield GemmCase(129, 257, 65, 16, dtype, small, transposed)
     for R in (32, 64):
-        tile = default_tiles(architecture, 4096, R, torch.bfloat16).gemm
+        tile = default_tiles(described, 4096, R, torch.bfloat16).gemm
         yield GemmCase(1000, 512, 2048, R, "bf16", tile, transposed=False)
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report.rows import markdown_table
-from fastbound.dispatch.device import Device
-from fastbound.performance.compilation import TARGETS, Compiled
+from fastbound.performance.compilation import TARGETS
+from fastbound.performance.inspection import Compiled
 from fastbound.performance.passes import PASSES
 from fastbound.performance.prediction import DATASHEET, RANK
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes
@@ -35,7 +35,17 @@ PLACES: tuple[Shape | Block, ...] = (
     block_of("phi-1.5"),
 )
 PASS_NAMES = tuple(PASSES)
-CARDS = {"sm_80": "a100-80gb", "sm_90": "h100", "gfx942": "mi300x"}
+CARDS = {
+    "sm_80": "a100-80gb",
+    "sm_86": "3090",
+    "sm_89": "4090",
+    "sm_90": "h100",
+    "sm_100": "b200",
+    "sm_120": "5090",
+    "gfx90a": "mi250",
+    "gfx942": "mi300x",
+    "gfx1100": "7900",
+}
 
 
 class Row(NamedTuple):
@@ -54,7 +64,7 @@ def tasks(
     target: str, M: int, rank: int = RANK, passes: Sequence[str] = PASS_NAMES
 ) -> list[CompileTask]:
     """Every candidate of the passes of :data:`PLACES`; each one's default comes first."""
-    device = Device(target, TARGETS[target].multiprocessors)
+    device = TARGETS[target].device
     machine = Machine(device, CARDS[target], DATASHEET[CARDS[target]], {})
     found: list[CompileTask] = []
     for shape in PLACES:
@@ -80,7 +90,8 @@ def report(
     rows = []
     seen: set[tuple[str, int, str]] = set()
     for task, (compiled, fault) in zip(todo, found, strict=True):
-        name, candidate, shape, M, _, _, target = task
+        name, candidate, shape, M, _, _, where = task
+        target = str(where)
         if isinstance(shape, Block):
             name += f", {shape.form}"
         key = (target, M, name)

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,27 @@ from typing import Any
 import torch
 from fastbound.kernels.launch import Launch
 
-from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
-from fastbound.performance.compilation import TARGETS, Compiled, binary_of, compile_launch
+from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults
+from fastbound.performance.inspection import GEMMS, Compiled, count, kernel_name
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# One row of Llama-3-8B's gate projection at the three row tiles of the thin product, and a shape
-# whose rows TMA cannot take.
+# Llama-3-8B's gate projection at the three row tiles of the thin product, at rows that no kernel
+# can take for whole blocks, and a shape whose rows TMA cannot take.
 SHAPES = {
     "8192 tokens": (8192, 14336, 4096),
     "2048 tokens": (2048, 14336, 4096),
     "512 tokens": (512, 14336, 4096),
-    "odd": (8192, 14333, 4093),
+    "8191 tokens": (8191, 14336, 4096),
+    "odd": (8191, 14333, 4093),
 }
-MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "gfx942": ("v_mfma",)}
-GEMMS = ("descriptor", "pointer")
-WITHOUT_DOT = ("factors", "finish", "finish_both", "keep", "narrow")
 # fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
 WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}
+NOTHING = Compiled(0, 0, 0, count(""))  # what a compiler makes of what it refuses
+# The forms of the models that are known; the others differ in the activation alone.
+FORMS = (("silu", True), ("gelu_tanh", False))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class KernelReport:
     shape: str
     kernel: str
     call: str
-    stages: int
     compiled: Compiled
     faults: tuple[str, ...]
 
@@ -80,6 +80,8 @@ class KernelReport:
             "in_flight": None if c.loop is None else c.loop.in_flight,
             "loads_ahead": None if c.loop is None else c.loop.loads_ahead,
             "loop_length": None if c.loop is None else c.loop.length,
+            "round_trips": None if c.loop is None else c.loop.round_trips,
+            "warnings": list(c.warnings),
             "faults": list(self.faults),
         }
 
@@ -87,8 +89,8 @@ class KernelReport:
 def calls(
     target: str, dtype: str, rank: int, shape: str, activations: Sequence[str]
 ) -> Iterator[tuple[str, Directions]]:
-    """Every call whose kernels are compiled, by name."""
-    device = Device(target, TARGETS[target].multiprocessors)
+    """Every call whose kernels are compiled, by name; without activations blocks of known forms."""
+    device = TARGETS[target].device
     sizes, kind = SHAPES[shape], DTYPES[dtype]
     layer = partial(layer_calls, device, *sizes, rank, kind)
     yield "layer", layer(backend="fused")
@@ -97,14 +99,21 @@ def calls(
         yield "layer with dropout", layer(backend="fused", dropout=0.1)
         yield "split layer with dropout", layer(backend="split", dropout=0.1)
         yield "term over a base with dropout", layer(over_base=True, dropout=0.1)
+    if shape == "8192 tokens":
+        strided = layer(backend="fused", strided=True)
+        gemms = (
+            [one for one in made if isinstance(one, Launch) and kernel_name(one) in GEMMS]
+            for made in strided
+        )
+        yield "layer with strided operands", Directions(*gemms)
     if rank > MAX_BLOCK_RANK:
         return
-    for activation in activations:
-        for gated in (True, False):
-            name = f"{'gated' if gated else 'plain'} {activation} block"
-            ranks = (rank,) * (2 + gated)
-            settings: dict[str, Any] = {"activation": activation, "gated": gated}
-            yield name, block_calls(device, *sizes, ranks, kind, backend="fused", **settings)
+    forms = [(activation, gated) for activation in activations for gated in (True, False)]
+    for activation, gated in forms or FORMS:
+        name = f"{'gated' if gated else 'plain'} {activation} block"
+        ranks = (rank,) * (2 + gated)
+        settings: dict[str, Any] = {"activation": activation, "gated": gated}
+        yield name, block_calls(device, *sizes, ranks, kind, backend="fused", **settings)
 
 
 def launches(
@@ -120,61 +129,37 @@ def launches(
                     yield f"{name}, {direction}", launch
 
 
-def kernel_name(launch: Launch) -> str:
-    """The kernel's own, without what all of them share."""
-    return str(launch.kernel.fn.__name__).strip("_").removesuffix("_kernel")
-
-
-def faults(report: KernelReport) -> Iterator[str]:
-    """What a kernel must not do, or must use and does not."""
-    compiled, target = report.compiled, report.target
-    count, limit = compiled.instructions, TARGETS[target].shared_limit
-    if compiled.spills:
-        yield f"{compiled.spills} spills"
-    if compiled.shared > limit:
-        yield f"{compiled.shared} bytes of shared memory for {limit}"
-    if report.dtype == "fp32" or report.kernel in WITHOUT_DOT:
-        return
-    if not any(count[name] for name in MATRIX_UNIT[target]):
-        yield f"no {' or '.join(MATRIX_UNIT[target])}"
-    if target != "sm_90" or report.kernel not in GEMMS:
-        return
-    if not count["HGMMA"]:
-        yield "no HGMMA"
-    if report.kernel == "descriptor":
-        yield from loop_faults(compiled, report.stages)
-
-
-def loop_faults(compiled: Compiled, stages: int) -> Iterator[str]:
-    """What keeps a Hopper GEMM on descriptors from running ahead of itself."""
-    if not (compiled.instructions["UTMALDG"] and compiled.instructions["UTMASTG"]):
-        yield "no TMA load or store"
-    if compiled.loop is None:
-        yield "no loop over matrix products"
-        return
-    if compiled.loop.in_flight < 1:
-        yield "the loop waits for its own matrix products"
-    if compiled.loop.loads_ahead < 2 * (stages - 1):
-        yield f"{compiled.loop.loads_ahead} loads ahead of the loop for {stages} stages"
-
-
-Task = tuple[str, str, int, str, Sequence[str], Sequence[str]]
+Task = tuple[str, str, int, Sequence[str], Sequence[str], Sequence[str]]
 
 
 def compile_one(task: Task) -> list[KernelReport]:
-    """The kernels of one target, dtype, rank and shape; all, or those that are named."""
-    target, dtype, rank, shape, activations, kernels = task
+    """The kernels of one target, dtype and rank; all, or those that are named.
+
+    What two shapes share is compiled once.
+    """
+    target, dtype, rank, shapes, activations, kernels = task
     found = []
-    for call, launch in launches(target, dtype, rank, shape, activations):
-        name = kernel_name(launch)
-        if kernels and name not in kernels:
-            continue
-        compiled = compile_launch(launch, target)
-        one = KernelReport(
-            target, dtype, rank, shape, name, call, launch.stages, compiled, faults=()
-        )
-        found.append(replace(one, faults=tuple(faults(one))))
+    compiled: dict[Any, tuple[Compiled, tuple[str, ...]]] = {}
+    for shape in shapes:
+        for call, launch in launches(target, dtype, rank, shape, activations):
+            name, binary = kernel_name(launch), binary_of(launch)
+            if kernels and name not in kernels:
+                continue
+            if binary not in compiled:
+                compiled[binary] = _compiled(launch, target)
+            one, wrong = compiled[binary]
+            found.append(KernelReport(target, dtype, rank, shape, name, call, one, wrong))
     return found
+
+
+def _compiled(launch: Launch, target: str) -> tuple[Compiled, tuple[str, ...]]:
+    """What the compiler makes of a launch and its faults; a refusal is a fault, not an end."""
+    try:
+        one = compile_launch(launch, target)
+    except Exception as error:
+        last = str(error).strip().splitlines()[-1:]
+        return NOTHING, (f"does not compile: {type(error).__name__} {last}",)
+    return one, faults(launch, one, target)
 
 
 def report(
@@ -187,11 +172,7 @@ def report(
 ) -> list[KernelReport]:
     """All combinations, on every core; what two of them share is in Triton's own cache."""
     tasks = [
-        (t, d, r, s, activations, kernels)
-        for t in targets
-        for d in dtypes
-        for r in ranks
-        for s in shapes
+        (t, d, r, shapes, activations, kernels) for t in targets for d in dtypes for r in ranks
     ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         return [one for found in pool.map(compile_one, tasks) for one in found]
@@ -205,7 +186,8 @@ def as_table(reports: Sequence[KernelReport]) -> str:
         c = one.compiled
         used = " ".join(f"{name} {n}" for name, n in c.instructions.items() if n)
         if c.loop is not None:
-            used += f", {c.loop.in_flight} in flight, {c.loop.loads_ahead} loads ahead"
+            used += "" if c.loop.in_flight is None else f", {c.loop.in_flight} in flight"
+            used += f", {c.loop.loads_ahead} loads ahead"
         line = f"{one.target:7} {one.dtype:5} {one.rank:4} {one.shape:12} {one.kernel:11} "
         line += f"{one.call:39} {c.registers:4} {c.spills:6} {c.shared:7}  {used}"
         lines.append(line + (f"  FAULT: {'; '.join(one.faults)}" if one.faults else ""))
@@ -218,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp16"])
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
+    only = "blocks of these, gated and plain (default: gated silu and plain gelu_tanh)"
+    parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=[], help=only)
     parser.add_argument("--kernel", nargs="+", default=[], help="only these (default: all)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)

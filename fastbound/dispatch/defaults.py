@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastbound.dispatch.device import Device
-from fastbound.kernels.tiles import GemmTile, Tile
+from fastbound.dispatch.device import SHARED_LIMIT, Device
+from fastbound.kernels.tiles import ELEMENTWISE, GemmTile, Tile
+
+# The share of a device from which on a GEMM of ours is worth more than cuBLAS's, which cuts K too.
+FILLED = 0.93
 
 
 def padded_rank(rank: int) -> int:
@@ -36,9 +39,27 @@ class Tiles:
 def filled_tiles(
     device: Device, M: int, widths: tuple[int, int], R: int, dtype: torch.dtype
 ) -> Tiles:
-    """The defaults, with a reduction's tile that fills the device at M rows of either width."""
-    tiles = default_tiles(device.architecture, M, R, dtype)
-    return replace(tiles, reduce=filling(tiles.reduce, M, min(widths), device.multiprocessors))
+    """The defaults for ``widths`` (N, K), with tiles that fill the device at M rows where any do.
+
+    y is [M, N] and dx [M, K]; a reduction reads M rows of either width.
+    """
+    tiles, sms = default_tiles(device, M, R, dtype), device.multiprocessors
+    N, K = widths
+    return replace(
+        tiles,
+        gemm=filling_gemm(tiles.gemm, M, N, sms),
+        gemm_t=filling_gemm(tiles.gemm_t, M, K, sms),
+        reduce=filling(tiles.reduce, M, min(widths), sms),
+    )
+
+
+def filling_gemm(tile: GemmTile, M: int, N: int, multiprocessors: int) -> GemmTile:
+    """``tile``, or a square one where that fills the device with [M, N] and ``tile`` does not."""
+    square = replace(tile, block_n=tile.block_m, stages=4)
+    fills = filled_share(M, N, tile, multiprocessors) >= FILLED
+    if fills or filled_share(M, N, square, multiprocessors) < FILLED:
+        return tile
+    return square
 
 
 def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
@@ -76,20 +97,22 @@ def filled_share(M: int, N: int, tile: GemmTile, multiprocessors: int) -> float:
     return M * N / (waves * multiprocessors * tile.block_m * tile.block_n)
 
 
-def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tiles:
+def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
     """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed.
 
     A block's tiles (the last two) are for two projections of half R each, side by side.
     """
     gemm, thin, activate = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3), Tile(32, 64, 4, 1)
-    if architecture == "interpreter":
+    if device.architecture == "interpreter":
         gemm, tall = GemmTile(64, 64, 64, 4, 2), Tile(64, 128, 4, 2)
         return Tiles(gemm, gemm, tall, tall, tall, Tile(64, 64, 4, 2))
-    family = tile_family(architecture)
+    family = tile_family(device)
     if dtype is torch.float32:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32 if M >= 2048 else 16
     warps, gated = 8 if R == 64 else 4, Tile(16, 32, 4, 1 if R == 64 else 2)
+    if R == 32 and rows == 32:
+        warps = 8
     if family == "sm_90":
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
@@ -97,22 +120,37 @@ def default_tiles(architecture: str, M: int, R: int, dtype: torch.dtype) -> Tile
     if family == "gfx942":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, warps, 2)
         return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, Tile(16, 32, 8, 2))
+    if family == "gfx1100":
+        gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(min(rows, 32), 128, 4, 2)
+        return Tiles(gemm, gemm, thin, Tile(32, 128, 8, 1), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2))
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
+    if device.shared_limit < SHARED_LIMIT["sm_80"]:
+        thin = replace(thin, stages=3 if R == 64 else 4)
+        reduce = replace(reduce, stages=3 if R == 64 else 2)
+    if family == "sm_120":
+        gemm = GemmTile(128, 128, 64, 8, 3, descriptors=True)
     return Tiles(gemm, gemm, thin, reduce, activate, gated)
 
 
-def unaligned_tiles(R: int) -> Tiles:
+def unaligned_tiles(device: Device, R: int) -> Tiles:
     """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
-    gemm = GemmTile(128, 128, 32, 8, 2)
-    activate, gated = Tile(16, 64, 8 if R == 64 else 4, 2), Tile(16, 16, 4, 1)
-    return Tiles(gemm, gemm, Tile(16, 64, 4, 2), Tile(32, 128, 4, 2), activate, gated)
+    gemm, reduce = ELEMENTWISE, Tile(32, 128, 4, 2)
+    activate, gated = Tile(16, 64, 8, 2), Tile(16, 16, 4, 1)
+    if tile_family(device) == "gfx1100":
+        reduce = Tile(32, 64, 4, 2)
+        gated = Tile(16, 16, 8, 2) if R == 64 else Tile(16, 32, 4, 2)
+    return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 
 
-def tile_family(architecture: str) -> str:
-    """sm_90 for Hopper and newer (tensor descriptors), gfx942 for AMD, sm_80 for all others."""
-    if architecture.startswith("gfx"):
-        return "gfx942"
-    if architecture.startswith("sm_") and int(architecture[3:]) >= 90:
-        return "sm_90"
+def tile_family(device: Device) -> str:
+    """The architecture whose defaults a device has.
+
+    sm_90: tensor descriptors (TMA) and a data centre's shared memory; sm_120: those without it;
+    sm_80: NVIDIA's others; gfx942: AMD's with MFMA; gfx1100: AMD's with WMMA.
+    """
+    if device.architecture.startswith("gfx"):
+        return "gfx1100" if device.architecture.startswith(("gfx11", "gfx12")) else "gfx942"
+    if device.has_descriptors:
+        return "sm_120" if device.shared_limit < SHARED_LIMIT["sm_90"] else "sm_90"
     return "sm_80"

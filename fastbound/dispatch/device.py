@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastbound.truth.interpreter import interpreting
 
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes for one block
+# Bytes of shared memory that one block may ask for, of GPUs that are compiled for and need not be
+# there; one that is there is asked (`Device.shared`).
+SHARED_LIMIT: Mapping[str, int] = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "sm_121": 101_376,
+    "gfx90a": 65_536,
+    "gfx942": 65_536,
+    "gfx1100": 65_536,
+}
+_LEAST = {"sm_": 101_376, "gfx": 65_536}  # of any other that the kernels run on
+_MATRIX_UNITS = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # AMD's: MFMA or WMMA
 
 
 class Device(NamedTuple):
-    """``architecture`` is ``sm_90``, ``gfx942``, ``cpu``, ``interpreter`` and the like."""
+    """``architecture`` is ``sm_90``, ``gfx942``, ``cpu``, ``interpreter`` and the like.
+
+    ``shared``: bytes of shared memory that one block may ask for, as the device says; 0 where it
+    was not asked.
+    """
 
     architecture: str
     multiprocessors: int = 1
+    shared: int = 0
+
+    @property
+    def shared_limit(self) -> int:
+        """``shared``, or what is known of the architecture, or the least of its maker's."""
+        known = SHARED_LIMIT.get(self.architecture) or _LEAST.get(self.architecture[:3], 0)
+        return self.shared or known
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether bf16 products run on tensor cores (sm_80 and newer), MFMA or WMMA (AMD)."""
+        if self.architecture.startswith("sm_"):
+            return compute_capability(self.architecture) >= 80
+        return self.architecture.startswith(_MATRIX_UNITS)
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether it copies by tensor descriptors (TMA): Hopper and newer."""
+        return compute_capability(self.architecture) >= 90
+
+    @property
+    def has_asynchronous_products(self) -> bool:
+        """Whether tensor cores run beside the program: Hopper, the data centre's Blackwell."""
+        return 90 <= compute_capability(self.architecture) < 120
+
+
+def compute_capability(architecture: str) -> int:
+    """90 of ``sm_90``, 120 of ``sm_120``; 0 of what is not NVIDIA's."""
+    number = architecture.removeprefix("sm_")
+    return int(number) if architecture.startswith("sm_") and number.isdigit() else 0
 
 
 _pretended: ContextVar[Device | None] = ContextVar("fastbound_device", default=None)
@@ -48,7 +97,13 @@ def _describe(device_type: str, index: int | None) -> Device:
         architecture = f"sm_{properties.major}{properties.minor}"
         if torch.version.hip is not None:
             architecture = properties.gcnArchName.split(":")[0]
-        return Device(architecture, properties.multi_processor_count)
+        return Device(architecture, properties.multi_processor_count, _shared(properties))
     if device_type == "cpu" and interpreting():
         return Device("interpreter", 4)
     return Device(device_type)
+
+
+def _shared(properties: Any) -> int:
+    """Bytes for one block: more than the usual 48 KiB, which NVIDIA's driver gives when asked."""
+    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+    return max(int(getattr(properties, name, 0)) for name in names)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fastbound.dispatch.device import SHARED_LIMIT
+from fastbound.dispatch.device import SHARED_LIMIT, Device
 from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.truth.formula import ACTIVATIONS
 
@@ -79,13 +79,14 @@ def read_entry(content: Any, architecture: str) -> Entry:
         reduce=_tile(Tile, tiles, "reduce"),
         origin=typed(content, "origin", str),
     )
-    has_descriptors = architecture.startswith("sm_") and int(architecture[3:]) >= 90
+    shared = SHARED_LIMIT.get(architecture, max(SHARED_LIMIT.values()))
+    device = Device(architecture, shared=shared)
     for name, gemm in (("gemm", entry.gemm), ("gemm_t", entry.gemm_t)):
-        if gemm.descriptors and not has_descriptors:
+        if gemm.descriptors and not device.has_descriptors:
             raise ValueError(f"{name} tile {gemm}: {architecture} has no tensor descriptors")
         if gemm.stores > 1 and not gemm.descriptors:
             raise ValueError(f"{name} tile {gemm}: only the form with descriptors stores in parts")
-        if not fits(gemm, architecture):
+        if not fits(gemm, device):
             raise ValueError(f"{name} tile {gemm} needs more shared memory than {architecture} has")
     return entry
 
@@ -124,17 +125,18 @@ def _sizes(content: Mapping[str, Any], *names: str) -> dict[str, int]:
     return sizes
 
 
-def fits(gemm: GemmTile, architecture: str) -> bool:
-    """Whether the operands that a tile keeps in shared memory, 2 bytes each, can be there at all.
+def fits(gemm: GemmTile, device: Device) -> bool:
+    """Whether a device's shared memory holds what a tile keeps there, of 2 bytes each.
 
     Necessary, not sufficient: what else a kernel keeps only its compilation tells.
     """
     operands = (gemm.block_m + gemm.block_n) * gemm.block_k
     needed = 2 * max(1, gemm.stages - 1) * operands  # all stages but the one in registers
-    if gemm.descriptors:  # all stages, and a buffer for the store
-        stored = gemm.block_m * gemm.block_n // gemm.stores
-        needed = 2 * (gemm.stages * operands + stored)
-    return needed <= SHARED_LIMIT.get(architecture, max(SHARED_LIMIT.values()))
+    if gemm.descriptors:
+        needed = 2 * gemm.stages * operands
+        if device.has_asynchronous_products:  # the next block's loads run under this one's store
+            needed += 2 * gemm.block_m * gemm.block_n // gemm.stores
+    return needed <= device.shared_limit
 
 
 _ALLOWED = {"warps": (1, 2, 4, 8, 16), "stores": (1, 2, 4)}

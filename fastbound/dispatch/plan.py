@@ -167,8 +167,8 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
     odd = _unaligned(N, K, dtype)
     R, bucket = padded_rank(rank), row_bucket(M)
-    tiles = unaligned_tiles(R) if odd else filled_tiles(device, bucket, (N, K), R, dtype)
-    reason = f"default tiles of {tile_family(device.architecture)}"
+    tiles = unaligned_tiles(device, R) if odd else filled_tiles(device, bucket, (N, K), R, dtype)
+    reason = f"default tiles of {tile_family(device)}"
     of_block = ""
     entry = None
     if table is not None and not odd and dtype is not torch.float32:
@@ -270,6 +270,8 @@ def _has_triton() -> bool:
 def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | None:
     if device.architecture in ("cpu", "mps", "xpu"):
         return f"device {device.architecture}: the kernels are for CUDA and ROCm"
+    if device.architecture != "interpreter" and not device.has_matrix_units:
+        return f"{device.architecture}: no matrix units for bf16 (NVIDIA's from sm_80 on have them)"
     if not _has_triton():
         return "the package triton is not installed"
     if dtype not in _TRITON_DTYPES:

@@ -10,73 +10,88 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbound.dispatch.device import SHARED_LIMIT
+from fastbound.dispatch.defaults import tile_family
+from fastbound.dispatch.device import Device, compute_capability
 from fastbound.kernels.launch import Launch
+from fastbound.performance import inspection
+from fastbound.performance.inspection import Compiled, count, steady_loop
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for: Triton's names, shared memory for one block (bytes), and its size."""
+    """A GPU to compile for: Triton's names, and what dispatch would be told of it."""
 
     backend: str
     arch: int | str
     warp_size: int
-    shared_limit: int
-    multiprocessors: int
+    device: Device
+    units: tuple[str, ...]  # its matrix instructions, the one that a GEMM must use last
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory for one block."""
+        return self.device.shared_limit
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of its device."""
+        return self.device.multiprocessors
 
 
+def _nvidia(capability: int, multiprocessors: int, *units: str) -> Target:
+    device = Device(f"sm_{capability}", multiprocessors)
+    return Target("cuda", capability, 32, device, ("HMMA", *units))
+
+
+def _amd(architecture: str, warp_size: int, multiprocessors: int, unit: str) -> Target:
+    return Target("hip", architecture, warp_size, Device(architecture, multiprocessors), (unit,))
+
+
+# Of each architecture one card, whose size decides how rows and columns are cut.
 TARGETS: Mapping[str, Target] = {
-    "sm_80": Target("cuda", 80, 32, SHARED_LIMIT["sm_80"], 108),
-    "sm_90": Target("cuda", 90, 32, SHARED_LIMIT["sm_90"], 132),
-    "gfx942": Target("hip", "gfx942", 64, SHARED_LIMIT["gfx942"], 304),
-}
-
-# What shows in a listing when the matrix unit, the copy engine or a spill is used.
-_COUNTED = {
-    "HMMA": r"\bHMMA\b",
-    "HGMMA": r"\bHGMMA\b",
-    "UTMALDG": r"\bUTMALDG\b",
-    "UTMASTG": r"\bUTMASTG\b",
-    "LDL": r"\bLDL\b",
-    "STL": r"\bSTL\b",
-    "v_mfma": r"\bv_mfma_",
+    "sm_80": _nvidia(80, 108),  # A100
+    "sm_86": _nvidia(86, 82),  # GeForce RTX 3090
+    "sm_89": _nvidia(89, 128),  # GeForce RTX 4090
+    "sm_90": _nvidia(90, 132, "HGMMA"),  # H100 SXM, H200
+    "sm_100": _nvidia(100, 148, "UTCMMA"),  # B200
+    "sm_120": _nvidia(120, 170),  # GeForce RTX 5090
+    "gfx90a": _amd("gfx90a", 64, 104, "v_mfma"),  # one half of an MI250
+    "gfx942": _amd("gfx942", 64, 304, "v_mfma"),  # MI300X
+    "gfx1100": _amd("gfx1100", 32, 48, "v_wmma"),  # Radeon RX 7900 XTX, in pairs of compute units
 }
 
 
-@dataclass(frozen=True)
-class SteadyLoop:
-    """The loop of a Hopper GEMM over its reduction, as its instructions stand.
+def target_of(where: str | Device) -> Target:
+    """One of :data:`TARGETS` by name; of a device with what it says of itself, listed or not.
 
-    ``in_flight``: groups of matrix products (HGMMA) that still run where the loop waits for one;
-    ``loads_ahead``: TMA loads that are on their way before the loop begins. A pipelined loop has at
-    least one of the former and two for each stage but one of the latter. ``length`` counts
-    instructions, the epilogue's included where the loops over tiles and steps are one.
+    Raises KeyError for a name that is not listed and ValueError for a device without matrix units.
     """
-
-    in_flight: int
-    loads_ahead: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel, compiled: figures per thread (registers) and per block (shared, bytes)."""
-
-    registers: int
-    spills: int
-    shared: int
-    instructions: Mapping[str, int]
-    loop: SteadyLoop | None = None
+    if isinstance(where, str):
+        return TARGETS[where]
+    if where.architecture in TARGETS:
+        return replace(TARGETS[where.architecture], device=where)
+    if not where.has_matrix_units:
+        raise ValueError(f"{where.architecture} has no matrix units, which the kernels need")
+    if capability := compute_capability(where.architecture):
+        like = TARGETS["sm_100" if 100 <= capability < 120 else tile_family(where)]
+        return replace(like, arch=capability, device=where)
+    return replace(TARGETS[tile_family(where)], arch=where.architecture, device=where)
 
 
-def compile_launch(launch: Launch, target_name: str) -> Compiled:
-    """Compile a launch for one of :data:`TARGETS`.
+def faults(launch: Launch, compiled: Compiled, where: str | Device) -> tuple[str, ...]:
+    """What is wrong with a launch compiled for a target; empty if nothing. See `target_of`."""
+    target = target_of(where)
+    return tuple(inspection.faults(launch, compiled, target.units, target.shared_limit))
+
+
+def compile_launch(launch: Launch, where: str | Device) -> Compiled:
+    """Compile a launch for a target, by name or as a device describes it (`target_of`).
 
     ``spills`` counts what goes through memory: local loads and stores (NVIDIA); vector registers
     spilled and words of scratch memory (AMD, whose spilled scalar registers stay in lanes of vector
@@ -84,11 +99,11 @@ def compile_launch(launch: Launch, target_name: str) -> Compiled:
 
     Raises KeyError for an unknown target and RuntimeError where kernels are interpreted.
     """
-    binary = build(launch, target_name)
-    return (_read_cubin if TARGETS[target_name].backend == "cuda" else _read_amdgcn)(binary)
+    binary = build(launch, where)
+    return (_read_cubin if target_of(where).backend == "cuda" else _read_amdgcn)(binary)
 
 
-def build(launch: Launch, target_name: str) -> Any:
+def build(launch: Launch, where: str | Device) -> Any:
     """Triton's own object, with every stage of the compilation in `asm`; see `compile_launch`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -99,7 +114,7 @@ def build(launch: Launch, target_name: str) -> Any:
         raise RuntimeError(
             "kernels are interpreted: unset TRITON_INTERPRET before importing fastbound"
         )
-    target = TARGETS[target_name]
+    target = target_of(where)
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
@@ -132,10 +147,14 @@ def _specialise(
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton's launcher derives them from the arguments.
 
-    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant.
+    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant, but
+    for integers that the kernel names in `do_not_specialize`.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    # The interpreter's kernels keep what their decorator was given.
+    given = getattr(launch.kernel, "kwargs", None) or vars(launch.kernel)
+    alike = given["do_not_specialize"] or ()
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -157,12 +176,12 @@ def _specialise(
         elif isinstance(value, float):
             signature[name] = "fp32"
             continue
-        elif value == 1:
+        elif value == 1 and name not in alike:
             signature[name], constants[(i,)] = "constexpr", 1
             continue
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and name not in alike
         # The empty list too, as the launcher has it: the run then finds this binary in the cache.
         attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
     return signature, constants, attributes
@@ -175,34 +194,29 @@ def _read_cubin(binary: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        usage = _output(disassembler, "-res-usage", str(path))
-        listing = _output(disassembler, "-sass", str(path))
-    registers = re.search(r"REG:(\d+)", usage)
+        listing = _output(disassembler, "-res-usage", "-sass", str(path))
+    registers = re.search(r"REG:(\d+)", listing)
     if registers is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no register count: {usage!r}")
-    counts = _count(listing)
+        raise RuntimeError(f"cuobjdump -res-usage printed no register count: {listing[:200]!r}")
+    counts = count(listing)
     spills = counts["LDL"] + counts["STL"]
     shared, loop = binary.metadata.shared, steady_loop(listing)
-    return Compiled(int(registers[1]), spills, shared, counts, loop)
+    warnings = _ptxas_warnings(binary, listing)
+    return Compiled(int(registers[1]), spills, shared, counts, loop, warnings)
 
 
-def steady_loop(listing: str) -> SteadyLoop | None:
-    """The first loop of a SASS listing with both HGMMA and TMA loads; None where there is none."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
-    code = [(int(address, 16), text) for address, text in found]
-    for end, text in code:
-        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
-        start = int(target[1], 16) if target else end
-        body = [t for address, t in code if start <= address <= end]
-        waits = [t for t in body if "WARPGROUP.DEPBAR" in t]
-        loads, products = ("UTMALDG", "HGMMA")
-        if start < end and waits and any(loads in t for t in body):
-            if not any(products in t for t in body):
-                continue
-            left = [int(n, 16) for t in waits for n in re.findall(r"gsb0,\s*0x([0-9a-f]+)", t)]
-            ahead = sum(loads in t for address, t in code if address < start)
-            return SteadyLoop(left[0] if left else 0, ahead, len(body))
-    return None
+def _ptxas_warnings(binary: Any, listing: str) -> tuple[str, ...]:
+    """What ptxas says against a Hopper GEMM: asked anew, as Triton keeps no log of it."""
+    if not ("HGMMA" in listing and "UTMALDG" in listing):
+        return ()
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(binary.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", f"{path}.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return tuple(sorted(set(re.findall(r"\bC\d{4}\b", said))))
 
 
 def _read_amdgcn(binary: Any) -> Compiled:
@@ -215,12 +229,8 @@ def _read_amdgcn(binary: Any) -> Compiled:
         return int(found[1])
 
     spills = field("vgpr_spill_count") + field("private_segment_fixed_size") // 4
-    counts = _count(listing) | {"sgpr spills": field("sgpr_spill_count")}
+    counts = count(listing) | {"sgpr spills": field("sgpr_spill_count")}
     return Compiled(field("vgpr_count"), spills, binary.metadata.shared, counts)
-
-
-def _count(listing: str) -> dict[str, int]:
-    return {name: len(re.findall(pattern, listing)) for name, pattern in _COUNTED.items()}
 
 
 def _output(*command: str) -> str:

@@ -36,7 +36,13 @@ DATASHEET: Mapping[str, Ceilings] = {
     "a100-80gb": Ceilings(312e12, 2.039e12),
     "h100": Ceilings(989e12, 3.35e12),
     "h200": Ceilings(989e12, 4.8e12),
+    "b200": Ceilings(2250e12, 8.0e12),
+    "3090": Ceilings(71e12, 0.936e12),
+    "4090": Ceilings(165e12, 1.008e12),
+    "5090": Ceilings(209e12, 1.792e12),
+    "mi250": Ceilings(181e12, 1.6e12),  # one of its two halves, which is a device
     "mi300x": Ceilings(1307e12, 5.3e12),
+    "7900": Ceilings(123e12, 0.96e12),
 }
 
 

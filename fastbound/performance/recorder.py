@@ -75,9 +75,14 @@ def layer_calls(
     bias: bool = False,
     dropout: float = 0.0,
     over_base: bool = False,
+    strided: bool = False,
 ) -> Directions:
-    """One layer's x [M, K], weight [N, K]; ``over_base``: the term alone, added to a result."""
-    x, dy, weight = (_meta(*size, dtype=dtype) for size in ((M, K), (M, N), (N, K)))
+    """One layer's x [M, K], weight [N, K]; ``over_base``: the term alone, added to a result.
+
+    ``strided``: x, dy and the weight are columns of wider matrices, whose rows begin anywhere.
+    """
+    sizes = ((M, K), (M, N), (N, K))
+    x, dy, weight = (_meta(m, n + strided, dtype=dtype)[:, :n] for m, n in sizes)
     b = _meta(N, dtype=dtype) if bias else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
     term = Term(_meta(rank, K), _meta(N, rank), 1.0, 1.0, backend, seed, dropout)

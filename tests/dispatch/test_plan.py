@@ -54,7 +54,13 @@ def test_auto_always_has_an_answer_with_valid_tiles(
         (HOPPER, (8192, 14333, 4096), 16, torch.bfloat16, "split", "rows of N 14333"),
         (HOPPER, (0, 14336, 4096), 16, torch.bfloat16, "torch", "no rows"),
         (HOPPER, (511, 4096, 4096), 16, torch.bfloat16, "split", "few rows: below 512"),
-        (HOPPER, (512, 4096, 4096), 16, torch.bfloat16, "split", "would fill 0.48 of the device"),
+        (HOPPER, (512, 3072, 4096), 16, torch.bfloat16, "split", "would fill 0.73 of the device"),
+        (Device("sm_75", 40), (512, 64, 64), 8, torch.float16, "torch", "sm_75: no matrix units"),
+        (Device("gfx1030", 40), (512, 64, 64), 8, torch.float16, "torch", "gfx1030: no matrix"),
+        (Device("sm_86", 82), (512, 64, 64), 8, torch.float16, "split", "default tiles of sm_80"),
+        (Device("sm_121", 48), (512, 64, 64), 8, torch.float16, "split", "tiles of sm_120"),
+        (Device("sm_103", 148, 232_448), (512, 64, 64), 8, torch.float16, "split", "of sm_90"),
+        (Device("gfx1201", 32), (512, 64, 64), 8, torch.float16, "split", "tiles of gfx1100"),
         (Device("cpu"), (64, 64, 64), 8, torch.bfloat16, "torch", "device cpu"),
     ],
 )
@@ -110,9 +116,8 @@ def test_few_rows_are_one_launch_and_one_chunk(M: int, K: int, sms: int) -> None
 
 def test_descriptors_only_from_hopper_on() -> None:
     def descriptors(architecture: str) -> bool:
-        chosen = planned(Device(architecture, 100), 8192, 4096, 4096, 16, torch.bfloat16)
-        assert chosen.tiles is not None
-        return chosen.tiles.gemm.descriptors
+        tiles = planned(Device(architecture, 100), 8192, 4096, 4096, 16, torch.bfloat16).tiles
+        return tiles is not None and tiles.gemm.descriptors
 
     assert [a for a in GPUS if descriptors(a)] == ["sm_90", "sm_100", "sm_120"]
 

@@ -227,6 +227,25 @@ class TestLowrankGemm:
         assert form(normal(40, 65)[:, :64], w) == "_pointer_kernel"
         assert form(normal(40 * 64 + 1)[1:].view(40, 64), w) == "_pointer_kernel"
 
+    @pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+    def test_operands_that_are_loaded_element_by_element_take_a_tile_without_spills(
+        self, descriptors: bool
+    ) -> None:
+        wide, small = (
+            GemmTile(128, 256, 64, 8, 3, descriptors=descriptors),
+            GemmTile(64, 64, 64, 4, 2),
+        )
+        x, w, S, F = normal(40, 65), normal(48, 64), normal(40, 16), normal(48, 16)
+
+        def block(X: torch.Tensor, tile: GemmTile) -> tuple[int, ...]:
+            Y = torch.empty(40, 48, device=DEVICE)
+            launch = gemm_kernel.launch_lowrank_gemm(X, w, S, F, None, Y, tile, 4)
+            return tuple(launch.constants[f"BLOCK_{name}"] for name in "MNK")
+
+        assert block(x[:, :64], wide) == (128, 128, 32)
+        assert block(x[:, :64].contiguous(), wide) == (128, 256, 64)
+        assert block(x[:, :64], small) == (64, 64, 64)
+
     @pytest.mark.parametrize("rank", RANKS)
     def test_every_rank(self, rank: int) -> None:
         R = padded_rank(rank)

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="what is timed are Triton's kernels")
 from fastbound.kernels.tiles import GemmTile, Tile
 
 from fastbound.dispatch.defaults import default_tiles
+from fastbound.dispatch.device import Device
 from fastbound.operator.torch_engine import TorchEngine
 from fastbound.performance.passes import (
     BLOCK_PASSES,
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 LAYER = Shape("tiny", "up", 72, 80)
 BLOCKS = [Block("tiny", 24, 80, "silu", True, False), Block("tiny", 24, 80, "gelu_tanh", False, 0)]
 M, RANK, MULTIPROCESSORS = 40, 3, 4
-TILES = default_tiles("interpreter", M, 16, torch.float32)
+TILES = default_tiles(Device("interpreter", 4), M, 16, torch.float32)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here: see gpu_check"

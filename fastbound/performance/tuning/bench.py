@@ -17,11 +17,10 @@ from fastbound.operator import ops
 from fastbound.operator.call import Term
 from fastbound.operator.engine import Engine, engine_of
 from fastbound.operator.ops import given
-from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import Candidate, operands_at
 from fastbound.performance.shapes import Block
 from fastbound.performance.tuning.candidates import Point
-from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
+from fastbound.performance.tuning.sweep import CompileTask, compile_check, reason_of, sweep
 from fastbound.performance.tuning.tune import Timings
 from fastbound.truth.exactness import CORRECT, exact, require_truth
 from fastbound.truth.operands import BlockOperands, LayerOperands
@@ -59,19 +58,24 @@ class DeviceBench:
     ) -> list[str | None]:
         """Each binary is judged once: it differs by rank and a block's form, not by the sizes of
         aligned shapes.
+
+        What is wrong with a candidate is said, and none is left out where kernels are interpreted.
         """
-        target = self.described.architecture
-        if target not in TARGETS:
+        if not self.described.has_matrix_units:
             return [None] * len(chosen)
         tasks: dict[_Binary, CompileTask] = {
-            binary: (name, c, point.shape, point.M, point.rank, self.dtype, target)
+            binary: (name, c, point.shape, point.M, point.rank, self.dtype, self.described)
             for c in chosen
             for name in names
             if (binary := _binary(name, c, point)) not in self._found
         }
         found = compile_check(list(tasks.values()), self.workers, deadline, self.say)
         self._found.update(zip(tasks, found, strict=True))
-        return [self._fault([_binary(name, c, point) for name in names]) for c in chosen]
+        judged = [self._fault([_binary(name, c, point) for name in names]) for c in chosen]
+        for c, fault in zip(chosen, judged, strict=True):
+            if fault is not None:
+                self.say(f"{point}: {', '.join(names)}: {c} is left out: {fault}")
+        return judged
 
     def _fault(self, binaries: Sequence[_Binary]) -> str | None:
         return next((fault for one in binaries if (fault := self._found[one]) is not None), None)
@@ -102,8 +106,10 @@ class DeviceBench:
                 for (result, expected), value in zip(truth.items(), step(), strict=True):
                     part = value if result in o.trained else value[:CHECKED_ROWS]
                     require_truth(result, part, expected, CORRECT[self.dtype])
-            except ArithmeticError as error:
-                faults[name] = str(error)
+            except torch.OutOfMemoryError:
+                raise  # of the operands: the whole shape is left out
+            except Exception as error:  # wrong, or refused by the compiler or the driver
+                faults[name] = reason_of(error)
             else:
                 steps[name] = step
         del truth

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastbound.dispatch.defaults import Tiles, default_tiles, filled_tiles, padded_rank
+from fastbound.dispatch.defaults import Tiles, filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.entries import fits
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
@@ -140,6 +140,7 @@ def candidates(name: str, tiles: Tiles, *, tiny: bool = False) -> list[Candidate
 def _gemm_tiles() -> Iterator[GemmTile]:
     sizes = (
         (128, 256, 64, 8, (3, 4)),
+        (128, 256, 32, 8, (3, 4)),
         (256, 128, 64, 8, (3, 4)),
         (128, 128, 64, 8, (3, 4, 5)),
         (128, 128, 64, 4, (3, 4)),
@@ -150,13 +151,11 @@ def _gemm_tiles() -> Iterator[GemmTile]:
     for descriptors in (True, False):
         for block_m, block_n, block_k, warps, stages in sizes:
             if descriptors and block_n >= 128:
-                stores = 4 if block_m * block_n > 128 * 128 else 2
-                yield GemmTile(block_m, block_n, block_k, warps, stages[-1], 8, True, stores)
+                yield GemmTile(block_m, block_n, block_k, warps, stages[-1], 8, True, stores=2)
             for count in stages:
                 yield GemmTile(block_m, block_n, block_k, warps, count, 8, descriptors)
         for group in (4, 16):
             yield GemmTile(128, 256, 64, 8, 3, group, descriptors)
-        yield GemmTile(128, 256, 32, 8, 4, 8, descriptors)
 
 
 def shortlist(
@@ -164,17 +163,14 @@ def shortlist(
 ) -> list[Candidate]:
     """The default, then the candidates that the time model finds fastest."""
     default, *others = candidates(names[0], tiles)
-    architecture = machine.device.architecture
-    takes_descriptors = default_tiles(
-        architecture, point.M, padded_rank(point.rank), torch.bfloat16
-    ).gemm.descriptors
+    device = machine.device
 
     def possible(candidate: Candidate) -> bool:
         tile = candidate.tile
         if candidate.programs != 1.0:  # a plan has no word for another number
             return False
         return not isinstance(tile, GemmTile) or (
-            fits(tile, architecture) and (takes_descriptors or not tile.descriptors)
+            fits(tile, device) and (device.has_descriptors or not tile.descriptors)
         )
 
     def predicted(candidate: Candidate) -> float:

@@ -15,9 +15,11 @@ from functools import partial
 import torch
 
 from fastbound.dispatch.defaults import Tiles, default_tiles, padded_rank
+from fastbound.dispatch.device import Device
 from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.operator.engine import Engine
-from fastbound.performance.compilation import TARGETS, Compiled, compile_launch
+from fastbound.performance.compilation import compile_launch, faults, target_of
+from fastbound.performance.inspection import Compiled
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.performance.passes import Candidate, Pass, operands_at, passes_of
 from fastbound.performance.shapes import Block, Shape
@@ -55,7 +57,7 @@ class TileRow:
     over_floor: float | None
 
 
-CompileTask = tuple[str, Candidate, Shape | Block, int, int, torch.dtype, str]
+CompileTask = tuple[str, Candidate, Shape | Block, int, int, torch.dtype, str | Device]
 
 
 def fault(task: CompileTask) -> str | None:
@@ -68,25 +70,23 @@ def fault(task: CompileTask) -> str | None:
 
 def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
     """What the compiler made of a candidate's main kernel, and its fault."""
-    name, candidate, shape, M, rank, dtype, target = task
+    name, candidate, shape, M, rank, dtype, where = task
     o = operands_at(shape, M, rank, dtype, torch.device("meta"))
-    tiles = default_tiles(target, M, padded_rank(rank), dtype)
+    device = target_of(where).device
+    tiles = default_tiles(device, M, padded_rank(rank), dtype)
     try:
-        engine = candidate.engine(name, tiles, TARGETS[target].multiprocessors)
+        engine = candidate.engine(name, tiles, device.multiprocessors)
         launch = passes_of(o)[name].launches(engine)[0]
-        compiled = compile_launch(launch, target)
+        compiled = compile_launch(launch, where)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return None, f"{type(error).__name__}: {lines[-1] if lines else ''}"
-    return compiled, _fault(compiled, target)
+        return None, reason_of(error)
+    return compiled, "; ".join(faults(launch, compiled, where)) or None
 
 
-def _fault(compiled: Compiled, target: str) -> str | None:
-    if compiled.spills:
-        return f"{compiled.spills} spills"
-    if compiled.shared > TARGETS[target].shared_limit:
-        return f"{compiled.shared} bytes of shared memory for {TARGETS[target].shared_limit}"
-    return None
+def reason_of(error: Exception) -> str:
+    """The error's kind and its last line: compilers print the kernel before it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def compile_check(
@@ -124,7 +124,7 @@ def sweep(
     multiprocessors: int,
     rounds: int,
 ) -> tuple[list[TileRow], list[Dropped]]:
-    """Time ``chosen``, the default first, against one another and against the bare GEMM.
+    """Time ``chosen`` against one another and against the bare GEMM; the first is called default.
 
     What does not run, or does not give what PyTorch's operations give, is dropped with the reason,
     the default too. ``tiles`` are those of the other passes.
@@ -141,8 +141,7 @@ def sweep(
         except torch.OutOfMemoryError:
             raise  # of the operands, not of the tile: the whole shape is left out
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-            dropped.append(Dropped(name, str(candidate), reason))
+            dropped.append(Dropped(name, str(candidate), reason_of(error)))
         else:
             steps[str(candidate)] = partial(_run, work, engine)
     if steps and work.floor() is not None:

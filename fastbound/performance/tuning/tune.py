@@ -153,10 +153,13 @@ def _tune_point(
         step(f"{point}: {kind}")
         chosen = shortlist(names, tiles, point, machine)
         found = bench.faults(names, point, chosen, deadline)
-        kept = [c for c, fault in zip(chosen, found, strict=True) if c is chosen[0] or not fault]
-        kept = kept[:TIMED]
+        kept = [c for c, fault in zip(chosen, found, strict=True) if not fault][:TIMED]
+        if not kept:
+            if clock() >= deadline:
+                return None
+            failures.append(f"{point}: {kind}: no tile compiles cleanly, {chosen[0]}: {found[0]}")
         sums = dict.fromkeys(kept, 0.0)
-        for name in names:
+        for name in names if kept else ():
             timed = bench.sweep(name, point, kept)
             sums = {c: total + timed[c] for c, total in sums.items() if c in timed}
         tiles = replace(tiles, **{kind: _best(chosen[0], sums).tile})

@@ -6,25 +6,39 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from fastbound.kernels.launch import Launch
 
-from benchmarks.static.compile_report import KernelReport, faults, kernel_name, launches
+from benchmarks.static import compile_report
+from benchmarks.static.compile_report import launches
 from fastbound.dispatch.device import Device
-from fastbound.performance import compilation
-from fastbound.performance.compilation import TARGETS, Compiled, SteadyLoop, compile_launch
+from fastbound.performance import compilation, inspection
+from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults, target_of
+from fastbound.performance.inspection import Compiled, SteadyLoop, kernel_name, steady_loop
 from fastbound.performance.recorder import layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 LAYER = {"factors", "thin", "descriptor", "pointer", "reduce", "finish_both", "finish", "keep"}
 BLOCK = {"activate", "activate_backward"}
+# One of each kind in full, of the others what differs there; the command itself takes them all.
+THOROUGH = ("sm_80", "sm_90", "gfx942")
+OTHERS = {
+    "sm_86": ("fp16", "32"),
+    "sm_89": ("bf16", "64"),
+    "sm_100": ("bf16", "16"),
+    "sm_120": ("fp16", "64"),
+    "gfx90a": ("bf16", "32"),
+    "gfx1100": ("bf16", "64"),
+}
 
 
 def compiled(repository: Path, tmp_path: Path, *options: str) -> list[dict[str, Any]]:
@@ -64,7 +78,7 @@ def test_a_kernel_compiles_without_faults(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", THOROUGH)
 def test_an_activation_compiles_without_faults(
     target: str, activation: str, repository: Path, tmp_path: Path
 ) -> None:
@@ -77,7 +91,7 @@ def test_an_activation_compiles_without_faults(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rank"), [("bf16", "16"), ("bf16", "64"), ("fp16", "16")])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", THOROUGH)
 def test_every_kernel_compiles_without_faults(
     target: str, dtype: str, rank: str, repository: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +106,38 @@ def test_every_kernel_compiles_without_faults(
     check(rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", OTHERS)
+def test_tall_kernels_compile_without_faults_on_other_cards(
+    target: str, repository: Path, tmp_path: Path
+) -> None:
+    dtype, rank = OTHERS[target]
+    options = ("--target", target, "--dtype", dtype, "--rank", rank, "--shape", "8192 tokens")
+    gemm = "descriptor" if TARGETS[target].device.has_descriptors else "pointer"
+    rows = compiled(repository, tmp_path, *options, "--kernel", gemm, "reduce", "thin")
+    assert {row["kernel"] for row in rows} == {gemm, "reduce", "thin"}
+    check(rows)
+
+
+def test_every_target_is_compiled_thoroughly_or_in_part() -> None:
+    assert {*THOROUGH, *OTHERS} == set(TARGETS)
+
+
+def test_a_device_is_compiled_for_as_it_describes_itself_listed_or_not() -> None:
+    asked = Device("sm_90", 114, 200_000)
+    assert target_of(asked).device == asked and target_of(asked).shared_limit == 200_000
+    for name, like in (("sm_103", "sm_100"), ("sm_121", "sm_120"), ("gfx1201", "gfx1100")):
+        device = Device(name, 48)
+        expected = TARGETS[like]
+        found = target_of(device)
+        assert found == replace(expected, arch=found.arch, device=device)
+        assert str(found.arch) in name
+    with pytest.raises(ValueError, match="sm_75 has no matrix units"):
+        target_of(Device("sm_75", 40))
+    with pytest.raises(KeyError, match="sm_75"):
+        target_of("sm_75")
+
+
 def test_the_report_lists_what_a_call_launches() -> None:
     """At 512 rows K is cut, and the sum of S's parts is a kernel of its own."""
 
@@ -103,45 +149,109 @@ def test_the_report_lists_what_a_call_launches() -> None:
     many = named("8192 tokens")
     assert ("finish", "layer, forward") not in many
     assert ("pointer", "split layer with dropout, backward") in many
-    assert {kernel for kernel, _ in many} == LAYER
+    assert {kernel for kernel, _ in many} == LAYER | BLOCK
 
 
-def test_faults_are_found() -> None:
-    clean = {"HMMA": 0, "HGMMA": 4, "UTMALDG": 2, "UTMASTG": 1, "LDL": 0, "STL": 0, "v_mfma": 0}
+def gemm(target: str) -> Launch:
+    """A layer's forward GEMM on descriptors, as recorded."""
+    calls = layer_calls(TARGETS[target].device, 8192, 14336, 4096, 16, torch.bfloat16)
+    return next(launch for launch in calls.launches if kernel_name(launch) == "descriptor")
 
-    sound = SteadyLoop(1, 4, 88)
 
-    def found(loop: SteadyLoop | None = sound, **changes: int) -> list[str]:
-        figures = {"registers": 100, "spills": 0, "shared": 1000}
-        figures |= {k: v for k, v in changes.items() if k in figures}
-        counts = clean | {k: v for k, v in changes.items() if k in clean}
-        binary = Compiled(**figures, instructions=counts, loop=loop)
-        place = ("sm_90", "bf16", 16, "8192 tokens", "descriptor", "layer, forward", 3)
-        return list(faults(KernelReport(*place, binary, ())))
+CLEAN = inspection.count("") | {"UTMALDG": 2, "UTMASTG": 1}
+HOPPER = Compiled(154, 0, 213_016, CLEAN | {"HGMMA": 4}, SteadyLoop(1, 4, 88))
 
-    assert found() == []
-    assert found(spills=3) == ["3 spills"]
-    assert found(shared=300_000) == ["300000 bytes of shared memory for 232448"]
-    assert found(HGMMA=0) == ["no HMMA or HGMMA", "no HGMMA"]
-    assert found(UTMALDG=0) == ["no TMA load or store"]
-    assert found(None) == ["no loop over matrix products"]
-    assert found(SteadyLoop(0, 4, 88)) == ["the loop waits for its own matrix products"]
-    assert found(SteadyLoop(1, 2, 88)) == ["2 loads ahead of the loop for 3 stages"]
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"spills": 3}, ["3 spills"]),
+        ({"shared": 300_000}, ["300000 bytes of shared memory for 232448"]),
+        ({"instructions": CLEAN}, ["no HGMMA"]),
+        ({"instructions": CLEAN | {"HMMA": 4}}, ["no HGMMA"]),
+        ({"instructions": {**CLEAN, "HGMMA": 4, "UTMALDG": 0}}, ["no TMA load or store"]),
+        ({"loop": None}, ["no loop over matrix products"]),
+        ({"loop": SteadyLoop(0, 4, 88)}, ["the loop waits for its own matrix products"]),
+        ({"loop": SteadyLoop(1, 2, 88)}, ["2 loads ahead of the loop for 3 stages"]),
+        (
+            {"warnings": ("C7515",)},
+            ["ptxas makes the matrix products wait for one another (C7515)"],
+        ),
+    ],
+)
+def test_faults_of_a_hopper_gemm_are_found(changes: dict[str, Any], expected: list[str]) -> None:
+    assert list(faults(gemm("sm_90"), replace(HOPPER, **changes), "sm_90")) == expected
+
+
+def test_a_blackwell_gemm_must_leave_its_accumulator_where_it_is() -> None:
+    loop = SteadyLoop(None, 4, 88)
+    sound = replace(HOPPER, instructions=CLEAN | {"UTCMMA": 4}, loop=loop)
+    assert list(faults(gemm("sm_100"), sound, "sm_100")) == []
+    there_and_back = replace(sound, loop=replace(loop, round_trips=1))
+    (fault,) = faults(gemm("sm_100"), there_and_back, "sm_100")
+    assert "leaves tensor memory" in fault
+    assert list(faults(gemm("sm_100"), replace(sound, instructions=CLEAN), "sm_100")) == [
+        "no UTCMMA"
+    ]
+
+
+def listing(*instructions: str) -> str:
+    lines = [f"        /*{16 * i:04x}*/    {text} ;" for i, text in enumerate(instructions)]
+    return "\n".join(lines)
+
+
+LOAD, BACK = "UTMALDG.2D [UR8], [UR4]", "@P0 BRA 0x{:x}"
 
 
 def test_a_loop_that_waits_for_all_it_started_is_told_from_one_that_runs_ahead() -> None:
-    def listing(*instructions: str) -> str:
-        lines = [f"        /*{16 * i:04x}*/    {text} ;" for i, text in enumerate(instructions)]
-        return "\n".join(lines)
+    product = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24"
+    ahead = [LOAD] * 4
+    running = [product, "WARPGROUP.DEPBAR.LE gsb0, 0x1", LOAD, LOAD, BACK.format(64)]
+    waiting = [LOAD, LOAD, product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", BACK.format(0)]
+    flat = [*running[:-1], "WARPGROUP.DEPBAR.LE gsb0, 0x0", "UTMASTG.2D [UR8], [UR4]", running[-1]]
+    serialised = [product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", *running]
+    assert steady_loop(listing(*ahead, *running)) == SteadyLoop(1, 4, 5)
+    assert steady_loop(listing(*ahead, *flat)) == SteadyLoop(1, 4, 7)
+    assert steady_loop(listing(*ahead, *serialised)) == SteadyLoop(0, 4, 7)
+    assert steady_loop(listing(*waiting)) == SteadyLoop(0, 0, 5)
+    assert steady_loop(listing(*ahead)) is None
 
-    load, product = "UTMALDG.2D [UR8], [UR4]", "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24"
-    back = "@P0 BRA 0x{:x}"
-    ahead = [load, load, load, load]
-    running = [product, "WARPGROUP.DEPBAR.LE gsb0, 0x1", load, load, back.format(64)]
-    waiting = [load, load, product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", back.format(0)]
-    assert compilation.steady_loop(listing(*ahead, *running)) == SteadyLoop(1, 4, 5)
-    assert compilation.steady_loop(listing(*waiting)) == SteadyLoop(0, 0, 5)
-    assert compilation.steady_loop(listing(*ahead)) is None
+
+def test_an_accumulator_that_leaves_blackwells_tensor_memory_is_counted() -> None:
+    product = "UTCHMMA gdesc[UR8], gdesc[UR16], tmem[UR43], tmem[UR40], idesc[UR41], UPT"
+    store, load = "STTM.x128 tmem[UR50], RZ", "LDTM.x128 R4, tmem[UR6]"
+    staying = [store, LOAD, LOAD, LOAD, LOAD, product, load, BACK.format(48)]
+    leaving = [store, LOAD, LOAD, store, product, load, BACK.format(16)]
+    assert steady_loop(listing(*staying)) == SteadyLoop(None, 2, 5)
+    assert steady_loop(listing(*leaving)) == SteadyLoop(None, 0, 6, 1)
+
+
+def test_a_loop_of_tensor_cores_that_wait_by_themselves_has_loads_ahead_alone() -> None:
+    body = ["HMMA.16816.F32.BF16 R4, R8, R12, R4", LOAD, LOAD, BACK.format(64)]
+    assert steady_loop(listing(*[LOAD] * 4, *body)) == SteadyLoop(None, 4, 4)
+
+
+def test_what_a_kernel_does_not_specialise_on_makes_no_binary_of_its_own() -> None:
+    def launch(rows: int, free: bool) -> Launch:
+        kernel = SimpleNamespace(arg_names=["M", "N"], do_not_specialize=["M"] if free else None)
+        return Launch(kernel, (1,), (rows, 16), {}, 4, 1)
+
+    def distinct(free: bool) -> int:
+        return len({repr(binary_of(launch(rows, free))[1:]) for rows in (1, 17, 32)})
+
+    assert (distinct(False), distinct(True)) == (3, 1)
+
+
+def test_what_the_compiler_refuses_is_a_fault_of_that_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(launch: Launch, target: str) -> Compiled:
+        raise RuntimeError("first line\nno such layout")
+
+    monkeypatch.setattr(compile_report, "compile_launch", refuse)
+    rows = compile_report.compile_one(("sm_90", "bf16", 16, ["8192 tokens"], (), ["descriptor"]))
+    assert rows and all("no such layout" in row.faults[0] for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +282,6 @@ def test_the_registers_of_a_thread_are_an_option_of_nvidias_compiler() -> None:
     os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are not interpreted here"
 )
 def test_an_interpreted_kernel_is_refused_by_name() -> None:
-    import torch
-
     calls = layer_calls(Device("sm_90", 132), 64, 64, 64, 8, torch.bfloat16, backend="fused")
     launch = calls.launches[0]
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):

@@ -20,11 +20,15 @@ from fastbound.cli import main
 from fastbound.dispatch.defaults import Tiles, default_tiles
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.tables import find_table, read_table, software
+from fastbound.operator.engine import Engine
+from fastbound.operator.torch_engine import TorchEngine
 from fastbound.performance.passes import BLOCK_PASSES, LAYER_PASSES, PASSES, Candidate
 from fastbound.performance.prediction import DATASHEET, datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
+from fastbound.performance.tuning import bench as bench_module
 from fastbound.performance.tuning import command
 from fastbound.performance.tuning import tune as tuning
+from fastbound.performance.tuning.bench import DeviceBench
 from fastbound.performance.tuning.candidates import (
     COMPILED,
     KINDS,
@@ -35,6 +39,7 @@ from fastbound.performance.tuning.candidates import (
 )
 from fastbound.performance.tuning.tile_model import tile_seconds
 from fastbound.performance.tuning.tune import TIMED, Timings, best_strategy, start_table, tune
+from fastbound.truth.operands import LayerOperands
 from tests.support.plans import planned
 
 HOPPER = Machine(Device("sm_90", 132), "a card", DATASHEET["h100"], {"torch": "1", "triton": "2"})
@@ -106,7 +111,7 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert chosen.tiles is not None
     assert str(chosen.tiles.gemm).startswith("256x128x64")
     assert str(chosen.tiles.gemm_t).startswith("256x128x64")
-    default = default_tiles("sm_90", 8192, 16, torch.bfloat16)
+    default = default_tiles(HOPPER.device, 8192, 16, torch.bfloat16)
     assert (chosen.tiles.thin, chosen.tiles.reduce) == (default.thin, default.reduce)
 
 
@@ -143,10 +148,24 @@ def test_every_pass_is_timed_with_the_default_first(tmp_path: Path) -> None:
 
 
 def test_what_the_compiler_speaks_against_is_never_timed(tmp_path: Path) -> None:
+    """The default neither, which then gives way to what compiles cleanly."""
     bench = FakeBench(bad="128x256x64")
-    run(bench, tmp_path / "t.json")
-    gemms = [c for name, _, chosen in bench.swept if name.startswith("gemm") for c in chosen[1:]]
+    tuned = run(bench, tmp_path / "t.json")
+    gemms = [c for name, _, chosen in bench.swept if name.startswith("gemm") for c in chosen]
     assert gemms and not any("128x256x64" in str(c) for c in gemms)
+    default = default_tiles(HOPPER.device, 8192, 16, torch.bfloat16).gemm
+    assert str(default).startswith("128x256x64")
+    assert tuned.table.entries and not tuned.failures
+    assert all(entry.gemm != default for entry in tuned.table.entries)
+
+
+def test_a_pass_without_a_sound_tile_is_said_and_the_others_go_on(tmp_path: Path) -> None:
+    bench = FakeBench(bad="x")  # every tile has one in its size
+    tuned = run(bench, tmp_path / "t.json")
+    assert not bench.swept
+    assert len(tuned.failures) == sum(len(point.kinds) for point in TODO)
+    assert "gemm: no tile compiles cleanly, 128x256x64" in tuned.failures[0]
+    assert len(tuned.table.entries) == len(LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +263,7 @@ def test_no_descriptors_are_tried_where_there_is_no_tma() -> None:
     ampere = replace(HOPPER, device=Device("sm_80", 108))
     for machine in (ampere, HOPPER):
         architecture = machine.device.architecture
-        tiles = default_tiles(architecture, 8192, 16, torch.bfloat16)
+        tiles = default_tiles(machine.device, 8192, 16, torch.bfloat16)
         found = [str(c) for c in shortlist(KINDS["gemm"], tiles, TODO[0], machine)]
         assert TIMED < len(found) <= COMPILED
         assert any("descriptors" in text for text in found) is (architecture == "sm_90")
@@ -266,7 +285,7 @@ def test_any_shape_has_a_shortlist_with_finite_times(
     shape: Shape | Block = Shape("m", "p", K, N)
     if name in BLOCK_PASSES:
         shape = Block("m", K, N, "gelu", gated=K % 2 == 0, bias=False)
-    tiles = default_tiles(architecture, M, R, torch.bfloat16)
+    tiles = default_tiles(machine.device, M, R, torch.bfloat16)
     for candidate in shortlist([name], tiles, Point(shape, M, rank), machine):
         predicted = tile_seconds(name, candidate.tile, shape, M, R, machine.ceilings, 100)
         assert 0 < predicted < float("inf")
@@ -275,7 +294,7 @@ def test_any_shape_has_a_shortlist_with_finite_times(
 def test_the_model_prefers_large_tiles_for_many_rows_and_small_ones_for_few() -> None:
     def fastest(M: int) -> int:
         point = Point(LLAMA[1], M, 16)
-        tiles = default_tiles("sm_90", M, 16, torch.bfloat16)
+        tiles = default_tiles(HOPPER.device, M, 16, torch.bfloat16)
         best = shortlist(KINDS["gemm"], tiles, point, HOPPER)[1].tile
         return best.block_m * best.block_n
 
@@ -303,6 +322,26 @@ def test_a_card_is_known_by_its_name() -> None:
     assert datasheet_of("NVIDIA A100-SXM4-80GB") == DATASHEET["a100-80gb"]
 
 
+def test_a_strategy_that_a_card_refuses_leaves_the_others_to_be_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusal = "out of resource: shared memory, Required: 176144, Hardware limit: 101376"
+
+    def answer(o: LayerOperands, engine: Engine, turn: int = 0) -> tuple[torch.Tensor, ...]:
+        if not isinstance(engine, TorchEngine):
+            raise RuntimeError(f"the kernel\n{refusal}")
+        return forward_and_backward(o, engine, turn)
+
+    forward_and_backward = bench_module._forward_and_backward
+    monkeypatch.setattr(bench_module, "_forward_and_backward", answer)
+    described = Device("interpreter", 4)
+    bench = DeviceBench(torch.device("cpu"), described, torch.float32, rounds=2, workers=1)
+    tiles = default_tiles(described, 32, 16, torch.float32)
+    timings = bench.strategies(Point(Shape("tiny", "up", 64, 96), 32, 4), tiles)
+    assert set(timings.samples) == {"torch"}
+    assert dict(timings.faults) == dict.fromkeys(("fused", "split"), f"RuntimeError: {refusal}")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here: see gpu_check"
@@ -311,8 +350,6 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Times mean nothing; launches, checks against fp64 and the table are the real ones."""
-    from fastbound.performance.tuning.bench import DeviceBench
-
     monkeypatch.setattr(tuning, "TIMED", 2)
     described = Device("interpreter", 4)
     machine = replace(HOPPER, device=described)
@@ -326,7 +363,7 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
     (entry,) = tuned.table.entries
     assert (entry.N, entry.K, entry.M, entry.R) == (96, 64, 32, 16)
     assert [block.form for block in tuned.table.blocks] == ["gated silu", "plain gelu_tanh"]
-    tiles = default_tiles("interpreter", 32, 16, torch.float32)
+    tiles = default_tiles(described, 32, 16, torch.float32)
     assert set(bench.strategies(todo[0], tiles).samples) == {"fused", "split", "torch"}
 
 
