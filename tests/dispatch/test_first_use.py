@@ -216,7 +216,7 @@ def test_rows_are_counted_as_they_are(M: int, candidates: tuple[str, ...]) -> No
         ({"layout": "strided"}, ("split", "torch"), "strided operands"),
         ({"over_base": True}, ("split", "torch"), "over a base"),
         ({"dtype": torch.float32}, ("split", "torch"), "fp32"),
-        ({"part": "backward", "K": 320}, ("split", "torch"), "would fill 0.83"),
+        ({"part": "backward", "K": 320}, ("split", "torch"), "would fill 0.62"),
         ({"part": "backward", "N": 320}, ("split", "torch", "fused"), "default tiles"),
         ({"backend": "split"}, (), "was asked for"),
         ({"rank": 65}, (), "rank 65"),

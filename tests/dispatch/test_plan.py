@@ -54,7 +54,7 @@ def test_auto_always_has_an_answer_with_valid_tiles(
         (HOPPER, (8192, 14333, 4096), 16, torch.bfloat16, "split", "rows of N 14333"),
         (HOPPER, (0, 14336, 4096), 16, torch.bfloat16, "torch", "no rows"),
         (HOPPER, (511, 4096, 4096), 16, torch.bfloat16, "split", "few rows: below 512"),
-        (HOPPER, (512, 3072, 4096), 16, torch.bfloat16, "split", "would fill 0.73 of the device"),
+        (HOPPER, (512, 3072, 4096), 16, torch.bfloat16, "split", "would fill 0.36 of the device"),
         (Device("sm_75", 40), (512, 64, 64), 8, torch.float16, "torch", "sm_75: no matrix units"),
         (Device("gfx1030", 40), (512, 64, 64), 8, torch.float16, "torch", "gfx1030: no matrix"),
         (Device("sm_86", 82), (512, 64, 64), 8, torch.float16, "split", "default tiles of sm_80"),
