@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,6 +22,13 @@ from tests.support.plans import planned
 HOPPER = Device("sm_90", 132)
 GPUS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def launchers() -> None:
+    """Imported before hypothesis looks at its clock; Triton takes half a second."""
+    if find_spec("triton") is not None:
+        import_module("fastbound.kernels.thin")
 
 
 @given(
