@@ -20,10 +20,12 @@ from fastbound.kernels.tiles import GemmTile
 from torch import Tensor
 
 import fastbound
+from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
 from fastbound.dispatch.defaults import default_tiles, padded_rank
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_function import bounded_mlp
+from fastbound.performance.shapes import MODEL_SHAPES
 from fastbound.truth.exactness import (
     assert_as_exact_as_the_formula,
     assert_block_as_exact,
@@ -40,10 +42,6 @@ ALIGNED, ODD = ((2, 96, 256), 384), ((3, 15, 67), 129)  # x's shape, N
 LARGE_TOLERANCE = 2**-6  # relative: bf16 operands leave a few thousandths
 
 Results = dict[str, Tensor]
-
-
-class Unavailable(Exception):
-    """A case that cannot be run here, and why."""
 
 
 class Check(Protocol):
@@ -262,11 +260,21 @@ class LargeCase:
             require_truth(name, value, truth, LARGE_TOLERANCE)
 
 
+@dataclass(frozen=True)
+class DispatchedCase(LargeCase):
+    """A shape of the table by a strategy that "auto" may choose for it."""
+
+    def __str__(self) -> str:
+        return f"{self.backend} bf16 r={self.rank} of a model's layer, {self.M}x{self.N}x{self.K}"
+
+
 def cases(device: torch.device, *, tiny: bool = False) -> list[Check]:
     """Every case for the device, most telling first; ``tiny``: one of each kind."""
     if tiny:
-        return list(_tiny_cases())
+        return [*_tiny_cases(), *TOOL_CASES[:2]]  # two processes that import everything take long
     return [
+        *_dispatched_cases(),
+        *TOOL_CASES,
         *_operator_cases(),
         *_block_cases(),
         *_gemm_cases(device),
@@ -286,6 +294,15 @@ def _tiny_cases() -> Iterator[Check]:
     yield FactorsCase(3, "bf16", 10.0)
     yield TallCase(70, 40, 8, "bf16")
     yield LargeCase(130, 96, 32, "fused")
+    yield DispatchedCase(66, 32, 48, "split", 4)
+
+
+def _dispatched_cases() -> Iterator[Check]:
+    for M in (8192, 1024):
+        for shape in MODEL_SHAPES:
+            if shape.model in ("llama-3-8b", "gpt-neo-125m"):
+                for strategy in ("split", "torch", "fused"):
+                    yield DispatchedCase(M, shape.N, shape.K, strategy)
 
 
 def _operator_cases() -> Iterator[Check]:

@@ -15,13 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from benchmarks.gpu_check.cases import Check, Unavailable, cases
+import fastbound
+from benchmarks.gpu_check.cases import Check, LargeCase, cases
 from benchmarks.gpu_check.options import Options
 from benchmarks.gpu_check.session import Session, tail
+from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
 from benchmarks.report.facts import ROOT
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.truth.interpreter import interpreted_bf16, interpreting, poisoned_empty
@@ -66,6 +68,7 @@ def examine(case: Check, device: torch.device) -> Outcome:
 def examine_item(item: tuple[Check, str]) -> Outcome:
     """:func:`examine` of a case on the device so named, for a process of its own."""
     torch.set_num_threads(1)
+    fastbound.set_planning("fixed")  # beside others on the same card no time would be right
     case, device = item
     return examine(case, torch.device(device))
 
@@ -108,8 +111,16 @@ def check_correctness(session: Session, deadline: float) -> None:
         store.update(cases=len(everything), outcomes=[asdict(outcome) for outcome in outcomes])
         session.save()
 
-    # A tenth of the time is the memory checker's.
-    _check(everything, session.options, time.monotonic() + 0.9 * _left(deadline), record)
+    options = session.options
+    mode = session.facts.readings.get("compute_mode", "Default")
+    if options.workers and mode != "Default":
+        session.say(f"correctness: compute mode {mode}, so all cases run in this process")
+        options = replace(options, workers=0)
+    # A tenth of the time is the memory checker's. What may fill the card runs alone, at the end.
+    large = [case for case in everything if type(case) is LargeCase]
+    end = time.monotonic() + 0.9 * _left(deadline)
+    _check([case for case in everything if case not in large], options, end, record)
+    _check(large, replace(options, workers=min(1, options.workers)), end, record)
     reached = {outcome.case for outcome in outcomes}
     late = [case for case in everything if str(case) not in reached]
     outcomes += [Outcome(str(case), "not reached", 0.0) for case in late]
@@ -177,7 +188,8 @@ def _left(deadline: float) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    outcomes = [examine(case, device) for case in cases(device, tiny=True)]
+    watched = [case for case in cases(device, tiny=True) if case not in TOOL_CASES]
+    outcomes = [examine(case, device) for case in watched]
     for outcome in outcomes:
         print(outcome.status, outcome.case, outcome.message, flush=True)
     return 1 if any(outcome.status not in ("passed", "skipped") for outcome in outcomes) else 0

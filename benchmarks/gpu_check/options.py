@@ -16,6 +16,7 @@ DESCRIPTION = "Everything a machine with a GPU should run, in one command with a
 WEIGHTS = {  # of the budget
     "correctness": 4.0,
     "ceilings": 0.4,
+    "choices": 2.0,
     "benchmark": 4.0,
     "tune": 2.0,
     "profile": 1.5,

@@ -11,12 +11,14 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.gpu_check.ceilings import measure_ceilings
+from benchmarks.gpu_check.choosing import choice_steps
 from benchmarks.gpu_check.correctness import check_correctness
 from benchmarks.gpu_check.options import WEIGHTS, Options
 from benchmarks.gpu_check.session import Session, run_steps, tail
 from benchmarks.gpu_check.stages import benchmark_steps, tile_steps
 from benchmarks.gpu_check.tool_stages import profiled, tuned
 from benchmarks.report.facts import facts
+from benchmarks.report.page import page
 from benchmarks.report.summary import summary
 from fastbound.truth.interpreter import interpreted_bf16
 
@@ -25,6 +27,12 @@ def ceilings(session: Session, deadline: float) -> None:
     """A large copy and a large matrix product."""
     session.ceilings = measure_ceilings(session.options.device, tiny=session.options.tiny)
     session.results["ceilings"] = asdict(session.ceilings)
+
+
+def choices(session: Session, deadline: float) -> None:
+    """What "auto" finds on this card, at the shapes of the tables."""
+    store = session.results["choices"] = {"rows": []}
+    run_steps(session, "choices", choice_steps(session), store, deadline)
 
 
 def benchmark(session: Session, deadline: float) -> None:
@@ -42,6 +50,7 @@ def tiles(session: Session, deadline: float) -> None:
 STAGES: Mapping[str, Callable[[Session, float], None]] = {
     "correctness": check_correctness,
     "ceilings": ceilings,
+    "choices": choices,
     "benchmark": benchmark,
     "tune": tuned,
     "profile": profiled,
@@ -75,8 +84,12 @@ def check(options: Options) -> Session:
 
 
 def run(options: Options) -> int:
-    """Check, print the summary and where the file lies; 1 if anything failed."""
+    """Check, print the summary, the page for a reader and where both lie; 1 if anything failed."""
     session = check(options)
-    print(summary(json.loads(session.path.read_text()), brief=True))
-    print(f"written: {session.path}")
+    results = json.loads(session.path.read_text())
+    print(summary(results, brief=True) + "\n")
+    written = session.path.with_suffix(".md")
+    written.write_text(page(results), encoding="utf-8")
+    print(page(results))
+    print(f"written: {session.path} and {written}")
     return 1 if session.failures else 0

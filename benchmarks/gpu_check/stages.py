@@ -28,11 +28,11 @@ from benchmarks.rivals.cases import (
 from benchmarks.rivals.competitors import BLOCK_COMPETITORS, LAYER_COMPETITORS, Competitor
 from benchmarks.rivals.measuring import Measurement, described, measure
 from fastbound.dispatch.defaults import Tiles
+from fastbound.dispatch.device import Device, describe
 from fastbound.dispatch.plan import Plan, plan_for, plan_key
 from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
 from fastbound.operator.block_ops import block_key
 from fastbound.operator.engine import engine_of
-from fastbound.performance.compilation import TARGETS
 from fastbound.performance.passes import LAYER_PASSES, operands_at, passes_of
 from fastbound.performance.prediction import prediction_of
 from fastbound.performance.tuning.candidates import candidates
@@ -194,13 +194,13 @@ def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list
     device, tiny = options.device, options.tiny
     shape = SMOKE_SHAPES[0] if tiny else next(s for s in MODEL_SHAPES if s.model == "llama-3-8b")
     tokens = SMOKE_TOKENS[:1] if tiny else FIRST_TOKENS
-    architecture = "sm_90" if tiny else session.facts.architecture
+    where = "sm_90" if tiny else describe(device)
     tried = {
         (name, M): candidates(name, _plan(device, shape, M, RANK)[0], tiny=tiny)
         for M in tokens
         for name in LAYER_PASSES
     }
-    faults = _faults(session, store, architecture, shape, tried, deadline)
+    faults = _faults(session, store, where, shape, tried, deadline)
 
     def step(name: str, M: int) -> Mapping[str, Sequence[Any]]:
         tiles, size = _plan(device, shape, M, RANK)
@@ -216,19 +216,16 @@ def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list
 def _faults(
     session: Session,
     store: dict[str, Any],
-    architecture: str,
+    where: str | Device,
     shape: Shape,
     tried: Mapping[tuple[str, int], Sequence[Any]],
     deadline: float,
 ) -> dict[tuple[str, str], str]:
     """What the compiler has against each candidate; one that differs in length alone once."""
-    if architecture not in TARGETS:
-        session.say(f"tiles: no compile target {architecture}, so nothing is dropped beforehand")
-        return {}
     tasks: dict[tuple[str, str], CompileTask] = {}
     for (name, M), chosen in tried.items():
         for candidate in chosen:
-            task = (name, candidate, shape, M, RANK, DTYPES[DTYPE], architecture)
+            task = (name, candidate, shape, M, RANK, DTYPES[DTYPE], where)
             tasks.setdefault((name, str(candidate)), task)
     session.say(f"tiles: compiling {len(tasks)} candidates")
     workers = max(1, session.options.workers)

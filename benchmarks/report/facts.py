@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -12,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from fastbound.dispatch.card import read_card
 from fastbound.dispatch.device import describe
 from fastbound.version import __version__, versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _QUERIED = (
     "driver_version",
+    "compute_mode",
     "clocks.sm",
     "clocks.mem",
     "clocks.max.sm",
@@ -69,18 +70,7 @@ def facts(device: torch.device) -> Facts:
 
 def readings(device: torch.device) -> dict[str, str]:
     """Driver, clocks, power and temperature as nvidia-smi reads them now; empty without it."""
-    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
-        return {}
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_QUERIED)}"]
-    try:
-        read = subprocess.run(
-            [*command, "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-    except (subprocess.SubprocessError, OSError) as error:
-        return {"error": str(error)}
-    return dict(zip(_QUERIED, (value.strip() for value in read.stdout.split(",")), strict=False))
+    return read_card(device, _QUERIED) if device.type == "cuda" else {}
 
 
 def commit(root: Path = ROOT) -> str:

@@ -80,11 +80,11 @@ def _frozen(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
 def operator(
     backend: str = "fused", *, forced: bool = False, recompute: str | None = None
 ) -> Build:
-    """`bounded_linear` or `bounded_mlp` by one backend; on a CPU what "auto" takes, or `forced`."""
+    """`bounded_linear` or `bounded_mlp` by one backend; on a CPU by PyTorch's, unless `forced`."""
 
     def build(o: Operands) -> Contender:
         own = o.leaves()
-        chosen = backend if forced or o.x.is_cuda else "auto"
+        chosen = backend if forced or o.x.is_cuda else "torch"
         forward: Linear
         if isinstance(own, BlockOperands):
             settings: dict[str, Any] = {"recompute": recompute, "backend": chosen}
@@ -115,7 +115,7 @@ def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:
     """One `bounded_linear` for each projection, PyTorch's activation between them."""
 
     def build(o: Operands) -> Contender:
-        chosen = backend if forced or o.x.is_cuda else "auto"
+        chosen = backend if forced or o.x.is_cuda else "torch"
 
         def make(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
             return partial(bounded_linear, **p._asdict(), backend=chosen), _factors(p)
@@ -240,6 +240,8 @@ def no_compiler(device_type: str, dtype: torch.dtype) -> str | None:
 # The floor, the bare layer or block and the gradient of x, has no adapter.
 FROZEN = Competitor("frozen", each(_frozen, "F.linear", None))
 FUSED = Competitor("fused", operator())
+# What a user gets: the kernels that the first call of the shape chooses.
+AUTO = Competitor("auto", operator("auto"), needs_gpu)
 UNFUSED = (
     Competitor("peft_fp32", peft(torch.float32)),
     Competitor("peft_bf16", peft(torch.bfloat16), bf16_only),
@@ -248,11 +250,12 @@ UNFUSED = (
 LAYER_COMPETITORS = (
     FROZEN,
     FUSED,
+    AUTO,
     Competitor("split", operator("split"), needs_gpu),
     Competitor("addmm", each(_addmm, "F.linear, addmm_")),
     *UNFUSED,
 )
-BLOCK_COMPETITORS = (FROZEN, FUSED, Competitor("per_layer", per_layer()), *UNFUSED)
+BLOCK_COMPETITORS = (FROZEN, FUSED, AUTO, Competitor("per_layer", per_layer()), *UNFUSED)
 # The product form's floor is the layer whose whole weight is trained.
 PRODUCT_COMPETITORS = (
     FROZEN,

@@ -147,6 +147,8 @@ def _by_layers(x: Tensor, call: BlockCall) -> bool:
 
     Asked where a gradient is, and nothing intercepts the call: all others take the one operator.
     """
+    if torch.compiler.is_compiling():  # before anything is asked of a symbolic size
+        return False
     if call.backend != "auto" or x.numel() < LEAST_ROWS * x.shape[-1]:
         return False
     tensors = call.flat()[:12]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -16,6 +17,7 @@ from fastbound.dispatch.device import Device
 from fastbound.dispatch.first_use import Trial, Unmeasurable
 from fastbound.dispatch.plan import PLANNING, Plan, PlanKey, place_of, plan_for
 from fastbound.dispatch.tables import row_bucket, table_for
+from fastbound.operator.autograd import nothing_intercepts
 from fastbound.operator.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
@@ -39,13 +41,13 @@ class Route:
 
     def decide(self, trial: Callable[[], Trial]) -> Engine:
         """The engine, measured now, found on disk, or where nothing can be measured the default."""
-        # Hooks around the user's call are not to see this: a checkpoint's would recompute the call.
-        with self._lock, torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with self._lock:
             if self.engine is None and self._recall() is None:
                 store = first_use.store_for(self._device)
                 try:
-                    asked = (self._place, trial(), self.plan.candidates, store.card.name)
-                    choice = first_use.measured(*asked)
+                    with _unseen():
+                        asked = (self._place, trial(), self.plan.candidates, store.card.name)
+                        choice = first_use.measured(*asked)
                 except Unmeasurable as obstacle:
                     self._settle(self.plan.strategy, f"not measured, as {obstacle}")
                 else:
@@ -102,6 +104,20 @@ class Route:
             first_use.let_go(self.key.device, self._place, failed, why)
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Hooks around the user's call do not see what is tried: a checkpoint's would recompute it.
+
+    Raises Unmeasurable where something else would.
+    """
+    if not nothing_intercepts():
+        raise Unmeasurable("something intercepted the call: a compiler, a mode or a transform")
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        raise Unmeasurable("a transform of torch.func was at work")
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        yield
+
+
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
@@ -117,6 +133,11 @@ def route_for(*key: Any) -> Route:
     plan = plan_for(asked, _planning)
     bucket = asked._replace(M=row_bucket(asked.M))
     return _routes.setdefault((bucket, plan.strategy, plan.candidates), Route(asked, plan))
+
+
+def routes() -> tuple[Route, ...]:
+    """All that this process has taken, in the order of their first calls."""
+    return tuple(_routes.values())
 
 
 def set_planning(planning: str) -> None:

@@ -21,7 +21,7 @@ from fastbound.layers.forms import activation_name
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.explanation import Explanation, explain
 from fastbound.operator.partition import partition
-from fastbound.performance.compilation import TARGETS, binary_of, compile_launch
+from fastbound.performance.compilation import binary_of, compile_launch
 from fastbound.performance.recorder import block_calls, layer_calls
 
 COMPILE_SECONDS = 300.0
@@ -183,7 +183,7 @@ def compile_calls(task: Calls) -> int:
         made = block_calls(*sizes, task.ranks, task.dtype, **settings)
     distinct = {binary_of(launch): launch for launch in made.launches}
     for launch in distinct.values():
-        compile_launch(launch, task.device.architecture)
+        compile_launch(launch, task.device)
     return len(distinct)
 
 
@@ -211,7 +211,7 @@ def _tasks(model: nn.Module, explanation: Explanation) -> Iterator[Calls]:
         else:
             continue
         device = describe(next(module.parameters()).device)
-        if row.plan.tiles is None or device.architecture not in TARGETS:
+        if row.plan.tiles is None or device.architecture == "interpreter":
             continue
         N, K, adapted, bias, kind = shape
         dtype = getattr(torch, row.dtype.removeprefix("torch."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -200,6 +201,20 @@ def test_dropout_is_the_operators_own():
     for name, expected in operator.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(formula[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dropouts_mask_is_one_whoever_makes_the_products(dtype):
+    """Backward, too, where Triton's mask is in words and PyTorch's in bytes; K and N are odd."""
+    o = layer_operands((70, 67), 41, 5, dtype)
+
+    def call(*operands, **settings):
+        torch.manual_seed(5)
+        return over_linear(*operands, dropout=0.4, **settings)
+
+    assert_as_exact_as_the_formula(
+        o, partial(call, backend="split"), partial(call, backend="reference")
+    )
 
 
 def test_the_products_are_tritons_where_they_can_run_and_never_fused():

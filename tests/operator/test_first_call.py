@@ -228,6 +228,18 @@ def test_nothing_of_the_users_is_touched(clock: Clock) -> None:
     assert all(torch.equal(getattr(o, name), value) for name, value in before.items())
 
 
+def test_under_a_transform_nothing_is_tried(clock: Clock) -> None:
+    o = operands()
+
+    def loss(x: Tensor) -> Tensor:
+        return bounded_linear(x, **o.arguments).float().square().mean()
+
+    gradient = torch.func.grad(loss)(o.x)
+    assert not clock.asked and set(chosen().values()) == {"split"} and gradient.any()
+    reasons = {route.plan.reason.split(":")[0] for route in engine._routes.values()}
+    assert all(reason.startswith("not measured, as") for reason in reasons)
+
+
 @pytest.mark.slow  # bf16 stands in the other tests
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -15,10 +15,18 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from fastbound.kernels.tiles import GemmTile
 
 from benchmarks.gpu_check import correctness
-from benchmarks.gpu_check.cases import GemmCase, LargeCase, OperatorCase, TallCase, cases
+from benchmarks.gpu_check.cases import (
+    DispatchedCase,
+    GemmCase,
+    LargeCase,
+    OperatorCase,
+    TallCase,
+    cases,
+)
 from benchmarks.gpu_check.correctness import examine
 from benchmarks.gpu_check.options import Options
 from benchmarks.gpu_check.session import Session
+from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
 from benchmarks.report.facts import facts
 
 CPU = torch.device("cpu")
@@ -47,10 +55,14 @@ def test_the_cases_of_a_gpu_cover_what_they_must() -> None:
         (dtype, rank) for dtype in ("fp32", "fp16", "bf16") for rank in (1, 3, 8, 16, 24, 64)
     }
     assert {case.backend for case in operator} == {"fused", "split"}
+    assert all(case in everything for case in TOOL_CASES)
+    dispatched = [case for case in everything if isinstance(case, DispatchedCase)]
+    assert everything[: len(dispatched)] == dispatched  # what users would run comes first
+    assert {case.backend for case in dispatched} == {"fused", "split", "torch"}
     forms = {(c.tile.descriptors, c.transposed) for c in everything if isinstance(c, GemmCase)}
     assert forms == {(a, b) for a in (True, False) for b in (True, False)}
     assert any(isinstance(case, TallCase) for case in everything)
-    large = [case for case in everything if isinstance(case, LargeCase)]
+    large = [case for case in everything if type(case) is LargeCase]
     assert all(case.M * max(case.N, case.K) > 2**31 for case in large)
 
 
@@ -80,3 +92,42 @@ def test_the_memory_checker_is_judged_by_its_summary(
     session = Session(on_gpu, facts(CPU))
     assert correctness.sanitizer(session, time.monotonic() + 60)["status"] == status
     assert bool(session.failures) == (status == "failed")
+
+
+def test_a_card_for_one_process_is_given_to_one_and_large_cases_go_last(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exclusive mode lets no second context onto the card; several large cases race for memory."""
+    taken: list[tuple[int, list[str]]] = []
+    made = [LargeCase(130, 96, 32, "fused"), TOOL_CASES[0], LargeCase(140, 96, 32, "fused")]
+    monkeypatch.setattr(correctness, "cases", lambda device, tiny: made)
+
+    def check(cases, options, deadline, record):
+        taken.append((options.workers, [str(case) for case in cases]))
+
+    monkeypatch.setattr(correctness, "_check", check)
+    for mode, first, last in (("Default", 12, 1), ("Exclusive_Process", 0, 0)):
+        taken.clear()
+        session = Session(replace(options, workers=12), facts(CPU))
+        session.facts.readings["compute_mode"] = mode
+        correctness.check_correctness(session, time.monotonic() + 10)
+        assert taken == [(first, ["torch.compile"]), (last, [str(made[0]), str(made[2])])]
+
+
+def test_two_processes_are_not_sent_to_a_card_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu_check import tools
+
+    monkeypatch.setattr(tools, "readings", lambda _: {"compute_mode": "Exclusive_Process"})
+    with pytest.raises(Unavailable, match="lets one process onto the card"):
+        tools.TogetherCase().check(CPU)
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_two_processes_on_one_device_share_their_gradients() -> None:
+    TOOL_CASES[2].check(CPU)
+
+
+def test_a_compiled_call_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: lambda x: 1.1 * layer(x))
+    with pytest.raises(AssertionError, match="y of the compiled call is off by"):
+        TOOL_CASES[0].check(CPU)

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from benchmarks.gpu_check.cases import cases
 from benchmarks.report import __main__ as report
 from benchmarks.report import compare
+from benchmarks.report.page import page
 from benchmarks.report.summary import summary
 
 pytestmark = pytest.mark.slow  # minutes; the stages have quick tests of their own beside this
@@ -29,7 +30,7 @@ def run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device=cpu", "--workers=1"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [*command, "--minutes=5", f"--output={output}"],
+        [*command, "--minutes=7", f"--output={output}"],
         cwd=repository,
         env={**environment, "OMP_NUM_THREADS": "1", "FASTBOUND_COMMIT": "abc1234"},
         capture_output=True,
@@ -48,11 +49,17 @@ def test_runs_every_stage_and_says_that_its_times_mean_nothing(run: tuple[str, P
     assert saved["timings_mean_nothing"] and "times above mean nothing" in printed
     outcomes = saved["correctness"]["outcomes"]
     assert len(outcomes) == saved["correctness"]["cases"] == len(cases(CPU, tiny=True))
-    assert {outcome["status"] for outcome in outcomes} == {"passed"}
+    statuses = {outcome["case"]: outcome["status"] for outcome in outcomes}
+    assert statuses.pop("CUDA graph") == "skipped" and set(statuses.values()) == {"passed"}
     assert saved["ceilings"]["bandwidth"] > 0 and saved["ceilings"]["flops"] > 0
     taking_part = {"layer": set(), "mlp": set()}
     for row in saved["benchmark"]["rows"]:
         taking_part["mlp" if row["projection"] == "mlp" else "layer"].add(row["competitor"])
+    assert {(row["part"], row["strategy"]) for row in saved["choices"]["rows"]} >= {
+        *(("forward", "torch"), ("backward", "torch"))
+    }
+    whole = [row for row in saved["choices"]["rows"] if row["part"] == "whole"]
+    assert [row["strategy"] in ("block", "layers") for row in whole] == [True]
     shared = {"frozen", "fused", "peft_fp32", "peft_bf16"}
     assert taking_part == {"layer": shared | {"addmm"}, "mlp": shared | {"per_layer"}}
     assert {row["kernel"] for row in saved["benchmark"]["kernels"]} >= {
@@ -76,13 +83,15 @@ def test_runs_every_stage_and_says_that_its_times_mean_nothing(run: tuple[str, P
         assert one["flatness"] in printed
 
 
-def test_the_summary_ends_the_output(run: tuple[str, Path]) -> None:
+def test_a_page_for_a_reader_ends_the_output(run: tuple[str, Path]) -> None:
     printed, path = run
     saved = json.loads(path.read_text())
     text = summary(saved, brief=True)
     assert "| forward |" in " ".join(summary(saved).split())
     assert "| forward |" not in " ".join(text.split())
-    assert printed.endswith(f"{text}\nwritten: {path}\n")
+    written = path.with_suffix(".md")
+    assert printed.endswith(f"{text}\n\n{page(saved)}\nwritten: {path} and {written}\n")
+    assert written.read_text() == page(saved)
 
 
 def test_compare_reads_its_file(

@@ -99,7 +99,7 @@ def test_out_of_memory_leaves_a_step_out_and_is_no_failure(options: Options) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only=speed"], "ceilings, benchmark, tune, profile, tiles; got 'speed'"),
+        (["--only=speed"], "ceilings, choices, benchmark, tune, profile, tiles; got 'speed'"),
         (["--minutes=0"], "--minutes must be positive, got 0"),
         (["--device=cuda"], "torch sees no GPU here"),
     ],

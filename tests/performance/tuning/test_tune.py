@@ -20,7 +20,7 @@ from fastbound.cli import main
 from fastbound.dispatch.defaults import Tiles, default_tiles
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.entries import fits
-from fastbound.dispatch.tables import find_table, read_table
+from fastbound.dispatch.tables import find_table, read_table, software
 from fastbound.operator.engine import Engine
 from fastbound.operator.torch_engine import TorchEngine
 from fastbound.performance.compilation import TARGETS
@@ -103,9 +103,13 @@ def test_the_table_is_what_dispatch_then_finds(tmp_path: Path) -> None:
     assert len(tuned.table.entries) == len(LAYERS) == 4
     assert len(tuned.table.blocks) == len(TODO) - len(LAYERS) == 2
     table = find_table("sm_90", 132, [tmp_path])
-    shape = LLAMA[0]
-    chosen = planned(HOPPER.device, 8192, shape.N, shape.K, 16, torch.bfloat16, table=table)
+    assert table is not None
+    asked = (HOPPER.device, 8192, LLAMA[0].N, LLAMA[0].K, 16, torch.bfloat16)
+    elsewhere = planned(*asked, table=table)  # of other software: its tiles, and the first call
+    assert elsewhere.strategy == "split" and "fused" in elsewhere.candidates
+    chosen = planned(*asked, table=replace(table, versions=software()))
     assert chosen.strategy == "fused" and "on a card" in chosen.reason
+    assert not chosen.candidates
     assert chosen.tiles is not None
     assert str(chosen.tiles.gemm).startswith("256x128x64")
     assert str(chosen.tiles.gemm_t).startswith("256x128x64")
