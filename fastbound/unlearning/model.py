@@ -163,7 +163,7 @@ def _load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
     for key, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"adapter {folder}: {key} holds a NaN or an infinity")
-    with warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # raised for below
         adapted = PeftModel.from_pretrained(model, str(folder))
     held = get_peft_model_state_dict(adapted, save_embedding_layers=False)

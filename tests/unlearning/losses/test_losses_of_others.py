@@ -16,6 +16,7 @@ from fastbound.unlearning.data.encoding import Batch, collate, encode_all
 from fastbound.unlearning.losses.cross_entropy import WHOLE
 from fastbound.unlearning.losses.hidden import decoder_layers, layer_at
 from fastbound.unlearning.losses.objective import Answers, Objective, described
+from fastbound.unlearning.training.step import Training
 
 EXACT = {"rel": 1e-12, "abs": 0}
 
@@ -308,19 +309,46 @@ class TestPrimalDual:
         objective.after_step(100.0)
         assert objective.weights["retain"] == 1.0 and objective.state() == {}
 
-    def test_a_run_logs_it_and_picks_it_up_again(self, user_folder):
-        model = transformers.AutoModelForCausalLM.from_pretrained("my-model")
-        tokenizer = transformers.AutoTokenizer.from_pretrained("my-model")
-        dual = {"pdu": {"limit": 0.1}, "retain": 1.0}
-        config = UnlearnConfig(losses=dual, epochs=4, batch_size=1)
-        rows = ("forget.jsonl", "retain.jsonl")
-        unlearn(model, tokenizer, *rows, config, output="out", progress=False)
-        lines = [json.loads(line) for line in (user_folder / "out/log.jsonl").open()]
+    def test_a_run_logs_it_and_goes_on_with_it_after_a_kill(self, user_folder, monkeypatch):
+        config = UnlearnConfig(
+            losses={"pdu": {"limit": 0.1}, "retain": 1.0},
+            epochs=4,
+            batch_size=1,
+            checkpoint_every=2,
+        )
+
+        def run(output, resume=False):
+            model = transformers.AutoModelForCausalLM.from_pretrained("my-model")
+            tokenizer = transformers.AutoTokenizer.from_pretrained("my-model")
+            rows = ("forget.jsonl", "retain.jsonl")
+            more = {"output": output, "resume": resume, "progress": False}
+            unlearn(model, tokenizer, *rows, config, **more)
+
+        def weights(output):
+            lines = [json.loads(line) for line in (user_folder / output / "log.jsonl").open()]
+            return [
+                (line["retain_loss"], line["retain_weight"])
+                for line in lines
+                if line["event"] == "step"
+            ]
+
+        run("whole")
         weight = 1.0
-        for line in (line for line in lines if line["event"] == "step"):
-            weight += line["retain_loss"] - 0.1
-            assert line["retain_weight"] == pytest.approx(weight, rel=1e-6)
-        held = torch.load("out/checkpoint.pt", weights_only=True)["objective"]
-        fresh = Objective(dual)
-        fresh.restore(held)
-        assert fresh.weights["retain"] == held["retain_weight"] == pytest.approx(weight, rel=1e-6)
+        for loss, found in weights("whole"):
+            weight += loss - 0.1
+            assert found == pytest.approx(weight, rel=1e-6)
+
+        update, taken = Training.update, []
+
+        def killed(self, losses):
+            taken.append(1)
+            if len(taken) == 6:
+                raise KeyboardInterrupt
+            return update(self, losses)
+
+        monkeypatch.setattr(Training, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+        monkeypatch.setattr(Training, "update", update)
+        run("cut", resume=True)
+        assert weights("cut") == weights("whole") and len(weights("whole")) == 8
