@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # S and F by pointers pass through shared memory too, which leaves no room for a fourth stage.
 START_STAGES = 3
-# Of a thread that loads by pointers: all there are; else ptxas spills a few to fit a second program.
+# Of a thread that loads by pointers: all there are; ptxas spills a few to fit a second program.
 REGISTERS = 255
 
 _describe = TensorDescriptor.from_tensor
