@@ -21,6 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # S and F by pointers pass through shared memory too, which leaves no room for a fourth stage.
 START_STAGES = 3
+# Of a thread that loads by pointers: all there are; ptxas spills a few to fit a second program.
+REGISTERS = 255
 
 _describe = TensorDescriptor.from_tensor
 
@@ -234,6 +236,7 @@ def launch_lowrank_gemm(
         dict(EVEN_K=K % tile.block_k == 0, **constants),
         tile.warps,
         tile.stages,
+        REGISTERS if tile.warps <= 8 else None,
     )
 
 

@@ -409,7 +409,7 @@ def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
         assert f"\n  {line}" in text
     default = explained(replace(table, blocks=()), block, 8000)
     assert "activate and gated by default: no such block near in" in default
-    assert "\n  gated    16x32, 4 warps, 2 stages" in default
+    assert "\n  gated    64x64, 8 warps, 2 stages" in default
 
 
 def test_a_cpu_looks_for_no_table() -> None:

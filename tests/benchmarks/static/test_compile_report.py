@@ -28,6 +28,7 @@ from fastbound.performance.recorder import layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 LAYER = {"factors", "thin", "descriptor", "pointer", "reduce", "finish_both", "finish", "keep"}
+PRODUCT = {"adapt", "contract"}
 BLOCK = {"activate", "activate_backward"}
 # One of each kind in full, of the others what differs there; the command itself takes them all.
 THOROUGH = ("sm_80", "sm_90", "gfx942")
@@ -149,12 +150,13 @@ def test_the_report_lists_what_a_call_launches() -> None:
     many = named("8192 tokens")
     assert ("finish", "layer, forward") not in many
     assert ("pointer", "split layer with dropout, backward") in many
-    assert {kernel for kernel, _ in many} == LAYER | BLOCK
+    assert {kernel for kernel, _ in many} == LAYER | PRODUCT | BLOCK
 
 
 def gemm(target: str) -> Launch:
     """A layer's forward GEMM on descriptors, as recorded."""
-    calls = layer_calls(TARGETS[target].device, 8192, 14336, 4096, 16, torch.bfloat16)
+    sizes = (8192, 14336, 4096, 16, torch.bfloat16)
+    calls = layer_calls(TARGETS[target].device, *sizes, backend="fused")
     return next(launch for launch in calls.launches if kernel_name(launch) == "descriptor")
 
 
