@@ -269,13 +269,13 @@ def test_over_a_base_and_with_a_strided_x_there_is_no_fused_candidate(clock: Clo
 
 @pytest.mark.slow  # every launch of a block, interpreted; on a CPU's own kernels below
 class TestBlocks:
-    @pytest.fixture(params=["gated", "plain"])
-    def block(self, request: pytest.FixtureRequest) -> Any:
-        gated = request.param == "gated"
+    @staticmethod
+    def block(gated: bool) -> Any:
         form = {"gated": gated, "activation": "silu" if gated else "gelu_tanh"}
-        return block_operands((M, K), N, (RANK,) * (2 + gated), torch.bfloat16, **form)
+        return block_operands((M, K), N, (RANK,) * 3, torch.bfloat16, **form)
 
-    def test_engines_are_chosen_forward_and_backward(self, block: Any, clock: Clock) -> None:
+    def test_engines_are_chosen_forward_and_backward(self, clock: Clock) -> None:
+        block = self.block(gated=True)
         clock.times = {**FAST_FUSED, "block": 0.5}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -285,7 +285,8 @@ class TestBlocks:
         fused = run(block, bounded_mlp, backend="fused")
         assert all(torch.equal(ours[name], fused[name]) for name in fused)
 
-    def test_layer_by_layer_where_that_is_faster(self, block: Any, clock: Clock) -> None:
+    def test_layer_by_layer_where_that_is_faster(self, clock: Clock) -> None:
+        block = self.block(gated=False)
         clock.times = {"layers": 0.9}
         assert_block_as_exact(block, bounded_mlp)
         assert ("block", "layers") in clock.asked

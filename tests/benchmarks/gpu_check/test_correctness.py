@@ -108,7 +108,8 @@ def test_a_card_for_one_process_is_given_to_one_and_large_cases_go_last(
     monkeypatch.setattr(correctness, "_check", check)
     for mode, first, last in (("Default", 12, 1), ("Exclusive_Process", 0, 0)):
         taken.clear()
-        session = Session(replace(options, workers=12), facts(CPU))
+        on_gpu = replace(options, workers=12, device=torch.device("cuda"))
+        session = Session(on_gpu, facts(CPU))
         session.facts.readings["compute_mode"] = mode
         correctness.check_correctness(session, time.monotonic() + 10)
         assert taken == [(first, ["torch.compile"]), (last, [str(made[0]), str(made[2])])]
