@@ -107,8 +107,6 @@ def unlearn_requests(
         curve = [knowledge(0, load())]
         for number, rows in enumerate(forget, start=1):
             model = apply_requests(load(), folder, range(1, number))
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
             result = unlearn(
                 model,
                 tokenizer,
