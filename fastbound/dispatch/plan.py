@@ -175,7 +175,8 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
     odd = _unaligned(N, K, dtype)
     R, bucket = padded_rank(1 if key.product else rank), row_bucket(M)
-    tiles = unaligned_tiles(device, R) if odd else filled_tiles(device, bucket, (N, K), R, dtype)
+    loose = odd or key.layout == "strided"
+    tiles = unaligned_tiles(device, R) if loose else filled_tiles(device, bucket, (N, K), R, dtype)
     reason = f"default tiles of {tile_family(device)}"
     of_block = ""
     entry = None
