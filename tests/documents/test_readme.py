@@ -32,6 +32,7 @@ RUN_BY_CI = {
     ),
     "python -m benchmarks.static.traffic": "step python -m benchmarks.static.traffic",
     "python -m benchmarks.static.predictions": "step python -m benchmarks.static.predictions",
+    "python -m benchmarks.static.product_form": "step python -m benchmarks.static.product_form",
     "fastbound profile --mode mlp": (
         "step fastbound profile --mode mlp --device cpu --tokens 32,64 --rounds 2"
         ' --output "$work/profile"'
