@@ -139,8 +139,9 @@ def unaligned_tiles(device: Device, R: int) -> Tiles:
     """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
     gemm, reduce = ELEMENTWISE, Tile(32, 128, 4, 2)
     activate, gated = Tile(16, 64, 8, 2), Tile(16, 32, 4, 1)
-    if tile_family(device) == "gfx1100":
+    if tile_family(device) in ("gfx1100", "sm_120"):
         reduce = Tile(32, 64, 4, 2)
+    if tile_family(device) == "gfx1100":
         gated = Tile(16, 16, 8, 2) if R == 64 else Tile(16, 32, 4, 2)
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 
