@@ -221,7 +221,7 @@ class NamedAdapter(BoundedAdapter):
     @property
     def scaling(self) -> float:
         """scale times the s of the form."""
-        return self.scale * super().scaling
+        return self.scale * self._numbers()[0]  # torch.compile reads no property of super()
 
     def extra_repr(self) -> str:
         scale = "" if self.scale == 1 else f", scale={self.scale:g}"

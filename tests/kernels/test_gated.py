@@ -11,6 +11,7 @@ from fastbound.kernels.gated import activation_cut, activation_forward, backward
 from fastbound.kernels.tiles import Tile
 
 from fastbound.dispatch.defaults import default_tiles
+from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import Plan
 from fastbound.operator.engine import engine_of
 from fastbound.performance.passes import passes_of
@@ -56,7 +57,7 @@ def test_backward_gives_the_same_however_it_is_cut(dtype: torch.dtype) -> None:
     """DG and DU to the bit; what is summed to rounding, and the same bits at every run."""
     o = block_operands((70, 24), 200, (3, 3, 3), dtype, device=DEVICE)
     backward = passes_of(o)["activate backward"]
-    tiles = default_tiles("interpreter", 70, 32, dtype)
+    tiles = default_tiles(Device("interpreter"), 70, 32, dtype)
     cuts = {sms: backward_cut(70, 200, 32, tiles.gated, sms) for sms in (1, 4, 40)}
     assert len(set(cuts.values())) > 1
     made = {sms: backward.run(engine_of(Plan("fused", "", tiles, sms))) for sms in cuts}

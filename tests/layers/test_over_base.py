@@ -111,7 +111,7 @@ def test_the_explanation_over_a_base_is_the_plan_that_runs(backend):
     """On the CPU: PyTorch's, and Triton's in the interpreter where it is asked for by name."""
     layer = injected(subclass, backend=backend).mlp.up
     with mock.patch("fastbound.operator.ops.route_for", side_effect=route_for) as chosen:
-        layer(rows(5, K)).sum().backward()
+        layer(rows(5, K)).backward(rows(5, N))
     (row,) = fastbound.explain(layer, tokens=5)
     plans = {route_for(*call.args).plan for call in chosen.call_args_list}
     assert plans == {replace(row.plan, reason=row.plan.reason.removeprefix("base is Doubled; "))}

@@ -22,6 +22,7 @@ from fastbound.dispatch.first_use import DeviceBench
 from fastbound.operator import engine, trials
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.function import bounded_addition
+from fastbound.truth import formula
 from fastbound.truth.exactness import assert_as_exact_as_the_formula, assert_block_as_exact
 from fastbound.truth.operands import block_operands, layer_operands, run
 from tests.support.first_use import SMALL_GPU, Clock, measuring
@@ -267,6 +268,13 @@ def test_over_a_base_and_with_a_strided_x_there_is_no_fused_candidate(clock: Clo
     assert clock.asked == [("split", "torch")] * 3
 
 
+def test_the_product_form_chooses_between_its_kernels_and_pytorch(clock: Clock) -> None:
+    o = operands(form="product")
+    assert_as_exact_as_the_formula(o, bounded_linear)
+    assert clock.asked == [("split", "torch")] * 2
+    assert chosen() == {"forward": "split", "backward": "split"}
+
+
 @pytest.mark.slow  # every launch of a block, interpreted; on a CPU's own kernels below
 class TestBlocks:
     @staticmethod
@@ -378,10 +386,12 @@ class TestBlocksOnACpu:
 
 def test_factors_that_are_drawn_weigh_about_as_much_as_the_weight() -> None:
     """Else an error in the term would pass for rounding."""
-    for scaling, omega in ((1e-3, 40.0), (0.5, 1.0)):
+    cases = ((1e-3, 40.0, "factors"), (0.5, 1.0, "factors"), (0.5, 100.0, "product"))
+    for scaling, omega, form in cases:
         weight = 0.02 * torch.randn(300, 200)
-        A, B = trials._factors(torch.zeros(8, 200), torch.zeros(300, 8), scaling, omega, weight)
-        change = scaling * torch.sin(omega * B) @ torch.sin(omega * A)
+        zeros = (torch.zeros(8, 200), torch.zeros(300, 8))
+        A, B = trials._factors(*zeros, scaling, omega, form, weight)
+        change = formula.delta_weight(A, B, scaling=scaling, omega=omega, form=form)
         bound = scaling * 8
         least = min(0.3, 0.3 * bound / 0.02 / 8**0.5)
         assert least < float(change.std() / weight.std()) < 3
