@@ -20,6 +20,7 @@ from fastbound.kernels.tiles import Tile
 from torch import Tensor
 
 ADAPT = Tile(32, 128, 4, 1)  # rows x columns of the weight
+CONTRACT = Tile(32, 64, 4, 1)  # and of its gradient: twice as many columns spill on some cards
 RANK_BLOCK = 32  # columns of dB, and rows of dA, that a program keeps
 
 
@@ -113,15 +114,10 @@ def launch_adapt(
     )  # fmt: skip
 
 
-def contract_tile(precision: str) -> Tile:
-    """Rows x columns of the gradient: half as many where a product takes three instructions."""
-    return Tile(32, 128, 8, 1) if precision == "tf32" else Tile(32, 64, 4, 1)
-
-
-def contract_chunks(N: int, K: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
+def contract_chunks(N: int, K: int, multiprocessors: int) -> tuple[int, int]:
     """(chunks, rows per chunk) of the contraction: at most four programs per multiprocessor."""
-    wanted = max(1, 4 * multiprocessors // cdiv(K, tile.block_n))
-    chunk = cdiv(cdiv(N, wanted), tile.block_m) * tile.block_m
+    wanted = max(1, 4 * multiprocessors // cdiv(K, CONTRACT.block_n))
+    chunk = cdiv(cdiv(N, wanted), CONTRACT.block_m) * CONTRACT.block_m
     return cdiv(N, chunk), chunk
 
 
@@ -133,18 +129,19 @@ def launch_contract(
 
     ``precision``: of the two products' operands, "tf32", "tf32x3" or "ieee".
     """
-    (N, K), tile = G.shape, contract_tile(precision)
+    N, K = G.shape
     R = min(RANK_BLOCK, P.shape[2])
     return Launch(
         _contract_kernel,
-        (cdiv(K, tile.block_n), Q.shape[0], P.shape[2] // R),
+        (cdiv(K, CONTRACT.block_n), Q.shape[0], P.shape[2] // R),
         (
             G, A, B, P, Q, N, K, A.shape[0], chunk,
             *G.stride(), *A.stride(), *B.stride(), omega, scaling * omega,
         ),
-        dict(PRECISION=precision, R=R, BLOCK_N=tile.block_m, BLOCK_K=tile.block_n),
-        tile.warps,
-        tile.stages,
+        dict(PRECISION=precision, R=R, BLOCK_N=CONTRACT.block_m, BLOCK_K=CONTRACT.block_n),
+        CONTRACT.warps,
+        CONTRACT.stages,
+        registers=255,  # else a few are spilled so that more programs fit
     )  # fmt: skip
 
 
@@ -169,10 +166,10 @@ def contract(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dA [r, K] and dB [n, r] of the rows whose gradient is G [n, K], in fp32."""
-    (N, K), rank, tile = G.shape, A.shape[0], contract_tile(precision)
+    (N, K), rank = G.shape, A.shape[0]
     R = max(16, 1 << (rank - 1).bit_length())
-    chunks, chunk = contract_chunks(N, K, tile, multiprocessors)
-    P = G.new_empty(cdiv(K, tile.block_n), N, R, dtype=torch.float32)
+    chunks, chunk = contract_chunks(N, K, multiprocessors)
+    P = G.new_empty(cdiv(K, CONTRACT.block_n), N, R, dtype=torch.float32)
     Q = G.new_empty(chunks, K, R, dtype=torch.float32)
     launch_contract(G, A, B, P, Q, chunk, scaling, omega, precision).run()
     dA = G.new_empty(K, R, dtype=torch.float32)

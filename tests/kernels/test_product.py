@@ -91,8 +91,6 @@ def test_two_runs_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("N", [1, 31, 4096, 14336])
-@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_chunks_of_the_contraction_cover_every_row_once(N: int, precision: str) -> None:
-    tile = product.contract_tile(precision)
-    chunks, chunk = product.contract_chunks(N, 4096, tile, 132)
-    assert chunk % tile.block_m == 0 and (chunks - 1) * chunk < N <= chunks * chunk
+def test_chunks_of_the_contraction_cover_every_row_once(N: int) -> None:
+    chunks, chunk = product.contract_chunks(N, 4096, 132)
+    assert chunk % product.CONTRACT.block_m == 0 and (chunks - 1) * chunk < N <= chunks * chunk
