@@ -99,7 +99,9 @@ def test_every_kernel_compiles_without_faults(
     options = ("--target", target, "--dtype", dtype, "--rank", rank, "--activation", "silu")
     rows = compiled(repository, tmp_path, *options, "--shape", "8192 tokens", "odd")
     expected = (
-        LAYER | (BLOCK if rank == "16" else set()) | ({"narrow"} if dtype == "fp16" else set())
+        (LAYER | PRODUCT)
+        | (BLOCK if rank == "16" else set())
+        | ({"narrow"} if dtype == "fp16" else set())
     )
     assert {row["kernel"] for row in rows} == expected - (
         {"descriptor"} if target != "sm_90" else set()
