@@ -162,12 +162,11 @@ def adapted_weight(
 
 
 def contract(
-    G: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float, multiprocessors: int,
+    G: Tensor, A: Tensor, B: Tensor, R: int, scaling: float, omega: float, multiprocessors: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dA [r, K] and dB [n, r] of the rows whose gradient is G [n, K], in fp32."""
+    """dA [r, K] and dB [n, r] of the rows whose gradient is G [n, K], in fp32; R: r padded."""
     (N, K), rank = G.shape, A.shape[0]
-    R = max(16, 1 << (rank - 1).bit_length())
     chunks, chunk = contract_chunks(N, K, multiprocessors)
     P = G.new_empty(cdiv(K, CONTRACT.block_n), N, R, dtype=torch.float32)
     Q = G.new_empty(chunks, K, R, dtype=torch.float32)

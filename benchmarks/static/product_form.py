@@ -38,6 +38,7 @@ LANES = {
     "h200": 132 * 128 * 1.83e9,
     "4090": 128 * 128 * 2.52e9,
 }
+SINES = ("product: adapt", "product: contract")
 CLOSE = 0.03  # of the frozen layer's forward that making W + ΔW may take
 PLAIN_BYTES = 12  # per element of W that the plain form keeps: ΔW's argument and sine, and W + ΔW
 
@@ -50,16 +51,9 @@ def calls_of(shape: Shape, M: int) -> Directions:
 
 def largest_workspace(shape: Shape, M: int = 8192) -> int:
     """Bytes of the largest part of the weight's size that a call makes: of W + ΔW, or of dyᵀ x."""
-    found = [0]
-    for call in (c for calls in calls_of(shape, M) for c in calls if isinstance(c, Launch)):
-        names = dict(zip(call.kernel.arg_names, call.arguments, strict=False))
-        found += [names[name].nbytes for name in ("OUT", "G") if _of_the_weight(names, name, shape)]
-    return max(found)
-
-
-def _of_the_weight(names: dict[str, object], name: str, shape: Shape) -> bool:
-    tensor = names.get(name)
-    return isinstance(tensor, torch.Tensor) and bool({shape.N, shape.K} & set(tensor.shape))
+    made = [one for one in calls_of(shape, M).launches if kernel_name(one) in SINES]
+    given = [dict(zip(one.kernel.arg_names, one.arguments, strict=False)) for one in made]
+    return max(each[name].nbytes for each in given for name in ("OUT", "G") if name in each)
 
 
 def memory_table(shapes: Sequence[Shape]) -> str:
@@ -85,9 +79,6 @@ def predicted(call: Call, gpu: str) -> float:
         return least
     given = dict(zip(call.kernel.arg_names, call.arguments, strict=False))
     return max(least, given["N"] * given["K"] * (given["rank"] + SINE) / LANES[gpu])
-
-
-SINES = ("product: adapt", "product: contract")
 
 
 def making(shape: Shape, gpu: str) -> float:

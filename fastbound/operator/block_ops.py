@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -196,32 +196,46 @@ def compute_backward(
             made = (route, compute_backward, DY, X, saved, need_dx, call)
             engine = route.engine or route.decide(partial(block_backward_trial, *made))
         block = ReadyBlock(X, call, engine)
-        gate, up, down = block.gate, block.up, block.down
         if G is None:
             G, U = block.preactivations(X, S)
-        if block.product:
-            dx, gradients = _product_backward(block, X, DY, G, U, S, need_dx, call.activation)
-            dx = dy.new_empty(0) if dx is None else rows_as_of(dy, dx)
-            return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
-        DS_down = dB_down = None
-        if down.B is not None:
-            DS_down, dB_down = engine.thin_and_factor_gradient(
-                DY, given(down.SB), S_down, down.B, down.omega, down.scaling
-            )
-        DH = block.input_gradient(DY, down, DS_down, down.SA)
-        DG, DU, DS, dB_gate, dB_up, dA_down = engine.activate_backward(
-            DH, G, U, S, DS_down, gate, up, down, call.activation, block.R
-        )
-        del DH
-        dA_gate, dA_up = engine.stacked_factor_gradients(X, DS, gate, up, block.R)
+        backward = _product_backward if block.product else _factors_backward
+        DG, DU, DS, gradients = backward(block, X, DY, G, U, S, S_down, call.activation)
         dx = dy.new_empty(0)
         if need_dx:
-            DX = block.input_gradient(DG, gate, DS, block.stacked_SA())
-            if up is not None:
-                block.add_input_gradient(DX, given(DU), up)
+            DX = block.input_gradient(DG, block.gate, DS, block.stacked_SA())
+            if block.up is not None:
+                block.add_input_gradient(DX, given(DU), block.up)
             dx = rows_as_of(dy, DX)
-    gradients = (dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down)
     return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
+
+
+# DG, DU and [DS_G | DS_U] where they are, and the gradients of A and B of gate, up and down.
+_Backward: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor | None, ...]]"
+
+
+def _factors_backward(
+    block: ReadyBlock,
+    X: Tensor,
+    DY: Tensor,
+    G: Tensor,
+    U: Tensor | None,
+    S: Tensor,
+    S_down: Tensor,
+    activation: str,
+) -> _Backward:
+    engine, gate, up, down, R = block.engine, block.gate, block.up, block.down, block.R
+    DS_down = dB_down = None
+    if down.B is not None:
+        DS_down, dB_down = engine.thin_and_factor_gradient(
+            DY, given(down.SB), S_down, down.B, down.omega, down.scaling
+        )
+    DH = block.input_gradient(DY, down, DS_down, down.SA)
+    DG, DU, DS, dB_gate, dB_up, dA_down = engine.activate_backward(
+        DH, G, U, S, DS_down, gate, up, down, activation, R
+    )
+    del DH
+    dA_gate, dA_up = engine.stacked_factor_gradients(X, DS, gate, up, R)
+    return DG, DU, DS, (dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down)
 
 
 def _product_backward(
@@ -231,10 +245,9 @@ def _product_backward(
     G: Tensor,
     U: Tensor | None,
     S: Tensor,
-    need_dx: bool,
+    S_down: Tensor,
     activation: str,
-) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """dx, and the gradients of A and B of gate, up and down."""
+) -> _Backward:
     engine = block.engine
     H, _ = engine.activate(G, U, None, activation)
     of_down = block.product_gradients(DY, H, block.down)
@@ -246,12 +259,7 @@ def _product_backward(
     del DH
     of_gate = block.product_gradients(DG, X, block.gate)
     of_up = (None, None) if DU is None else block.product_gradients(DU, X, block.up)
-    dx = None
-    if need_dx:
-        dx = block.input_gradient(DG, block.gate, None, None)
-        if block.up is not None:
-            block.add_input_gradient(dx, given(DU), block.up)
-    return dx, (*of_gate, *of_up, *of_down)
+    return DG, DU, None, (*of_gate, *of_up, *of_down)
 
 
 def _bare(p: Factors) -> Factors:

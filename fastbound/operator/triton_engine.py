@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbound.dispatch.defaults import padded_rank
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import Plan
 from fastbound.kernels.dropout import keep_bits
@@ -149,7 +150,8 @@ class TritonEngine:
         precision = "tf32" if G.dtype is torch.bfloat16 else "tf32x3"
         if describe(G.device).architecture.startswith("gfx"):
             precision = "ieee"
-        return contract(G, A, B, scaling, omega, self._multiprocessors, precision)
+        R = padded_rank(A.shape[0])
+        return contract(G, A, B, R, scaling, omega, self._multiprocessors, precision)
 
     # An MLP block beyond its layers.
 

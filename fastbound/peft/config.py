@@ -215,7 +215,7 @@ class BoundedConfig(PeftConfig):
     def _settings(
         self, rank: int, alpha: float | None, bound: float | str | None
     ) -> AdapterSettings:
-        """Of a layer. A text has read its weight once :meth:`of_layer` returns."""
+        """A layer's, of these numbers and of what all layers share."""
         return adapter_settings(rank, alpha, bound, self.dropout, form=self.form, omega=self.omega)
 
     def _check_names(self) -> None:

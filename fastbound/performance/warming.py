@@ -106,7 +106,7 @@ def _kind(module: Any) -> tuple[Any, ...]:
     """Modules of one kind make the same calls."""
     tensors = [(n, tuple(p.shape), p.dtype, p.device) for n, p in module.named_parameters()]
     layers = [m for m in module.modules() if isinstance(m, Adapted)]
-    adapters = [(a.backend, a.dropout, a.training) for m in layers for a in m.running()]
+    adapters = [(a.form, a.backend, a.dropout, a.training) for m in layers for a in m.running()]
     return type(module), tuple(tensors), tuple(adapters), getattr(module, "recompute", None)
 
 

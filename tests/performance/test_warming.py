@@ -117,3 +117,10 @@ def test_processes_compile_what_they_are_given(
     assert len(list(tmp_path.rglob("*.cubin"))) >= 4
     with pytest.raises(RuntimeError, match="kernels are interpreted"):
         compile_calls(task)
+
+
+def test_layers_that_differ_in_form_alone_are_both_run() -> None:
+    """Their calls take other kernels."""
+    factors = fastbound.FusedBoundedLinear(8, 8, 2)
+    product = fastbound.FusedBoundedLinear(8, 8, 2, form="product")
+    assert warming._kind(factors) != warming._kind(product)
