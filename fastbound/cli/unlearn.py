@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, metavar="X", help="highest rate (1e-3; demo 3e-3)")
+    training.add_argument(
+        "--lr",
+        type=_rate,
+        metavar="X",
+        help="highest learning rate, or auto: as each layer's bound calls for (auto; demo 3e-3)",
+    )
     training.add_argument("--warmup", type=float, metavar="X", help="share of steps rising (0.1)")
     training.add_argument("--weight-decay", type=float, metavar="X", help="of A and B (0)")
     training.add_argument("--clip", type=float, metavar="X", help="largest gradient norm (none)")
@@ -119,6 +124,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watching.add_argument(
         "--retain-limit", type=float, metavar="X", help="give up past this retain loss (none)"
     )
+
+
+def _rate(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _rank(text: str) -> int | str:

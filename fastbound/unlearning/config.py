@@ -33,7 +33,9 @@ class UnlearnConfig:
             `rank="auto"` spreads `rank_budget` by the cross-entropies of up to `RANK_ROWS` rows of
             each side, for both adapters.
         rank_budget: most elements of A and B for `rank="auto"`; None: as many as rank 8 takes.
-        lr: highest learning rate of AdamW, reached after warm-up.
+        lr: highest learning rate of AdamW, reached after warm-up. "auto" gives each layer the rate
+            that its bound calls for, and LoRA a constant one, see
+            `fastbound.unlearning.training.rates`.
         warmup: share of all steps with the rate rising from 0; it then falls linearly to 0.
         weight_decay: of A and B. 0 by default: decay pulls ΔW back towards the model that knows.
         clip: largest norm of the gradient over all A and B; None leaves it as it is.
@@ -82,7 +84,7 @@ class UnlearnConfig:
     form: Literal["factors", "product"] = "factors"
     omega: float | None = None
     target_modules: str | Sequence[str] = "mlp"
-    lr: float = 1e-3
+    lr: float | Literal["auto"] = "auto"
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float | None = None
@@ -131,8 +133,9 @@ class UnlearnConfig:
         for name in ("rank_budget", "eval_every", "eval_rows", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        for name in ("lr", "epochs"):
-            positive(name, getattr(self, name))
+        positive("epochs", self.epochs)
+        if self.lr != "auto":
+            positive('lr, unless "auto",', self.lr)
         for name in ("alpha", "omega", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))

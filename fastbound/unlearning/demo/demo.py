@@ -44,11 +44,20 @@ class Demonstration:
     adapters: Sequence[Literal["bounded", "lora"]] = ("bounded", "lora")
     cost_steps: int = 15
 
+    @property
+    def rate(self) -> float:
+        if self.config.lr == "auto":
+            raise InputError(
+                f"the demonstration runs at a rate and at {FACTOR:g} times that rate: give lr a "
+                'number, not "auto"'
+            )
+        return self.config.lr
+
     def runs(self) -> dict[str, UnlearnConfig]:
         """Folder name -> settings."""
         return {
             f"{adapter}-lr{lr:g}": dataclasses.replace(self._config(adapter), lr=lr)
-            for lr in (self.config.lr, FACTOR * self.config.lr)
+            for lr in (self.rate, FACTOR * self.rate)
             for adapter in self.adapters
         }
 

@@ -77,7 +77,8 @@ class Run:
 
     @property
     def lr(self) -> float:
-        return float(self.result["config"]["lr"])
+        """The highest of any layer."""
+        return float(self.result["lr"])
 
     @property
     def kept(self) -> Mapping[str, Any]:

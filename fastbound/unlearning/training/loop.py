@@ -227,6 +227,7 @@ class _Run:
             stopped=stopped,
             forget_target=self.ending.target,
             kept=kept.step,
+            lr=self.training.highest_rate,
             largest_delta=delta.largest,
             bound=delta.bound,
             bound_in_use=delta.in_use,
@@ -256,7 +257,7 @@ class _Run:
             f"step {self.step + 1} of {self.steps} is not finite: forget loss {forget:.4g}, "
             f"retain loss {retain:.4g}, gradient norm {grad_norm:.4g}; its batch: "
             f"{'; '.join(rows)}. The step was not taken, {kept}. Try a lower lr than "
-            f"{self.config.lr:g}, clip=1.0, a smaller alpha or bound, or dtype float32"
+            f"{self.training.highest_rate:g}, clip=1.0, a smaller alpha or bound, or dtype float32"
         )
 
     def _folder(

@@ -37,6 +37,7 @@ class UnlearnResult:
         cross_entropy: whether the losses came from whole logits or in chunks, and why.
         ranks: what `rank="auto"` chose and why; None for a rank that was given.
         stopped: why it ended: "all steps", "forget_target" or "retain_limit".
+        lr: the highest learning rate of any layer.
         largest_delta, bound: the largest |ΔW_ij| at the end and its layer's bound (None for LoRA).
         bound_in_use: the root mean square of ΔW over the bound, a mean over layers: near 0 the
             bound does not act, and the adapter behaves as LoRA; None for LoRA.
@@ -54,6 +55,7 @@ class UnlearnResult:
     stopped: str
     kept: int
     forget_target: float
+    lr: float
     largest_delta: float
     bound: float | None
     bound_in_use: float | None
@@ -80,6 +82,7 @@ class UnlearnResult:
             "stopped": self.stopped,
             "kept": self.kept,
             "forget_target": self.forget_target,
+            "lr": self.lr,
             "largest_delta": self.largest_delta,
             "bound": self.bound,
             "bound_in_use": self.bound_in_use,

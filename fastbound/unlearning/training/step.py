@@ -21,6 +21,7 @@ from fastbound.unlearning.losses.objective import Answers, Objective
 from fastbound.unlearning.model import autocast, autocast_dtype
 from fastbound.unlearning.training.adapters import Adapter
 from fastbound.unlearning.training.processes import gradients_travel, shares, spread
+from fastbound.unlearning.training.rates import parameter_groups
 from fastbound.unlearning.training.sides import Sides
 
 
@@ -73,12 +74,17 @@ class Training:
             dtype=self.dtype,
         )
         self.optimizer = torch.optim.AdamW(
-            self.trained().values(), lr=config.lr, weight_decay=config.weight_decay
+            parameter_groups(adapter, config), weight_decay=config.weight_decay
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             functools.partial(rate_share, steps=pairing.steps(config.epochs), warmup=config.warmup),
         )
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest rate of any layer, after warm-up."""
+        return float(self.scheduler.base_lrs[0])
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
@@ -115,7 +121,7 @@ class Training:
         return StepLosses(*torch.stack([*losses, whole(norm).to(losses)]).tolist())
 
     def update(self, losses: StepLosses) -> float:
-        """Take the step that these are of; the rate it was taken at."""
+        """Take the step that these are of; the rate it was taken at, the highest of any layer."""
         rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()

@@ -150,7 +150,7 @@ def test_resuming_on_another_base_is_refused_by_what_differs(
         (["--loss", "npo=1", "--loss", "npo=3"], "--loss names a loss twice"),
         (["--loss", "npo=0"], "every weight is 0"),
         (["--epochs", "0"], "epochs must be positive"),
-        (["--lr", "nan"], "lr must be positive"),
+        (["--lr", "nan"], 'lr, unless "auto", must be positive'),
         (["--retain-slack", "-1"], "retain_slack must be >= 0"),
     ],
 )

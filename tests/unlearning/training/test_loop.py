@@ -231,7 +231,7 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
         ({"bound": math.nan}, "bound must be positive and finite, got nan"),
         ({"bound": math.inf}, "bound must be positive and finite, got inf"),
         ({"bound": "tight"}, "or a positive multiple such as .*, got 'tight'"),
-        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": 0.0}, 'lr, unless "auto", must be positive'),
         ({"warmup": 1.5}, "warmup is a share"),
         ({"adapter": "dora"}, "adapter must be one of bounded, lora; got 'dora'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
