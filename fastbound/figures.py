@@ -24,6 +24,7 @@ ADAPTER_COLOURS = {
     "lora-decay": "#666666",
 }
 OTHER_COLOUR = "#999999"
+_LINE = 0.055  # height of a label, as a share of its panel
 QUICK = "shortened run (--quick): it shows that the command works and compares nothing"
 
 
@@ -44,6 +45,30 @@ def adapter_colour(name: str, lighter: float = 0.0) -> str:
 def mark_quick(figure: Any) -> None:
     """Write above the panels of a figure that its data come from a shortened run."""
     figure.suptitle(QUICK, fontsize=9, color="#AA0000")
+
+
+def label_ends(panel: Any) -> None:
+    """Write the label of each line at its right end, in its colour, in place of a legend.
+
+    Call it last: it moves labels that would overlap apart, at the limits that the panel then has.
+    """
+    ends = []
+    for line in panel.get_lines():
+        values = line.get_ydata()
+        if len(values) and not line.get_label().startswith("_"):
+            point = panel.transData.transform((1.0, values[-1]))
+            height = float(panel.transAxes.inverted().transform(point)[1])
+            ends.append((min(1.0, max(0.0, height)), line))
+    ends.sort(key=lambda end: end[0])
+    heights: list[float] = []
+    for height, _ in ends:
+        heights.append(max(height, heights[-1] + _LINE) if heights else height)
+    highest = 1.0
+    for (_, line), height in zip(reversed(ends), reversed(heights), strict=True):
+        height = min(height, highest)
+        highest = height - _LINE
+        style = {"color": line.get_color(), "va": "center", "fontsize": 9}
+        panel.text(1.02, height, line.get_label(), transform=panel.transAxes, **style)
 
 
 def new_figure(

@@ -19,6 +19,15 @@ from fastbound.models.targets import match
 KINDS = ("lora", "lora-clamp", "lora-clip", "lora-decay", "sine", "tanh", "product")
 _BOUNDED = ("sine", "tanh", "product")
 _FORMS = {"sine": "factors", "product": "product"}  # those that are FusedBoundedLinear itself
+_LABELS = {
+    "lora": "LoRA",
+    "lora-clamp": "LoRA, factors clamped",
+    "lora-clip": "LoRA, gradient clipped",
+    "lora-decay": "LoRA, weight decay",
+    "sine": "bounded",
+    "tanh": "tanh",
+    "product": "product form",
+}
 _OMEGA = "omega="
 ADAPTIVE = "+ranks"
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
@@ -49,6 +58,15 @@ class Adapter:
     @property
     def bounded(self) -> bool:
         return self.kind in _BOUNDED
+
+    @property
+    def label(self) -> str:
+        """For a picture: what it is and how it is bounded, in words."""
+        if self.omega is not None:
+            limit = f", ω = {self.omega:g}"
+        else:
+            limit = f", {self.bound or 'alpha'}" if self.bounded else ""
+        return _LABELS[self.kind] + limit + (", ranks spread" if self.adaptive else "")
 
     def bound_in(self, weight: Tensor, alpha: float) -> float:
         """The bound in this layer; infinite where the kind has none."""

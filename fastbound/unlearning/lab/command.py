@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ def _report(
         for name in ("utility", "accuracy")
     }
     standard = SMALL if arguments.model is None else kept_of(before)
-    lines = lines_of(cells, max(each["vocabulary"] for each in models.values()))
+    vocabulary = max(each["vocabulary"] for each in models.values())
+    lines = lines_of(cells, vocabulary)
     write_json(
         output / "summary.json",
         {
@@ -90,7 +92,7 @@ def _report(
             "lines": [dataclasses.asdict(line) for line in lines],
         },
     )
-    draw(cells, output, standard)
+    draw(cells, output, standard, math.log(vocabulary))
     measure = standard.measure
     print(
         f"{measure} on the retain rows ({before[measure]:.3f} before; {standard.least:.3f} holds), "

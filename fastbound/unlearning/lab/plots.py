@@ -7,72 +7,126 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbound.figures import new_figure, save_figure
+from fastbound.figures import adapter_colour, label_ends, new_figure, save_figure
+from fastbound.unlearning.lab.adapters import parse_adapter
 from fastbound.unlearning.lab.summary import SMALL, Standard
 
 Cells = Sequence[Mapping[str, Any]]
 PICTURES = ("utility.png", "size.png", "gradient.png")
+_MOST = 6  # lines that are all drawn alike; of more, LoRA and the bounded ones stand out
+_MEASURES = {
+    "utility": "utility on the retain rows",
+    "accuracy": "share of the retained answers' tokens still right",
+}
 
 
-def draw(cells: Cells, folder: Path, standard: Standard = SMALL) -> None:
-    """Write utility.png, size.png and gradient.png."""
-    _against_rate(cells, standard, folder / PICTURES[0])
-    sizes = {"largest_delta": "largest |ΔW| of any entry", "delta_norm": "‖ΔW‖ of all layers"}
+def draw(cells: Cells, folder: Path, standard: Standard = SMALL, target: float = 0.0) -> None:
+    """Write utility.png, size.png and gradient.png.
+
+    Args:
+        standard: what counts as kept, drawn as a dotted line.
+        target: the forget loss from which on rows count as forgotten, nats per token; a mean below
+            it is drawn as an open mark.
+    """
+    _against_rate(cells, standard, target, folder / PICTURES[0])
+    sizes = {
+        "largest_delta": "largest |ΔW| of any entry",
+        "delta_norm": "Frobenius norm of all ΔW",
+    }
     _against_steps(cells, sizes, folder / PICTURES[1])
     _against_steps(cells, {"gradient_norm": "gradient norm"}, folder / PICTURES[2])
 
 
-def _against_rate(cells: Cells, standard: Standard, path: Path) -> None:
-    """The standard's measure and retain loss: mean over seeds, band from lowest to highest."""
-    figure, axes = new_figure(1, 2, (11, 5))
-    for axis, name, label in zip(
-        axes[0],
-        (standard.measure, "retain_loss"),
-        (f"{standard.measure} on retain rows", "retain loss, nats per token"),
-        strict=True,
-    ):
-        for label_of, group, style in _groups(cells):
+def _against_rate(cells: Cells, standard: Standard, target: float, path: Path) -> None:
+    """What is kept and what is forgotten: mean over seeds, band from the lowest to the highest."""
+    figure, axes = new_figure(1, 2, (13, 4.8))
+    panels = (
+        (standard.measure, "What is kept", _MEASURES[standard.measure]),
+        ("forget_loss", "What is forgotten", "forget loss, nats per token"),
+    )
+    for axis, (name, title, label) in zip(axes[0], panels, strict=True):
+        for group, style in _groups(cells):
             rates = sorted({cell["lr"] for cell in group})
             values = [[cell[name] for cell in group if cell["lr"] == lr] for lr in rates]
-            _band(axis, rates, values, statistics.fmean, label_of, style)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=label)
-    axes[0][0].axhline(standard.least, color="0.4", linestyle=":", linewidth=1)
-    _finish(figure, axes, path)
+            _band(axis, rates, values, statistics.fmean, style)
+            for lr, each in zip(rates, values, strict=True):
+                losses = [cell["forget_loss"] for cell in group if cell["lr"] == lr]
+                face = "white" if min(losses) < target else style["color"]
+                axis.plot(
+                    lr,
+                    statistics.fmean(each),
+                    marker="o",
+                    color=style["color"],
+                    markerfacecolor=face,
+                    markersize=4 if style["linewidth"] > 1 else 3,
+                    zorder=3,
+                )
+        axis.set(xscale="log", xlabel="learning rate", ylabel=label, title=title)
+    _threshold(axes[0][0], standard.least, "counts as kept")
+    axes[0][0].set_ylim(bottom=0)
+    if target:
+        _threshold(axes[0][1], target, "counts as forgotten; open marks: a seed did not")
+    for axis in axes[0]:
+        label_ends(axis)
+    save_figure(figure, path, dpi=100)
+
+
+def _threshold(axis: Any, height: float, text: str) -> None:
+    axis.axhline(height, color="0.35", linestyle=":", linewidth=1)
+    axis.annotate(
+        text,
+        (0.01, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="0.35",
+    )
 
 
 def _against_steps(cells: Cells, names: Mapping[str, str], path: Path) -> None:
-    """One column a rate (lowest, middle, highest), one row a quantity: median and band of seeds."""
+    """One column for the lowest, middle and highest rate, one row for each quantity.
+
+    The lines are medians over seeds, the bands go from the lowest to the highest.
+    """
     rates = sorted({cell["lr"] for cell in cells})
     chosen = sorted({rates[0], rates[len(rates) // 2], rates[-1]})
-    figure, axes = new_figure(len(names), len(chosen), (3.9 * len(chosen), 0.9 + 3.2 * len(names)))
+    size = (3.6 * len(chosen) + 2.4, 0.6 + 3.2 * len(names))
+    figure, axes = new_figure(len(names), len(chosen), size)
     for row, (name, label) in enumerate(names.items()):
         for axis, lr in zip(axes[row], chosen, strict=True):
-            for label_of, group, style in _groups([c for c in cells if c["lr"] == lr]):
+            for group, style in _groups([cell for cell in cells if cell["lr"] == lr]):
                 steps = sorted({line["step"] for cell in group for line in cell["history"]})
                 values = [
                     [line[name] for c in group for line in c["history"] if line["step"] == step]
                     for step in steps
                 ]
-                _band(axis, steps, values, statistics.median, label_of, style)
-            axis.set(yscale="log", title=f"lr {lr:g}", xlabel="step")
+                _band(axis, steps, values, statistics.median, style)
+            axis.set(yscale="log", title=f"learning rate {lr:g}", xlabel="step")
         axes[row][0].set_ylabel(label)
-    _finish(figure, axes, path)
+        label_ends(axes[row][-1])
+    save_figure(figure, path, dpi=100)
 
 
-def _groups(cells: Cells) -> Iterator[tuple[str, Cells, dict[str, Any]]]:
-    """Label, cells and line style of each adapter and rank: unbounded dashed, bounded whole."""
-    from matplotlib import colormaps
-
+def _groups(cells: Cells) -> Iterator[tuple[Cells, dict[str, Any]]]:
+    """Cells and line style of each adapter and rank; of one kind the later ones are lighter."""
     ranks = {cell["rank"] for cell in cells}
     keys = list(dict.fromkeys((cell["adapter"], cell["rank"]) for cell in cells))
-    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    kinds = [parse_adapter(adapter).kind for adapter, _ in keys]
     for i, (adapter, rank) in enumerate(keys):
         group = [c for c in cells if (c["adapter"], c["rank"]) == (adapter, rank)]
-        style = {
-            "color": colours[i % len(colours)],
-            "linestyle": "-" if "@" in adapter else (0, (4, 1.5)),
-        }
-        yield adapter + (f", rank {rank}" if len(ranks) > 1 else ""), group, style
+        parsed = parse_adapter(adapter)
+        prominent = len(keys) <= _MOST or parsed.kind in ("lora", "sine")
+        lighter = 0.5 * kinds[:i].count(parsed.kind) / max(1, kinds.count(parsed.kind) - 1)
+        yield (
+            group,
+            {
+                "color": adapter_colour(adapter, lighter),
+                "linestyle": "-" if parsed.bounded else (0, (4, 1.5)),
+                "linewidth": 1.9 if prominent else 0.9,
+                "label": parsed.label + (f", rank {rank}" if len(ranks) > 1 else ""),
+            },
+        )
 
 
 def _band(
@@ -80,14 +134,9 @@ def _band(
     x: Sequence[float],
     values: Sequence[Sequence[float]],
     middle: Any,
-    label: str,
     style: Mapping[str, Any],
 ) -> None:
-    axis.plot(x, [middle(each) for each in values], label=label, linewidth=1.6, **style)
-    low, high = [min(each) for each in values], [max(each) for each in values]
-    axis.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)
-
-
-def _finish(figure: Any, axes: Any, path: Path) -> None:
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    save_figure(figure, path, dpi=100)
+    axis.plot(x, [middle(each) for each in values], **style)
+    if style["linewidth"] > 1:
+        low, high = [min(each) for each in values], [max(each) for each in values]
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)
