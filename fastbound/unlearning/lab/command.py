@@ -20,6 +20,7 @@ from fastbound.unlearning.lab.grid import (
     PRETRAINED_CELL,
     PRETRAINED_RATES,
     Grid,
+    read_cells,
     read_models,
     run_grid,
 )
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     retain = load_rows(arguments.retain or authors("retain"))
     output = Path(arguments.output)
     with writing(output):
-        cells = run_grid(
+        run_grid(
             forget,
             retain,
             grid,
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             general=general,
             resume=arguments.resume,
         )
-        _report(arguments, grid, {"forget": len(forget), "retain": len(retain)}, cells, output)
+        _report(arguments, grid, {"forget": len(forget), "retain": len(retain)}, output)
     return 0
 
 
@@ -69,9 +70,10 @@ def _report(
     arguments: argparse.Namespace,
     grid: Grid,
     rows: dict[str, int],
-    cells: list[dict[str, Any]],
     output: Path,
 ) -> None:
+    """Report on all finished cells of the folder, those of earlier grids too."""
+    cells = list(read_cells(output).values())
     models = read_models(output)
     before = {
         name: statistics.fmean(each[name] for each in models.values())
@@ -96,7 +98,7 @@ def _report(
     measure = standard.measure
     print(
         f"{measure} on the retain rows ({before[measure]:.3f} before; {standard.least:.3f} holds), "
-        f"mean ± sd of {grid.seeds} seeds\n"
+        f"mean ± standard deviation over seeds\n"
     )
     print(f"{table_of(lines, standard)}\n\n* a seed did not forget")
     print(f"Written to {output}: cells.jsonl, summary.json, utility.png, size.png, gradient.png")

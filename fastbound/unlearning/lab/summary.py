@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 _MEASURED = (
@@ -71,9 +72,9 @@ class Line:
 
 
 def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
-    """One line per (adapter, rank, rate), in the order of the cells."""
+    """One line per (adapter, rank, rate), by rank and rate, else in the order of the cells."""
     groups: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=itemgetter("rank", "lr")):
         groups.setdefault((cell["adapter"], cell["rank"], cell["lr"]), []).append(cell)
     lines = []
     for (adapter, rank, lr), group in groups.items():
@@ -132,10 +133,11 @@ def ranges_of(lines: Sequence[Line], standard: Standard = SMALL) -> list[dict[st
 def table_of(lines: Sequence[Line], standard: Standard = SMALL) -> str:
     """Markdown: the standard's measure, mean ± spread over seeds, for each adapter and rate.
 
-    `*` marks rates at which a seed did not forget.
+    `*` marks rates at which a seed did not forget. Where the lines are of different numbers of
+    seeds, each says its own in brackets.
     """
     rates = sorted({line.lr for line in lines})
-    ranks = {line.rank for line in lines}
+    ranks, counts = {line.rank for line in lines}, {line.seeds for line in lines}
     head = ["adapter", *(f"lr {lr:g}" for lr in rates), "holds over"]
     rows = []
     for found in ranges_of(lines, standard):
@@ -146,6 +148,7 @@ def table_of(lines: Sequence[Line], standard: Standard = SMALL) -> str:
                 f"{line.mean[standard.measure]:.3f}"
                 + (f" ± {line.spread[standard.measure]:.3f}" if line.seeds > 1 else "")
                 + ("*" if line.forgotten < line.seeds else "")
+                + (f" ({line.seeds})" if len(counts) > 1 else "")
                 for line in lines
                 if (line.adapter, line.rank, line.lr) == (found["adapter"], found["rank"], lr)
             ] or ["-"]

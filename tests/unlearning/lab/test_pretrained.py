@@ -66,6 +66,8 @@ def test_the_command_maps_a_given_model_and_goes_on_with_more(given, tmp_path, c
     held = (output / "cells.jsonl").read_text()
     assert main(flags(given, output, "--resume", "--ranks", "4,16")) == 0
     assert (output / "cells.jsonl").read_text().startswith(held)
+    summary = json.loads((output / "summary.json").read_text())
+    assert {line["rank"] for line in summary["lines"]} == {4, 16}
     assert main(flags(given, output, "--resume", "--dtype", "bfloat16")) == 2
     assert "other cell" in capsys.readouterr().err
 

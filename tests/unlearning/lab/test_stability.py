@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,11 @@ from torch import nn
 from fastbound import FusedBoundedLinear
 from fastbound.cli import main
 from fastbound.errors import InputError
+from fastbound.figures import adapter_colour, label_ends, new_figure
 from fastbound.unlearning.data.rows import Row, authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.lab import grid as grids
+from fastbound.unlearning.lab import plots
 from fastbound.unlearning.lab.adapters import (
     KINDS,
     ComparedLinear,
@@ -26,7 +29,7 @@ from fastbound.unlearning.lab.adapters import (
 from fastbound.unlearning.lab.cell import CellConfig, utility_of
 from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
 from fastbound.unlearning.lab.plots import PICTURES, draw
-from fastbound.unlearning.lab.summary import Standard, kept_of, lines_of, ranges_of
+from fastbound.unlearning.lab.summary import Standard, kept_of, lines_of, ranges_of, table_of
 
 TINY = SmallModelConfig(
     hidden_size=32, intermediate_size=48, layers=1, heads=2, vocabulary=400, lr=1e-2,
@@ -209,17 +212,53 @@ def test_the_pictures_and_the_summary_come_from_the_cells(finished, tmp_path):
     assert [line.seeds for line in lines_of(cells, 400)] == [1, 1]
 
 
-def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
-    def cell(lr, utility, forget_loss):
-        return {
-            "adapter": "sine@4", "rank": 8, "seed": 0, "lr": lr, "utility": utility,
-            "forget_loss": forget_loss, "stopped": None,
-            **dict.fromkeys(
-                ("probability", "accuracy", "truth_ratio", "retain_loss", "largest_delta",
-                 "delta_norm", "largest_gradient_norm"), 1.0,
-            ),
-        }  # fmt: skip
+def finished_cell(lr, utility, forget_loss, seed=0):
+    return {
+        "adapter": "sine@4", "rank": 8, "seed": seed, "lr": lr, "utility": utility,
+        "forget_loss": forget_loss, "stopped": None, "history": [],
+        **dict.fromkeys(
+            ("probability", "accuracy", "truth_ratio", "retain_loss", "largest_delta",
+             "delta_norm", "largest_gradient_norm"), 1.0,
+        ),
+    }  # fmt: skip
 
+
+def test_a_table_of_unequal_seeds_says_how_many_each_mean_is_of():
+    cells = [finished_cell(1e-2, 0.5, 9, seed) for seed in (0, 1)] + [finished_cell(1e-3, 0.4, 1)]
+    assert table_of(lines_of(cells, vocabulary=400)).splitlines()[2] == (
+        "| sine@4 | 0.400* (1) | 0.500 ± 0.000 (2) | 0.01 |"
+    )
+    same = table_of(lines_of(cells[:2], vocabulary=400))
+    assert "0.500 ± 0.000 |" in same
+
+
+def test_marks_are_open_where_a_seed_did_not_forget(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, path, dpi: drawn.update({path.name: figure})
+    )
+    draw([finished_cell(1e-3, 0.9, 0.5), finished_cell(1e-2, 0.6, 9)], tmp_path, target=6.0)
+    kept, forgotten = drawn["utility.png"].axes
+    for panel in (kept, forgotten):
+        faces = [
+            line.get_markerfacecolor() for line in panel.get_lines() if line.get_marker() == "o"
+        ]
+        assert faces == ["white", adapter_colour("sine@4")]
+        assert "bounded, 4*rms" in [text.get_text() for text in panel.texts]
+
+
+def test_labels_of_lines_that_end_close_together_do_not_overlap():
+    panel = new_figure(1, 1, (4, 3))[1][0, 0]
+    for i in range(8):
+        panel.plot([0, 1], [0, 1 + i / 1000], label=f"line {i}")
+    label_ends(panel)
+    heights = sorted(text.get_position()[1] for text in panel.texts)
+    assert len(heights) == 8 and heights[-1] <= 1
+    assert min(b - a for a, b in pairwise(heights)) > 0.05
+
+
+def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
+    cell = finished_cell
     cells = [cell(1e-3, 0.9, 0.5), cell(3e-3, 0.5, 9), cell(1e-2, 0.6, 9), cell(3e-2, 0.1, 9)]
     lines = lines_of(cells, vocabulary=400)
     (found,) = ranges_of(lines)
