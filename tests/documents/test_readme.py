@@ -30,7 +30,10 @@ COMMANDS = [
 
 # What runs each command of the README: a line of .ci/run, a test beside this one, or a test here.
 RUN_BY_CI = {
-    "fastbound unlearn": 'step fastbound unlearn --quick --output "$work/demo"',
+    **dict.fromkeys(
+        ("fastbound unlearn", "fastbound unlearn --seed 1 --output seed-1"),
+        'step fastbound unlearn --quick --output "$work/demo"',
+    ),
     'pip install -e ".[test]"': 'step pip install --quiet -e ".[test]"',
     "pytest": "step pytest --durations=10",
     "pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json": (
