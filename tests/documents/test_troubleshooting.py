@@ -52,11 +52,13 @@ def twice(*more: str) -> Callable[[], object]:
     return run
 
 
-def model_with_code() -> object:
-    Path("with-code").mkdir()
-    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
-    Path("with-code/config.json").write_text(json.dumps(config))
-    return unlearn(model="with-code")()
+def model_with_config(config: dict[str, object]) -> Callable[[], object]:
+    def run() -> object:
+        Path("other-model").mkdir()
+        Path("other-model/config.json").write_text(json.dumps(config))
+        return unlearn(model="other-model")()
+
+    return run
 
 
 def model() -> nn.Module:
@@ -90,8 +92,10 @@ def merge_hooked() -> object:
 
 PROVOKED: dict[str, Callable[[], object]] = {
     "no-such-folder": unlearn(model="no/such/folder"),
-    "no-such-id": unlearn(model="my-modle"),
-    "model-with-code": model_with_code,
+    "empty-config": model_with_config({}),
+    "model-with-code": model_with_config(
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    ),
     "other-columns": with_row({"q": "Who?", "a": "He"}),
     "no-answer": with_row({"question": "Who?"}),
     "shared-rows": unlearn(retain="forget.jsonl"),
