@@ -66,6 +66,20 @@ def test_every_module_that_a_page_runs_is_there(module):
     assert importlib.util.find_spec(module)
 
 
+def test_every_extra_that_a_page_names_is_declared(repository):
+    declared = (repository / "pyproject.toml").read_text()
+    extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", declared, flags=re.M | re.S)
+    assert extras
+    known = {*re.findall(r"^([\w-]+) = \[", extras[1], flags=re.M)}
+    named = {
+        extra
+        for page in PAGES
+        for extras in re.findall(r"(?:fastbound|\.)\[([a-z,-]+)\]\"", page.read_text())
+        for extra in extras.split(",")
+    }
+    assert named and named <= known
+
+
 @pytest.mark.parametrize(("page", "code"), EXAMPLES)
 def test_python_examples_run_as_they_stand(user_folder, page, code):
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
