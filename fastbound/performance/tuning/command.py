@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import MAX_TRITON_RANK
 from fastbound.dispatch.tables import software, user_folder
-from fastbound.errors import InputError
+from fastbound.errors import InputError, one_of
 from fastbound.files import writing
 from fastbound.performance.prediction import datasheet_of
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     if not shapes:
         raise InputError("--shapes names no model")
-    if arguments.dtype not in ("bfloat16", "float16"):
-        raise InputError(f"--dtype is bfloat16 or float16, got {arguments.dtype!r}")
+    one_of("--dtype", arguments.dtype, ("bfloat16", "float16"))
     if not arguments.budget_minutes > 0:
         raise InputError(f"--budget-minutes must be positive, got {arguments.budget_minutes}")
     _require_gpu()

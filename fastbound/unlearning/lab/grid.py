@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastbound.errors import InputError, StoppedError
+from fastbound.errors import InputError, StoppedError, one_of
 from fastbound.files import writing
 from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
@@ -124,8 +124,7 @@ class Grid:
             value = getattr(self.cell, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be >= 1, got {value}")
-        if self.cell.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {self.cell.dtype!r}")
+        one_of("dtype", self.cell.dtype, DTYPES)
 
     def cells(self) -> list[Cell]:
         """Every cell, whole seeds first."""
