@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fastbound.errors import InputError, one_of
 from fastbound.files import writing
@@ -19,6 +18,7 @@ from fastbound.performance.profiling.profile import (
     write_trace,
 )
 from fastbound.performance.profiling.report import TRACE, Profile, flatness, table, write
+from fastbound.performance.progress import progress
 from fastbound.performance.shapes import parse_tokens
 from fastbound.version import versions
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with writing(output):
         points = []
-        with tqdm(total=len(tokens) * len(chosen), unit="length") as bar:
+        with progress(len(tokens) * len(chosen), "profiling", "length") as bar:
 
             def step(doing: str) -> None:
                 bar.set_postfix_str(doing, refresh=False)

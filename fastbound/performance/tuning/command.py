@@ -7,7 +7,6 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import MAX_TRITON_RANK
@@ -15,6 +14,7 @@ from fastbound.dispatch.tables import software, user_folder
 from fastbound.errors import InputError, one_of
 from fastbound.files import writing
 from fastbound.performance.prediction import datasheet_of
+from fastbound.performance.progress import progress
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
 from fastbound.performance.tuning.bench import DeviceBench
 from fastbound.performance.tuning.candidates import Machine, points
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{name}: {len(todo)} shapes, at most {arguments.budget_minutes:g} minutes, into {path}"
         )
-        with tqdm(total=sum(point.steps for point in todo), unit="step") as bar:
+        with progress(sum(point.steps for point in todo), "tuning", "step") as bar:
 
             def step(doing: str) -> None:
                 bar.set_postfix_str(doing, refresh=False)
