@@ -91,7 +91,7 @@ def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
         ("--target-modules up_porj,", "up_porj"),
         ("--max-length 8", "max_length: raise it to"),
         ("--forget nowhere.jsonl", "nowhere.jsonl does not exist"),
-        ("--model no/such-model", "model 'no/such-model' cannot be loaded"),
+        ("--model no/such-model", "model 'no/such-model': there is no such folder"),
         ("--quick", "--quick"),
         ("--template {question}", "template must hold {question} and {answer} once each"),
     ],
