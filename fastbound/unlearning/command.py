@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastbound.errors import InputError
 from fastbound.files import writing
 from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
+from fastbound.unlearning.demo.demo import MARKER as DEMONSTRATION
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.evaluation.examples import examples_of, lines_of
@@ -45,7 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(config.device)
     output = Path(arguments.output)
     table: str | None
-    with writing(output) if starts_first() else contextlib.nullcontext():
+    first = starts_first()
+    marker = DEMONSTRATION if arguments.model is None else RUN
+    keeping = arguments.keeping_config(output, marker, _options(arguments, config))
+    with (
+        writing(output) if first else contextlib.nullcontext(),
+        keeping if first else contextlib.nullcontext(),
+    ):
         if arguments.model is None:
             table = _demonstrate(arguments, config, forget, retain, output)
         else:
@@ -135,6 +143,30 @@ _DEMO = {"lr": 3e-3, "eval_every": 25, "log_every": 5}
 _DEMO_STEPS = 250
 _QUICK = {"eval_every": 10}
 _QUICK_STEPS = 50
+
+
+def _options(arguments: argparse.Namespace, config: UnlearnConfig) -> dict[str, Any]:
+    """The config as options by which `_config` makes it again, whatever the defaults are then."""
+    options = config.as_dict()
+    if config.adapter == "lora":
+        options |= dict.fromkeys(("bound", "form", "omega"))
+    elif config.bound is None:
+        options["bound"] = "alpha"
+    if arguments.model is None and arguments.adapter is None:
+        options["adapter"] = None  # both
+    if not isinstance(config.target_modules, str):
+        # The comma marks a list, also one of a single name.
+        options["target_modules"] = ",".join(config.target_modules) + ","
+    if config.losses is not None:
+        options["losses"] = [_loss_text(name, each) for name, each in config.losses.items()]
+    return options
+
+
+def _loss_text(name: str, weight: Weight) -> str:
+    if not isinstance(weight, Mapping):
+        return f"{name}={weight!r}"
+    settings = "".join(f",{k}={v!r}" for k, v in weight.items() if k != "weight")
+    return f"{name}={weight.get('weight', 1.0)!r}{settings}"
 
 
 def _loss(text: str) -> tuple[str, Weight]:

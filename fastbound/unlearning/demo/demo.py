@@ -23,7 +23,7 @@ from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, writ
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 
-_MARKER = "demo.json"
+MARKER = "demo.json"
 _MODEL = "model"
 FACTOR = 10.0  # the second learning rate is so many times the first
 
@@ -100,7 +100,7 @@ def _demonstrate(
     resume: bool,
     progress: bool,
 ) -> str:
-    check_free(output, _MARKER, resume=resume)
+    check_free(output, MARKER, resume=resume)
     _begin(output, forget, retain, demonstration)
     config = demonstration.config
     learned = _learn([*forget, *retain], demonstration, output / _MODEL, progress)
@@ -161,7 +161,7 @@ def _begin(
         "adapters": list(demonstration.adapters),
         "rows": [[row.question, row.answer] for row in [*forget, *retain]],
     }
-    marker = output / _MARKER
+    marker = output / MARKER
     if not marker.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_json(marker, identity)

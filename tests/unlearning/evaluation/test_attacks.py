@@ -283,7 +283,7 @@ class TestRefusals:
             (("--attack", "relearn", "--lr", "-1"), "lr must be positive and finite, got -1.0"),
             (
                 ("--attack", "relearn", "--weights", "some"),
-                "weights must be all or lora, got 'some",
+                "weights must be one of all, lora; got 'some",
             ),
             (("--attack", "relearn", "--resume"), "nothing to --resume"),
             (("--attack", "relearn", "--template", "x"), "template must hold {question}"),
