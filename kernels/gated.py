@@ -30,8 +30,8 @@ def _once(x, _semantic=None):
     """x unchanged, but computed only once.
 
     Otherwise the compiler would compute x again in the layout of every product that takes it. The
-    inline assembly is empty, and the compiler may not duplicate it. The interpreter returns x, and
-    so does fp32, for whose products converting the layout does not pay.
+    inline assembly is empty, and the compiler may not duplicate it. In the interpreter, and for
+    fp32, for whose products converting the layout does not pay, this returns x itself.
     """
     if _semantic is None or x.dtype.primitive_bitwidth != 16:
         return x

@@ -341,7 +341,7 @@ def _gemm_cases(device: torch.device) -> Iterator[Check]:
             for tile in dict.fromkeys((default, small)):
                 for descriptors, stores in ((True, 1), (True, 4), (False, 1)):
                     form = replace(tile, descriptors=descriptors, stores=stores)
-                    K = 1024 if tile is default else 1032  # whole steps of K, and a part of one
+                    K = 1024 if tile is default else 1032  # whole steps of K, or a partial last one
                     yield GemmCase(520, 776, K, 16, dtype, form, transposed)
             yield GemmCase(129, 257, 65, 16, dtype, small, transposed)
     for R in (32, 64):

@@ -97,7 +97,7 @@ def _last_line(error: Exception) -> str:
 
 
 def check_correctness(session: Session, deadline: float) -> None:
-    """Every kernel and the operator against fp64, then a memory checker on a small case."""
+    """Check every kernel and the operator against fp64, then a few cases by a memory checker."""
     everything = cases(session.options.device, tiny=session.options.tiny)
     outcomes: list[Outcome] = []
     store = session.results["correctness"] = {}

@@ -29,7 +29,7 @@ class Suite:
 
 
 class _Tape:
-    """The reading of pytest-benchmark's timer: 0 before a playback, one sample after it."""
+    """What pytest-benchmark's timer reads: 0 before a playback, and one sample after it."""
 
     reading = 0.0
 

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = report(options.target, options.tokens, options.passes)
     print(as_table(rows))
     faulty = sum(row.fault is not None for row in rows)
-    print(f"{len(rows)} candidates, {faulty} dropped, {len(rows) - faulty} without spills")
+    print(f"{len(rows)} candidates, {faulty} dropped, {len(rows) - faulty} without faults")
     bad = without_choice(rows)
     for place in bad:
         print(f"no choice: {place}")

@@ -68,7 +68,7 @@ def memory_table(shapes: Sequence[Shape]) -> str:
         for shape in shapes
     ]
     return markdown_table(
-        ["layer", "plain form saves, MiB", "saved here", "largest workspace, MiB"], lines
+        ["layer", "plain formula saves, MiB", "saved here", "largest workspace, MiB"], lines
     )
 
 
@@ -115,7 +115,7 @@ def time_table(shapes: Sequence[Shape], tokens: Sequence[int], gpu: str) -> str:
         ]
         for shape in shapes
     ]
-    head = ["layer", *map(str, tokens), "W + ΔW, ms", f"rows from which it is {CLOSE:.0%}"]
+    head = ["layer", *map(str, tokens), "W + ΔW, ms", f"rows from which that is {CLOSE:.0%}"]
     return markdown_table(head, lines)
 
 
@@ -150,7 +150,7 @@ def peaks_table() -> str:
     ways: dict[str, dict[str, Any]] = {
         "fused blocks": {},
         "layer by layer": {"fuse_mlp": False},
-        "plain form": {"fuse_mlp": False, "backend": "reference"},
+        "plain formula": {"fuse_mlp": False, "backend": "reference"},
     }
     lines = [[name, f"{step_peak(**how) / MIB:.0f}"] for name, how in ways.items()]
     return markdown_table(["4-layer Llama, fp32, 256 tokens", "peak of a step, MiB"], lines)

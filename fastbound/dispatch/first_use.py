@@ -252,10 +252,10 @@ class Store:
                     self._stamp = _stamp(self.path)
         except InputError:
             if self.path.parent.exists() and not self.path.parent.is_dir():
-                self._leave(f"choices are not kept: {self.path.parent} is a file")
+                self._leave(f"measured choices are not saved: {self.path.parent} is a file")
             # Otherwise another process is still writing: the next choice will write this one too.
         except OSError as error:
-            self._leave(f"choices are not kept: {error}")
+            self._leave(f"measured choices are not saved: {error}")
 
     def _read(self) -> None:
         if not self._usable or self.path is None:
@@ -269,7 +269,7 @@ class Store:
             if (table.device, dict(table.versions)) != (self.card.name, dict(self.card.versions)):
                 raise ValueError(f"{self.path} was measured on {table.device} with other software")
         except (OSError, ValueError) as error:
-            self._leave(f"choices are neither read nor kept: {error}; remove that file")
+            self._leave(f"measured choices are neither read nor saved: {error}; remove that file")
             return
         self._stamp = stamp
         for choice in table.choices:

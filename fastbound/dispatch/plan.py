@@ -244,7 +244,7 @@ def _unfused(key: PlanKey, odd: str, tiles: Tiles) -> str:
     if key.over_base:
         return "over a base there is no GEMM to fuse with"
     if key.layout == "strided":
-        return "strided operands: its loads would go element by element"
+        return "strided operands: a fused GEMM would load them element by element"
     device, M = key.device, key.M
     if not isinstance(device, Device):
         raise TypeError(f"{device} must be described first (fastbound.dispatch.device.describe)")
@@ -255,7 +255,7 @@ def _unfused(key: PlanKey, odd: str, tiles: Tiles) -> str:
         widths = [key.N, key.K]
     share = min(filled_share(M, width, tile, device.multiprocessors) for width in widths)
     if share < LEAST_SHARE:
-        return f"its blocks would fill {share:.2f} of the device, less than {LEAST_SHARE}"
+        return f"a fused GEMM would fill {share:.2f} of the device, less than {LEAST_SHARE}"
     return ""
 
 

@@ -48,7 +48,7 @@ _KEEP_NO_RESULT = frozenset(
 
 
 class _BoundedLinear(torch.autograd.Function):
-    """Saves x as it came, S [M, R] and references to the parameters; nothing of size [M, N]."""
+    """Saves x unchanged, S [M, R] and references to the parameters, but nothing of size [M, N]."""
 
     @staticmethod
     def forward(

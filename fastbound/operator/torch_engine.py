@@ -131,7 +131,7 @@ class TorchEngine:
         Y = torch.mm(S, F.t()) if b is None else torch.addmm(b, S, F.t())
         return Y.addmm_(X, W.t())
 
-    # The product form.
+    # For the product form.
 
     def adapted_weight(
         self,
@@ -158,7 +158,7 @@ class TorchEngine:
         return made
 
     def weight_gradient(self, DY: Tensor, X: Tensor) -> Tensor:
-        """``DYᵀ X``: DY [M, n], X [M, K] -> [n, K] in DY's dtype, or fp32 if DY is fp16."""
+        """``DYᵀ X``: DY [M, n], X [M, K] -> [n, K] in their dtype, or fp32 if fp16 or mixed."""
         if DY.dtype is X.dtype and DY.dtype is not torch.float16:
             return torch.mm(DY.t(), X)
         wide = torch.promote_types(DY.dtype, torch.float32)
@@ -184,7 +184,7 @@ class TorchEngine:
         slope = scaling * omega
         return dA.mul_(slope), dB.mul_(slope)
 
-    # An MLP block beyond its layers.
+    # For the parts of an MLP block that are not layers.
 
     def activate(
         self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str

@@ -126,7 +126,7 @@ class TritonEngine:
             return self._torch.lowrank_gemm(X, W, S, F, bias)
         return self._start(S, F, keep, tile).addmm_(X, W.t())
 
-    # The product form.
+    # For the product form.
 
     def adapted_weight(
         self,
@@ -153,7 +153,7 @@ class TritonEngine:
         R = padded_rank(A.shape[0])
         return contract(G, A, B, R, scaling, omega, self._multiprocessors, precision)
 
-    # An MLP block beyond its layers.
+    # For the parts of an MLP block that are not layers.
 
     def activate(
         self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter: ``TRITON_INTERPRET=1`` before import."""
+    """Whether kernels run in Triton's CPU interpreter: ``TRITON_INTERPRET=1`` before import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -58,7 +58,7 @@ class Operands(ABC):
 
     @property
     def frozen(self) -> tuple[Tensor, ...]:
-        """Weights and biases."""
+        """The weights and biases of all projections."""
         pairs = ((p.weight, p.bias) for p in self.projections.values())
         return tuple(t for pair in pairs for t in pair if t is not None)
 

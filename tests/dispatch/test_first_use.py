@@ -300,7 +300,7 @@ class TestStore:
 
     def refused(self, path: Path, said: str) -> None:
         store = Store(path, CARD)
-        with pytest.warns(UserWarning, match=f"choices are not kept: .*{said}") as warned:
+        with pytest.warns(UserWarning, match=f"choices are not saved: .*{said}") as warned:
             store.keep(CHOICE)
             store.keep(replace(CHOICE, place=replace(PLACE, M=2048)))
         assert len(warned) == 1 and store.find(PLACE) == CHOICE

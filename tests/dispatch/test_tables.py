@@ -402,7 +402,7 @@ def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
     table = replace(TABLE, entries=(entry,), blocks=(replace(BLOCK, N=256),))
     block = fastbound.FusedBoundedMLP.from_mlp(Gated(K=64, N=256).bfloat16(), rank=16)
     text = explained(table, block, 8000)
-    assert "in its block, split: its blocks would fill" in text
+    assert "in its block, split: a fused GEMM would fill" in text
     assert "; measured 2026-01-02 on a card: N 256, K 64, 8192 rows" in text
     assert "activate and gated measured 2026-01-03 on a card: gated silu, N 256, 8192 rows" in text
     for line in (f"thin     {ENTRY.thin}", f"activate {BLOCK.activate}", f"gated    {BLOCK.gated}"):

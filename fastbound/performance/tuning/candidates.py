@@ -34,7 +34,7 @@ TYPICAL_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Point:
-    """One layer or block at M rows (a power of two), with factors of ``rank``."""
+    """A layer or block to tune, at M rows (a power of two) and with factors of ``rank``."""
 
     shape: Shape | Block
     M: int
