@@ -1,4 +1,4 @@
-"""One adapted linear layer, forward and forward+backward, against its floor and its rivals.
+"""Time an adapted linear layer, forward and forward+backward, against its floor and its rivals.
 
 pytest benchmarks/ --benchmark-only [--smoke] [--tokens 1024,8192] [--benchmark-json out.json]
 """

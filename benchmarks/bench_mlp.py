@@ -1,4 +1,4 @@
-"""One adapted MLP block, forward and forward+backward, against its floor and its rivals.
+"""Time an adapted MLP block, forward and forward+backward, against its floor and its rivals.
 
 pytest benchmarks/ --benchmark-only -k mlp [--smoke] [--tokens 1024,8192]
 """

@@ -1,8 +1,8 @@
-"""One layer with an adapter of the form "product", against its floor, its plain form and LoRA.
+"""Time a layer whose adapter has the form "product" against its floor, the plain formula and PEFT.
 
 pytest benchmarks/bench_product_form.py --benchmark-only
 
-Its gradient needs dyᵀ x, so `trained`, the same layer with its whole weight trained, is its floor.
+Its gradient needs dyᵀ x, so its floor is `trained`: the same layer with its whole weight trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which form of each product is fastest on this CPU, with warm caches and nothing else running.
+"""Find the fastest form of each product on this CPU, with warm caches and nothing else running.
 
 pytest benchmarks/bench_products.py --benchmark-only
 """
@@ -22,7 +22,7 @@ SIZES = {True: (32, 64, 192, 16), False: (2048, 1024, 4096, 16)}  # by --smoke: 
 
 @cache
 def measured(product: str, dtype: str, smoke: bool, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every form of one product, interleaved; two rounds of warm-up are dropped."""
+    """The seconds of every form of a product, interleaved, without two warm-up rounds."""
     operands = product_operands(*SIZES[smoke], DTYPES[dtype])
     steps = {
         name: lambda turn, form=form: form(*operands) for name, form in PRODUCTS[product].items()
@@ -47,7 +47,7 @@ def test_product(
     form: str,
 ) -> None:
     if device.type != "cpu":
-        pytest.skip("these forms are a CPU's: on a GPU the kernels take their place")
+        pytest.skip("these forms are for CPUs: on a GPU the kernels take their place")
     samples = measured(product, dtype, pytestconfig.getoption("--smoke"), rounds(11))[form]
     benchmark.group = f"{product} {dtype}"
     benchmark.pedantic(playback, setup=play(samples), rounds=len(samples))

@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Kernels that are interpreted cannot be compiled; the variable is read when triton is imported.
+# Interpreted kernels cannot be compiled, and triton reads the variable when it is imported.
 os.environ.pop("TRITON_INTERPRET", None)
 
 from benchmarks.static.compile_report import main

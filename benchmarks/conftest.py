@@ -1,4 +1,4 @@
-"""Options, machine facts and the closing table of ratios."""
+"""The benchmarks' options, the facts about the machine, and the closing table of ratios."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ CASES = pytest.StashKey[dict[str, tuple[Suite, Case]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastbound")
-    group.addoption("--smoke", action="store_true", help="tiny sizes, seconds in all: does it run?")
     group.addoption(
-        "--tokens", help="token counts in place of the default ones, as 1024,8192", metavar="M,M"
+        "--smoke", action="store_true", help="use tiny sizes, to see in seconds that all of it runs"
     )
-    group.addoption("--rounds", type=int, help="per case (default: GPU 50, CPU 11 or 5, smoke 3)")
-    group.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
+    group.addoption(
+        "--tokens", help="token counts instead of the defaults, such as 1024,8192", metavar="M,M"
+    )
+    group.addoption(
+        "--rounds", type=int, help="rounds per case (default: GPU 50, CPU 11 or 5, smoke 3)"
+    )
+    group.addoption("--device", help="cuda or cpu (default: cuda if there is a GPU)")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """None: benchmarks run one at a time, in this process, or they would measure each other."""
+    """No workers: benchmarks run one at a time in this process, to not disturb each other."""
     return 0
 
 
@@ -56,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         tokens=[int(M) for M in tokens.split(",")] if tokens else None,
     )
     config.stash[CASES].update({str(case): (suite, case) for case in selected})
-    # Names, not objects: the JSON keeps a test's parameters.
+    # Names rather than objects, because the JSON file stores a test's parameters.
     metafunc.parametrize("case_name", [str(case) for case in selected])
     metafunc.parametrize("direction", DIRECTIONS)
     metafunc.parametrize("competitor_name", [c.name for c in suite.competitors])
@@ -64,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def rows(pytestconfig: pytest.Config) -> list[BenchmarkRow]:
-    """What the closing table shows; a benchmark appends its row."""
+    """The rows of the closing table, to which each benchmark appends its own."""
     return pytestconfig.stash[ROWS]
 
 
@@ -75,7 +79,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config, device: torch.device) -> Callable[[int], int]:
-    """A function of the default on a CPU: `--rounds`, or what the device can do in seconds."""
+    """A function that returns `--rounds` or a default; its argument is the default on a CPU."""
 
     def number(on_cpu: int) -> int:
         default = 50 if device.type == "cuda" else on_cpu
@@ -91,10 +95,10 @@ def rounds(pytestconfig: pytest.Config, device: torch.device) -> Callable[[int],
 def measured(
     request: pytest.FixtureRequest, device: torch.device, rounds: Callable[[int], int]
 ) -> Callable[[str, str], tuple[Case, Measurement]]:
-    """A function of case and competitor: the samples of the one interleaved run of that case.
+    """A function of case and competitor that returns the samples of the case's interleaved run.
 
-    The run happens when the first test of a case asks, with exactly the competitors and directions
-    that were selected for this session.
+    The run happens when the first test of a case asks for it, with exactly the competitors and
+    directions that were selected for this session.
     """
     config = request.config
     taken: dict[str, dict[str, Measurement]] = {}

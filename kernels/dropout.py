@@ -1,8 +1,9 @@
-"""Dropout's mask as bits, from a seed in memory; and the reading of it by the products.
+"""Makes dropout's mask as bits from a seed in device memory, and loads it into the products' tiles.
 
-Bit k % 32 of int32 (m, k // 32) says whether element (m, k) is kept. Each byte comes from the four
-words of one Philox-4x32 call with counter (k // 8, m, 0, 0): the bits do not depend on a tile's
-shape, and making them costs 1/8 of a call an element, once, for all the blocks that read them.
+Bit k % 32 of int32 word (m, k // 32) says whether element (m, k) is kept. Each byte comes from the
+four words of one Philox-4x32 call with the counter (k // 8, m, 0, 0), so the bits do not depend on
+the shape of a tile. They cost 1/8 of a call per element and are made once for all blocks that read
+them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _keep_kernel(
 
 @triton.jit
 def _two_bits(word, dropped):
-    """Whether the low and the high 16 bits of a word are not below ``dropped``."""
+    """Two bits: whether a word's low and high 16 bits are at least ``dropped``."""
     low = (word & 0xFFFF).to(tl.int32)
     high = (word >> 16).to(tl.int32)
     return (low >= dropped).to(tl.int32) | ((high >= dropped).to(tl.int32) << 1)
@@ -42,9 +43,9 @@ def _two_bits(word, dropped):
 def kept(
     KEEP, rows, in_rows, start, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The mask of a tile, bool [BLOCK_M, BLOCK_N]: KEEP in words of 32 columns, from ``start`` on.
+    """A tile's mask, bool [BLOCK_M, BLOCK_N], from column ``start`` on; KEEP has 32 columns a word.
 
-    Words are loaded and then spread, so that a thread holds few of them.
+    The words are loaded first and then expanded into bits, so that each thread holds only a few.
     """
     words = start // 32 + tl.arange(0, BLOCK_N // 32)
     inside = in_rows[:, None] & (words * 32 < N)[None, :]
@@ -54,7 +55,10 @@ def kept(
 
 
 def launch_keep_bits(seed: Tensor, keep: Tensor, dropped: int, rounds: int) -> Launch:
-    """seed [1] int64 -> keep int32 [M, ceil(K/32)]; ``dropped`` of 2^16 values drop an element."""
+    """seed [1] int64 -> keep int32 [M, ceil(K/32)].
+
+    ``dropped`` of the 2^16 values that 16 random bits can take drop an element.
+    """
     size, columns = 4 * keep.numel(), 4 * keep.shape[1]
     return Launch(
         _keep_kernel,
@@ -67,7 +71,7 @@ def launch_keep_bits(seed: Tensor, keep: Tensor, dropped: int, rounds: int) -> L
 
 
 def keep_bits(seed: Tensor, M: int, K: int, dropped: int, rounds: int) -> Tensor:
-    """The mask of an x [M, K] as bits."""
+    """The mask of x [M, K] as bits: int32 [M, ceil(K/32)], on the seed's device."""
     keep = torch.empty(M, cdiv(K, 32), dtype=torch.int32, device=seed.device)
     launch_keep_bits(seed, keep, dropped, rounds).run()
     return keep

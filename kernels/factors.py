@@ -1,6 +1,6 @@
-"""SA = sin(ωA) and SB = s·sin(ωB) in the compute dtype, the rank zero-padded: one launch for both.
+"""SA = sin(ωA) and SB = s·sin(ωB) in one launch, with the rank zero-padded to R.
 
-The sine stays out of every GEMM loop, and ``s`` is folded in before the only rounding.
+This keeps the sine out of every GEMM loop. ``s`` is folded into SB before its only rounding.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The activation of an MLP block and its thin products, one pass each way.
+"""An MLP block's activation and thin products: one pass forward and one pass backward.
 
     forward    H = f(G) ⊙ U                                     P = H F
     backward   DG = DH ⊙ U ⊙ f'(G)     DU = DH ⊙ f(G)           [DS_G | DS_U] = [DG SB_G | DU SB_U]
                H again, in registers     DGᵀ S_G,  DUᵀ S_U,  Hᵀ DS_D
 
-Without U (a plain block) the factor U is one and there is no DU. Parts over chunks of rows and
-columns go to workspaces that `reduce.launch_finish` adds in a fixed order.
+A plain block has no U: the factor U is then one, and there is no DU. Each chunk of rows or columns
+writes its partial sums to a workspace, and `reduce.launch_finish` adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from fastbound.kernels.tiles import Tile
 from fastbound.kernels.waves import Cut, cut_of, resident
 from torch import Tensor
 
-MOST = 16  # column blocks that one program of the backward takes, one after the other
-REGISTERS = 255  # of a thread of the backward: all there are; its tiles have 8 warps at most
-FORWARD_REGISTERS = 128  # of a thread of the forward, which then fits more often than it need be
+MOST = 16  # column blocks that one program of the backward may take, one after the other
+REGISTERS = 255  # per thread of the backward: the maximum, since its tiles have at most 8 warps
+FORWARD_REGISTERS = 128  # per thread of the forward, so that more of its programs run at once
 
 
 def _once(x, _semantic=None):
-    """x as it is, made once: the compiler would make it anew in the layout of every product of it.
+    """x unchanged, but computed only once.
 
-    Assembly that does nothing, and that the compiler may not repeat; in the interpreter, x. Fp32,
-    whose products are not worth a conversion of layouts, is left to the compiler.
+    Otherwise the compiler would compute x again in the layout of every product that takes it. The
+    inline assembly is empty, and the compiler may not duplicate it. In the interpreter, and for
+    fp32, for whose products converting the layout does not pay, this returns x itself.
     """
     if _semantic is None or x.dtype.primitive_bitwidth != 16:
         return x
     options = _semantic.builder.options
     amd = options.backend_name == "hip"
-    # Triton 3.6 cannot pipeline a loop around an impure one for AMD, where a pure one will do then.
+    # Triton 3.6 cannot pipeline a loop around impure assembly on AMD; pure assembly works there.
     return tl.inline_asm_elementwise(
         "",
         "=v,0" if amd else "=r,0",
@@ -48,7 +49,7 @@ def _once(x, _semantic=None):
     )
 
 
-# What Triton calls as it compiles, with the state of its compilation: as its own operations are.
+# Triton calls this while it compiles and passes the compilation's state, as for its own operations.
 _once.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
@@ -60,13 +61,13 @@ def _activation(x, ACTIVATION: tl.constexpr):
         value = x * sigmoid
         slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
     elif ACTIVATION == "gelu":
-        # erf by Abramowitz and Stegun 7.1.26 (within 1.5e-7), on the exponential f' needs anyway.
+        # erf by Abramowitz and Stegun 7.1.26 (within 1.5e-7); f' needs the same exponential anyway.
         t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))
         bell = tl.exp(-0.5 * x * x)
         tail = 0.5307027145 * t - 0.7265760135
         tail = tail * t + 0.7107068705
         tail = tail * t - 0.142248368
-        tail = (tail * t + 0.127414796) * t * bell  # of the normal distribution beyond |x|
+        tail = (tail * t + 0.127414796) * t * bell  # the normal distribution's tail beyond |x|
         half = tl.where(x < 0.0, tail, 1.0 - tail)
         value = x * half
         slope = half + x * bell * 0.3989422804014327
@@ -96,7 +97,7 @@ def _activate_kernel(
     offs_r = tl.arange(0, R)
     in_m = offs_m[:, None] < M
     p = tl.zeros([BLOCK_M, R], dtype=tl.float32)
-    start = pid_n * steps * BLOCK_N  # a multiple of BLOCK_N to the compiler too: wide loads
+    start = pid_n * steps * BLOCK_N  # the compiler sees a multiple of BLOCK_N, hence wide loads
     for n in range(start, tl.minimum(start + steps * BLOCK_N, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         inside = in_m & (offs_n[None, :] < N)
@@ -131,8 +132,8 @@ def _activate_backward_kernel(
     cols = tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, R)
     dtype = DG.dtype.element_ty
-    # DH, G, U, DG and DU are dense and equally strided: one offset within a tile serves them all,
-    # and the 64-bit part of the address is a scalar.
+    # DH, G, U, DG and DU are dense and have the same strides, so one offset within a tile serves
+    # them all and the 64-bit part of the address is a scalar.
     tile = rows[:, None] * N + cols[None, :]
     for column in range(span):
         start_n = (pid_n * span + column) * BLOCK_N
@@ -153,12 +154,12 @@ def _activate_backward_kernel(
             inside = in_m & in_n[None, :]
             s_ptrs = S + m * stride_sm + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
             p_ptrs = P + (pid_n * M + m) * WIDTH + rows[:, None] * WIDTH + offs_r[None, :]
-            # What the columns before this one gave: written by this program, still in cache.
+            # The sum over the earlier columns, which this program wrote: it is still in cache.
             before = in_m & (column > 0)
             g = tl.load(G + base + tile, mask=inside, other=0.0).to(tl.float32)
             dh = tl.load(DH + base + tile, mask=inside, other=0.0).to(tl.float32)
             h, slope = _activation(g, ACTIVATION)
-            # Each rounded before the first product: few registers live at once.
+            # Each value is rounded before the first product, so that few registers live at once.
             dg = dh * slope
             if GATED:
                 u = tl.load(U + base + tile, mask=inside, other=0.0).to(tl.float32)
@@ -192,31 +193,37 @@ def _activate_backward_kernel(
             tl.store(QU + q_offs, q_u, mask=in_n[:, None])
         if ADAPT_DOWN:
             tl.store(QD + q_offs, q_d, mask=in_n[:, None])
-        # Of the parts a thread may read what another wrote: a barrier of the block orders accesses
-        # to global memory (PTX: bar.sync), see tests/kernels/test_block_order.py.
+        # A thread may read parts that another thread wrote. A block-wide barrier also orders
+        # accesses to global memory (PTX: bar.sync); see tests/kernels/test_block_order.py.
         tl.debug_barrier()
 
 
 def activation_cut(M: int, N: int, tile: Tile, multiprocessors: int) -> Cut:
-    """Of the forward, the other way round: a program takes a block of rows and a chunk of columns.
+    """The forward's cut: each program takes a block of rows and a chunk of columns.
 
-    A few rows then fill the GPU too.
+    This is :func:`backward_cut` with rows and columns exchanged, so that even a few rows fill the
+    GPU. In the result, ``chunks`` and ``chunk`` count columns.
     """
     slots = resident(tile.warps, FORWARD_REGISTERS) * multiprocessors
     return cut_of(N, M, replace(tile, block_m=tile.block_n, block_n=tile.block_m), slots)
 
 
 def backward_cut(M: int, N: int, width: int, tile: Tile, multiprocessors: int) -> Cut:
-    """Of the backward, with ``width`` columns of DS."""
+    """The backward's cut; ``width`` is the number of columns of DS."""
     slots = resident(tile.warps) * multiprocessors
-    return cut_of(M, N, tile, slots, MOST, 4 * width / 5)  # written and read, fp32; five tensors
+    # P is fp32 and written and read: 4 16-bit elements per entry, against five tall tensors.
+    return cut_of(M, N, tile, slots, MOST, 4 * width / 5)
 
 
 def launch_activation(
     G: Tensor, U: Tensor | None, F: Tensor | None, H: Tensor, P: Tensor | None,
     activation: str, R: int, chunk: int, chunks: int, tile: Tile,
 ) -> Launch:
-    """G, U [M, N], F [N, R] -> H [M, N], P [M, R] or parts [chunks, M, R]; G, U, H by rows."""
+    """G, U [M, N], F [N, R] -> H [M, N] and P [M, R], or P's parts [chunks, M, R] in fp32.
+
+    G, U and H have a unit last stride. U is None for a plain block; F and P are None if no thin
+    product is wanted.
+    """
     M, N = G.shape
     f = H if F is None else F
     p = H if P is None else P
@@ -242,7 +249,7 @@ def activation_forward(
     G: Tensor, U: Tensor | None, F: Tensor | None, H: Tensor, P: Tensor | None,
     activation: str, tile: Tile, multiprocessors: int,
 ) -> None:
-    """H = f(G) ⊙ U [M, N]; P = H F [M, R] for F [N, R], from parts that are added in order."""
+    """H = f(G) ⊙ U [M, N], and P = H F [M, R] for F [N, R] as parts added in a fixed order."""
     cut = activation_cut(G.shape[0], G.shape[1], tile, multiprocessors)
     parts = None if P is None else thin_parts(P, cut.chunks)
     R = 16 if P is None else P.shape[1]
@@ -257,12 +264,12 @@ def launch_activation_backward(
     SBG: Tensor | None, SBU: Tensor | None, DG: Tensor, DU: Tensor | None, P: Tensor,
     QG: Tensor, QU: Tensor, QD: Tensor, activation: str, R: int, cut: Cut, tile: Tile,
 ) -> Launch:
-    """DH, G, U [M, N], S [M, WIDTH], DSD [M, R], SBG, SBU [N, R] -> DG, DU and the parts.
+    """DH, G, U [M, N], S [M, WIDTH], DSD [M, R], SBG, SBU [N, R] -> DG, DU and the partial sums.
 
-    DH, G, U, DG and DU are contiguous.
-
-    P [columns, M, WIDTH] holds DS of the adapted ones of gate and up, side by side, as S; QG, QU,
-    QD [chunks, N, R]; columns and chunks as in the cut. What is None is not adapted, or not there.
+    DH, G, U, DG and DU are contiguous. P [columns, M, WIDTH] holds the parts of DS for gate and up
+    side by side, in the order of S, for those that are adapted. QG, QU and QD are [chunks, N, R];
+    ``cut`` gives columns and chunks. U and DU are None for a plain block; SBG, SBU or DSD is None
+    if gate, up or down has no adapter.
     """
     M, N = G.shape
     u, du = (G, DG) if U is None or DU is None else (U, DU)

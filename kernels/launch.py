@@ -1,4 +1,4 @@
-"""A launch as a value: run here, recorded, or compiled for a GPU that is not there."""
+"""A kernel launch as a value, which can be run, recorded, or compiled for a GPU that is absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _record: ContextVar[list[Launch] | None] = ContextVar("fastbound_record", defaul
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """The launches made inside, in order: collected, not run, so meta tensors will do."""
+    """Collect the launches made in this context, in order, without running them.
+
+    Since nothing runs, the tensors may be on the meta device.
+    """
     launches: list[Launch] = []
     token = _record.set(launches)
     try:
@@ -24,10 +27,10 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, its run-time arguments in its own order, and its constants by name.
+    """A kernel with its grid, its run-time arguments in the kernel's order, and its constants.
 
-    ``warps`` and ``stages`` say how it is compiled; ``registers``, how many a thread may have on an
-    NVIDIA GPU. Without that number the compiler may spill a few so that more programs fit.
+    ``warps`` and ``stages`` are compiler options. ``registers`` is the most registers that a thread
+    may use on an NVIDIA GPU; without it the compiler may spill a few so that more programs fit.
     """
 
     kernel: Any
@@ -39,9 +42,9 @@ class Launch(NamedTuple):
     registers: int | None = None
 
     def run(self) -> None:
-        """Launch on the current stream; nothing to do for an empty grid.
+        """Launch on the current stream; an empty grid launches nothing.
 
-        Inside :func:`recorded` the launch joins the list instead.
+        Inside :func:`recorded` the launch is appended to the list instead.
         """
         if 0 in self.grid:
             return
@@ -49,7 +52,7 @@ class Launch(NamedTuple):
         if launches is not None:
             launches.append(self)
             return
-        # The default of floating-point fusion changes between Triton releases: said explicitly.
+        # Explicit, because the default of floating-point fusion changes between Triton releases.
         self.kernel[self.grid](
             *self.arguments,
             **self.constants,
@@ -60,12 +63,12 @@ class Launch(NamedTuple):
         )
 
     def limits(self, backend: str) -> dict[str, int]:
-        """``registers`` as the compiler's option, which AMD's does not know."""
+        """``registers`` as an option of the compiler; AMD's backend has no such option."""
         if self.registers is None or backend != "cuda":
             return {}
         return {"maxnreg": self.registers}
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks cover ``size``."""
+    """The number of blocks that cover ``size``."""
     return -(-size // block)  # triton.cdiv takes microseconds on the host

@@ -1,12 +1,13 @@
-"""Y = X Wᵀ + S Fᵀ + bias with the accumulator started at S Fᵀ + bias: no [M, N] tensor but Y.
+"""Y = X Wᵀ + S Fᵀ + bias: the accumulator starts at S Fᵀ + bias, so Y is the only [M, N] tensor.
 
-Forward: (x, W, S, SB, b). Gradient of x: (dy, Wᵀ, dS, SAᵀ) W transposed by strides, not copied;
-under dropout S Fᵀ is masked there. With K = 0 it is that start alone, which "split" puts under
-cuBLAS's GEMM.
-Two forms of one kernel: pointers for any strides, and a persistent loop over tensor descriptors
-(TMA) for operands that meet their alignment. There S Fᵀ is one more step of the loop, before the
-others, and the bias is added at the end: nothing stands between the loads and the products. A mask,
-and an F that does not lie as W does, take the start as the pointers do.
+The forward pass takes (x, W, S, SB, b). The gradient of x takes (dy, Wᵀ, dS, SAᵀ), where W is
+transposed by its strides rather than copied and dropout masks S Fᵀ. With K = 0 only S Fᵀ + bias
+remains: "split" starts cuBLAS's GEMM from it.
+
+There are two kernels: one with pointers, for any strides, and a persistent loop over tensor
+descriptors (TMA), for operands that meet their alignment. In the latter S Fᵀ is an extra first step
+of the loop and the bias is added at the end, so that nothing separates the loads from the products.
+With a mask, or an F whose layout differs from W's, it starts the accumulator by pointers as well.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT, ELEMENTWISE, GemmTile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# S and F by pointers pass through shared memory too, which leaves no room for a fourth stage.
+# S and F loaded by pointers use shared memory too, which leaves no room for a fourth stage.
 START_STAGES = 3
-# Of a thread that loads by pointers: all there are; ptxas spills a few to fit a second program.
+# Per thread of the pointer kernel: the maximum, as ptxas would spill a few to fit another program.
 REGISTERS = 255
 
 _describe = TensorDescriptor.from_tensor
@@ -29,7 +30,7 @@ _describe = TensorDescriptor.from_tensor
 
 @triton.jit
 def _output_block(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Blocks in groups of GROUP_M rows, so that neighbours share operands in L2."""
+    """Blocks in groups of GROUP_M block rows, so that neighbours share operands in L2."""
     per_group = GROUP_M * num_n
     first_m = (tile // per_group) * GROUP_M
     group_m = tl.minimum(num_m - first_m, GROUP_M)
@@ -45,7 +46,7 @@ def _lowrank_start(
 ):
     """The accumulator before the loop over K: S Fᵀ + bias, [BLOCK_M, BLOCK_N] in fp32.
 
-    Sixteen columns at a time: shared memory and registers then do not grow with the rank.
+    It takes 16 columns of S and F at a time, so shared memory and registers do not grow with R.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if HAS_BIAS:
@@ -69,7 +70,7 @@ def _lowrank_start(
 def _store(
     Y, acc, start_m, start_n, STORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Y's block in STORES parts of its columns, one after the other."""
+    """Store Y's block as STORES groups of columns, one after the other."""
     if STORES == 1:
         Y.store([start_m, start_n], acc.to(Y.dtype))
     else:
@@ -98,7 +99,7 @@ def _pointer_kernel(
         stride_sm, stride_sr, stride_fn, stride_fr, stride_keep,
         HAS_BIAS, HAS_KEEP, R, BLOCK_M, BLOCK_N,
     )
-    # Rows past the end read the first rows again: no mask in the loop, and they are not stored.
+    # Rows past the end read the first rows again and are not stored: the loop needs no row mask.
     x_ptrs = X + (offs_m % M)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = W + (offs_n % N)[None, :] * stride_wn + offs_k[:, None] * stride_wk
     step = tl.full([], BLOCK_K, tl.int64)
@@ -126,10 +127,11 @@ def _descriptor_kernel(
     W_TRANSPOSED: tl.constexpr, STORES: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
-    """AS_STEP: S and F are descriptors and their product is one more step of the loop along K.
+    """With AS_STEP, S and F are descriptors and their product is an extra step of the loop over K.
 
-    TMA fills their columns beyond the rank with zeros, and the descriptors are chosen by value: a
-    branch, or a start that stands in the flattened loop, keeps the loads from running ahead.
+    TMA fills their columns beyond the rank with zeros. The step selects its descriptors by value,
+    because a branch around the loads, or a separate start inside the flattened loop, would keep
+    the loads from running ahead.
     """
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -143,7 +145,7 @@ def _descriptor_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         else:
             first = 0
-            # S and F by pointers: the shared memory they pass through is then reused by the loop.
+            # S and F are loaded by pointers: the loop then reuses their shared memory.
             acc = _lowrank_start(
                 S, F, BIAS, KEEP, (start_m + tl.arange(0, BLOCK_M)).to(tl.int64),
                 offs_n.to(tl.int64), start_n, M, N,
@@ -172,12 +174,12 @@ def _descriptor_kernel(
 
 
 def is_transposed(W: Tensor) -> bool:
-    """Whether W [N, K] lies column by column, as a weight does that dx reads by strides."""
+    """Whether W [N, K] is stored column by column, like the transposed weight in dx = dy W."""
     return W.stride(1) != 1
 
 
 def takes_descriptors(*tensors: Tensor) -> bool:
-    """Whether TMA can address them: unit last stride, 16-byte aligned base and other strides."""
+    """Whether TMA can address them: unit last stride, base and first stride 16-byte aligned."""
     return all(
         t.stride(-1) == 1
         and t.stride(0) > 0
@@ -193,8 +195,9 @@ def launch_lowrank_gemm(
 ) -> Launch:
     """X [M, K], W [N, K] (any strides), S [M, R], F [N, R], bias [N] or None -> Y [M, N].
 
-    keep [M, ceil(N/32)] masks S Fᵀ, and excludes a bias. Operands that descriptors cannot address
-    are loaded by pointers, with :data:`~fastbound.kernels.tiles.ELEMENTWISE` for a larger tile.
+    ``keep`` [M, ceil(N/32)] masks S Fᵀ and cannot be combined with a bias. Operands that
+    descriptors cannot address are loaded by pointers, with the tile
+    :data:`~fastbound.kernels.tiles.ELEMENTWISE` in place of any larger one.
     """
     M, K = X.shape
     N, R = F.shape
@@ -246,7 +249,7 @@ def lowrank_gemm(
 ) -> Tensor:
     """``X Wᵀ + S Fᵀ + bias`` [M, N] in X's dtype, accumulated in fp32 and rounded once.
 
-    ``keep`` as for :func:`launch_lowrank_gemm`.
+    For ``keep`` see :func:`launch_lowrank_gemm`.
     """
     Y = X.new_empty(X.shape[0], W.shape[0])
     launch_lowrank_gemm(X, W, S, F, bias, Y, tile, multiprocessors, keep).run()

@@ -1,11 +1,11 @@
-"""A thin fp32 matrix in fp16, whose range it may exceed at both ends: columns times powers of two.
+"""Convert a thin fp32 matrix, which may exceed fp16's range at both ends, to scaled fp16 columns.
 
-    alone       P = NARROW ⊙ SCALE              the largest entry of a column near 2^14
-    as a pair   P Fᵀ = NARROW NARROW_Fᵀ         that of P near one, and F takes the column's scale
+    alone       P = NARROW ⊙ SCALE         each column of NARROW has its largest entry near 2^14
+    as a pair   P Fᵀ = NARROW NARROW_Fᵀ    its largest entry is near one; NARROW_F takes the scale
 
-The power of two is exact, so NARROW has fp16's full precision over 28 binades below a column's
-largest entry. In a pair the F of a column is as large as what the column adds to P Fᵀ: neither of
-the two is out of range where the product is in it.
+Scaling by a power of two is exact, so NARROW has fp16's full precision over the 28 binades below a
+column's largest entry. In a pair, a column of NARROW_F is as large as that column's contribution to
+P Fᵀ, so neither matrix is out of range if the product is in range.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastbound.kernels.launch import Launch
 from torch import Tensor
 
 BLOCK = 1024  # rows at a time
-ALONE = 14  # the binary exponent of a column's largest entry, of 15 that fp16 has
+ALONE = 14  # the binary exponent of a column's largest entry; fp16's largest is 15
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -32,10 +32,10 @@ def _narrow_kernel(
     for m in range(0, M, BLOCK):
         p_ptrs = P + (m + offs) * stride_pm + r * stride_pr
         size = tl.abs(tl.load(p_ptrs, mask=m + offs < M, other=0.0))
-        # What is not finite stays so in its own row, and leaves the others their scale.
+        # An entry that is not finite stays so, and does not affect the scale of the others.
         largest = tl.maximum(largest, tl.where(size < float("inf"), size, 0.0))
     bits = tl.max(largest).to(tl.int32, bitcast=True) & 0x7F800000
-    # The bits of 2^e: those of 2^-e are 254 << 23 less these. Between 2^-112 and 2^112.
+    # The bits of 2^e, clamped to 2^-112..2^112; the bits of 2^-e are (254 << 23) minus these.
     bits = tl.minimum(tl.maximum(bits, 15 << 23), 239 << 23) - (EXPONENT << 23)
     scale = bits.to(tl.float32, bitcast=True)
     inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
@@ -55,7 +55,7 @@ def _narrow_kernel(
 def launch_narrow(
     P: Tensor, narrow: Tensor, scale: Tensor, F: Tensor | None, narrow_F: Tensor | None
 ) -> Launch:
-    """P [M, R] -> narrow [M, R] and scale [R]; or with F [N, R] -> narrow and narrow_F [N, R]."""
+    """P [M, R] -> narrow [M, R] and scale [R]; with F [N, R], narrow and narrow_F [N, R]."""
     f, g = (P, narrow) if F is None or narrow_F is None else (F, narrow_F)
     return Launch(
         _narrow_kernel,
@@ -71,7 +71,7 @@ def launch_narrow(
 
 
 def narrowed(P: Tensor) -> tuple[Tensor, Tensor]:
-    """fp16 [M, R] and fp32 scale [R], whose product is P [M, R] to fp16's rounding."""
+    """An fp16 matrix [M, R] and an fp32 scale [R] whose product is P [M, R] up to fp16 rounding."""
     narrow = torch.empty_like(P, dtype=torch.float16)
     scale = P.new_empty(P.shape[1])
     launch_narrow(P, narrow, scale, None, None).run()
@@ -79,7 +79,7 @@ def narrowed(P: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def narrowed_pair(P: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    """fp16 [M, R] and [N, R], the product of one with the other's transpose being P Fᵀ."""
+    """fp16 matrices [M, R] and [N, R]: the first times the transpose of the second is P Fᵀ."""
     narrow, narrow_F = (torch.empty_like(t, dtype=torch.float16) for t in (P, F))
     launch_narrow(P, narrow, P, F, narrow_F).run()
     return narrow, narrow_F

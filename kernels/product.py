@@ -1,11 +1,11 @@
-"""The product form's two passes over something of the weight's size, some of its rows at a time.
+"""The product form's two passes over matrices of the weight's size, n rows of it at a time.
 
     W + ΔW,  ΔW = s·sin(ω·B A)                                        [n, K]
     dZ = G ⊙ s·ω·cos(ω·B A)      dB = dZ Aᵀ   [n, r]      dA = Bᵀ dZ   [r, K]
 
-G = dyᵀ x is the gradient of those rows. ω·B A is made anew for each tile, in fp32 by rank-one
-updates: neither it nor its sine, cosine or dZ is ever stored. The contraction adds its parts in a
-fixed order.
+G = dyᵀ x is the gradient of those rows. Each tile computes ω·B A again, in fp32 by rank-one
+updates: neither it nor its sine, its cosine or dZ is ever stored. The contraction adds its partial
+sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastbound.kernels.tiles import Tile
 from torch import Tensor
 
 ADAPT = Tile(32, 128, 4, 1)  # rows x columns of the weight
-CONTRACT = Tile(32, 64, 4, 1)  # and of its gradient: twice as many columns spill on some cards
+CONTRACT = Tile(32, 64, 4, 1)  # the same of its gradient; 128 columns spill on some cards
 RANK_BLOCK = 32  # columns of dB, and rows of dA, that a program keeps
 
 
@@ -28,7 +28,7 @@ RANK_BLOCK = 32  # columns of dB, and rows of dA, that a program keeps
 def _angle(A, B, offs_n, offs_k, in_n, in_k, rank, omega,
            stride_ar, stride_ak, stride_bn, stride_br,
            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """ω·B A of a tile, [BLOCK_N, BLOCK_K]; zero outside."""
+    """ω·B A for one tile, [BLOCK_N, BLOCK_K]; zero outside the matrix."""
     z = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     b_ptrs, a_ptrs = B + offs_n * stride_bn, A + offs_k * stride_ak
     for _ in range(rank):
@@ -97,8 +97,11 @@ def _contract_kernel(
 def launch_adapt(
     W: Tensor | None, A: Tensor, B: Tensor, OUT: Tensor, scaling: float, omega: float
 ) -> Launch:
-    """W [n, K] or None, A [r, K], B [n, r] -> OUT [n, K] = W + scaling·sin(omega·B A)."""
-    if OUT.stride(1) != 1 and OUT.stride(0) == 1:  # the tile lies along the rows of what is read
+    """W [n, K] or None, A [r, K], B [n, r] -> OUT [n, K] = W + scaling·sin(omega·B A).
+
+    OUT is ΔW alone if W is None.
+    """
+    if OUT.stride(1) != 1 and OUT.stride(0) == 1:  # transpose, so that a tile's rows are contiguous
         return launch_adapt(None if W is None else W.t(), B.t(), A.t(), OUT.t(), scaling, omega)
     (n, K), w = OUT.shape, OUT if W is None else W
     return Launch(
@@ -115,7 +118,7 @@ def launch_adapt(
 
 
 def contract_chunks(N: int, K: int, multiprocessors: int) -> tuple[int, int]:
-    """(chunks, rows per chunk) of the contraction: at most four programs per multiprocessor."""
+    """(chunks, rows per chunk) of the contraction, for about four programs per multiprocessor."""
     wanted = max(1, 4 * multiprocessors // cdiv(K, CONTRACT.block_n))
     chunk = cdiv(cdiv(N, wanted), CONTRACT.block_m) * CONTRACT.block_m
     return cdiv(N, chunk), chunk
@@ -127,7 +130,7 @@ def launch_contract(
 ) -> Launch:  # fmt: skip
     """G [n, K], A [r, K], B [n, r] -> parts P [column blocks, n, R] of dB, Q [chunks, K, R] of dA.
 
-    ``precision``: of the two products' operands, "tf32", "tf32x3" or "ieee".
+    ``precision`` is that of the two products' operands: "tf32", "tf32x3" or "ieee".
     """
     N, K = G.shape
     R = min(RANK_BLOCK, P.shape[2])
@@ -141,7 +144,7 @@ def launch_contract(
         dict(PRECISION=precision, R=R, BLOCK_N=CONTRACT.block_m, BLOCK_K=CONTRACT.block_n),
         CONTRACT.warps,
         CONTRACT.stages,
-        registers=255,  # else a few are spilled so that more programs fit
+        registers=255,  # otherwise the compiler spills a few so that more programs fit
     )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def adapted_weight(
 ) -> Tensor:
     """``W + scaling·sin(omega·B A)`` [n, K] in ``dtype``, added in fp32 and rounded once.
 
-    In W's layout; without W, ΔW alone.
+    The result has W's layout. If W is None it is ΔW alone.
     """
     (n, _), (_, K) = B.shape, A.shape
     if W is not None and W.stride(0) == 1:
@@ -165,7 +168,10 @@ def contract(
     G: Tensor, A: Tensor, B: Tensor, R: int, scaling: float, omega: float, multiprocessors: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dA [r, K] and dB [n, r] of the rows whose gradient is G [n, K], in fp32; R: r padded."""
+    """dA [r, K] and dB [n, r] in fp32 for the rows whose gradient is G [n, K].
+
+    R is the padded rank. For ``precision`` see :func:`launch_contract`.
+    """
     (N, K), rank = G.shape, A.shape[0]
     chunks, chunk = contract_chunks(N, K, multiprocessors)
     P = G.new_empty(cdiv(K, CONTRACT.block_n), N, R, dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""Reductions over the rows of a tall matrix, in one read of it and a fixed order.
+"""Reductions over the rows of a tall matrix T, which is read once, in a fixed order.
 
     Q = Tᵀ G   [N, R]      dB from (dy, S), dA from (x, dS)
     P = T F    [M, R]      dS from dy and SB, in the same read
 
-Each program takes a column block and a chunk of rows: its part of Q stays in registers, its part of
-P goes to a workspace. `finish` adds the parts in order and applies the cosine: no atomics, so two
-runs give the same bits. With dropout's bits, T is mask ⊙ T.
+Each program takes a column block and a chunk of rows. It accumulates its part of Q in registers and
+writes its parts of P to a workspace. `finish` adds the parts in order and applies the cosine. There
+are no atomics, so two runs give the same bits. With dropout's bits, mask ⊙ T takes T's place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastbound.kernels.waves import cut_of, resident
 from torch import Tensor
 
 FINISH_ELEMENTS = 2048  # per program
-# A lies the other way round than B: one kernel takes both, and a factor is small.
+# A is stored transposed relative to B. Factors are small, so one unspecialised kernel takes both.
 FACTOR_STRIDES = ("stride_an", "stride_ar", "stride_on", "stride_or")
 
 
@@ -119,7 +119,7 @@ def _finish_both_kernel(
 
 
 def row_chunks(M: int, N: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
-    """(chunks, rows per chunk): whole blocks of rows, as many as fill the GPU's last wave too."""
+    """(chunks, rows per chunk): whole blocks of rows, cut so that the GPU's last wave is full."""
     cut = cut_of(M, N, tile, resident(tile.warps) * multiprocessors)
     return cut.chunks, cut.chunk
 
@@ -130,7 +130,7 @@ def launch_reduce(
 ) -> Launch:
     """T [M, N], F [N, R], G [M, R] -> P [column blocks, M, R] and Q [chunks, N, R], fp32 parts.
 
-    F and P are None where T F is not wanted; keep [M, ceil(N/32)] masks T.
+    F and P are None if T F is not wanted. ``keep`` [M, ceil(N/32)] masks T.
     """
     M, N = T.shape
     f, p = G if F is None else F, G if P is None else P
@@ -159,11 +159,11 @@ def launch_finish(
 ) -> Launch:
     """out = Σ parts, or scaling·omega·cos(omega·angle) ⊙ Σ parts.
 
-    parts [P, N, R] with a unit last stride, angle [N, r], out [N, r] with r <= R, or [N, R] for
-    sums alone.
+    parts [P, N, R] has a unit last stride; angle and out are [N, r] with r <= R. Without an angle,
+    out is the sums alone, [N, R].
     """
     if angle is None and parts.is_contiguous() and out.is_contiguous():
-        # Sums alone do not depend on the width: one kernel adds those of every rank.
+        # Without an angle the width does not matter, so one kernel adds the parts of every rank.
         parts, out = parts.view(parts.shape[0], -1, 16), out.view(-1, 16)
     count, rows, R = parts.shape
     a = out if angle is None else angle
@@ -186,7 +186,7 @@ def launch_finish_both(
 ) -> Launch:
     """thin = Σ P and out = scaling·omega·cos(omega·angle) ⊙ Σ Q in one launch.
 
-    P [columns, M, R], thin [M, R], Q [chunks, N, R], angle and out [N, r]; P and Q contiguous.
+    P [columns, M, R], thin [M, R], Q [chunks, N, R], angle and out [N, r]; P and Q are contiguous.
     """
     columns, M, R = P.shape
     chunks, N, _ = Q.shape
@@ -215,7 +215,10 @@ def reduce(
     keep: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> as angle."""
+    """scaling·omega·cos(omega·angle) ⊙ (Tᵀ G): T [M, N], G [M, R], angle [N, r] -> [N, r].
+
+    The result has angle's strides, and its dtype unless ``dtype`` is given.
+    """
     Q = reduced_parts(T, None, G, None, tile, multiprocessors, keep)
     return factor_gradient(Q, angle, omega, scaling, dtype)
 
@@ -231,9 +234,9 @@ def thin_and_reduce(
     multiprocessors: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """T F [M, R] in T's dtype, and what :func:`reduce` gives, from one read of T; F [N, R].
+    """T F [M, R] in T's dtype, for F [N, R], and the result of :func:`reduce`; T is read once.
 
-    ``dtype``: of both instead.
+    ``dtype``, if given, is the dtype of both results.
     """
     P = T.new_empty(cdiv(T.shape[1], tile.block_n), *G.shape, dtype=torch.float32)
     Q = reduced_parts(T, F, G, P, tile, multiprocessors)
@@ -252,9 +255,9 @@ def reduced_parts(
     multiprocessors: int,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """The parts of Tᵀ G, [chunks, N, R]; into P, if given, those of T F, [column blocks, M, R]."""
+    """The parts of Tᵀ G, [chunks, N, R]; P, if given, receives those of T F, [blocks, M, R]."""
     M, N = T.shape
-    if keep is not None:  # the mask is in registers, beside the block
+    if keep is not None:  # the mask takes registers beside the block
         tile = replace(tile, block_m=min(32, tile.block_m))
     chunks, chunk = row_chunks(M, N, tile, multiprocessors)
     Q = T.new_empty(chunks, N, G.shape[1], dtype=torch.float32)
@@ -265,7 +268,7 @@ def reduced_parts(
 def factor_gradient(
     Q: Tensor, angle: Tensor, omega: float, scaling: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """scaling·omega·cos(omega·angle) ⊙ Σ Q, in angle's dtype or ``dtype``, and its strides."""
+    """scaling·omega·cos(omega·angle) ⊙ Σ Q, in ``dtype`` or angle's dtype, with angle's strides."""
     gradient = torch.empty_like(angle, dtype=dtype)
     launch_finish(Q, gradient, angle, omega, scaling).run()
     return gradient

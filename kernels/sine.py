@@ -1,7 +1,8 @@
-"""sin and cos for arguments that training leaves unbounded, exact to the rounding of fp32.
+"""sin and cos for arguments that training leaves unbounded.
 
-Reduced and evaluated in fp64: the factors are small (r·(K + N) elements), and the library's slow
-path for large arguments would put them in local memory. Correct for |x| < 2^27.
+`sine_cosine` reduces and evaluates in fp64 and is exact up to rounding to fp32 for |x| < 2^27. The
+factors are small (r·(K + N) elements), and the library's slow path for large arguments would use
+local memory. `sine_fp32` is for the N·K angles of the product form.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# π/2 in parts of 26, 26 and 53 bits: their products with q are exact, fused or not.
+# π/2 in parts of 26, 26 and 53 bits; the products of the first two with q are exact, with or
+# without fused multiply-add.
 _HALF_PI_HIGH = tl.constexpr(1.5707963109016418)
 _HALF_PI_MIDDLE = tl.constexpr(1.5893254712295857e-08)
 _HALF_PI_LOW = tl.constexpr(6.123233995736766e-17)
@@ -18,9 +20,9 @@ _TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 
 @triton.jit
 def sine_cosine(x):
-    """sin(x) and cos(x) in fp64, of any floating x.
+    """sin(x) and cos(x) in fp64 for any floating x.
 
-    x = q·π/2 + t with |t| <= π/4; Taylor polynomials to t¹⁵ and t¹⁶ leave less than 1e-15 there.
+    x = q·π/2 + t with |t| <= π/4; the Taylor polynomials (to t¹⁵ and t¹⁶) err by less than 1e-15.
     """
     x = x.to(tl.float64)
     q = tl.floor(x * _TWO_OVER_PI + 0.5)
@@ -50,8 +52,8 @@ def sine_cosine(x):
     return s, c
 
 
-# π/2 in parts of 8, 8, 8 and 24 bits: in fp32 the products of the first three with q < 2^16 are
-# exact, fused or not.
+# π/2 in parts of 8, 8, 8 and 24 bits; in fp32 the products of the first three with q < 2^16 are
+# exact, with or without fused multiply-add.
 _PART_1 = tl.constexpr(1.5703125)
 _PART_2 = tl.constexpr(0.0004825592041015625)
 _PART_3 = tl.constexpr(1.2665987014770508e-06)
@@ -60,10 +62,11 @@ _PART_4 = tl.constexpr(9.920935184482005e-10)
 
 @triton.jit
 def sine_fp32(x, COSINE: tl.constexpr):
-    """sin(x), or cos(x), of fp32 arguments in fp32: for N·K of them, where fp64 is too slow.
+    """sin(x), or cos(x) with COSINE, of fp32 arguments in fp32, where fp64 would be too slow.
 
-    Within two units in the last place of 1 for |x| <= 1e5. Beyond, where an fp32 argument is itself
-    known to no more than a hundredth, the error grows; the result stays within [-1, 1] for any x.
+    The error is at most two units in the last place of 1 for |x| <= 1e5. Beyond, where an fp32
+    argument is itself accurate only to about a hundredth, it grows, but the result stays within
+    [-1, 1] for any x.
     """
     q = tl.floor(x * _TWO_OVER_PI + 0.5)
     t = x - q * _PART_1
@@ -86,5 +89,5 @@ def sine_fp32(x, COSINE: tl.constexpr):
     odd = (quadrant == 1.0) | (quadrant == 3.0)
     s = tl.where(odd, cosine, sine)
     s = tl.where(quadrant >= 2.0, -s, s)
-    # Comparisons let a NaN through, which min and max would not.
+    # Comparisons propagate a NaN; min and max would not.
     return tl.where(s > 1.0, 1.0, tl.where(s < -1.0, -1.0, s))

@@ -1,8 +1,8 @@
-"""The thin product P = T F of a tall matrix T [M, K] with F [K, R]: one read of T.
+"""The thin product P = T F of a tall matrix T [M, K] with F [K, R], which reads T once.
 
-S = x SAᵀ in the forward, and dS = dy SB where dB is not wanted. With dropout's bits, those of
-mask ⊙ T. Between few rows and as many as fill the GPU, K is cut too, and the parts are added in
-order by a second launch.
+It computes S = x SAᵀ in the forward pass, and dS = dy SB if dB is not wanted. With dropout's bits,
+mask ⊙ T takes T's place. If M is above `FEW_ROWS` but too small to fill the GPU, K is cut as well,
+and a second launch adds the parts in order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastbound.kernels.reduce import launch_finish
 from fastbound.kernels.tiles import FEW_ROWS, Tile
 from torch import Tensor
 
-LEAST_STEPS = 4  # of a program along K: fewer do not fill its pipeline
+LEAST_STEPS = 4  # along K per program; fewer do not fill its pipeline
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -29,11 +29,11 @@ def _thin_kernel(
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_r = tl.arange(0, R)
-    # Rows past the end read the first rows again: no mask in the loop, and they are not stored.
+    # Rows past the end read the first rows again and are not stored: the loop needs no row mask.
     t_rows = T + (offs_m % M)[:, None] * stride_tm
     acc = tl.zeros([BLOCK_M, R], dtype=tl.float32)
     pid_k = tl.program_id(1).to(tl.int64)
-    start = pid_k * steps * BLOCK_K  # a multiple of BLOCK_K to the compiler too: wide loads
+    start = pid_k * steps * BLOCK_K  # the compiler sees a multiple of BLOCK_K, hence wide loads
     for k in range(start, tl.minimum(start + steps * BLOCK_K, K), BLOCK_K):
         t_ptrs = t_rows + (k + offs_k)[None, :] * stride_tk
         f_ptrs = F + (k + offs_k)[:, None] * stride_fk + offs_r[None, :] * stride_fr
@@ -52,9 +52,10 @@ def _thin_kernel(
 
 
 def step_chunks(M: int, K: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:
-    """(chunks, columns per chunk): more than one where rows alone leave a quarter of the GPU idle.
+    """(chunks, columns per chunk): several if blocks of rows alone leave a quarter of the GPU idle.
 
-    Few rows stay whole: what they would gain is less than the launch that adds the parts.
+    With at most `FEW_ROWS` rows there is one chunk: a cut would gain less than the launch that adds
+    the parts costs.
     """
     wanted = 1
     if M > FEW_ROWS:
@@ -67,7 +68,7 @@ def step_chunks(M: int, K: int, tile: Tile, multiprocessors: int) -> tuple[int, 
 def launch_thin(
     T: Tensor, F: Tensor, P: Tensor, chunk: int, tile: Tile, keep: Tensor | None = None
 ) -> Launch:
-    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [M, R], or parts [chunks, M, R]."""
+    """T [M, K], F [K, R], keep [M, ceil(K/32)] or None -> P [M, R], or its parts [chunks, M, R]."""
     M, K = T.shape
     chunks = 1 if P.dim() == 2 else P.shape[0]
     return Launch(
@@ -90,7 +91,7 @@ def thin(
     T: Tensor, F: Tensor, tile: Tile, multiprocessors: int, keep: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``T F`` [M, R] in T's dtype or ``dtype``, accumulated in fp32; with a mask, of mask ⊙ T."""
+    """``T F`` [M, R] in ``dtype`` or T's dtype, accumulated in fp32; ``keep`` masks T."""
     (M, K), R = T.shape, F.shape[1]
     P = T.new_empty(M, R, dtype=dtype)
     chunks, chunk = step_chunks(M, K, tile, multiprocessors)
@@ -102,12 +103,12 @@ def thin(
 
 
 def part_strides(P: Tensor) -> tuple[int, ...]:
-    """Of P as :func:`thin_parts` gives it, in three dimensions: its whole is its only part."""
+    """P's three strides (part, row, column); a two-dimensional P is a single part."""
     return (0, *P.stride()) if P.dim() == 2 else P.stride()
 
 
 def thin_parts(P: Tensor, chunks: int) -> Tensor:
-    """Where a launch writes for P [M, R]: fp32 parts [chunks, M, R]; for one chunk, P itself."""
+    """The launch's output for P [M, R]: fp32 parts [chunks, M, R], or P itself for one chunk."""
     if chunks == 1:
         return P
     return P.new_empty(chunks, *P.shape, dtype=torch.float32)

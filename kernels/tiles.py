@@ -1,16 +1,16 @@
-"""Tile shapes: what a launcher needs to know besides its tensors. No Triton here."""
+"""Tile shapes and compiler options, which a launcher needs besides its tensors; needs no Triton."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-DESCRIPTOR_ALIGNMENT = 16  # bytes: of the base address and of every stride but the last
-FEW_ROWS = 256  # up to here a kernel cannot fill a GPU, and another launch costs more than it gains
+DESCRIPTOR_ALIGNMENT = 16  # bytes, for the base address and for every stride but the last
+FEW_ROWS = 256  # up to here a kernel cannot fill a GPU, and a second launch would not pay
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tall matrix that a program takes at a time; how it is compiled."""
+    """The block of a tall matrix that a program takes at a time, and compiler options."""
 
     block_m: int
     block_n: int
@@ -23,11 +23,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """The output block, the step along the reduction, and how the GEMM is compiled.
+    """The GEMM's output block, its step along the reduction, and compiler options.
 
-    ``descriptors`` selects the persistent form on tensor descriptors (TMA), where the operands'
-    alignment allows it. ``stores`` (1, 2 or 4) is the number of parts, cut by columns, in which it
-    stores its output block: the buffer for a part is smaller, which leaves room for a stage.
+    ``descriptors`` selects the persistent kernel with tensor descriptors (TMA) if the operands'
+    alignment allows it. That kernel stores its output block as ``stores`` (1, 2 or 4) groups of
+    columns: the buffer for one group is smaller, which can leave room for another stage.
     """
 
     block_m: int
@@ -41,7 +41,7 @@ class GemmTile:
 
     @property
     def volume(self) -> int:
-        """Products of a step."""
+        """The multiplications per step."""
         return self.block_m * self.block_n * self.block_k
 
     def __str__(self) -> str:
@@ -51,6 +51,7 @@ class GemmTile:
         return f"{shape}, {self.warps} warps, {self.stages} stages, {form}"
 
 
-# Element by element loads, of rows that are no multiple of 16 bytes or of strides that descriptors
-# cannot have: neither TMA nor asynchronous copies, and with larger tiles the addresses spill.
+# For loads element by element: rows whose size is not a multiple of 16 bytes, or strides that
+# descriptors cannot have, allow neither TMA nor asynchronous copies, and in larger tiles the
+# addresses spill.
 ELEMENTWISE = GemmTile(128, 128, 32, 8, 2)

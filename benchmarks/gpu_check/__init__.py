@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_check`: all that a machine with a GPU should run, in a time budget.
+"""`python -m benchmarks.gpu_check`: everything a machine with a GPU should run, in a time budget.
 
 Uses `rivals`, `report` and fastbound.
 """

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_check [--minutes 9] [--only correctness,ceilings,benchmark,...]
 
-Most important first, stopping at the budget with what there is. The results file is written after
-every step, so that a crash loses at most the running one. Exit status 1 if anything failed.
-`--device cpu` runs all of it in tiny form through Triton's interpreter: its times mean nothing.
+The most important steps come first, and the check stops when the budget ends. It writes the results
+file after every step, so that a crash loses only the step that was running. The exit status is 1 if
+anything failed. `--device cpu` runs everything at tiny sizes in Triton's interpreter, where times
+mean nothing.
 """
 
 import os
@@ -14,7 +15,7 @@ from benchmarks.gpu_check.options import parse
 
 options = parse(sys.argv[1:])
 if options.tiny:
-    # Here, because triton reads it once, when it is imported: by what stands below.
+    # Set here, because triton reads it when the imports below import triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks.gpu_check.run import run  # noqa: E402

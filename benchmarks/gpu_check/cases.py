@@ -1,7 +1,7 @@
-"""Everything a device must compute right, case by case, against fp64.
+"""Everything that a device must compute correctly, case by case, compared with fp64.
 
-A case is a value, so that it can be checked in another process. Every call is made twice and
-compared bit by bit.
+A case is a plain value, so that another process can check it. Every call is made twice, and the
+results must have the same bits.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from fastbound.truth.operands import block_operands, drawing, layer_operands, ru
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RANKS = (1, 3, 8, 16, 24, 64)
 ALIGNED, ODD = ((2, 96, 256), 384), ((3, 15, 67), 129)  # x's shape, N
-LARGE_TOLERANCE = 2**-6  # relative: bf16 operands leave a few thousandths
+LARGE_TOLERANCE = 2**-6  # relative: rounding to bf16 gives errors of a few thousandths
 
 Results = dict[str, Tensor]
 
 
 class Check(Protocol):
-    """One case: raises AssertionError, or whatever a kernel raises, when it is not right."""
+    """A case, whose check raises AssertionError, or what a kernel raises, if it is not correct."""
 
     def check(self, device: torch.device) -> None: ...
 
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """Forward and backward through autograd; ``layout`` names the operand that is strided."""
+    """A layer's forward and backward by autograd; ``layout`` names the operand that is strided."""
 
     shape: tuple[int, ...]
     N: int
@@ -83,7 +83,7 @@ def _strided(t: Tensor) -> Tensor:
 
 
 def _assert_same(first: Results, *others: Results) -> None:
-    """Every call over the same operands gives the same bits."""
+    """Assert that all calls over the same operands gave the same bits."""
     for other in others:
         for name, value in first.items():
             assert_same_bits(value, other[name], name)
@@ -91,7 +91,7 @@ def _assert_same(first: Results, *others: Results) -> None:
 
 @dataclass(frozen=True)
 class BlockCase:
-    """A whole MLP block, forward and backward; saving g and u, and making them again."""
+    """A whole MLP block, forward and backward, both saving g and u and recomputing them."""
 
     M: int
     K: int
@@ -125,7 +125,7 @@ class BlockCase:
 def _assert_kernels(
     launch: Callable[[], tuple[Tensor, ...]], truths: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Each result against its truth and the sum of magnitudes behind it; the same bits twice."""
+    """Compare each result with its truth, by the sum of magnitudes, and with a second launch."""
     for (expected, terms), got, again in zip(truths, launch(), launch(), strict=True):
         assert_within_rounding(got, expected, terms)
         assert_same_bits(got, again)
@@ -133,7 +133,7 @@ def _assert_kernels(
 
 @dataclass(frozen=True)
 class GemmCase:
-    """X Wᵀ + S Fᵀ + bias by one tile; ``transposed`` is the gradient of x."""
+    """X Wᵀ + S Fᵀ + bias with a given tile; ``transposed`` stands for the gradient of x."""
 
     M: int
     N: int
@@ -166,7 +166,7 @@ class GemmCase:
 
 @dataclass(frozen=True)
 class FactorsCase:
-    """SA and SB for arguments up to about ``magnitude``."""
+    """SA and SB for factors with entries of about ``magnitude``."""
 
     rank: int
     dtype: str
@@ -193,7 +193,7 @@ class FactorsCase:
 
 @dataclass(frozen=True)
 class TallCase:
-    """The thin product and both reductions of one tall matrix T [M, N]."""
+    """The thin product and both reductions of a tall matrix T [M, N]."""
 
     M: int
     N: int
@@ -229,7 +229,7 @@ class TallCase:
 
 @dataclass(frozen=True)
 class LargeCase:
-    """M·N beyond 2^31 elements, forward and backward; y and dx by sampled rows, dA and dB whole."""
+    """Forward and backward beyond 2^31 elements; y and dx by sampled rows, dA and dB whole."""
 
     M: int
     N: int
@@ -243,7 +243,7 @@ class LargeCase:
 
     def check(self, device: torch.device) -> None:
         M, N, K = self.M, self.N, self.K
-        needed = 5 * M * max(N, K) * 2  # y and dy, or x and dx, and room beside them
+        needed = 5 * M * max(N, K) * 2  # y and dy, or x and dx, with room to spare
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
             if free < needed:
@@ -262,16 +262,16 @@ class LargeCase:
 
 @dataclass(frozen=True)
 class DispatchedCase(LargeCase):
-    """A shape of the table by a strategy that "auto" may choose for it."""
+    """A shape of a model, by a strategy that "auto" may choose for it."""
 
     def __str__(self) -> str:
         return f"{self.backend} bf16 r={self.rank} of a model's layer, {self.M}x{self.N}x{self.K}"
 
 
 def cases(device: torch.device, *, tiny: bool = False) -> list[Check]:
-    """Every case for the device, most telling first; ``tiny``: one of each kind."""
+    """Every case for the device, the most important first; with ``tiny``, one of each kind."""
     if tiny:
-        return [*_tiny_cases(), *TOOL_CASES[:2]]  # two processes that import everything take long
+        return [*_tiny_cases(), *TOOL_CASES[:2]]  # the third starts two processes, which is slow
     return [
         *_dispatched_cases(),
         *TOOL_CASES,
@@ -341,7 +341,7 @@ def _gemm_cases(device: torch.device) -> Iterator[Check]:
             for tile in dict.fromkeys((default, small)):
                 for descriptors, stores in ((True, 1), (True, 4), (False, 1)):
                     form = replace(tile, descriptors=descriptors, stores=stores)
-                    K = 1024 if tile is default else 1032  # whole steps of K, and a part of one
+                    K = 1024 if tile is default else 1032  # whole steps of K, or a partial last one
                     yield GemmCase(520, 776, K, 16, dtype, form, transposed)
             yield GemmCase(129, 257, 65, 16, dtype, small, transposed)
     for R in (32, 64):

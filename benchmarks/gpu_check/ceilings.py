@@ -1,4 +1,4 @@
-"""What the device reaches, measured: the ceilings that every other figure is held against."""
+"""The device's measured ceilings, with which every other figure is compared."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import torch
 from benchmarks.report.facts import readings
 from fastbound.dispatch.timing import at_most, interleaved, stopwatch_for
 
-COPY_BYTES = 4 * 2**30  # of each of the two buffers
+COPY_BYTES = 4 * 2**30  # the size of each of the two buffers
 MATMUL_SIZE = 8192
 ROUNDS = 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """``bandwidth``: bytes read and written per second by a copy; ``flops`` of a square matmul."""
+    """Measured ceilings.
+
+    ``bandwidth`` is the bytes read and written per second by a copy, and ``flops`` the operations
+    per second of a square matrix product. ``under_load`` has the clocks and other readings of the
+    device while it is busy.
+    """
 
     bandwidth: float
     flops: float
@@ -26,12 +31,12 @@ class Measured:
     under_load: dict[str, str]
 
     def seconds(self, flops: float, nbytes: float) -> float:
-        """The least time for this much work."""
+        """The least seconds for this much work."""
         return max(flops / self.flops, nbytes / self.bandwidth)
 
 
 def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Measured:
-    """Medians of interleaved rounds on random bf16 data; zeros run faster than real data."""
+    """Measure by medians of interleaved rounds, on random bf16 data because zeros run faster."""
     copy_bytes = 2**20 if tiny else at_most(COPY_BYTES, device)
     size = 64 if tiny else MATMUL_SIZE
     source = torch.randn(copy_bytes // 2, device=device, dtype=torch.bfloat16)
@@ -47,7 +52,7 @@ def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Measured:
             step(turn)
     rounds = 3 if tiny else ROUNDS
     samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch_for(device))
-    for _ in range(1 if tiny else ROUNDS):  # busy while the clocks are read
+    for _ in range(1 if tiny else ROUNDS):  # keeps the device busy while its clocks are read
         torch.mm(a, b, out=c)
     under_load = readings(device)
     return Measured(

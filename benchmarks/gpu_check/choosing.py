@@ -1,4 +1,4 @@
-"""What the first call of a shape chooses on this card, and how long it takes to find out."""
+"""What the first call of a shape chooses on this card, and how long the choice takes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ TOKENS = (8192, 1024, 32768)
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """One part of a case: the strategy taken and `explain`'s reason, with the times.
+    """One part of a case: the chosen strategy and the reason that `explain` gives, with the times.
 
-    ``seconds``: of the first forward and backward of the case, compiling and measuring among them.
+    ``seconds`` is the time of the case's first forward and backward, including compiling and
+    measuring.
     """
 
     case: str
@@ -41,7 +42,7 @@ class ChoiceRow:
 
 
 def choice_steps(session: Session) -> list[Step]:
-    """The layers of all models at three lengths, then their blocks."""
+    """The layers and blocks of all models, at three lengths."""
     if session.options.tiny:
         few, many = SMOKE_SHAPES[0], SMOKE_BLOCKS[0]
         places = [Case(few, 32, "bfloat16", 4), Case(many, 512, "bfloat16", 4)]
@@ -60,7 +61,7 @@ def _choose(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.monotonic() - start
-    # Of a block also its layers', where those are tried one by one.
+    # For a block this includes the routes of its layers, if they are tried one by one.
     made = [route for route in routes() if route not in before]
     return {
         "rows": [

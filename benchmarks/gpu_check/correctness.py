@@ -1,9 +1,9 @@
-"""The cases examined, in processes that may die or hang, and a memory checker over a few of them.
+"""Check the cases in processes that may die or hang, and run a memory checker over a few of them.
 
 python -m benchmarks.gpu_check.correctness    a few small cases, for a memory checker to watch
 
-Outputs and workspaces are poisoned with NaN. Kernels compile in parallel, and a case that takes the
-device down with it takes no other.
+Outputs and workspaces are filled with NaN beforehand. Kernels compile in parallel, and a case that
+breaks the device does not affect any other case.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from benchmarks.report.facts import ROOT
 from fastbound.performance.isolation import Broken, isolated
 from fastbound.truth.interpreter import interpreted_bf16, interpreting, poisoned_empty
 
-CASE_SECONDS = 180.0  # before a case counts as hung
+CASE_SECONDS = 180.0  # after which a case counts as hung
 SANITIZER_SECONDS = 150.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status``: "passed", "failed", "skipped" or "not reached"; ``broken``: the device is too."""
+    """A case's outcome: ``status`` is "passed", "failed", "skipped" or "not reached".
+
+    ``broken`` says that the device no longer works after the case.
+    """
 
     case: str
     status: str
@@ -44,7 +47,7 @@ class Outcome:
 
 
 def examine(case: Check, device: torch.device) -> Outcome:
-    """Run one case; never raises for what the case does."""
+    """Run a case. Never raises, whatever the case does."""
     start = time.perf_counter()
     status, message = "passed", ""
     try:
@@ -66,15 +69,15 @@ def examine(case: Check, device: torch.device) -> Outcome:
 
 
 def examine_item(item: tuple[Check, str]) -> Outcome:
-    """:func:`examine` of a case on the device so named, for a process of its own."""
+    """:func:`examine` a case on the named device, in another process."""
     torch.set_num_threads(1)
-    fastbound.set_planning("fixed")  # beside others on the same card no time would be right
+    fastbound.set_planning("fixed")  # other processes on the card would distort any timing
     case, device = item
     return examine(case, torch.device(device))
 
 
 def _usable(device: torch.device) -> bool:
-    """Whether the device still answers, with its cached memory given back for other processes."""
+    """Whether the device still answers; also frees its cached memory for other processes."""
     try:
         _synchronise(device)
         if device.type == "cuda":
@@ -94,7 +97,7 @@ def _last_line(error: Exception) -> str:
 
 
 def check_correctness(session: Session, deadline: float) -> None:
-    """Every kernel and the operator against fp64, then a memory checker on a small case."""
+    """Check every kernel and the operator against fp64, then a few cases by a memory checker."""
     everything = cases(session.options.device, tiny=session.options.tiny)
     outcomes: list[Outcome] = []
     store = session.results["correctness"] = {}
@@ -116,7 +119,7 @@ def check_correctness(session: Session, deadline: float) -> None:
     if options.workers and mode != "Default":
         session.say(f"correctness: compute mode {mode}, so all cases run in this process")
         options = replace(options, workers=0)
-    # A tenth of the time is the memory checker's. What may fill the card runs alone, at the end.
+    # The memory checker gets a tenth of the time. Cases that may fill the card run last and alone.
     large = [case for case in everything if type(case) is LargeCase and not options.tiny]
     end = time.monotonic() + 0.9 * _left(deadline)
     _check([case for case in everything if case not in large], options, end, record)
@@ -126,7 +129,7 @@ def check_correctness(session: Session, deadline: float) -> None:
     late = [case for case in everything if str(case) not in reached]
     outcomes += [Outcome(str(case), "not reached", 0.0) for case in late]
     if late:
-        session.say(f"correctness: out of time, {len(late)} cases not reached")
+        session.say(f"correctness: out of time, {len(late)} cases were not reached")
     store["sanitizer"] = sanitizer(session, deadline)
     save()
 
@@ -158,13 +161,13 @@ def _check(
 
 
 def sanitizer(session: Session, deadline: float) -> dict[str, str]:
-    """compute-sanitizer's memcheck over a few small cases, where it is installed and works."""
+    """Run compute-sanitizer's memcheck over a few small cases, if it is installed and works."""
     tool = shutil.which("compute-sanitizer")
     if session.options.device.type != "cuda" or tool is None:
         return {"status": "skipped", "message": "no GPU, or compute-sanitizer is not installed"}
     seconds = min(SANITIZER_SECONDS, _left(deadline))
     session.say(f"compute-sanitizer, at most {seconds:.0f} s")
-    # Without the caching allocator every tensor is an allocation of its own, with its own ends.
+    # Without the caching allocator every tensor is an allocation with bounds of its own.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu_check.correctness"]
     try:
@@ -172,7 +175,7 @@ def sanitizer(session: Session, deadline: float) -> dict[str, str]:
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        return {"status": "not reached", "message": f"not done after {seconds:.0f} s"}
+        return {"status": "not reached", "message": f"not finished after {seconds:.0f} s"}
     output = run.stdout + run.stderr
     summary = [line for line in output.splitlines() if "ERROR SUMMARY" in line]
     if not summary:

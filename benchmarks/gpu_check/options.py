@@ -1,4 +1,4 @@
-"""What is asked of a check: parsed before anything imports triton, since the device decides how."""
+"""The options of a check, which are parsed before triton is imported, as the device decides how."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from benchmarks.report.facts import ROOT
 
 DESCRIPTION = "Everything a machine with a GPU should run, in one command with a time budget."
-WEIGHTS = {  # of the budget
+WEIGHTS = {  # relative shares of the budget
     "correctness": 4.0,
     "ceilings": 0.4,
     "choices": 2.0,
@@ -26,7 +26,7 @@ WEIGHTS = {  # of the budget
 
 @dataclass(frozen=True)
 class Options:
-    """``workers`` processes check and compile; 0: cases run in this process."""
+    """The parsed options; ``workers`` processes check and compile, or with 0 this process does."""
 
     device: torch.device
     minutes: float
@@ -41,24 +41,31 @@ class Options:
 
 def parse(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=DESCRIPTION)
-    parser.add_argument("--minutes", type=float, default=9.0, help="budget (default: 9)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--only", default=",".join(WEIGHTS), help="stages, comma-separated")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget (default: 9)")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one"
+        "--output",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder for the results (default: benchmarks/results)",
     )
     parser.add_argument(
-        "--workers", type=int, help="processes (default: one for each CPU, up to 12)"
+        "--only", default=",".join(WEIGHTS), help="stages to run, comma-separated (default: all)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="number of processes (default: one per CPU, at most 12)"
     )
     options = parser.parse_args(arguments)
     only = tuple(name.strip() for name in options.only.split(",") if name.strip())
     unknown = [name for name in only if name not in WEIGHTS]
     if unknown or not only:
-        parser.error(f"--only takes {', '.join(WEIGHTS)}; got {options.only!r}")
+        parser.error(f"--only accepts {', '.join(WEIGHTS)}; got {options.only!r}")
     if options.minutes <= 0:
         parser.error(f"--minutes must be positive, got {options.minutes}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; --device cpu runs the tiny form")
+        parser.error("--device cuda: torch sees no GPU here; --device cpu runs tiny sizes")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""The stages in their order, each with its share of the budget."""
+"""The stages in order, each with its share of the budget."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from fastbound.truth.interpreter import interpreted_bf16
 
 
 def ceilings(session: Session, deadline: float) -> None:
-    """A large copy and a large matrix product."""
+    """Measure the ceilings by a large copy and a large matrix product."""
     session.ceilings = measure_ceilings(session.options.device, tiny=session.options.tiny)
     session.results["ceilings"] = asdict(session.ceilings)
 
 
 def choices(session: Session, deadline: float) -> None:
-    """What "auto" finds on this card, at the shapes of the tables."""
+    """Record what "auto" chooses on this card at the shapes of the known models."""
     store = session.results["choices"] = {"rows": []}
     run_steps(session, "choices", choice_steps(session), store, deadline)
 
 
 def benchmark(session: Session, deadline: float) -> None:
-    """Layers against their floor and rivals, single kernels, and what a call costs."""
+    """Time layers against their floor and rivals, single kernels, and the cost of a call."""
     store = session.results["benchmark"] = {"rows": [], "kernels": [], "calls": [], "skipped": []}
     run_steps(session, "benchmark", benchmark_steps(session), store, deadline)
 
 
 def tiles(session: Session, deadline: float) -> None:
-    """Candidates for every pass."""
+    """Time the tile candidates of every pass."""
     store = session.results["tiles"] = {"rows": [], "dropped": []}
     run_steps(session, "tiles", tile_steps(session, store, deadline), store, deadline)
 
@@ -84,7 +84,7 @@ def check(options: Options) -> Session:
 
 
 def run(options: Options) -> int:
-    """Check, print the summary, the page for a reader and where both lie; 1 if anything failed."""
+    """Check, print the summary, write and print the report page; returns 1 if anything failed."""
     session = check(options)
     results = json.loads(session.path.read_text())
     print(summary(results, brief=True) + "\n")

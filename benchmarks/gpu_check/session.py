@@ -1,4 +1,4 @@
-"""One run of the check: its results so far, their file, its clock, and how it takes steps."""
+"""One run of the check: its results so far, their file, its clock, and its steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Session:
         self.say(f"FAILED {text}")
 
     def save(self) -> None:
-        """The whole file anew, never half of it."""
+        """Replace the file as a whole; a reader never sees half of it."""
         self.options.output.mkdir(parents=True, exist_ok=True)
         content = {
             "format": FORMAT,
@@ -64,11 +64,11 @@ Step = tuple[str, Callable[[], Mapping[str, Sequence[Any]]]]
 def run_steps(
     session: Session, stage: str, steps: Sequence[Step], store: dict[str, Any], deadline: float
 ) -> None:
-    """Run steps until the deadline; each returns rows for the lists in ``store``."""
+    """Run steps until the deadline. Each step returns rows for the lists in ``store``."""
     for done, (name, step) in enumerate(steps):
         if time.monotonic() > deadline:
             store["not_reached"] = [later for later, _ in steps[done:]]
-            session.say(f"{stage}: out of time, {len(steps) - done} steps not reached")
+            session.say(f"{stage}: out of time, {len(steps) - done} steps were not reached")
             break
         session.say(f"{stage}: {name}")
         try:
@@ -87,5 +87,5 @@ def run_steps(
 
 
 def tail() -> str:
-    """The end of the traceback of the exception in hand."""
+    """The last lines of the traceback of the exception being handled."""
     return "\n".join(traceback.format_exc().strip().splitlines()[-8:])

@@ -1,4 +1,4 @@
-"""The steps of gpu_check that take time rather than judge: what is measured, in which order."""
+"""The steps of gpu_check that measure times: what is measured, and in which order."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from fastbound.performance.prediction import prediction_of
 from fastbound.performance.tuning.candidates import candidates
 from fastbound.performance.tuning.sweep import CompileTask, compile_check, sweep
 
-LEFT_OUT = "compiled"  # minutes of compiling, case by case
+LEFT_OUT = "compiled"  # compiling every case would take minutes
 FIRST_TOKENS = (8192, 1024, 32768)
 RANK, DTYPE = 16, "bfloat16"
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One kernel with a cold cache; seconds, operations, bytes moved at least.
+    """One kernel with a cold cache: seconds, operations, and the least bytes that it must move.
 
-    ``ceiling``: the least time at the measured ceilings, None where they were not measured.
+    ``ceiling`` is the least seconds at the measured ceilings, or None if they were not measured.
     """
 
     kernel: str
@@ -63,7 +63,7 @@ class KernelRow:
 
 
 def benchmark_steps(session: Session) -> list[Step]:
-    """Llama-3-8B at three lengths, its kernels, the cost of a call, its MLP, then all else."""
+    """Llama-3-8B at three lengths, its kernels, the cost of a call, its MLP, then the rest."""
     tiny = session.options.tiny
     if tiny:
         first = [Case(SMOKE_SHAPES[0], SMOKE_TOKENS[0], DTYPE, rank=4)]
@@ -99,7 +99,7 @@ def benchmark_steps(session: Session) -> list[Step]:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was not measured, and why."""
+    """A competitor that was not measured on a case, with the reason."""
 
     case: str
     competitor: str
@@ -136,9 +136,9 @@ def _rows(case: Case, name: str, measurement: Measurement) -> Iterator[Benchmark
 
 
 def _kernel_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
-    """Each kernel alone, with the tiles that dispatch chooses, and a layer's bare GEMMs.
+    """Time each kernel alone, with the tiles that dispatch chooses, and a layer's bare GEMMs.
 
-    Of a block its own two passes: all others are those of layers.
+    For a block these are its own two passes; its other passes are those of layers.
     """
     device = session.options.device
     tiles, size = _plan(device, case.shape, case.M, case.rank)
@@ -189,7 +189,7 @@ def _call_rows(session: Session, case: Case) -> Mapping[str, Sequence[Any]]:
 
 
 def tile_steps(session: Session, store: dict[str, Any], deadline: float) -> list[Step]:
-    """Compile every candidate, then one sweep for each pass and length."""
+    """Compile every candidate, and return one sweep per pass and length."""
     options = session.options
     device, tiny = options.device, options.tiny
     shape = SMOKE_SHAPES[0] if tiny else next(s for s in MODEL_SHAPES if s.model == "llama-3-8b")
@@ -221,7 +221,7 @@ def _faults(
     tried: Mapping[tuple[str, int], Sequence[Any]],
     deadline: float,
 ) -> dict[tuple[str, str], str]:
-    """What the compiler has against each candidate; one that differs in length alone once."""
+    """Each candidate's fault, found by compiling; a candidate is compiled once for all lengths."""
     tasks: dict[tuple[str, str], CompileTask] = {}
     for (name, M), chosen in tried.items():
         for candidate in chosen:
@@ -229,14 +229,14 @@ def _faults(
             tasks.setdefault((name, str(candidate)), task)
     session.say(f"tiles: compiling {len(tasks)} candidates")
     workers = max(1, session.options.workers)
-    half = (time.monotonic() + deadline) / 2  # what is not compiled by then is left out
+    half = (time.monotonic() + deadline) / 2  # candidates not compiled by then are left out
     found = compile_check(list(tasks.values()), workers, half, session.say)
     faults = {key: why for key, why in zip(tasks, found, strict=True) if why is not None}
     store["dropped"] += [
         {"name": name, "candidate": candidate, "reason": why}
         for (name, candidate), why in faults.items()
     ]
-    session.say(f"tiles: {len(faults)} of {len(tasks)} dropped by the compiler's report")
+    session.say(f"tiles: {len(faults)} of {len(tasks)} candidates dropped after compiling")
     return faults
 
 

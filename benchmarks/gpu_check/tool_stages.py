@@ -1,4 +1,4 @@
-"""The stages of gpu_check that are the library's own tools: the tuner and the profile."""
+"""The stages of gpu_check that run the library's own tools: the tuner and the profile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TUNED_TOKENS = (8192, 1024, 32768)
 
 
 def tuned(session: Session, deadline: float) -> None:
-    """Plans for this device; the table stays in the results and touches no user's own."""
+    """Tune plans for this device; the table goes into the results, not into the user's folder."""
     options, facts = session.options, session.facts
     shapes: list[Shape | Block] = [*linear_shapes(MODEL), block_of(MODEL)]
     if options.tiny:
@@ -76,7 +76,7 @@ def tuned(session: Session, deadline: float) -> None:
 
 
 def profiled(session: Session, deadline: float) -> None:
-    """Overhead against length, block first: each length is a step that the deadline may cut off."""
+    """Profile the overhead by length, blocks first, until the deadline cuts off further lengths."""
     options = session.options
     model = "gpt-neo-125m" if options.tiny else MODEL
     tokens = SMOKE_TOKENS if options.tiny else parse_tokens("4k:128k")
@@ -91,7 +91,7 @@ def profiled(session: Session, deadline: float) -> None:
                 store["reports"].append({**asdict(report), "flatness": flatness(report)})
             session.save()
     if store["not_reached"]:
-        session.say(f"profile: out of time, {len(store['not_reached'])} lengths not reached")
+        session.say(f"profile: out of time, {len(store['not_reached'])} lengths were not reached")
 
 
 def _one_profile(

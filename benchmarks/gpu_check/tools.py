@@ -1,6 +1,6 @@
-"""What has to go on working around the operator: a compiler, a graph, a second process on the card.
+"""Tools that must work with the operator: torch.compile, CUDA graphs, two processes on one card.
 
-python -m benchmarks.gpu_check.tools DEVICE RANK FILE    one of the two processes of that case
+python -m benchmarks.gpu_check.tools DEVICE RANK FILE    one of the two processes on one card
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import fastbound
 from benchmarks.report.facts import ROOT, readings
 
 TOGETHER_SECONDS = 150.0
-TOLERANCE = 2**-6  # relative: bf16
+TOLERANCE = 2**-6  # relative, for bf16
 
 
 class Unavailable(Exception):
-    """A case that cannot be run here, and why."""
+    """A case that cannot run here; the message says why."""
 
 
 def _layer(device: torch.device) -> nn.Module:
@@ -38,7 +38,7 @@ def _layer(device: torch.device) -> nn.Module:
 
 
 def _step(call: Any, x: Tensor, layer: nn.Module) -> list[Tensor]:
-    """y and the gradients of x and of what is trained."""
+    """y, and the gradients of x and of the trained parameters."""
     trained = [p for p in layer.parameters() if p.requires_grad]
     y = call(x)
     return [y, *torch.autograd.grad(y, [x, *trained], torch.ones_like(y))]
@@ -51,7 +51,7 @@ def _x(device: torch.device, M: int = 96) -> Tensor:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """torch.compile without a graph break gives what the eager call gives."""
+    """torch.compile without graph breaks gives the results of the eager call."""
 
     def __str__(self) -> str:
         return "torch.compile"
@@ -71,7 +71,7 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class GraphCase:
-    """Warm, captured and replayed, a step gives the bits of the eager one, on new input too."""
+    """A step captured as a CUDA graph and replayed on new input gives the eager step's bits."""
 
     def __str__(self) -> str:
         return "CUDA graph"
@@ -102,7 +102,7 @@ class GraphCase:
 
 @dataclass(frozen=True)
 class TogetherCase:
-    """Two processes under DistributedDataParallel on one device end with the same gradients."""
+    """Two processes under DistributedDataParallel on one device get the same gradients."""
 
     def __str__(self) -> str:
         return "DDP, two processes on one card"
@@ -110,7 +110,7 @@ class TogetherCase:
     def check(self, device: torch.device) -> None:
         mode = readings(device).get("compute_mode", "Default")
         if mode != "Default":
-            raise Unavailable(f"compute mode {mode} lets one process onto the card")
+            raise Unavailable(f"compute mode {mode} allows only one process on the card")
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "benchmarks.gpu_check.tools", str(device)]
             rendezvous = str(Path(folder) / "rendezvous")
@@ -139,7 +139,7 @@ TOOL_CASES = (CompileCase(), GraphCase(), TogetherCase())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One process: its own rows of x, and the gradients that both must have."""
+    """Run one process, with its own x, and check that both processes have the same gradients."""
     named, rank, rendezvous = arguments
     device = torch.device(named)
     torch.set_num_threads(1)
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2
     )
     layer = _layer(device)
-    fastbound.set_planning("fixed")  # two at once on one card: no time would be right
+    fastbound.set_planning("fixed")  # the other process on the card would distort any timing
     fastbound.warmup(layer, 96)
     spread = nn.parallel.DistributedDataParallel(layer)
     spread(_x(device) * (1 + int(rank))).float().square().mean().backward()

@@ -1,4 +1,4 @@
-"""Who is measured against whom: cases, layers, blocks, products, and how they are timed.
+"""What is measured against what: cases, competitors, products, and how they are timed.
 
 Uses fastbound.
 """

@@ -1,7 +1,7 @@
-"""What a call costs before the device has anything to do, and what is left of it in a CUDA graph.
+"""The host's cost of a call, and what remains of it in a CUDA graph.
 
-Forward and backward of one layer: the host's time until the call returns, from an idle device, and
-the time of replaying the same work as a graph.
+For the forward and backward of one layer it measures the host's time until the call returns,
+starting from an idle device, and the time to replay the same work as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TAKING_PART = ("frozen", "fused", "split", "addmm", "peft_bf16")
 
 @dataclass(frozen=True)
 class CallRow:
-    """``how``: "host" or "graph replay"; seconds."""
+    """One competitor's times in seconds; ``how`` is "host" or "graph replay"."""
 
     case: str
     competitor: str
@@ -46,7 +46,7 @@ class CallFailure:
 def measure_calls(
     case: Case, device: torch.device, rounds: int
 ) -> tuple[list[CallRow], list[CallFailure]]:
-    """One forward+backward of every competitor, eager on the host's clock, and as a graph."""
+    """Time one forward+backward of every competitor, eager on the host's clock and as a graph."""
     o = case.operands(device)
     x = o.leaves().x
     eager: dict[str, Callable[[int], object]] = {}
@@ -105,7 +105,7 @@ def _captured(step: Callable[[int], object]) -> Callable[[int], object]:
 
 
 def _host_seconds(device: torch.device, step: Callable[[], object]) -> float:
-    """From an idle device."""
+    """The host's seconds, starting from an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return host_seconds(step)

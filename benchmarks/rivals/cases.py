@@ -1,4 +1,4 @@
-"""What is measured: MLP projections and whole MLP blocks of four models, and sizes a CPU can do."""
+"""The cases: MLP projections and whole MLP blocks of four models, and sizes that suit a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One shape at M tokens: x `[M, K]`, adapters of `rank` and `form`."""
+    """A shape at M tokens: x is `[M, K]`, and adapters have `rank` and `form`."""
 
     shape: Shape | Block
     M: int
@@ -28,7 +28,7 @@ class Case:
         return f"{self.shape}-{self.M}-{self.dtype}-r{self.rank}"
 
     def operands(self, device: torch.device) -> Operands:
-        """Random: y of unit variance, each adapter's output about as large as the frozen one's."""
+        """Random operands with y of unit variance, and terms of adapters about as large as x Wᵀ."""
         shape, rank = self.shape, self.rank
         x, N, dtype = (self.M, shape.K), shape.N, DTYPES[self.dtype]
         common: Any = {"magnitude": 0.5, "omega": 1.5, "form": self.form}
@@ -60,7 +60,7 @@ SMOKE_BLOCKS = (
 def layer_cases(
     device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None
 ) -> list[Case]:
-    """The linear layers for a device, in bf16 and on a CPU in fp32 too, at `tokens` or defaults."""
+    """The linear layers for a device, at `tokens` or by default; bf16, and on a CPU fp32 too."""
     shapes = SMOKE_SHAPES if smoke else CPU_SHAPES if device_type == "cpu" else MODEL_SHAPES
     return _at_sizes(shapes, device_type, smoke, tokens)
 
@@ -68,7 +68,7 @@ def layer_cases(
 def product_cases(
     device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None
 ) -> list[Case]:
-    """The linear layers with adapters of the form "product", which their name says."""
+    """The linear layers with adapters of the form "product", which their names mention."""
     return [
         replace(case, form="product", shape=_named(case.shape, "product form"))
         for case in layer_cases(device_type, smoke=smoke, tokens=tokens)
@@ -77,16 +77,16 @@ def product_cases(
 
 def _named(shape: Shape | Block, what: str) -> Shape | Block:
     if isinstance(shape, Block):
-        raise TypeError(f"{shape} is a block, and the {what} is measured on layers")
+        raise TypeError(f"{shape} is a block, but the {what} is measured on layers")
     return replace(shape, projection=f"{shape.projection} {what}")
 
 
 def block_cases(
     device_type: str, *, smoke: bool, tokens: Sequence[int] | None = None
 ) -> list[Case]:
-    """The MLP blocks for a device, as :func:`layer_cases`."""
+    """The MLP blocks for a device, as in :func:`layer_cases`."""
     blocks = SMOKE_BLOCKS if smoke else CPU_BLOCKS if device_type == "cpu" else MODEL_BLOCKS
-    # One size of each block will do to see that it runs: torch.compile takes its seconds each time.
+    # One size per block is enough to see that it runs, as torch.compile takes seconds each time.
     return _at_sizes(blocks, device_type, smoke, tokens or (SMOKE_TOKENS[:1] if smoke else None))
 
 

@@ -1,8 +1,8 @@
-"""Who takes part: the operator and everything it has to beat, as a layer and as an MLP block.
+"""The competitors: the operator and everything it has to beat, as a layer and as an MLP block.
 
-All on one formula: of a layer, or of a block down(f(gate(x)) * up(x)), or down(f(up(x))). Most
-competitors differ in what stands in the place of a projection only (`each`). A block's activation
-is PyTorch's one fused operation for all of them; some models write it out in several, which is
+All of them compute the same formula: that of a layer, or of a block down(f(gate(x)) * up(x)) or
+down(f(up(x))). Most differ only in the module that takes the place of a projection (`each`). In all
+of them a block's activation is a single fused PyTorch operation; some models use several, which is
 slower and saves more (NOTES.md has both).
 """
 
@@ -32,10 +32,10 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class Contender(NamedTuple):
-    """One competitor on one case: x to y, the tensors it trains, and the path it took.
+    """One competitor on one case: its function from x to y, what it trains, and the path it took.
 
-    `trained` in the order of the operands' `trained`, or empty: no adapter. `form` is that of the
-    adapter it computes, of whatever form the case is; None without one.
+    `trained` has the order of the operands' `trained`, and is empty without an adapter. `form` is
+    the form of the adapter that it computes, whatever the case's form, or None without an adapter.
     """
 
     forward: Linear
@@ -49,7 +49,7 @@ Build = Callable[[Operands], Contender]
 
 @dataclass(frozen=True)
 class Competitor:
-    """`build` makes the contender; `obstacle` says why it cannot take part, or None."""
+    """`build` makes the contender; `obstacle` returns why it cannot take part, or None."""
 
     name: str
     build: Build
@@ -61,7 +61,7 @@ def each(
     path: str,
     form: str | None = "factors",
 ) -> Build:
-    """`make` gives the callable in the place of a projection, and what it trains."""
+    """Build a contender from `make`, which returns a projection's callable and what it trains."""
 
     def build(o: Operands) -> Contender:
         made = {name: make(p) for name, p in o.leaves().projections.items()}
@@ -80,7 +80,7 @@ def _frozen(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
 def operator(
     backend: str = "fused", *, forced: bool = False, recompute: str | None = None
 ) -> Build:
-    """`bounded_linear` or `bounded_mlp` by one backend; on a CPU by PyTorch's, unless `forced`."""
+    """`bounded_linear` or `bounded_mlp` by a backend; on a CPU by "torch", unless `forced`."""
 
     def build(o: Operands) -> Contender:
         own = o.leaves()
@@ -99,7 +99,7 @@ def operator(
 
 
 def _strategy(o: Operands, backend: str) -> str:
-    """The path that the plan names."""
+    """The strategy that the plan names."""
     first, *_ = o.projections.values()
     N, K = first.weight.shape
     sizes = (o.x.device, o.x.shape[0], N, K)
@@ -112,7 +112,7 @@ def _strategy(o: Operands, backend: str) -> str:
 
 
 def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:
-    """One `bounded_linear` for each projection, PyTorch's activation between them."""
+    """One `bounded_linear` per projection, with PyTorch's activation between them."""
 
     def build(o: Operands) -> Contender:
         chosen = backend if forced or o.x.is_cuda else "torch"
@@ -127,20 +127,20 @@ def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:
 
 def _factors(p: Projection) -> tuple[Tensor, Tensor]:
     if p.A is None or p.B is None:
-        raise ValueError("every projection of a competitor has an adapter, and this one has none")
+        raise ValueError("every projection of a competitor needs an adapter, but this has none")
     return p.A, p.B
 
 
 def needs_gpu(device_type: str, dtype: torch.dtype) -> str | None:
-    """`split` on a CPU would be `fused` measured twice: both are the torch path."""
+    """On a CPU the competitor would only repeat `fused`: both take the torch path."""
     if device_type != "cpu":
         return None
     auto = plan_for(plan_key(torch.device(device_type), 1024, 1024, 1024, 16, dtype))
-    return f"on a CPU `fused` is the {auto.strategy} path already"
+    return f"on a CPU `fused` already takes the {auto.strategy} path"
 
 
 class _CublasThenAddmm(torch.autograd.Function):
-    """The usual way around a low-rank [M, N] tensor: the large GEMM, then `addmm_` onto it."""
+    """The usual way to avoid a low-rank [M, N] tensor: the large GEMM, then `addmm_` onto it."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ class _CublasThenAddmm(torch.autograd.Function):
 
 
 def _addmm(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
-    """cuBLAS (or the CPU's BLAS) for the large GEMM, then `addmm_`; it takes no bias."""
+    """cuBLAS (or the CPU's BLAS) for the large GEMM, then `addmm_`; it does not support a bias."""
     A, B = _factors(p)
 
     def forward(x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _addmm(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
 
 
 def _whole(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
-    """The weight itself is trained: three GEMMs, which the product form cannot do without."""
+    """The weight itself is trained, which takes three GEMMs, as many as the product form needs."""
     weight = p.weight.detach().requires_grad_()
     return partial(F.linear, weight=weight, bias=p.bias), (weight,)
 
@@ -191,7 +191,7 @@ def _plain(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
 
 
 def peft(adapter_dtype: torch.dtype) -> Build:
-    """PEFT's own layers with the sine in a LoraVariant."""
+    """PEFT's own layers, with the sine as a LoraVariant."""
 
     def make(p: Projection) -> tuple[Linear, tuple[Tensor, ...]]:
         layer: Any = peft_projection(p, adapter_dtype)
@@ -213,13 +213,13 @@ def peft_projection(p: Projection, adapter_dtype: torch.dtype) -> nn.Module:
 
 
 def bf16_only(device_type: str, dtype: torch.dtype) -> str | None:
-    """bf16 adapters on an fp32 base are nobody's choice."""
+    """Why bf16 adapters are not measured on this base: nobody would use them on fp32."""
     return None if dtype is torch.bfloat16 else f"the base is {dtype}"
 
 
 def compiled(o: Operands) -> Contender:
     """`torch.compile` of the plain formula."""
-    torch.compiler.reset()  # one case must not recompile, or go dynamic, on account of another
+    torch.compiler.reset()  # one case must not make another recompile or become dynamic
     own = o.leaves()
     function = torch.compile(own.formula, fullgraph=True, dynamic=False)
     forward = partial(function, **own.arguments)
@@ -229,7 +229,7 @@ def compiled(o: Operands) -> Contender:
 
 @cache
 def no_compiler(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why torch.compile does not work here, found by compiling one small function."""
+    """Why torch.compile does not work here, found by compiling a small function, or None."""
     try:
         torch.compile(torch.sin, fullgraph=True)(torch.zeros(8, device=device_type, dtype=dtype))
     except Exception as error:
@@ -237,10 +237,10 @@ def no_compiler(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-# The floor, the bare layer or block and the gradient of x, has no adapter.
+# The floor is the bare layer or block with the gradient of x; it has no adapter.
 FROZEN = Competitor("frozen", each(_frozen, "F.linear", None))
 FUSED = Competitor("fused", operator())
-# What a user gets: the kernels that the first call of the shape chooses.
+# What a user gets: the kernels chosen by the first call of the shape.
 AUTO = Competitor("auto", operator("auto"), needs_gpu)
 UNFUSED = (
     Competitor("peft_fp32", peft(torch.float32)),

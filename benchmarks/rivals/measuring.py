@@ -1,4 +1,4 @@
-"""One case from operands to samples: build the competitors, check, weigh, time all together."""
+"""Measure a case: build the competitors, check their results, count bytes, time all together."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastbound.truth.exactness import CORRECT, exact, require_truth
 from fastbound.truth.operands import Operands, drawing
 
 DIRECTIONS = ("forward", "forward+backward")
-WARMUP_ROUNDS = 3  # on a CPU, where a round takes seconds, one: the check warms up once more
+WARMUP_ROUNDS = 3  # one on a CPU, where a round takes seconds; the check is another one
 CHECKED_ROWS = 256
 
 
 @dataclass
 class Measurement:
-    """One competitor on one case: seconds by direction, bytes, the path it took, or its failure."""
+    """A competitor on a case: seconds by direction, bytes, and the path it took, or its failure."""
 
     path: str = ""
     saved_bytes: int = 0
@@ -41,10 +41,10 @@ def measure(
     rounds: int,
     directions: Sequence[str] = DIRECTIONS,
 ) -> dict[str, Measurement]:
-    """Run `competitors` on `case`, interleaved, and return what each showed.
+    """Run `competitors` on `case`, interleaved, and return each one's measurement.
 
-    A competitor that fails (out of memory, a wrong result) is left out of the timing and carries
-    its error in `failure`; the others go on.
+    A competitor that fails (out of memory, a wrong result) is left out of the timing, with its
+    error in `failure`; the others are still measured.
     """
     o = case.operands(device)
     inputs = _inputs(o)
@@ -80,7 +80,7 @@ def measure(
 def described(
     case: Case, competitor: str, direction: str, measurement: Measurement
 ) -> dict[str, Any]:
-    """All of a benchmark's row but the statistics."""
+    """A benchmark's row without its statistics."""
     return {
         **asdict(case.shape),
         "M": case.M,
@@ -107,15 +107,15 @@ def _steps(
 
 
 def forward_and_backward(contender: Contender, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """dx and the factors' gradients."""
+    """dx and the gradients of what the contender trains."""
     return torch.autograd.grad(contender.forward(x), (x, *contender.trained), dy)
 
 
 def _inputs(o: Operands) -> list[tuple[Tensor, Tensor]]:
-    """x and dy to rotate through: on a GPU so many that each is cold when its turn comes."""
+    """Pairs of x and dy to rotate through; on a GPU enough of them that each is cold when used."""
     sets, device = 1, o.x.device
     if device.type == "cuda":
-        # Those between two uses of one outweigh the L2 cache twice.
+        # Between two uses of a pair, the others fill the L2 cache twice.
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         sets += -(-2 * l2 // (o.x.nbytes + o.dy.nbytes))
     draw = drawing(o.x.dtype, device=device, seed=1, on_device=True)
@@ -124,7 +124,7 @@ def _inputs(o: Operands) -> list[tuple[Tensor, Tensor]]:
 
 
 def _truth(o: Operands, form: str | None) -> dict[str, Tensor]:
-    """Of an adapter of that form; without one, of the bare weight."""
+    """The truth of an adapter of the given form; for None, that of the bare weight."""
     checked = slice(0, CHECKED_ROWS)
     if form is None:
         return exact(o.rows(checked).changed(lambda name, t: t, scaling=0.0), checked)
@@ -132,7 +132,7 @@ def _truth(o: Operands, form: str | None) -> dict[str, Tensor]:
 
 
 def _check(contender: Contender, o: Operands, truth: dict[str, Tensor]) -> None:
-    """Compare y, dx and the factors' gradients with the truth: a fast wrong result is no result."""
+    """Compare y, dx and the factors' gradients with the truth: a fast wrong result is worthless."""
     x = o.leaves().x
     y = contender.forward(x)
     dx, *gradients = torch.autograd.grad(y, (x, *contender.trained), o.dy)

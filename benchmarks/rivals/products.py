@@ -1,7 +1,7 @@
-"""The operator's products on a CPU, each in the forms PyTorch offers for it.
+"""The operator's products on a CPU, each in the forms that PyTorch offers for it.
 
-The same product differs several-fold between forms on skinny operands, and differently in bf16 and
-fp32; `fastbound.operator.torch_engine` takes what this comparison favours.
+On skinny operands the time of the same product differs several-fold between forms, and differently
+in bf16 and fp32. `fastbound.operator.torch_engine` uses the forms that this comparison favours.
 
     S  = x SAᵀ        y  = x Wᵀ + S SBᵀ
     dS = dy SB        dx = dy W + dS SA        dA = dSᵀ x        dB = dyᵀ S
@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from fastbound.truth.operands import LayerOperands, drawing, layer_operands
 
-# Of a layer whose A and B hold SA and SB, and S, or dS in its place.
+# A function of a layer's operands, whose A and B hold SA and SB, and of S or dS.
 Form = Callable[[LayerOperands, Tensor], Tensor]
 
 PRODUCTS: dict[str, dict[str, Form]] = {
@@ -57,6 +57,6 @@ PRODUCTS: dict[str, dict[str, Form]] = {
 def product_operands(
     M: int, K: int, N: int, R: int, dtype: torch.dtype
 ) -> tuple[LayerOperands, Tensor]:
-    """A layer's on the CPU, its factors in ``dtype`` too, and S [M, R]."""
+    """A layer's operands on the CPU, with factors in ``dtype`` too, and S [M, R]."""
     o = layer_operands((M, K), N, R, dtype, bias=False, adapter_dtype=dtype)
     return o, drawing(dtype, seed=1)(M, R)

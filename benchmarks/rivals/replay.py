@@ -1,7 +1,7 @@
-"""Interleaved measurements handed to pytest-benchmark, whose own loop times one function at a time.
+"""Pass interleaved measurements to pytest-benchmark, whose own loop times one function at a time.
 
-It gets what `dispatch.timing.interleaved` measured: `recorded_time` is its timer and `playback`
-its function, and its statistics, JSON and comparisons then work on exactly those samples.
+The samples come from `dispatch.timing.interleaved`. pytest-benchmark gets `recorded_time` as its
+timer and `playback` as its function, so its statistics, JSON and comparisons are of those samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.rivals.measuring import Measurement, described
 
 @dataclass(frozen=True)
 class Suite:
-    """`cases` of a device type; `cpu_rounds` by default on a CPU, where a round takes seconds."""
+    """A benchmark's cases by device type, its competitors, and its default rounds on a CPU."""
 
     cases: Callable[..., list[Case]]
     competitors: Sequence[Competitor]
@@ -29,23 +29,23 @@ class Suite:
 
 
 class _Tape:
-    """The reading of pytest-benchmark's timer: 0 before a playback, one sample after it."""
+    """What pytest-benchmark's timer reads: 0 before a playback, and one sample after it."""
 
     reading = 0.0
 
 
 def recorded_time() -> float:
-    """The timer handed to pytest-benchmark: seconds on the tape."""
+    """The timer that pytest-benchmark gets: the seconds on the tape."""
     return _Tape.reading
 
 
 def playback(seconds: float) -> None:
-    """The function handed to pytest-benchmark: lets `recorded_time` advance by `seconds`."""
+    """The function that pytest-benchmark gets: it advances `recorded_time` by `seconds`."""
     _Tape.reading += seconds
 
 
 def play(samples: list[float]) -> Callable[[], tuple[tuple[float], dict[str, float]]]:
-    """A pytest-benchmark `setup` that rewinds the tape and yields the next sample as argument."""
+    """A `setup` for pytest-benchmark that rewinds the tape and returns the next sample."""
     remaining = iter(samples)
 
     def setup() -> tuple[tuple[float], dict[str, float]]:
@@ -64,7 +64,7 @@ def replayed(
     direction: str,
     competitor_name: str,
 ) -> None:
-    """The test of a module with a SUITE: one competitor's samples; its failure is raised here."""
+    """The test of a module with a SUITE: replay one competitor's samples, or raise its failure."""
     case, measurement = measured(case_name, competitor_name)
     if isinstance(measurement.failure, torch.OutOfMemoryError):
         pytest.skip(f"{competitor_name}: out of memory on {case}")

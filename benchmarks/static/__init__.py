@@ -1,4 +1,4 @@
-"""What needs no GPU: compiled kernels, counted bytes, CPU time of a call, predictions.
+"""Measurements that need no GPU: compiled kernels, counted bytes, a call's CPU time, predictions.
 
 Uses `rivals` and `report`.
 """
@@ -10,6 +10,6 @@ import sys
 
 
 def in_the_interpreter() -> None:
-    """Start this command anew in Triton's interpreter, which is chosen as triton is imported."""
+    """Restart this command in Triton's interpreter, which is chosen when triton is imported."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1"})

@@ -1,10 +1,10 @@
-"""How many binaries a model needs, and how long they take to compile: no GPU is needed.
+"""Count the binaries that a model needs and time their compilation, without a GPU.
 
     python -m benchmarks.static.binaries [--target sm_90] [--lengths 1 4096] [--compile 4096]
 
 Records every launch of Llama-3-8B's layers and of its block, forward and backward, at each number
-of tokens in the range, and counts the launches that differ for the compiler. `--compile` compiles
-those of one length with an empty cache, one after the other, as a first step does.
+of tokens in the range, and counts the launches that need different binaries. `--compile` compiles
+those of one length one after the other with an empty cache, as a first training step does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STRATEGIES = ("fused", "split")
 def binaries(
     target: str, lengths: Iterable[int], strategies: Sequence[str] = STRATEGIES
 ) -> dict[Any, Launch]:
-    """Each binary's key and the first launch that needs it, at any of so many tokens."""
+    """Each binary's key with the first launch that needs it, over all ``lengths`` (in tokens)."""
     device = Device(target, TARGETS[target].multiprocessors)
     block, found = block_of(MODEL), dict[Any, Launch]()
     for M in lengths:
@@ -52,7 +52,7 @@ def binaries(
 
 
 def compile_seconds(target: str, found: Iterable[Launch]) -> list[tuple[str, float]]:
-    """Of each kernel, with an empty cache."""
+    """Each kernel's name and the seconds to compile it, with an empty cache."""
     taken = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -78,20 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--compile must be >= 1, got {options.compile}")
     found = binaries(options.target, range(first, last + 1))
     kernels = Counter(kernel_name(launch) for launch in found.values())
-    lines = [[name, str(n)] for name, n in [*kernels.most_common(), ("together", len(found))]]
+    lines = [[name, str(n)] for name, n in [*kernels.most_common(), ("total", len(found))]]
     print(f"{MODEL}, {first} to {last} tokens, r={RANK}, bf16, {options.target}:\n")
     print(markdown_table(["kernel", "binaries"], lines))
     if options.compile is not None:
         one = binaries(options.target, [options.compile], ["fused"])
         taken = compile_seconds(options.target, one.values())
         lines = [[name, f"{seconds:.2f}"] for name, seconds in taken]
-        lines.append(["together", f"{sum(seconds for _, seconds in taken):.2f}"])
+        lines.append(["total", f"{sum(seconds for _, seconds in taken):.2f}"])
         print(f"\nCompiled one after the other, {options.compile} tokens, fused:\n")
         print(markdown_table(["kernel", "seconds"], lines))
     return 0
 
 
 if __name__ == "__main__":
-    # Kernels that are interpreted cannot be compiled; the variable is read when triton is imported.
+    # Interpreted kernels cannot be compiled, and triton reads the variable when it is imported.
     os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())

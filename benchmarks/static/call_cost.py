@@ -1,10 +1,10 @@
-"""What a call costs the CPU beyond F.linear's: `python -m benchmarks.static.call_cost`.
+"""What a call costs the CPU beyond F.linear: `python -m benchmarks.static.call_cost`.
 
-One eager forward and backward on operands too small to hide behind, in process time, interleaved.
-Without a GPU the Triton paths run with every launch left out: what is timed is all the Python
-before it (plan, tensors, arguments, grids), and none of Triton's own dispatch; the empty Function
-makes as many tensors and nothing else, which no preparation can save. On a GPU the launches are
-made, and a layer's calls are replayed from a CUDA graph too.
+Measures the process time of one eager forward and backward, interleaved, on operands so small that
+nothing hides it. Without a GPU the Triton paths run without their launches: the time includes all
+the Python before a launch (plan, tensors, arguments, grids) but not Triton's own dispatch. The
+empty Function makes as many tensors and does nothing else, a cost that no preparation can avoid. On
+a GPU the launches run, and a layer's calls are replayed from a CUDA graph too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastbound import bounded_linear
 from fastbound.dispatch.timing import interleaved
 
 M, K, N, RANK = 16, 64, 96, 16
-CALLS = 20  # in one reading of the clock
+CALLS = 20  # calls per reading of the clock
 FLOOR = "F.linear"
 NO_LAUNCH = ", no launch"
 
 
 class _Empty(torch.autograd.Function):
-    """As many arguments and new tensors of the same sizes as the fused path has, and no work."""
+    """As many arguments as the fused path, as many new tensors of the same sizes, and no work."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -56,7 +56,7 @@ class _Empty(torch.autograd.Function):
 
 
 def subjects(device: torch.device) -> dict[str, Callable[[], object]]:
-    """One forward and backward of each, by name."""
+    """One forward and backward of each subject, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -86,14 +86,14 @@ def subjects(device: torch.device) -> dict[str, Callable[[], object]]:
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """Every launch is prepared and none is run: results mean nothing."""
+    """Prepare every launch but run none of them; results mean nothing."""
     with mock.patch.object(Launch, "run", lambda launch: None):
         yield
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Process time adds up all threads."""
+    """Use one thread, since process time is the sum over all threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -103,7 +103,7 @@ def one_thread() -> Iterator[None]:
 
 
 def measure(device: torch.device, rounds: int) -> dict[str, float]:
-    """The median of each subject's process time, in seconds a call, on one thread."""
+    """The median of each subject's process time, in seconds per call, on one thread."""
     steps = subjects(device)
     with one_thread(), nullcontext() if device.type == "cuda" else no_launches():
         for step in steps.values():
@@ -124,14 +124,14 @@ def _several(step: Callable[[], object]) -> Callable[[int], object]:
 
 def _process_seconds(step: Callable[[], object]) -> float:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # an idle queue: nothing waits for a place in it
+        torch.cuda.synchronize()  # start from an empty queue, so that no launch waits
     start = time.process_time()
     step()
     return time.process_time() - start
 
 
 def table(found: dict[str, float]) -> str:
-    """µs a call, beyond the floor, and over it."""
+    """µs per call, µs beyond the floor, and the ratio to the floor."""
     floor = found[FLOOR]
     lines = [
         [name, f"{1e6 * s:.0f}", f"{1e6 * (s - floor):.0f}", f"{s / floor:.2f}"]
@@ -141,7 +141,7 @@ def table(found: dict[str, float]) -> str:
 
 
 def replay_table(rounds: int) -> str:
-    """On a GPU: host time of the eager calls and of replaying them as a CUDA graph."""
+    """On a GPU, the host time of the eager calls and the time to replay them as a CUDA graph."""
     case = Case(SMOKE_SHAPES[0], M, "bfloat16", RANK)
     rows, failures = measure_calls(case, torch.device("cuda"), rounds)
     lines = [[row.competitor, row.how, f"{1e6 * row.median:.0f}"] for row in rows]
@@ -163,11 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         print("\n" + replay_table(options.rounds))
     else:
-        print(f'\n"{NO_LAUNCH.removeprefix(", ")}": prepared up to the launch, which is left out.')
+        print(
+            f'\n"{NO_LAUNCH.removeprefix(", ")}": all of the call except the launches themselves.'
+        )
     return 0
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        in_the_interpreter()  # elsewhere the plan of a CPU has no tiles
+        in_the_interpreter()  # otherwise the plan for a CPU would have no tiles
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""What the compiler makes of every tile on the tuner's list, for GPUs that need not be there.
+"""Compile every tile on the tuner's list, for GPUs that need not be present.
 
     python -m benchmarks.static.candidate_report [--target sm_90 ...] [--tokens 8192 ...]
                                           [--passes thin ...]
 
-The list is `fastbound tune`'s own, in the order of the time model, the default first. What has a
-fault is what the tuner drops before it costs time; exit status 1 where a pass would be left with
-its default alone, or the default has a fault.
+The list is that of `fastbound tune`, in the order of the time model, with the default first. The
+tuner drops the tiles that have a fault before it times any. The exit status is 1 if the default of
+a pass has a fault, or if no other tile of the pass is free of faults.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CARDS = {
 
 
 class Row(NamedTuple):
-    """One candidate of one pass."""
+    """A candidate of a pass, its binary and its fault."""
 
     target: str
     M: int
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 def tasks(
     target: str, M: int, rank: int = RANK, passes: Sequence[str] = PASS_NAMES
 ) -> list[CompileTask]:
-    """Every candidate of the passes of :data:`PLACES`; each one's default comes first."""
+    """Every candidate of the passes of :data:`PLACES`; the default of each pass comes first."""
     device = TARGETS[target].device
     machine = Machine(device, CARDS[target], DATASHEET[CARDS[target]], {})
     found: list[CompileTask] = []
@@ -83,7 +83,7 @@ def tasks(
 def report(
     targets: Sequence[str], tokens: Sequence[int], passes: Sequence[str] = PASS_NAMES
 ) -> list[Row]:
-    """All of them, on every core."""
+    """Compile all candidates, on every core."""
     todo = [task for target in targets for M in tokens for task in tasks(target, M, RANK, passes)]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         found = list(pool.map(judged, todo))
@@ -115,7 +115,7 @@ def as_table(rows: Sequence[Row]) -> str:
 
 
 def without_choice(rows: Sequence[Row]) -> list[str]:
-    """The passes that have nothing sound to choose from, or a default with a fault."""
+    """The passes whose default has a fault, or without another tile that is free of faults."""
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.target, row.M, row.name), []).append(row)
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = report(options.target, options.tokens, options.passes)
     print(as_table(rows))
     faulty = sum(row.fault is not None for row in rows)
-    print(f"{len(rows)} candidates, {faulty} dropped, {len(rows) - faulty} without spills")
+    print(f"{len(rows)} candidates, {faulty} dropped, {len(rows) - faulty} without faults")
     bad = without_choice(rows)
     for place in bad:
         print(f"no choice: {place}")
@@ -146,6 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Kernels that are interpreted cannot be compiled; the variable is read when triton is imported.
+    # Interpreted kernels cannot be compiled, and triton reads the variable when it is imported.
     os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""Registers, shared memory and instructions of every kernel, for GPUs that need not be there.
+"""Registers, shared memory and instructions of every kernel, for GPUs that need not be present.
 
     python -m benchmarks.compile_report [--target sm_90 ...] [--rank 16 ...] [--json FILE]
 
-Compiles every launch that a layer and an MLP block record (`performance.recorder`) with the tiles
-that dispatch chooses, and exits with 1 if a kernel spills, asks for more shared memory than the
-card has, misses the instructions it is written for, or, on Hopper, waits for its own loads or
-products in the steady loop of its GEMM.
+Compiles every launch that a layer and an MLP block make (see `performance.recorder`) with the tiles
+that dispatch chooses. The exit status is 1 if a kernel spills, needs more shared memory than the
+card has or lacks the instructions it is written for, or if a GEMM on Hopper waits in its steady
+loop for its own loads or products.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Llama-3-8B's gate projection at the three row tiles of the thin product, at rows that no kernel
-# can take for whole blocks, and a shape whose rows TMA cannot take.
+# Llama-3-8B's gate projection at the thin product's three row tiles, with a number of rows that is
+# not a multiple of any block, and a shape whose rows TMA cannot load.
 SHAPES = {
     "8192 tokens": (8192, 14336, 4096),
     "2048 tokens": (2048, 14336, 4096),
@@ -41,16 +41,16 @@ SHAPES = {
     "8191 tokens": (8191, 14336, 4096),
     "odd": (8191, 14333, 4093),
 }
-# fp32 leaves the GEMM to cuBLAS, and the other shapes differ in the rows of the thin product only.
+# fp32 leaves the GEMM to cuBLAS, and the other shapes differ only in the rows of the thin product.
 WITH_DROPOUT = {(d, shape) for d in ("bf16", "fp16") for shape in ("8192 tokens", "odd")}
-NOTHING = Compiled(0, 0, 0, count(""))  # what a compiler makes of what it refuses
-# The forms of the models that are known; the others differ in the activation alone.
+NOTHING = Compiled(0, 0, 0, count(""))  # stands for a kernel that does not compile
+# The forms of the known models; other forms differ only in the activation.
 FORMS = (("silu", True), ("gelu_tanh", False))
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One binary, the first call that launches it, and what is wrong with it (empty if nothing)."""
+    """One binary, the first call that launches it, and its faults (empty if there are none)."""
 
     target: str
     dtype: str
@@ -62,7 +62,7 @@ class KernelReport:
     faults: tuple[str, ...]
 
     def as_data(self, triton: str) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
+        """The row as plain numbers and strings, for JSON."""
         c = self.compiled
         return {
             "target": self.target,
@@ -90,7 +90,7 @@ class KernelReport:
 def calls(
     target: str, dtype: str, rank: int, shape: str, activations: Sequence[str]
 ) -> Iterator[tuple[str, Directions]]:
-    """Every call whose kernels are compiled, by name; without activations blocks of known forms."""
+    """Every call whose kernels are compiled, by name; without activations, known blocks only."""
     device = TARGETS[target].device
     sizes, kind = SHAPES[shape], DTYPES[dtype]
     layer = partial(layer_calls, device, *sizes, rank, kind)
@@ -122,7 +122,7 @@ def calls(
 def launches(
     target: str, dtype: str, rank: int, shape: str, activations: Sequence[str]
 ) -> Iterator[tuple[str, Launch]]:
-    """Each binary once, with the call that needs it first: "layer, forward"."""
+    """Each binary once, with the first call that needs it, such as "layer, forward"."""
     seen: set[Any] = set()
     for name, directions in calls(target, dtype, rank, shape, activations):
         for direction, made in zip(directions._fields, directions, strict=True):
@@ -136,9 +136,9 @@ Task = tuple[str, str, int, Sequence[str], Sequence[str], Sequence[str]]
 
 
 def compile_one(task: Task) -> list[KernelReport]:
-    """The kernels of one target, dtype and rank; all, or those that are named.
+    """The kernels of one target, dtype and rank: all of them, or those that are named.
 
-    What two shapes share is compiled once.
+    A binary that several shapes share is compiled once.
     """
     target, dtype, rank, shapes, activations, kernels = task
     found = []
@@ -156,7 +156,7 @@ def compile_one(task: Task) -> list[KernelReport]:
 
 
 def _compiled(launch: Launch, target: str) -> tuple[Compiled, tuple[str, ...]]:
-    """What the compiler makes of a launch and its faults; a refusal is a fault, not an end."""
+    """The compiled launch and its faults; a launch that does not compile has that as its fault."""
     try:
         one = compile_launch(launch, target)
     except Exception as error:
@@ -173,7 +173,7 @@ def report(
     activations: Sequence[str],
     kernels: Sequence[str] = (),
 ) -> list[KernelReport]:
-    """All combinations, on every core; what two of them share is in Triton's own cache."""
+    """All combinations, compiled on every core; Triton's cache holds what several of them share."""
     tasks = [
         (t, d, r, shapes, activations, kernels) for t in targets for d in dtypes for r in ranks
     ]
@@ -203,9 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp16"])
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    only = "blocks of these, gated and plain (default: gated silu and plain gelu_tanh)"
+    only = "activations of gated and plain blocks (default: gated silu and plain gelu_tanh)"
     parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=[], help=only)
-    parser.add_argument("--kernel", nargs="+", default=[], help="only these (default: all)")
+    parser.add_argument("--kernel", nargs="+", default=[], help="only these kernels (default: all)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     found = report(
@@ -228,6 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Kernels that are interpreted cannot be compiled; the variable is read when triton is imported.
+    # Interpreted kernels cannot be compiled, and triton reads the variable when it is imported.
     os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())

@@ -1,7 +1,7 @@
 """The floor of layers and blocks by arithmetic, not measured: `python -m benchmarks.static.floor`.
 
-The frozen layer does 2·M·N·K operations forward and as many for dx. What a competitor does besides
-is recorded (see recorded.py); `fastbound.performance.prediction` says how long it takes.
+The frozen layer does 2·M·N·K operations forward and as many for dx. What a competitor does in
+addition is recorded (see recorded.py), and `fastbound.performance.prediction` predicts its time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastbound.performance.shapes import Block, Shape, block_of
 
 TOKENS = (1024, 8192, 32768)
 TYPICAL_TOKENS = 8192
-SMALL = 0.002  # of the whole: calls that take less share one line
+SMALL = 0.002  # calls that take less than this share of the total are combined in one line
 GPU_CEILINGS = Ceilings(700e12, 4.3e12)
 CPU_CEILINGS = Ceilings(400e9, 20e9)
 CPU_RIVALS = ("torch", "addmm", "peft_bf16", "peft_fp32")
 RULE = (
-    "a call takes the longer of its operations and its bytes, each of its tensors moved once and "
-    "what it adds onto read too, and none overlaps another"
+    "a call takes the longer of its operations and its bytes; it moves each of its tensors once, "
+    "and also reads what it adds onto; no call overlaps another"
 )
 
 
@@ -56,7 +56,7 @@ def floor_table(
 
 
 def block_table(blocks: Sequence[Block], M: int, ceilings: Ceilings) -> str:
-    """The frozen block's time, and every competitor's predicted ratio."""
+    """The frozen block's time, and every competitor's predicted ratio to it."""
     rivals = rivals_of(blocks[0])
     lines = []
     for block in blocks:
@@ -70,7 +70,7 @@ def block_table(blocks: Sequence[Block], M: int, ceilings: Ceilings) -> str:
 
 
 def calls_table(found: Sequence[Prediction], ceilings: Ceilings) -> str:
-    """Operations, bytes and predicted milliseconds of every call, the small ones together."""
+    """Operations, bytes and predicted milliseconds of every call, with small calls combined."""
 
     def line(name: str, some: Sequence[Prediction], bound_by: str = "") -> list[str]:
         flops, nbytes = sum(one.flops for one in some), sum(one.nbytes for one in some)
@@ -80,47 +80,47 @@ def calls_table(found: Sequence[Prediction], ceilings: Ceilings) -> str:
     least = SMALL * seconds(found, ceilings)
     small = [one for one in found if one.seconds(ceilings) < least]
     lines = [line(one.name, [one], one.bound_by(ceilings)) for one in found if one not in small]
-    lines += [line(f"{len(small)} smaller calls", small), line("together", found)]
+    lines += [line(f"{len(small)} smaller calls", small), line("total", found)]
     return markdown_table(["call", "GFLOP", "MB", "predicted ms", "bound by"], lines)
 
 
 def _assumed(ceilings: Ceilings) -> str:
     return (
-        f"bf16, r={RANK}, ceilings assumed at {ceilings.flops / 1e12:g} TFLOP/s and "
+        f"bf16, r={RANK}, with assumed ceilings of {ceilings.flops / 1e12:g} TFLOP/s and "
         f"{ceilings.bandwidth / 1e12:g} TB/s"
     )
 
 
 def layers_document(ceilings: Ceilings = GPU_CEILINGS) -> str:
-    """What `python -m benchmarks.static.floor` prints of layers, as NOTES.md holds it."""
+    """What `python -m benchmarks.static.floor` prints about layers, and NOTES.md contains."""
     return "\n\n".join(
         [
-            f"Arithmetic, not measurement: {_assumed(ceilings)}. GFLOP, MB and FLOP/B are of the "
-            f"bare GEMM, forward or dx, at M={TYPICAL_TOKENS}; `adapter` is the adapter's share "
-            "of the operations; `ms @ M` the bare GEMM at the ceilings, all bound by compute "
-            "unless marked. The last columns predict forward plus backward over the frozen "
-            f"layer's at M={TYPICAL_TOKENS}, from the calls that each records over tensors without "
-            f"memory ({versions()}): {RULE}. Tiles and workspaces are those of "
-            f"{GPU.architecture} on {GPU.multiprocessors} multiprocessors.",
+            f"Arithmetic, not measurement: {_assumed(ceilings)}. GFLOP, MB and FLOP/B are those of "
+            f"the bare GEMM, forward or dx, at M={TYPICAL_TOKENS}. `adapter` is the adapter's "
+            "share of the operations. `ms @ M` is the bare GEMM's time at the ceilings, bound by "
+            "compute unless marked. The last columns are predictions: forward plus backward "
+            f"divided by that of the frozen layer at M={TYPICAL_TOKENS}, from the calls that each "
+            f"competitor makes over meta tensors ({versions()}). The rule: {RULE}. Tiles and "
+            f"workspaces are those of {GPU.architecture} with {GPU.multiprocessors} "
+            "multiprocessors.",
             floor_table(MODEL_SHAPES, TYPICAL_TOKENS, TOKENS, ceilings, rivals_of(MODEL_SHAPES[0])),
-            f"The CPU's cases, at {CPU_CEILINGS.flops / 1e9:g} GFLOP/s and "
-            f"{CPU_CEILINGS.bandwidth / 1e9:g} GB/s, assumed for two cores; `torch` is the path "
-            "that the operator takes there:",
+            f"The cases for a CPU, at an assumed {CPU_CEILINGS.flops / 1e9:g} GFLOP/s and "
+            f"{CPU_CEILINGS.bandwidth / 1e9:g} GB/s for two cores; `torch` is the path that the "
+            "operator takes there:",
             floor_table(CPU_SHAPES, CPU_TOKENS[0], CPU_TOKENS, CPU_CEILINGS, CPU_RIVALS),
         ]
     )
 
 
 def blocks_document(ceilings: Ceilings = GPU_CEILINGS, M: int = TYPICAL_TOKENS) -> str:
-    """The same of blocks."""
+    """The same for blocks."""
     return "\n\n".join(
         [
-            f"Predicted arithmetic, not measurement: {_assumed(ceilings)}, M={M}, by the same "
-            "rule, every call exposed. The fused block of Llama-3-8B, every projection adapted; "
-            "sizes are of a call's first two operands, and calls under "
-            f"{SMALL:.1%} of the whole share one line:",
+            f"Predictions, not measurements: {_assumed(ceilings)}, M={M}, by the same rule. This "
+            "is the fused block of Llama-3-8B with every projection adapted. Sizes are those of a "
+            f"call's first two operands, and calls under {SMALL:.1%} of the total share one line:",
             calls_table(predictions("fused", block_of("llama-3-8b"), M), ceilings),
-            "Predicted forward plus backward, over the frozen block's:",
+            "Predicted forward plus backward, divided by that of the frozen block:",
             block_table(MODEL_BLOCKS, M, ceilings),
         ]
     )

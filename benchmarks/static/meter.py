@@ -1,9 +1,9 @@
-"""A meter of memory traffic: the bytes each kernel and each PyTorch operation reads and writes.
+"""A meter of memory traffic: the bytes that each kernel and PyTorch operation reads and writes.
 
-Triton kernels are counted in Triton's interpreter, lane by lane: a masked-off lane moves nothing, a
-tile read twice counts twice. PyTorch operations are counted by their operands, each moved once,
-which is the least an operation can do; views and allocations are free. Both count what is asked
-of the memory system; how much of it a cache answers is not seen.
+Triton kernels are counted in Triton's interpreter, lane by lane: a masked-off lane moves nothing,
+and a tile that is read twice counts twice. PyTorch operations are counted by their operands, each
+moved once, which is the least that an operation can do; views and allocations are free. Both are
+requests to the memory system; the meter does not see how many of them a cache answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastbound.performance.recorder import Operation, Operations
 
 @dataclass
 class Moved:
-    """Bytes."""
+    """Bytes read and written."""
 
     read: int = 0
     written: int = 0
@@ -33,7 +33,7 @@ class Moved:
 
 @dataclass
 class Step:
-    """One kernel launch or one PyTorch operation: its operands by name, the bytes it moved."""
+    """A kernel launch or PyTorch operation: its operands by name, and the bytes it moved."""
 
     name: str
     gemm: bool
@@ -49,13 +49,13 @@ class Step:
 class Meter:
     """Counts everything that runs inside ``with Meter(weights) as meter``; see ``meter.steps``.
 
-    ``weights`` are the large frozen matrices: a product that takes one of them is a GEMM, whose
-    tiled reads are its own affair. Every tensor met is kept alive until the meter goes, so that no
-    address is met twice. One meter at a time, tensors on the CPU, kernels interpreted
-    (``TRITON_INTERPRET=1`` set before triton is imported).
+    ``weights`` are the large frozen matrices. A product that takes one of them is a GEMM, whose
+    tiles read operands several times by design. The meter keeps every tensor it meets alive, so
+    that no address is used twice. Use one meter at a time, with tensors on the CPU and interpreted
+    kernels (``TRITON_INTERPRET=1`` set before triton is imported).
 
     Raises:
-        RuntimeError: a kernel touched memory outside each of its tensors, or a tensor on a GPU.
+        RuntimeError: a kernel accessed memory outside its tensors, or a tensor is on a GPU.
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
@@ -90,7 +90,7 @@ class Meter:
 
     @contextmanager
     def _interpreter(self) -> Iterator[None]:
-        """Counting versions of the interpreter's launch and of its accesses to memory."""
+        """Replace the interpreter's launch and memory accesses by versions that count."""
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
         launch = executor.__call__
 
@@ -103,7 +103,7 @@ class Meter:
             original = getattr(builder, method)
 
             def counted(self_: Any, *args: Any, **kwargs: Any) -> Any:
-                # The pointers come first, or second after the operation of an atomic.
+                # The pointers come first; an atomic has its operation before them.
                 first = 1 if method == "create_atomic_rmw" else 0
                 mask = None if mask_at is None else args[mask_at].data
                 self._accessed(args[first], mask, **directions)
@@ -113,7 +113,7 @@ class Meter:
 
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(executor, "__call__", counted_launch))
-            # Loads and stores of every kind, descriptors' too, end in these four.
+            # Loads and stores of every kind, including descriptors', end in these four.
             patches.enter_context(counting("create_masked_load", 1, read=True))
             patches.enter_context(counting("create_masked_store", 2, written=True))
             patches.enter_context(counting("create_atomic_rmw", 3, read=True, written=True))
@@ -131,7 +131,7 @@ class Meter:
             if tensor.device.type != "cpu":
                 raise RuntimeError(
                     f"{name}: {argument} is on {tensor.device}, but the meter reads the "
-                    "interpreter's addresses: give it tensors on the CPU"
+                    "interpreter's addresses: use tensors on the CPU"
                 )
         step = Step(name, False, {key: Region.of(tensor) for key, tensor in operands.items()})
         self._launch = step, list(operands.values())
@@ -147,7 +147,7 @@ class Meter:
         self, pointers: Any, mask: Any, *, read: bool = False, written: bool = False
     ) -> None:
         if self._launch is None:
-            return  # not inside a launch of ours: nothing to attribute it to
+            return  # outside any launch that is metered
         step, tensors = self._launch
         addresses = pointers.data
         if mask is not None:
@@ -159,13 +159,13 @@ class Meter:
             if all(_holds(tensor, address) for address in ends):
                 break
         else:
-            raise RuntimeError(f"{step.name} touches memory outside each of its tensors")
+            raise RuntimeError(f"{step.name} accesses memory outside its tensors")
         nbytes = addresses.size * tensor.element_size()
         step.count(Region.of(tensor), read=nbytes if read else 0, written=nbytes if written else 0)
 
 
 def _holds(tensor: Tensor, address: int) -> bool:
-    """Whether an element of the tensor lies there; slices of one storage are told apart."""
+    """Whether the address is an element of the tensor, even if others share its storage."""
     element, within = divmod(address - tensor.data_ptr(), tensor.element_size())
     if element < 0 or within or tensor.numel() == 0:
         return False

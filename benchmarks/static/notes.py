@@ -1,6 +1,6 @@
-"""Writes the generated sections of NOTES.md anew: `python -m benchmarks.static.notes`.
+"""Regenerate the generated sections of NOTES.md: `python -m benchmarks.static.notes`.
 
-A section stands between `<!-- NAME: written by ... -->` and `<!-- end of NAME -->`.
+A section lies between `<!-- NAME: written by ... -->` and `<!-- end of NAME -->`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from benchmarks.static import floor, in_the_interpreter, saved, traffic
 NOTES = Path(__file__).parent.parent / "NOTES.md"
 
 
-# What each section holds.
+# The function that writes each section.
 SECTIONS: dict[str, Callable[[], str]] = {
     "floor": floor.layers_document,
     "mlp_floor": floor.blocks_document,

@@ -1,12 +1,12 @@
-"""What the passes besides the GEMMs cost a multiprocessor, and how well they fill the GPU.
+"""What the passes other than GEMMs cost a multiprocessor, and how well they fill the GPU.
 
     python -m benchmarks.static.occupancy [--target sm_90 ...] [--tokens 8192] [--rank 16]
 
-Compiles the passes of Llama-3-8B's block and of its gate or up for GPUs that need not be there and
-reads their innermost loop: instructions of a warp and of the special function unit per element,
-programs per multiprocessor, bytes of the tall tensors on their way. Then, for tokens and widths of
-known models, the programs of each pass and the share of the GPU's places for them that is at work
-while it lasts. Nothing is timed.
+Compiles the passes of Llama-3-8B's block and of its gate or up, for GPUs that need not be present,
+and reads their innermost loops: instructions of a warp and of the special function unit per
+element, programs per multiprocessor, and bytes of the tall tensors in flight. Then, for tokens and
+widths of known models, it computes the programs of each pass and the share of the GPU's program
+slots that are busy during the pass. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from fastbound.performance.shapes import block_of, linear_shapes
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 32768)
 WIDTHS = (3072, 4096, 8192, 14336, 18944, 28672)
-# The tall tensors that a step of each pass loads.
+# The number of tall tensors that a step of each pass loads.
 LOADED = {"gated: activate": 2, "gated: activate backward": 3, "reduce": 1, "thin": 1}
 SPECIAL = {"cuda": r"\bMUFU\b", "hip": r"\bv_(exp|rcp|log|sqrt|rsq)_f32"}
 BARRIER = {"cuda": r"\bBAR\.SYNC\b", "hip": r"\bs_barrier\b"}
-# What one multiprocessor holds: warps, of NVIDIA's; AMD's waves by their vector registers.
+# What one multiprocessor holds: warps on NVIDIA; on AMD, waves by their vector registers.
 WARPS = {"sm_86": 48, "sm_89": 48, "sm_120": 48, "sm_121": 48}
-# Cycles per second that NVIDIA states; instructions of warps that a multiprocessor starts in one.
+# NVIDIA's stated cycles per second; the warp instructions a multiprocessor issues per cycle.
 CLOCK = {"sm_80": 1.41e9, "sm_86": 1.695e9, "sm_89": 2.52e9, "sm_90": 1.755e9, "sm_120": 2.407e9}
 ISSUED = 4
-AMD_REGISTERS, AMD_SIMDS, AMD_WAVES = 512, 4, 8  # of a lane; of a compute unit; of a SIMD
+AMD_REGISTERS, AMD_SIMDS, AMD_WAVES = 512, 4, 8  # per lane; per compute unit; per SIMD
 
 
 class Loop(NamedTuple):
-    """Of one pass's innermost loop, per element of a tall tensor but for barriers, per step."""
+    """A pass's innermost loop: counts per element of a tall tensor; barriers, copies per step."""
 
     instructions: float
     special: float
@@ -60,10 +60,10 @@ class Loop(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One kernel as compiled: registers of a thread, programs and bytes of a multiprocessor.
+    """A compiled kernel: registers per thread, programs and bytes in flight per multiprocessor.
 
-    ``issue_ms`` is an estimate: the time in which all multiprocessors start the loop's
-    instructions, at their best. None where no clock is known.
+    ``issue_ms`` is an estimate of the least time, in milliseconds, in which all multiprocessors can
+    issue the loop's instructions. It is None if the clock is not known.
     """
 
     target: str
@@ -77,7 +77,7 @@ class Pass(NamedTuple):
 
 
 def innermost(listing: str, backend: str) -> list[str]:
-    """The instructions of the longest loop that holds no other, of SASS or of AMD's assembly."""
+    """The instructions of the longest loop without inner loops, in SASS or AMD's assembly."""
     if backend == "cuda":
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
         code = [(int(address, 16), text) for address, text in found]
@@ -99,7 +99,7 @@ def innermost(listing: str, backend: str) -> list[str]:
 
 
 def listing_of(binary: Any, backend: str) -> str:
-    """The machine code of a compiled kernel, in text."""
+    """The disassembled machine code of a compiled kernel."""
     if backend == "hip":
         return str(binary.asm["amdgcn"])
     from triton import knobs
@@ -112,14 +112,14 @@ def listing_of(binary: Any, backend: str) -> str:
 
 
 def programs_of(target: str, registers: int, shared: int, warps: int) -> int:
-    """Programs of a kernel that one multiprocessor holds at once."""
+    """The number of programs of a kernel that one multiprocessor can hold at once."""
     where = TARGETS[target]
     if where.backend == "hip":
         waves = min(AMD_WAVES, AMD_REGISTERS // (8 * -(-registers // 8)))
         by_registers = AMD_SIMDS * waves // warps
         return min(by_registers, where.shared_limit // max(1, shared))
     by_registers = 65_536 // (32 * 8 * -(-registers // 8) * warps)
-    # A block keeps 1 KiB for the driver, and a multiprocessor has that much more than one may ask.
+    # The driver takes 1 KiB per block; a multiprocessor has 1 KiB more than a block may request.
     by_memory = (where.shared_limit + 1024) // (shared + 1024)
     return min(by_registers, by_memory, WARPS.get(target, 64) // warps)
 
@@ -143,7 +143,7 @@ def passes_of(target: str, M: int, rank: int) -> list[Launch]:
 
 
 def measured(launch: Launch, target: str) -> Pass:
-    """What the compiler made of a pass."""
+    """A pass as compiled."""
     where, constants, name = TARGETS[target], launch.constants, kernel_name(launch)
     compiled = compile_launch(launch, target)
     body = innermost(listing_of(build(launch, target), where.backend), where.backend)
@@ -166,7 +166,7 @@ def measured(launch: Launch, target: str) -> Pass:
 
 
 def _elements(launch: Launch) -> int:
-    """Of the tall tensor that a pass reads first."""
+    """The number of elements of the tall tensor that a pass reads first."""
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     tall: torch.Tensor = given["G" if "DG" in given or "H" in given else "T"]
     return tall.numel()
@@ -195,7 +195,7 @@ def passes_table(passes: Sequence[Pass]) -> str:
 
 
 def _cuts(M: int, N: int, tiles: Tiles, multiprocessors: int) -> dict[str, tuple[Cut, Tile, int]]:
-    """Of each pass with a cut, over M x N: its cut, its tile, and the programs that run at once."""
+    """For each pass with a cut, over M x N: the cut, the tile and the programs that run at once."""
     forward, backward, reduce = tiles.activate, tiles.gated, tiles.reduce
     slots = {
         name: resident(tile.warps, registers) * multiprocessors
@@ -205,7 +205,7 @@ def _cuts(M: int, N: int, tiles: Tiles, multiprocessors: int) -> dict[str, tuple
             ("reduce", reduce, 256),
         )
     }
-    # The forward is cut the other way round: its rows are columns of a cut.
+    # The forward is cut with rows and columns exchanged.
     turned = Tile(forward.block_n, forward.block_m, forward.warps, forward.stages)
     made = {
         "activate": (activation_cut(M, N, forward, multiprocessors), turned),
@@ -216,7 +216,7 @@ def _cuts(M: int, N: int, tiles: Tiles, multiprocessors: int) -> dict[str, tuple
 
 
 def waves_table(target: str, name: str) -> str:
-    """Programs, waves and the share of places at work, of one pass at every M and N."""
+    """One pass's programs, waves and share of busy slots, at every M and N."""
     device, lines = Device(target, TARGETS[target].multiprocessors), []
     for M in TOKENS:
         cells = []
@@ -242,18 +242,18 @@ def document(targets: Sequence[str], M: int, rank: int) -> str:
     launches = [(launch, target) for target in targets for launch in passes_of(target, M, rank)]
     found = [measured(launch, target) for launch, target in launches]
     sections = [
-        f"Llama-3-8B, {M} tokens, bf16, r={rank}: registers per thread, programs and KiB in flight "
-        "per multiprocessor; per element of a tall tensor, instructions of a warp and of its "
-        "special function unit (MUFU; AMD: v_exp, v_rcp and the like); per step, barriers and "
-        "asynchronous copies of 16 bytes; and an estimate, the time in which all instructions "
-        f"start at {ISSUED} per cycle and multiprocessor.",
+        f"Llama-3-8B, {M} tokens, bf16, r={rank}: registers per thread; programs and KiB in flight "
+        "per multiprocessor; instructions of a warp and of its special function unit (MUFU; on "
+        "AMD v_exp, v_rcp and the like) per element of a tall tensor; barriers and asynchronous "
+        "copies of 16 bytes per step; and an estimate of the time to issue all instructions, at "
+        f"{ISSUED} per cycle and multiprocessor.",
         passes_table(found),
     ]
     for target in targets:
         for name, table in PASSES.items():
             sections += [
                 f"{name} on {target}, {TARGETS[target].multiprocessors} multiprocessors: programs, "
-                "waves, share of the places at work:",
+                "waves, share of program slots that are busy:",
                 table(target),
             ]
     return "\n\n".join(sections)
@@ -274,6 +274,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Kernels that are interpreted cannot be compiled; the variable is read when triton is imported.
+    # Interpreted kernels cannot be compiled, and triton reads the variable when it is imported.
     os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())

@@ -1,8 +1,9 @@
-"""Predicted against measured, for every place: `python -m benchmarks.static.predictions`.
+"""Predictions beside measurements, for every shape: `python -m benchmarks.static.predictions`.
 
-The prediction is that of `performance.prediction`: recorded calls one after the other, each the
-longer of its operations and its bytes at the ceilings. Files of gpu_check bring their own measured
-ceilings and times; without any the ceilings are those of a datasheet, which nothing passes.
+Predictions are those of `performance.prediction`: the recorded calls follow one another, and each
+takes the longer of its operations and its bytes at the ceilings. Files written by gpu_check contain
+measured ceilings and times. Without them the ceilings come from a datasheet and no card exceeds
+them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SIZES = {
 
 
 class Setting(NamedTuple):
-    """What predictions are for; ``measured``: (layer or block, M, competitor) -> ratio."""
+    """What to predict for; ``measured`` maps (layer or block, M, competitor) to a ratio."""
 
     title: str
     ceilings: Ceilings
@@ -42,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def setting_of(results: dict[str, Any]) -> Setting:
-    """Of one gpu_check file; raises ValueError where it has no ceilings."""
+    """The setting of a gpu_check file. Raises ValueError if the file has no ceilings."""
     facts, ceilings = results["facts"], results.get("ceilings", {})
     if "flops" not in ceilings:
         raise ValueError("its ceilings were not measured")
@@ -68,11 +69,11 @@ def setting_of(results: dict[str, Any]) -> Setting:
 def datasheet_setting(gpu: str) -> Setting:
     ceilings = DATASHEET[gpu]
     stated = f"{ceilings.flops / 1e12:g} TFLOP/s, {ceilings.bandwidth / 1e12:g} TB/s"
-    return Setting(f"{gpu}: ceilings of its datasheet, {stated}", ceilings, SIZES[gpu], {})
+    return Setting(f"{gpu}: ceilings from its datasheet, {stated}", ceilings, SIZES[gpu], {})
 
 
 def ratio_table(places: Sequence[Shape | Block], tokens: Sequence[int], setting: Setting) -> str:
-    """Forward plus backward over the frozen one: predicted, and measured after a stroke."""
+    """Forward plus backward divided by that of the frozen one: predicted / measured."""
     rivals = rivals_of(places[0])
     lines = []
     for place in places:
@@ -91,7 +92,7 @@ def _predicted(name: str, place: Shape | Block, M: int, setting: Setting) -> flo
 
 
 def misses(setting: Setting) -> str:
-    """How far the predictions are from what was measured, by competitor."""
+    """How far the predictions are from the measurements, by competitor."""
     places: dict[str, Shape | Block] = {str(p): p for p in (*MODEL_SHAPES, *MODEL_BLOCKS)}
     off: dict[str, list[float]] = {}
     for (place, M, name), measured in setting.measured.items():
@@ -103,7 +104,7 @@ def misses(setting: Setting) -> str:
         for name, found in off.items()
     ]
     head = ["measured over predicted", "points", "mean", "farthest"]
-    return markdown_table(head, lines) if lines else "Nothing measured at a known shape."
+    return markdown_table(head, lines) if lines else "Nothing was measured at a known shape."
 
 
 def document(setting: Setting, tokens: Sequence[int]) -> str:
@@ -112,10 +113,10 @@ def document(setting: Setting, tokens: Sequence[int]) -> str:
     lengths = sorted({*tokens, *measured})
     sections = [
         f"## {setting.title}",
-        f"Forward plus backward over the frozen layer, bf16, r={RANK}: predicted"
-        + (" / measured." if setting.measured else "; nothing measured yet."),
+        f"Forward plus backward divided by that of the frozen layer, bf16, r={RANK}: predicted"
+        + (" / measured." if setting.measured else "; nothing has been measured yet."),
         ratio_table(MODEL_SHAPES, lengths, setting),
-        "Over the frozen block:",
+        "Divided by that of the frozen block:",
         ratio_table(MODEL_BLOCKS, lengths, setting),
     ]
     for name in ("fused", "split"):
@@ -131,9 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.static.predictions", description=(__doc__ or "").split(":")[0]
     )
     parser.add_argument(
-        "results", nargs="*", type=Path, help="files of gpu_check or folders of them"
+        "results", nargs="*", type=Path, help="files written by gpu_check, or folders of them"
     )
-    parser.add_argument("--gpu", choices=DATASHEET, default="h200", help="without files (h200)")
+    parser.add_argument(
+        "--gpu", choices=DATASHEET, default="h200", help="GPU to predict without files (h200)"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     options = parser.parse_args(arguments)
     if any(M < 1 for M in options.tokens):
@@ -142,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = []
     for path, results in found.items():
         if results["timings_mean_nothing"]:
-            refused[path] = "its times mean nothing: it ran on a CPU"
+            refused[path] = "its times mean nothing, as it ran on a CPU"
             continue
         try:
             settings.append(setting_of(results))
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{path} left out: {reason}", file=sys.stderr)
     if not settings:
         where = ", ".join(str(path) for path in options.results or [RESULTS])
-        print(f"Nothing measured: no usable file of gpu_check in {where}.\n")
+        print(f"No measurements: there is no usable file of gpu_check in {where}.\n")
         settings = [datasheet_setting(options.gpu)]
     print("\n\n".join(document(setting, options.tokens) for setting in settings))
     return 2 if options.results and refused else 0

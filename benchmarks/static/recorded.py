@@ -1,4 +1,4 @@
-"""What each competitor calls on one layer or block, recorded over meta tensors: nothing is run."""
+"""The calls of each competitor on a layer or block, recorded over meta tensors and not run."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from fastbound.performance.shapes import Block, Shape
 from fastbound.truth.operands import Operands
 
 DTYPE = torch.bfloat16
-GPU = Device("sm_90", 132)  # whose tiles the workspaces are for
+GPU = Device("sm_90", 132)  # the device whose tiles decide the workspaces
 OPERATOR = ("fused", "split", "torch")  # the operator's backends for one layer
 LAYER_RIVALS = ("fused", "split", "addmm", "peft_bf16", "peft_fp32")
 BLOCK_RIVALS = ("fused", "per_layer", "peft_bf16", "peft_fp32")
 
 
 def rivals_of(place: Shape | Block) -> tuple[str, ...]:
-    """Who is predicted beside the frozen layer or block."""
+    """The competitors that are predicted beside the frozen layer or block."""
     return BLOCK_RIVALS if isinstance(place, Block) else LAYER_RIVALS
 
 
 def blank_operands(
     place: Shape | Block, M: int, device: str = "meta", rank: int = RANK
 ) -> Operands:
-    """Operands of a place that hold no numbers: on meta, or all zeros where they have memory."""
+    """Operands without data: on the meta device, or all zeros on another device."""
     o = Case(place, M, str(DTYPE).removeprefix("torch."), rank).operands(torch.device("meta"))
     if device == "meta":
         return o
@@ -54,7 +54,7 @@ def blank_operands(
 def calls_of(
     name: str, place: Shape | Block, M: int, rank: int = RANK, device: Device = GPU
 ) -> Directions:
-    """Everything that a forward and a backward call in bf16, planned as on ``device``."""
+    """All calls of a forward and a backward in bf16, planned as if on ``device``."""
     N, K = place.N, place.K
     if isinstance(place, Shape):
         if name in OPERATOR:
@@ -72,7 +72,7 @@ def calls_of(
             bias=place.bias,
             backend=name,
         )
-    elif name == "per_layer":  # the frozen block, but for its products
+    elif name == "per_layer":  # the frozen block, with other products
         wide, narrow = (
             layer_calls(device, M, *size, rank, DTYPE, backend="fused", bias=place.bias)
             for size in ((N, K), (K, N))
@@ -98,7 +98,7 @@ def calls_of(
 def predictions(
     name: str, place: Shape | Block, M: int, rank: int = RANK, device: Device = GPU
 ) -> tuple[Prediction, ...]:
-    """Of every call of a forward and a backward, in order."""
+    """The predictions for all calls of a forward and a backward, in order."""
     forward, backward = calls_of(name, place, M, rank, device)
     return tuple(map(prediction_of, (*forward, *backward)))
 
@@ -111,7 +111,7 @@ def ratio(
     rank: int = RANK,
     device: Device = GPU,
 ) -> float:
-    """Predicted forward plus backward of a competitor over that of the frozen layer or block."""
+    """A competitor's predicted forward plus backward divided by that of the frozen one."""
     found, floor = (
         seconds(predictions(each, place, M, rank, device), ceilings) for each in (name, "frozen")
     )
@@ -119,5 +119,5 @@ def ratio(
 
 
 def versions() -> str:
-    """What the calls of PEFT and of PyTorch's own operations depend on."""
+    """The versions on which the calls of PEFT and of PyTorch's own operations depend."""
     return f"torch {torch.__version__.split('+')[0]}, PEFT {version('peft')}"

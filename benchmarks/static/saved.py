@@ -1,7 +1,7 @@
-"""What layers and blocks keep for backward, counted: `python -m benchmarks.static.saved`.
+"""Count what layers and blocks save for backward: `python -m benchmarks.static.saved`.
 
-Bytes per token are the difference between two numbers of tokens, exact on any device. What does not
-grow with the tokens (PEFT keeps the sines of its factors, and their arguments) stands apart.
+Bytes per token are the difference between two numbers of tokens, and exact on any device. What does
+not grow with the tokens (PEFT saves the sines of its factors and their arguments) is listed apart.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from fastbound.truth.operands import Operands
 BLOCKS = (LLAMA_1K, block_of("gpt-neo-125m"), block_of("phi-1.5"))
 TOKENS = 16
 
-# A forward pass, and what it keeps anyway: its parameters.
+# A forward pass, and its parameters, which do not count as saved.
 Built: TypeAlias = tuple[Callable[[Tensor], Tensor], Iterable[Tensor]]
 
 
 class Saved(NamedTuple):
-    """Bytes for each token, and once."""
+    """Bytes per token, and bytes that do not depend on the tokens."""
 
     per_token: float
     once: float
 
 
 def hugging_face(block: Block) -> tuple[nn.Module, dict[str, str]]:
-    """transformers' own block of that model in bf16, frozen; its projections' names."""
+    """transformers' own block of the model in bf16, frozen, and the names of its projections."""
     import transformers
     from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -92,7 +92,7 @@ def _plain(make: Build) -> Callable[[Any, Any], Built]:
 
 Columns: TypeAlias = Mapping[str, Callable[[Any, Any], Built]]
 
-# HF is transformers' block itself; the others are the formula with PyTorch's fused activation.
+# "HF" is transformers' own block; the others are the formula with PyTorch's fused activation.
 BLOCK_COLUMNS: Columns = {
     "frozen HF": _hf_frozen,
     "frozen": _plain(FROZEN.build),
@@ -110,7 +110,7 @@ LAYER_COLUMNS: Columns = {
 
 @cache
 def saved(place: Shape | Block, column: str) -> Saved:
-    """What one column keeps of a layer or a block on bf16 x."""
+    """What one column saves for a layer or a block on bf16 x."""
     columns = BLOCK_COLUMNS if isinstance(place, Block) else LAYER_COLUMNS
     found = []
     for tokens in (TOKENS, 2 * TOKENS):
@@ -122,12 +122,12 @@ def saved(place: Shape | Block, column: str) -> Saved:
 
 
 def minimum(block: Block) -> int:
-    """Bytes a token of x and of what the activation's slope needs: 2K + 4N, or 2K + 2N."""
+    """Bytes per token of x and of the activation's inputs: 2K + 4N if gated, else 2K + 2N."""
     return 2 * block.K + (4 if block.gated else 2) * block.N
 
 
 def document() -> str:
-    """Everything `python -m benchmarks.static.saved` prints, as NOTES.md holds it."""
+    """Everything that `python -m benchmarks.static.saved` prints, and NOTES.md contains."""
     lines, once = [], []
     for block in BLOCKS:
         counted = [saved(block, column) for column in BLOCK_COLUMNS]
@@ -144,19 +144,20 @@ def document() -> str:
     ]
     return "\n\n".join(
         [
-            f"Counted in bf16 with fp32 adapters (bf16 in `peft_bf16`), every projection adapted, "
+            f"Counted in bf16 with fp32 adapters (bf16 in `peft_bf16`) on every projection, "
             f"r={RANK} ({versions()}). `x, g, u` is arithmetic: x and the activation's inputs.",
             markdown_table(["KiB per token", "K->N", "x, g, u", *BLOCK_COLUMNS], lines),
-            "Kept besides, whatever the number of tokens:",
+            "Saved in addition, whatever the number of tokens:",
             markdown_table(["MiB", "K->N", *BLOCK_COLUMNS], once),
-            f"By one layer, MiB for {TYPICAL_TOKENS} tokens (`split` as `fused`):",
+            f"Saved by one layer, in MiB for {TYPICAL_TOKENS} tokens (`split` saves what `fused` "
+            "does):",
             markdown_table(["layer", *LAYER_COLUMNS], layers),
         ]
     )
 
 
 def versions() -> str:
-    """What the counts of the rivals depend on."""
+    """The versions on which the counts of the competitors depend."""
     return f"transformers {version('transformers')}, {recorded.versions()}"
 
 

@@ -1,9 +1,9 @@
-"""Counted traffic of one adapted layer and one block: `python -m benchmarks.static.traffic`.
+"""Count the memory traffic of an adapted layer and block: `python -m benchmarks.static.traffic`.
 
-Nothing is timed. The fused operator is metered (see meter.py) at one small size whose tiles divide
-it: what is found there in passes, that is in units of a tensor's own size, holds at any size. GEMMs
-stand apart: a tiled GEMM reads its operands several times. What the competitors move, and the
-workspaces, are those of recorded calls.
+Nothing is timed. The fused operator is metered (see meter.py) at one small size that its tiles
+divide. The result in passes, that is in units of a tensor's own size, holds at any size. GEMMs are
+counted separately, since a tiled GEMM reads its operands several times. The traffic of competitors
+and the workspaces come from recorded calls.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ M, K, N, RANK = 128, 256, 384, 16
 GATED = Block("traffic", K, N, "silu", gated=True, bias=False)
 LAYER = Shape("traffic", "layer", K, N)
 PLAIN = Block("traffic", K, N, "gelu_tanh", gated=False, bias=True)
-A_PRIME = 8191  # of tokens: no other tensor has as many elements as a tall one
+A_PRIME = 8191  # tokens; a prime, so that no other tensor has as many elements as a tall one
 DIRECTIONS = ("forward", "backward")
 
-# What a kernel's arguments hold, for tensors that no caller sees.
+# The formula's names for kernels' arguments, for tensors that no caller sees.
 _NAMES = {
     "_activate_kernel": {"G": "g", "U": "u", "H": "act"},
     "_activate_backward_kernel": {"DH": "dact", "G": "g", "U": "u", "DG": "dg", "DU": "du"},
@@ -43,7 +43,7 @@ _NAMES = {
 
 
 class Accesses(NamedTuple):
-    """Reads and writes of a tensor, in units of its size."""
+    """A tensor's reads and writes, in units of its size."""
 
     read: float
     written: float
@@ -54,8 +54,8 @@ class Accesses(NamedTuple):
 
 Ideal = dict[str, tuple[Accesses, Accesses]]
 
-# One read of a tall operand for each thin product that needs it and no GEMM can give, one write for
-# what only an activation kernel makes; y and dx come from GEMMs whole. (forward, backward)
+# (forward, backward): one read of a tall operand for each thin product that no GEMM can compute,
+# and one write of what only an activation kernel makes. GEMMs write y and dx completely.
 NOTHING = Accesses(0, 0)
 IDEAL_LINEAR = {
     "x": (Accesses(1, 0), Accesses(1, 0)),
@@ -79,7 +79,7 @@ IDEAL_GATED = {
 
 @dataclass(frozen=True)
 class Counted:
-    """The steps of a forward and of a backward, and which memory is which tensor."""
+    """The steps of a forward and a backward, and the memory region of each named tensor."""
 
     steps: dict[str, list[Step]]  # by direction
     regions: dict[str, Region]  # by the formula's name
@@ -96,12 +96,12 @@ class Counted:
         return Accesses(sum(m.read for m in moved) / nbytes, sum(m.written for m in moved) / nbytes)
 
     def gemms(self, direction: str, name: str) -> Accesses:
-        """How many GEMMs read and how many write a tensor, whatever its tiles read again."""
+        """How many GEMMs read a tensor and how many write it, not counting repeated reads."""
         moved = list(self._moved(direction, name, True))
         return Accesses(sum(m.read > 0 for m in moved), sum(m.written > 0 for m in moved))
 
     def written(self, elements: int) -> set[Region]:
-        """The tensors of so many elements, or more, that anything writes."""
+        """The regions of at least ``elements`` elements that any step writes."""
         return {
             region
             for steps in self.steps.values()
@@ -111,7 +111,7 @@ class Counted:
         }
 
 
-# By their kernels in Triton's interpreter, which a CPU takes only where it is told to.
+# With kernels in Triton's interpreter, which a CPU uses only if forced.
 FUSED = Competitor("fused", operator(forced=True))
 PER_LAYER = Competitor("per_layer", per_layer(forced=True))
 
@@ -128,7 +128,7 @@ def counted(shape: Shape | Block, competitor: Competitor = FUSED) -> Counted:
     regions = {"x": Region.of(x), "y": Region.of(y), "dy": Region.of(dy), "dx": Region.of(dx)}
     for step in (*forward.steps, *backward.steps):
         for argument, name in _NAMES.get(step.name, {}).items():
-            # An argument without use holds another's tensor, which comes before it.
+            # An unused argument repeats an earlier argument's tensor.
             region = step.operands[argument]
             if region not in regions.values():
                 regions.setdefault(name, region)
@@ -139,7 +139,7 @@ def counted(shape: Shape | Block, competitor: Competitor = FUSED) -> Counted:
 
 
 def passes_table(counted: Counted, ideal: Ideal) -> str:
-    """Every tall tensor: reads / writes outside the GEMMs beside the ideal, and GEMMs it is in."""
+    """Every tall tensor's reads / writes outside GEMMs, the ideal, and the GEMMs that use it."""
     head = ["tensor", "size"]
     for direction in DIRECTIONS:
         head += [direction, "ideal", "GEMMs"]
@@ -160,10 +160,10 @@ def passes_table(counted: Counted, ideal: Ideal) -> str:
 def tall_passes(
     name: str, place: Shape | Block, M: int = A_PRIME
 ) -> dict[tuple[str, str, bool], float]:
-    """Passes of a competitor over all tall tensors together, from its recorded calls.
+    """A competitor's passes over all tall tensors together, from its recorded calls.
 
-    By direction, by width K or N, and by whether a GEMM makes them, each of whose operands moves
-    once; in units of one pass in bf16, so that fp32 counts twice.
+    The keys are the direction, the width K or N, and whether a GEMM makes the passes; a GEMM's
+    operands each move once. The unit is one pass in bf16, so fp32 counts twice.
     """
     calls = calls_of(name, place, M)
     found = dict.fromkeys(product(DIRECTIONS, "KN", (False, True)), 0.0)
@@ -179,7 +179,7 @@ def tall_passes(
 
 
 def comparison_table(place: Shape | Block) -> str:
-    """Passes of each competitor, outside the GEMMs and together."""
+    """Each competitor's passes, without GEMMs and in total."""
     head = ["", *(f"{direction} [M, {d}]" for direction in DIRECTIONS for d in "KN")]
     head += ["with GEMMs K + N", f"KiB per token, {place.model}"]
     lines = []
@@ -193,7 +193,7 @@ def comparison_table(place: Shape | Block) -> str:
 
 
 def workspaces(calls: Directions) -> list[tuple[str, int]]:
-    """What one launch leaves in parts [parts, ., R] for a later one to add up: name and bytes."""
+    """The parts [parts, ., R] that one launch leaves for a later one to add: names and bytes."""
     found: dict[int, tuple[str, int]] = {}
     for launch in calls.launches:
         for argument, tensor in operands(launch):
@@ -206,13 +206,13 @@ def workspaces(calls: Directions) -> list[tuple[str, int]]:
 
 def workspace_table(found: Sequence[tuple[str, int]], tall: int, name: str) -> str:
     """Each workspace and its share of one tall bf16 tensor of ``tall`` elements."""
-    total = [*found, ("together", sum(nbytes for _, nbytes in found))]
+    total = [*found, ("total", sum(nbytes for _, nbytes in found))]
     lines = [[part, f"{n / MIB:.1f}", f"{n / (tall * DTYPE.itemsize):.1%}"] for part, n in total]
     return markdown_table(["workspace", "MiB", f"share of {name}"], lines)
 
 
 def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> str:
-    """Everything `python -m benchmarks.static.traffic` prints, as NOTES.md holds it."""
+    """Everything that `python -m benchmarks.static.traffic` prints, and NOTES.md contains."""
     llama, phi, gate = block_of("llama-3-8b"), block_of("phi-1.5"), linear_shapes("llama-3-8b")[0]
     device = Device(architecture, sms)
     setting = f"M={rows}, {architecture} tiles, {sms} multiprocessors, r={RANK}"
@@ -221,12 +221,13 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
     )
     return "\n\n".join(
         [
-            f"First a table of `fused`, counted at M={M}, K={K}, N={N}, r={RANK}, bf16, in "
-            "Triton's interpreter: reads / writes outside the GEMMs, in units of the tensor; "
-            "`GEMMs` is how many GEMMs read / write it, whose tiles read it again by design. Then "
-            f"all competitors, from their recorded calls ({versions()}): passes over all tall "
-            "tensors together outside the GEMMs, in units of one in bf16 (fp32 counts twice), and "
-            "with GEMMs that move each operand once.",
+            f"The first table of each pair is `fused`, counted at M={M}, K={K}, N={N}, r={RANK}, "
+            "bf16, in Triton's interpreter: reads / writes outside the GEMMs, in units of the "
+            "tensor. `GEMMs` is how many GEMMs read / write it; their tiles read it several times "
+            "by design. The second table has all competitors, from their recorded calls "
+            f"({versions()}): passes over all tall tensors together outside the GEMMs, in units of "
+            "one pass in bf16 (fp32 counts twice), and the total with GEMMs that move each operand "
+            "once.",
             "One layer, K to N:",
             passes_table(counted(LAYER), IDEAL_LINEAR),
             comparison_table(gate),
@@ -236,13 +237,14 @@ def document(rows: int = 8192, sms: int = 132, architecture: str = "sm_90") -> s
             "A plain block (gelu_tanh); g is the first projection's output:",
             passes_table(counted(PLAIN), IDEAL_PLAIN),
             comparison_table(phi),
-            "Workspaces of Llama-3-8B's gate or up, from its recorded launches (P holds parts of a "
-            f"thin product, Q of a factor's gradient): {setting}:",
+            "Workspaces of Llama-3-8B's gate or up, from its recorded launches (P has parts of a "
+            f"thin product, Q of a factor's gradient), {setting}:",
             workspace_table(layer_parts, rows * llama.N, "dy"),
-            "Of its whole block:",
+            "Workspaces of its whole block:",
             workspace_table(block_parts, rows * llama.N, "dact"),
-            "Each is written once and read once, but for P of the activation's backward: a program "
-            f"adds up to {MOST} blocks of columns to its own, one after the other, in cache.",
+            "Each is written once and read once, except P of the activation's backward: there a "
+            f"program adds up to {MOST} blocks of columns to its own part, one after the other, in "
+            "cache.",
         ]
     )
 
@@ -251,9 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.static.traffic", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rows", type=int, default=8192, help="tokens, for the workspaces")
+    parser.add_argument("--rows", type=int, default=8192, help="tokens for the workspaces (8192)")
     parser.add_argument("--multiprocessors", type=int, default=132)
-    parser.add_argument("--architecture", default="sm_90", help="sm_80, sm_90, gfx942")
+    parser.add_argument("--architecture", default="sm_90", help="such as sm_80, sm_90 or gfx942")
     options: Any = parser.parse_args(arguments)
     print(document(options.rows, options.multiprocessors, options.architecture))
 

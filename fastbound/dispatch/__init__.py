@@ -1,4 +1,4 @@
-"""Which path runs: the device, default tiles, tables of measurements, and the plan made of them.
+"""Which path runs: the device, default tiles, tables of measurements, and the resulting plan.
 
 Uses `truth` and the tile shapes of `kernels`.
 """

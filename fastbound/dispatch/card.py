@@ -1,4 +1,4 @@
-"""What identifies this very machine to a measurement: the card, its limits, and the software."""
+"""What a measurement depends on: this machine's card, its power limit, and the software."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastbound.kernels import tiles
 
 @dataclass(frozen=True)
 class Card:
-    """A device and what runs on it: a measurement holds where all of it is the same.
+    """A device and its software; a measurement is valid only if all of them are the same.
 
-    ``name`` holds the power limit too, which decides how fast a card is. On a CPU
-    ``multiprocessors`` are PyTorch's threads. ``versions``: torch, triton, the driver, and a digest
-    of the kernels' source.
+    ``name`` includes the power limit, which affects the speed of a card. On a CPU,
+    ``multiprocessors`` is the number of PyTorch's threads. ``versions`` has those of torch, triton
+    and the driver, and a digest of the kernels' source.
     """
 
     architecture: str
@@ -32,7 +32,7 @@ class Card:
 
     @property
     def digest(self) -> str:
-        """Short, for a file's name."""
+        """A short digest for the name of a file."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
 
@@ -52,10 +52,10 @@ def card_of(device: torch.device) -> Card:
 
 
 def read_card(device: torch.device, names: tuple[str, ...]) -> dict[str, str]:
-    """What nvidia-smi reads of a CUDA device, by its name of each value; empty where it cannot.
+    """The values that nvidia-smi reports for a CUDA device, by name; empty if it cannot be asked.
 
-    The card is named by its UUID: nvidia-smi counts all cards of the machine, and CUDA those of
-    CUDA_VISIBLE_DEVICES.
+    ``names`` are nvidia-smi's own. The card is identified by its UUID, because nvidia-smi numbers
+    all cards of the machine and CUDA only those in CUDA_VISIBLE_DEVICES.
     """
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     if uuid is None or torch.version.hip is not None:
@@ -79,7 +79,7 @@ def _limits(device: torch.device) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _kernels() -> str:
-    """A digest of the source of every kernel: a measurement of other kernels is of no use."""
+    """A digest of every kernel's source, since a measurement of other kernels is useless."""
     found = hashlib.sha256()
     for path in sorted(Path(tiles.__file__).parent.glob("*.py")):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -88,7 +88,7 @@ def _kernels() -> str:
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
-    """The CPU's name, where the system tells it."""
+    """The CPU's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

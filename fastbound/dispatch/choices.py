@@ -1,4 +1,4 @@
-"""What a first call found: its candidates' times, which of them is taken, and which failed."""
+"""The outcome of a first call: its candidates' times, the chosen one, and those that failed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 from fastbound.dispatch.entries import typed
 from fastbound.dispatch.timing import quartiles
 
-# Of a key's place in a layer or a block. "whole" asks how a block runs, forward and backward: as
-# one operator, or layer by layer.
+# The part of a layer or block that a key stands for. "whole" asks whether a block runs, forward and
+# backward, as one operator or layer by layer.
 PARTS = ("forward", "backward", "whole")
 LAYOUTS = ("rows", "columns", "strided")
-MARGIN = 0.02  # a rival must be faster by more than this share
-CPU_MARGIN = 0.05  # where other processes take their turns
+MARGIN = 0.02  # a rival must be faster by more than this fraction
+CPU_MARGIN = 0.05  # the same on a CPU, which other processes share
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a choice is found by, on one card and with one set of software.
+    """The key of a choice, on one card and with one set of software.
 
-    x [M, K], M a power of two, and a weight [N, K] that lies as ``layout`` says; padded rank R.
-    ``product``: an adapter of that form. ``fills``: the fused GEMM's blocks fill the card at the
-    real number of rows. ``form`` is a block's. ``tiles`` names the tiles of the candidates.
+    It describes x [M, K] with M rounded up to a power of two, a weight [N, K] stored as ``layout``
+    says, and the padded rank R. ``form`` is the form of a block, or "". ``product`` says that the
+    adapter has the product form, and ``fills`` that the fused GEMM's blocks fill the card at the
+    actual number of rows. ``tiles`` is a digest of the candidates' tiles.
     """
 
     part: str
@@ -51,10 +52,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """The strategy taken at a place.
+    """The strategy chosen for a place.
 
-    ``seconds`` has the quartiles of each candidate that was timed, ``faults`` what was wrong with
-    the others; ``origin`` when and where: "measured <date> on <card>".
+    ``seconds`` has the three quartiles of each candidate that was timed, and ``faults`` says what
+    was wrong with the others. ``origin`` says when and where: "measured <date> on <card>".
     """
 
     place: Place
@@ -65,7 +66,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """As `explain` has it: the candidates, the fastest first, and those that failed."""
+        """The reason that `explain` gives: the candidates, fastest first, and those that failed."""
         ordered = sorted(self.seconds.items(), key=lambda each: each[1][1])
         said = [f"{name} {1e3 * times[1]:.3g} ms" for name, times in ordered]
         said += [f"{name} does not run here ({why})" for name, why in self.faults.items()]
@@ -75,11 +76,11 @@ class Choice:
 def pick(
     samples: Mapping[str, Sequence[float]], order: Sequence[str], margin: float = MARGIN
 ) -> str:
-    """The strategy to take of those timed; ``order`` has the default first and the fused last.
+    """The strategy to choose among those timed; ``order`` has the default first and "fused" last.
 
-    What leaves the GEMM to cuBLAS is taken by its median alone, where it is faster by more than the
-    margin. "fused" and "layers" must also be faster quartile against quartile: of two that noise
-    cannot tell apart the default is the safer.
+    A rival must be faster than the best so far by more than ``margin`` (a fraction) in the median.
+    For "fused" and "layers", the rival's upper quartile must also be below the other's lower
+    quartile: if noise cannot tell two strategies apart, the default is safer.
     """
     best, *rivals = [name for name in order if name in samples]
     for rival in rivals:
@@ -94,14 +95,14 @@ def pick(
 def read_choice(content: Any) -> Choice:
     """A choice from its JSON. Raises KeyError, TypeError or ValueError, saying what is wrong."""
     if not isinstance(content, dict):
-        raise TypeError(f"choice {content!r} is no object")
+        raise TypeError(f"choice {content!r} is not an object")
     place = typed(content, "place", dict)
     kinds = {each.name: {"int": int, "bool": bool, "str": str}[str(each.type)] for each in _PLACE}
     if set(place) != set(kinds):
-        raise ValueError(f"a choice's place has {sorted(place)}, not {sorted(kinds)}")
+        raise ValueError(f"a choice's place has the keys {sorted(place)}, not {sorted(kinds)}")
     found = Place(**{name: typed(place, name, kind) for name, kind in kinds.items()})
     if found.part not in PARTS or found.layout not in LAYOUTS:
-        raise ValueError(f"a choice of {found.part!r} in layout {found.layout!r}")
+        raise ValueError(f"a choice has part {found.part!r} and layout {found.layout!r}")
     seconds = {}
     for name, times in typed(content, "seconds", dict).items():
         if not (isinstance(times, list) and len(times) == 3 and all(_is_time(t) for t in times)):
@@ -112,7 +113,7 @@ def read_choice(content: Any) -> Choice:
     if not all(isinstance(why, str) for why in faults.values()):
         raise TypeError(f"faults are {faults!r}")
     if strategy not in seconds or strategy in faults:
-        raise ValueError(f"strategy {strategy!r} is none of those that were timed")
+        raise ValueError(f"strategy {strategy!r} is not one of those that were timed")
     return Choice(found, strategy, seconds, faults, typed(content, "origin", str))
 
 
@@ -124,5 +125,5 @@ def _is_time(value: Any) -> bool:
 
 
 def choice_as_json(choice: Choice) -> dict[str, Any]:
-    """What :func:`read_choice` reads."""
+    """The JSON that :func:`read_choice` reads."""
     return asdict(choice)

@@ -1,4 +1,4 @@
-"""Default tiles: what compiles without spills for a device's family, none of it timed."""
+"""Default tiles: tiles that compile without spills for a device's family; none has been timed."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ import torch
 from fastbound.dispatch.device import SHARED_LIMIT, Device
 from fastbound.kernels.tiles import ELEMENTWISE, GemmTile, Tile
 
-# The share of a device from which on a GEMM of ours is worth more than cuBLAS's, which cuts K too.
+# The share of a device that a GEMM's blocks must fill for a tile to be preferred; cuBLAS, which
+# can cut K too, does better below it.
 FILLED = 0.93
 
 
 def padded_rank(rank: int) -> int:
-    """The width of SA, SB and S: ``max(16, next power of two)``, what a tensor core can take."""
+    """The width of SA, SB and S: ``max(16, next power of two)``, as tensor cores require."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """``gemm`` for y, ``gemm_t`` for dx, ``thin`` (rows x step) for S, ``reduce`` (step x columns).
+    """The tiles of one plan.
 
-    The two GEMMs differ in how the weight lies: row by row for y, and read transposed for dx. A
-    Conv1D's weight lies the other way round, so its y takes ``gemm_t``.
+    A layer uses ``gemm`` for y, ``gemm_t`` for dx, ``thin`` (rows x step) for S, and ``reduce``
+    (step x columns) for the factors' gradients. The two GEMMs differ in the weight's layout: it is
+    read row by row for y and transposed for dx. A Conv1D stores its weight transposed, so its y
+    takes ``gemm_t``.
 
-    For an MLP block also ``activate`` (rows x step) and ``gated``, its backward (step x columns).
+    An MLP block also uses ``activate`` (rows x step) and, in its backward, ``gated`` (step x
+    columns).
     """
 
     gemm: GemmTile
@@ -39,7 +43,7 @@ class Tiles:
 def filled_tiles(
     device: Device, M: int, widths: tuple[int, int], R: int, dtype: torch.dtype
 ) -> Tiles:
-    """The defaults for ``widths`` (N, K), with tiles that fill the device at M rows where any do.
+    """The defaults for ``widths`` (N, K), with tiles that fill the device at M rows if possible.
 
     y is [M, N] and dx [M, K]; a reduction reads M rows of either width.
     """
@@ -54,7 +58,7 @@ def filled_tiles(
 
 
 def filling_gemm(tile: GemmTile, M: int, N: int, multiprocessors: int) -> GemmTile:
-    """``tile``, or a square one where that fills the device with [M, N] and ``tile`` does not."""
+    """``tile``, or a square tile if that fills the device with [M, N] and ``tile`` does not."""
     square = replace(tile, block_n=tile.block_m, stages=4)
     fills = filled_share(M, N, tile, multiprocessors) >= FILLED
     if fills or filled_share(M, N, square, multiprocessors) < FILLED:
@@ -63,9 +67,9 @@ def filling_gemm(tile: GemmTile, M: int, N: int, multiprocessors: int) -> GemmTi
 
 
 def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
-    """A reduction's tile for M x ``width``: a smaller one where it leaves a quarter of a GPU idle.
+    """``reduce``, or a smaller tile if it would leave a quarter of the GPU idle at M x ``width``.
 
-    One smaller one, whatever the number of rows: each tile is a binary of its own.
+    There is only one smaller tile, whatever M is, because each tile is compiled to its own binary.
     """
     if 4 * -(-M // reduce.block_m) * -(-width // reduce.block_n) >= 3 * multiprocessors:
         return reduce
@@ -73,12 +77,12 @@ def filling(reduce: Tile, M: int, width: int, multiprocessors: int) -> Tile:
 
 
 def filled_share(M: int, N: int, tile: GemmTile, multiprocessors: int) -> float:
-    """The share of a device that a GEMM's output [M, N] keeps busy while its blocks last, 0 to 1.
+    """The share of a device, 0 to 1, that computing a GEMM's output [M, N] keeps busy.
 
         M N / (waves · multiprocessors · block_m · block_n)
 
-    A multiprocessor takes one block at a time, and the last wave lasts as long as a full one; the
-    part of a block that lies beyond M or N counts as idle. 1.0 for an empty output.
+    A multiprocessor takes one block at a time, and the last wave takes as long as a full one. The
+    part of a block beyond M or N counts as idle. An empty output gives 1.0.
     """
     blocks = -(-M // tile.block_m) * -(-N // tile.block_n)
     if not blocks:
@@ -88,9 +92,9 @@ def filled_share(M: int, N: int, tile: GemmTile, multiprocessors: int) -> float:
 
 
 def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
-    """Defaults for M rows and padded rank R, chosen by what compiles without spills; not timed.
+    """Defaults for M rows and padded rank R: they compile without spills, and none has been timed.
 
-    A block's tiles (the last two) are for two projections of half R each, side by side.
+    A block's own tiles (the last two) are for two projections side by side, of R/2 each.
     """
     gemm, thin = GemmTile(64, 64, 32, 4, 3), Tile(16, 64, 4, 3)
     if device.architecture == "interpreter":
@@ -124,10 +128,10 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
 
 
 def gated_tile(device: Device, R: int) -> Tile:
-    """Of a block's backward: the largest that keeps its three sums and its tensors in registers.
+    """The tile of a block's backward: the largest whose sums and tensors all fit in registers.
 
-    Hopper's matrix unit takes 64 rows at a time; elsewhere two programs of 4 warps hide one
-    another's barriers, and at rank 32 on an Ampere 8 warps share one.
+    Hopper's matrix unit takes 64 rows at a time. Elsewhere two programs of 4 warps hide each
+    other's barriers, except on Ampere at rank 32 (R = 64), where 8 warps share one program.
     """
     if device.architecture == "sm_90":
         return Tile(64, 64, 8, 2)
@@ -136,7 +140,7 @@ def gated_tile(device: Device, R: int) -> Tile:
 
 
 def unaligned_tiles(device: Device, R: int) -> Tiles:
-    """Element by element loads: neither TMA nor asynchronous copies, and larger tiles spill."""
+    """Tiles for loads element by element, without TMA or asynchronous copies; larger ones spill."""
     gemm, reduce = ELEMENTWISE, Tile(32, 128, 4, 2)
     activate, gated = Tile(16, 64, 8, 2), Tile(16, 32, 4, 1)
     if tile_family(device) in ("gfx1100", "sm_120"):
@@ -147,10 +151,11 @@ def unaligned_tiles(device: Device, R: int) -> Tiles:
 
 
 def tile_family(device: Device) -> str:
-    """The architecture whose defaults a device has.
+    """The architecture whose default tiles a device uses.
 
-    sm_90: tensor descriptors (TMA) and a data centre's shared memory; sm_120: those without it;
-    sm_80: NVIDIA's others; gfx942: AMD's with MFMA; gfx1100: AMD's with WMMA.
+    sm_90 stands for NVIDIA GPUs with tensor descriptors (TMA) and the shared memory of data-centre
+    cards, sm_120 for those with descriptors but less shared memory, and sm_80 for all others.
+    gfx942 stands for AMD GPUs with MFMA, and gfx1100 for those with WMMA.
     """
     if device.architecture.startswith("gfx"):
         return "gfx1100" if device.architecture.startswith(("gfx11", "gfx12")) else "gfx942"

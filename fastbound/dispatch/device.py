@@ -1,4 +1,4 @@
-"""What is known of a device: its architecture, its size, and what one block may keep."""
+"""What dispatch knows about a device: architecture, multiprocessors, shared memory per block."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from fastbound.truth.interpreter import interpreting
 
-# Bytes of shared memory that one block may ask for, of GPUs that are compiled for and need not be
-# there; one that is there is asked (`Device.shared`).
+# The most bytes of shared memory that one block may request, for GPUs that need not be present; a
+# GPU that is present is asked (`Device.shared`).
 SHARED_LIMIT: Mapping[str, int] = {
     "sm_80": 166_912,
     "sm_86": 101_376,
@@ -26,15 +26,15 @@ SHARED_LIMIT: Mapping[str, int] = {
     "gfx942": 65_536,
     "gfx1100": 65_536,
 }
-_LEAST = {"sm_": 101_376, "gfx": 65_536}  # of any other that the kernels run on
-_MATRIX_UNITS = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # AMD's: MFMA or WMMA
+_LEAST = {"sm_": 101_376, "gfx": 65_536}  # the least of any other GPU that the kernels run on
+_MATRIX_UNITS = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # AMD: MFMA or WMMA
 
 
 class Device(NamedTuple):
-    """``architecture`` is ``sm_90``, ``gfx942``, ``cpu``, ``interpreter`` and the like.
+    """A device; ``architecture`` is ``sm_90``, ``gfx942``, ``cpu``, ``interpreter`` or the like.
 
-    ``shared``: bytes of shared memory that one block may ask for, as the device says; 0 where it
-    was not asked.
+    ``shared`` is the most bytes of shared memory that one block may request, as the device reports
+    it, or 0 if it was not asked.
     """
 
     architecture: str
@@ -43,7 +43,7 @@ class Device(NamedTuple):
 
     @property
     def shared_limit(self) -> int:
-        """``shared``, or what is known of the architecture, or the least of its maker's."""
+        """``shared``, or else the architecture's known limit, or else the vendor's lowest."""
         known = SHARED_LIMIT.get(self.architecture) or _LEAST.get(self.architecture[:3], 0)
         return self.shared or known
 
@@ -56,17 +56,17 @@ class Device(NamedTuple):
 
     @property
     def has_descriptors(self) -> bool:
-        """Whether it copies by tensor descriptors (TMA): Hopper and newer."""
+        """Whether it can copy by tensor descriptors (TMA): Hopper and newer."""
         return compute_capability(self.architecture) >= 90
 
     @property
     def has_asynchronous_products(self) -> bool:
-        """Whether tensor cores run beside the program: Hopper, the data centre's Blackwell."""
+        """Whether tensor cores run asynchronously: Hopper and data-centre Blackwell."""
         return 90 <= compute_capability(self.architecture) < 120
 
 
 def compute_capability(architecture: str) -> int:
-    """90 of ``sm_90``, 120 of ``sm_120``; 0 of what is not NVIDIA's."""
+    """90 for ``sm_90``, 120 for ``sm_120``; 0 for anything that is not an NVIDIA architecture."""
     number = architecture.removeprefix("sm_")
     return int(number) if architecture.startswith("sm_") and number.isdigit() else 0
 
@@ -76,7 +76,7 @@ _pretended: ContextVar[Device | None] = ContextVar("fastbound_device", default=N
 
 @contextmanager
 def pretending(device: Device) -> Iterator[None]:
-    """Calls over meta tensors plan as on ``device``, which need not be there."""
+    """Plan calls over meta tensors as if on ``device``, which need not be present."""
     token = _pretended.set(device)
     try:
         yield
@@ -85,7 +85,7 @@ def pretending(device: Device) -> Iterator[None]:
 
 
 def describe(device: torch.device) -> Device:
-    """The :class:`Device` behind a torch device; that of :func:`pretending` behind meta."""
+    """The :class:`Device` of a torch device; for meta, that of :func:`pretending`."""
     pretended = _pretended.get() if device.type == "meta" else None
     return _describe(device.type, device.index) if pretended is None else pretended
 
@@ -104,6 +104,6 @@ def _describe(device_type: str, index: int | None) -> Device:
 
 
 def _shared(properties: Any) -> int:
-    """Bytes for one block: more than the usual 48 KiB, which NVIDIA's driver gives when asked."""
+    """Bytes per block, including what NVIDIA's driver grants beyond 48 KiB on request (opt-in)."""
     names = ("shared_memory_per_block_optin", "shared_memory_per_block")
     return max(int(getattr(properties, name, 0)) for name in names)

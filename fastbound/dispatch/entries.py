@@ -1,4 +1,4 @@
-"""The entries of a plan table: what was found best at one place, and how it lies in JSON."""
+"""The entries of a plan table: what was fastest for one shape, and its form in JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = ("bfloat16", "float16")
 
 
 def block_form(activation: str, gated: bool) -> str:
-    """The kind of block that a table knows apart from others: "gated silu", "plain relu"."""
+    """The kind of block by which tables distinguish blocks, such as "gated silu", "plain relu"."""
     return f"{'gated' if gated else 'plain'} {activation}"
 
 
@@ -24,7 +24,7 @@ FORMS = tuple(block_form(name, gated) for name in ACTIVATIONS for gated in (True
 
 @dataclass(frozen=True)
 class Entry:
-    """What was found best for weight [N, K] at M rows (a power of two) and padded rank R.
+    """What was fastest for weight [N, K] at M rows (a power of two) and padded rank R.
 
     ``origin`` says where the entry comes from: "measured <date> on <GPU>" or "default".
     """
@@ -47,10 +47,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """An MLP block's own tiles for [M, N] between its GEMMs, padded rank R of each projection.
+    """An MLP block's own tiles for [M, N] between its GEMMs, at padded rank R per projection.
 
-    They serve its ``form`` alone, as :func:`block_form` names it: what one form's tile compiles to
-    without spills may spill in another. K has no part in them.
+    They serve only blocks of the same ``form`` (see :func:`block_form`), because a tile that
+    compiles without spills for one form may spill for another. K does not matter to them.
     """
 
     N: int
@@ -85,14 +85,14 @@ def read_entry(content: Any, architecture: str) -> Entry:
         if gemm.descriptors and not device.has_descriptors:
             raise ValueError(f"{name} tile {gemm}: {architecture} has no tensor descriptors")
         if gemm.stores > 1 and not gemm.descriptors:
-            raise ValueError(f"{name} tile {gemm}: only the form with descriptors stores in parts")
+            raise ValueError(f"{name} tile {gemm}: stores above 1 requires descriptors")
         if not fits(gemm, device):
             raise ValueError(f"{name} tile {gemm} needs more shared memory than {architecture} has")
     return entry
 
 
 def read_block_entry(content: Any) -> BlockEntry:
-    """A block's entry from its JSON; raises as :func:`read_entry`."""
+    """A block's entry from its JSON; raises what :func:`read_entry` raises."""
     tiles = _tiles(content)
     return BlockEntry(
         **_sizes(content, "N", "M", "R"),
@@ -105,7 +105,7 @@ def read_block_entry(content: Any) -> BlockEntry:
 
 
 def as_json(entry: Entry | BlockEntry) -> dict[str, Any]:
-    """What :func:`read_entry` and :func:`read_block_entry` read."""
+    """The JSON that :func:`read_entry` and :func:`read_block_entry` read."""
     flat = asdict(entry)
     tiles = {name: flat.pop(name) for name, value in asdict(entry).items() if type(value) is dict}
     return {**flat, "tiles": tiles}
@@ -113,7 +113,7 @@ def as_json(entry: Entry | BlockEntry) -> dict[str, Any]:
 
 def _tiles(content: Any) -> Any:
     if not isinstance(content, dict):
-        raise TypeError(f"entry {content!r} is no object")
+        raise TypeError(f"entry {content!r} is not an object")
     return typed(content, "tiles", dict)
 
 
@@ -121,20 +121,20 @@ def _sizes(content: Mapping[str, Any], *names: str) -> dict[str, int]:
     sizes = {name: typed(content, name, int) for name in names}
     for name, size in sizes.items():
         if size < 1 or (name in "MR" and size & (size - 1)):
-            raise ValueError(f"{name} {size} of an entry")
+            raise ValueError(f"{name} is {size}: sizes are positive, and M and R powers of two")
     return sizes
 
 
 def fits(gemm: GemmTile, device: Device) -> bool:
-    """Whether a device's shared memory holds what a tile keeps there, of 2 bytes each.
+    """Whether a tile's operands, of 2 bytes per element, fit in a device's shared memory.
 
-    Necessary, not sufficient: what else a kernel keeps only its compilation tells.
+    This is necessary but not sufficient: only compilation shows what else a kernel keeps there.
     """
     operands = (gemm.block_m + gemm.block_n) * gemm.block_k
     needed = 2 * max(1, gemm.stages - 1) * operands  # all stages but the one in registers
     if gemm.descriptors:
         needed = 2 * gemm.stages * operands
-        if device.has_asynchronous_products:  # the next block's loads run under this one's store
+        if device.has_asynchronous_products:  # this block's store overlaps the next one's loads
             needed += 2 * gemm.block_m * gemm.block_n // gemm.stores
     return needed <= device.shared_limit
 
@@ -146,7 +146,7 @@ def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
     content = typed(tiles, name, dict)
     expected = {each.name for each in fields(kind)}
     if set(content) != expected:
-        raise ValueError(f"{name} tile has {sorted(content)}, not {sorted(expected)}")
+        raise ValueError(f"{name} tile has the keys {sorted(content)}, not {sorted(expected)}")
     for key, value in content.items():
         if key == "descriptors":
             valid = isinstance(value, bool)
@@ -162,7 +162,7 @@ def _tile(kind: Any, tiles: Mapping[str, Any], name: str) -> Any:
 
 
 def typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
-    """``content[name]``; raises TypeError where it is of another type."""
+    """``content[name]``; raises TypeError if it is not of type ``kind``."""
     value = content[name]
     if type(value) is not kind:
         raise TypeError(f"{name} is {value!r}, not of type {kind.__name__}")
@@ -172,5 +172,5 @@ def typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
 def _one_of(content: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
     value = content[name]
     if value not in choices:
-        raise ValueError(f"{name} {value!r}, not one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}, not one of {', '.join(choices)}")
     return str(value)

@@ -1,8 +1,8 @@
-"""The first call of a key measures its candidates, and its choice is kept on disk.
+"""The first call of a key measures its candidates, and the choice is kept on disk.
 
-Every candidate runs on the real operands into results that are thrown away, is checked, and is
-timed against the others, round by round. What is found holds for this card and this software alone
-(``card``), and lies in a file of its own beside the tables, in their format.
+Every candidate runs on the real operands, its results are checked and thrown away, and it is timed
+against the others round by round. A choice is valid only for this card and this software
+(``card``). It is stored beside the tables in a file of its own, in their format.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from fastbound.dispatch.timing import host_seconds, interleaved, kernel_stopwatc
 from fastbound.errors import InputError
 from fastbound.files import writing
 
-LEAST_ROWS = 512  # below, a call is over before a choice could pay
+LEAST_ROWS = 512  # below, a call is too short for a choice to pay
 WARM, TIMED = 2, 7
-# On a CPU, where what is tried takes the user's own time: seconds after which no round begins, and
-# the fewest rounds.
+# On a CPU, where trials take the user's own time: the seconds after which no further round begins,
+# and the fewest rounds.
 CPU_SECONDS, CPU_ROUNDS = 1.0, 3
 FLUSH_READS = 8
 LOCK_SECONDS = 5.0
-# Relative error above which a result is not the operator's; fp32's is what TF32 leaves.
+# Relative errors above which a result is wrong; the one for fp32 allows for TF32.
 CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-9}
 
 Outputs = Sequence["Tensor | None"]
 
 
 class Unmeasurable(Exception):
-    """What keeps a key from being measured now, as `explain` is to say it."""
+    """Why a key cannot be measured now, in the words that `explain` will use."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """A call to try.
 
-    ``run`` makes its results by a strategy. ``truth`` gives the fp64 values of ``rows`` of those
-    results that have a row for each of x's, by their place; the others, sums over all rows, are
-    held against those of ``yardstick``, a strategy. ``nbytes`` is what one run allocates.
+    ``run`` computes its results by a strategy. ``truth`` gives, by index, the fp64 values of
+    ``rows`` for those results that have one row per row of x. The other results, sums over all
+    rows, are compared with those of the strategy ``yardstick``. One run allocates ``nbytes``.
     """
 
     run: Callable[[str], Outputs]
@@ -63,16 +63,16 @@ class Trial:
 
 
 class Bench(Protocol):
-    """What measuring asks of a device; tests bring their own."""
+    """What a measurement needs from a device; tests supply their own."""
 
     def obstacle(self, device: torch.device, nbytes: int) -> str | None:
-        """Why nothing can be measured now; None: nothing stands in the way."""
+        """Why nothing can be measured now, or None if nothing stands in the way."""
         ...
 
     def seconds(
         self, steps: Mapping[str, Callable[[int], object]], device: torch.device
     ) -> Mapping[str, Sequence[float]]:
-        """Of each step in each round."""
+        """The seconds of each step in each round."""
         ...
 
 
@@ -88,7 +88,7 @@ class DeviceBench:
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if free < needed:
-            return f"{needed / 2**20:.0f} MiB were needed and {free / 2**20:.0f} free"
+            return f"{needed / 2**20:.0f} MiB were needed and {free / 2**20:.0f} MiB were free"
         return None
 
     def seconds(
@@ -102,7 +102,7 @@ class DeviceBench:
 
     @staticmethod
     def _cpu_seconds(steps: Mapping[str, Callable[[int], object]]) -> Mapping[str, Sequence[float]]:
-        """Warm already from being checked, and nothing runs ahead."""
+        """Without warm-up rounds: the check has warmed the steps up, and nothing runs ahead."""
         taken: dict[str, list[float]] = {name: [] for name in steps}
         start = time.monotonic()
         for turn in range(TIMED):
@@ -125,10 +125,10 @@ bench: Bench = DeviceBench()
 
 
 def measured(place: Place, trial: Trial, order: Sequence[str], on: str) -> Choice:
-    """Try ``order``, the default first, at a place; ``on`` names the card.
+    """Measure the strategies of ``order``, the default first, at a place; ``on`` names the card.
 
-    Raises Unmeasurable where no candidate can be held against the truth, or where something stands
-    in the way.
+    Raises Unmeasurable if no candidate can be compared with the truth, or if something stands in
+    the way of measuring.
     """
     obstacle = bench.obstacle(trial.device, 2 * trial.nbytes)
     if obstacle is not None:
@@ -152,14 +152,14 @@ def measured(place: Place, trial: Trial, order: Sequence[str], on: str) -> Choic
 def _checked(
     trial: Trial, order: Sequence[str]
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
-    """Of each candidate that ran, every result's error; and what became of the others."""
+    """The error of every result of each candidate that ran, and the faults of the others."""
     expected = dict(trial.truth())
     if not all(bool(t.isfinite().all()) and bool(t.any()) for t in expected.values()):
-        raise Unmeasurable("its operands were zero, or not finite")
+        raise Unmeasurable("the operands were zero or not finite")
     by_rows = set(expected)
     errors: dict[str, dict[int, float]] = {}
     faults: dict[str, str] = {}
-    for name in sorted(order, key=lambda name: name != trial.yardstick):  # which comes first
+    for name in sorted(order, key=lambda name: name != trial.yardstick):  # the yardstick first
         try:
             results = dict(enumerate(trial.run(name)))
             made = {i: t for i, t in results.items() if t is not None and t.numel()}
@@ -177,22 +177,23 @@ def _checked(
             lines = str(error).strip().splitlines()
             faults[name] = f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
             continue
-        for result in made.values():  # the memory that the next one may be given
+        for result in made.values():  # the next candidate may be given this memory
             result.detach().fill_(float("nan"))
         del results, made
     return errors, faults
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
-    """Relative, by the norm."""
+    """The relative error in the Frobenius norm."""
     norm = float(expected.norm())
     return float((got.detach().double() - expected).norm()) / (norm or 1.0)
 
 
 def _disagreeing(errors: Mapping[str, Mapping[int, float]], dtype: torch.dtype) -> dict[str, str]:
-    """Those whose error is beyond twice the least of all and a rounding, or beyond all reason.
+    """The candidates whose error is too large, with the reason.
 
-    Twice: one candidate rounds once where another does it two times.
+    The limit is twice the least error of all, plus a rounding, and at most ``CORRECT``. Twice,
+    because one candidate may round once where another rounds two times.
     """
     found: dict[str, str] = {}
     for i in sorted({i for own in errors.values() for i in own}):
@@ -220,10 +221,10 @@ def _listed(faults: Mapping[str, str]) -> str:
 
 
 class Store:
-    """The choices of one card, in its file: read when it changes, written with a lock.
+    """The choices of one card in their file, which is read when it changes and written with a lock.
 
-    A file that is damaged or of another card, and a folder that cannot be written to, are said once
-    and left alone: choices then last as long as the process.
+    If the file is damaged or belongs to another card, or the folder cannot be written to, one
+    warning says so and the file is left alone: choices then last only as long as the process.
     """
 
     def __init__(self, path: Path | None, card: Card) -> None:
@@ -233,13 +234,13 @@ class Store:
         self._usable = path is not None
 
     def find(self, place: Place) -> Choice | None:
-        """From this process, or from the file, which others write too."""
+        """The choice of this process, or of the file, to which other processes write too."""
         if place not in self._choices:
             self._read()
         return self._choices.get(place)
 
     def keep(self, choice: Choice) -> None:
-        """Into the file, together with what others wrote there; of two for a place this one."""
+        """Add the choice to the file, beside those of other processes; for its place it wins."""
         self._choices[choice.place] = choice
         if not self._usable or self.path is None:
             return
@@ -251,10 +252,10 @@ class Store:
                     self._stamp = _stamp(self.path)
         except InputError:
             if self.path.parent.exists() and not self.path.parent.is_dir():
-                self._leave(f"choices are not kept: {self.path.parent} is a file")
-            # Else others write there and have not ended: the next choice takes this one along.
+                self._leave(f"measured choices are not saved: {self.path.parent} is a file")
+            # Otherwise another process is still writing: the next choice will write this one too.
         except OSError as error:
-            self._leave(f"choices are not kept: {error}")
+            self._leave(f"measured choices are not saved: {error}")
 
     def _read(self) -> None:
         if not self._usable or self.path is None:
@@ -266,9 +267,9 @@ class Store:
             table = read_table(self.path)
             require_same_gpu(table, self.card.architecture, self.card.multiprocessors)
             if (table.device, dict(table.versions)) != (self.card.name, dict(self.card.versions)):
-                raise ValueError(f"{self.path} is of {table.device} with other software")
+                raise ValueError(f"{self.path} was measured on {table.device} with other software")
         except (OSError, ValueError) as error:
-            self._leave(f"choices are neither read nor kept: {error}; remove that file")
+            self._leave(f"measured choices are neither read nor saved: {error}; remove that file")
             return
         self._stamp = stamp
         for choice in table.choices:
@@ -299,7 +300,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _waiting(folder: Path) -> Iterator[None]:
-    """:func:`fastbound.files.writing`, once whoever writes there has ended."""
+    """:func:`fastbound.files.writing`, after waiting for any other process that writes there."""
     deadline = time.monotonic() + LOCK_SECONDS
     with contextlib.ExitStack() as held:
         while True:
@@ -317,7 +318,7 @@ _stores: dict[Card, Store] = {}
 
 
 def store_for(device: torch.device) -> Store:
-    """The choices of a device, one store per card and process."""
+    """The store of a device's choices; there is one per card and process."""
     card = card_of(device)
     if card not in _stores:
         folder = tables.user_folder()
@@ -327,14 +328,14 @@ def store_for(device: torch.device) -> Store:
 
 
 def forget() -> None:
-    """What this process has read and measured; files stay."""
+    """Forget what this process has read and measured; files are kept."""
     _stores.clear()
     _warned.clear()
 
 
 def let_go(device: object, place: Place, failed: str, why: str) -> None:
-    """A strategy that was taken at a place and failed later: said once, and kept if measured."""
-    _warn(f'"{failed}" is not used here any more: {why}', place)
+    """Warn once that a chosen strategy failed later, and correct the choice if it was measured."""
+    _warn(f'"{failed}" is no longer used here: {why}', place)
     if not isinstance(device, torch.device):
         return
     store = store_for(device)
@@ -346,7 +347,7 @@ def let_go(device: object, place: Place, failed: str, why: str) -> None:
 
 
 def warn_of(choice: Choice) -> None:
-    """A candidate that does not run, or gives wrong results, is let go."""
+    """Warn of each candidate that does not run or gives wrong results."""
     for name, why in choice.faults.items():
         _warn(f'"{name}" is not used here: {why}', choice.place)
 
@@ -355,7 +356,7 @@ _warned: set[str] = set()
 
 
 def _warn(said: str, place: Place) -> None:
-    """Once for each failure, whatever the place."""
+    """Warn once per failure, whatever the place."""
     if said not in _warned:
         _warned.add(said)
         warnings.warn(f"{said} (first at {place})", stacklevel=3)

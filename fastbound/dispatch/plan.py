@@ -1,10 +1,11 @@
-"""(device, shape, dtype) -> Plan: which path runs and with which tiles. Pure, and never an error.
+"""(device, shape, dtype) -> Plan: which path runs, and with which tiles.
 
-Without a measurement the GEMM is cuBLAS's: "split". A table (``tables``) answers for the shape it
-was measured at, and lends its tiles to those near; where it has no answer the plan names what the
-first call is to measure (``first_use``). An unknown GPU gets the pointer tiles of Ampere, the
-smallest common ground. What cannot run in Triton (fp64, rank above 64, no Triton) runs in PyTorch.
-``Plan.reason`` says which it was.
+A plan is a pure function of its key and its table, and for "auto" never an error. Without a
+measurement the strategy is "split", whose GEMM is cuBLAS's. A table (``tables``) decides for the
+shapes at which it was measured and lends its tiles to shapes near them. Otherwise the plan names
+the candidates that the first call measures (``first_use``). An unknown GPU gets the tiles of its
+family (``defaults.tile_family``). What cannot run in Triton (fp64, a rank above 64, no Triton)
+runs in PyTorch. ``Plan.reason`` says why.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from fastbound.dispatch.tables import PlanTable, row_bucket, software, table_for
 from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT
 
 PLANNING = ("measured", "fixed")
-LEAST_SHARE = 0.93  # of the device, that the blocks of a fused GEMM must fill
+LEAST_SHARE = 0.93  # the share of the device that the blocks of a fused GEMM must fill
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
 MAX_TRITON_RANK = 64
-# Families whose matrix unit takes no fp32, in which the product form's gradient is contracted.
+# Families whose matrix unit does not support fp32, which the product form's contraction needs.
 WITHOUT_PRODUCT = ("gfx1100",)
-MAX_BLOCK_RANK = MAX_TRITON_RANK // 2  # two projections stand side by side
+MAX_BLOCK_RANK = MAX_TRITON_RANK // 2  # two projections lie side by side
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,11 +47,12 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Plan:
     """The path of one layer's products at one shape.
 
-    ``strategy``: "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with beta = 1),
-    "torch" or "reference", which have no tiles; how a block as a whole runs is "block" (as one
-    operator) or "layers". `explain` also has "base" (no adapter is active) and "refused" (calling
-    the layer raises); ``reason`` says why. ``candidates`` are the strategies that the first call
-    measures, the default first; ``strategy`` is then what runs where it cannot.
+    ``strategy`` is "fused" (Triton throughout), "split" (Triton around a cuBLAS GEMM with
+    beta = 1), "torch" or "reference"; the last two have no tiles. For a block as a whole it is
+    "block" (one operator) or "layers". `explain` also reports "base" (no adapter is active) and
+    "refused" (calling the layer raises an error). ``reason`` says why. ``candidates`` are the
+    strategies that the first call measures, the default first; ``strategy`` is then what runs if
+    it cannot measure.
     """
 
     strategy: str
@@ -60,21 +62,22 @@ class Plan:
     candidates: tuple[str, ...] = ()
 
     def by(self, strategy: str, reason: str | None = None) -> Plan:
-        """Settled on a strategy."""
+        """This plan, settled on a strategy."""
         tiles = None if strategy in ("torch", "layers") else self.tiles
         reason = self.reason if reason is None else reason
         return replace(self, strategy=strategy, reason=reason, tiles=tiles)
 
 
 class PlanKey(NamedTuple):
-    """All that a plan depends on, tables apart: the one key of the one cache (``route_for``).
+    """Everything that a plan depends on except tables; the key of the cache (``route_for``).
 
-    ``M`` is the number of rows as it is; those up to one power of two share tiles and binaries.
-    ``form``, as :func:`fastbound.dispatch.entries.block_form` names it, is that of an MLP block
-    whose two first projections have ``rank`` side by side. ``over_base`` says that another layer
-    computes x Wᵀ: there is no GEMM to fuse with. ``part`` is one of ``choices.PARTS``; ``layout``,
-    of ``choices.LAYOUTS``, how a contiguous x's weight lies, or that one of the two is strided.
-    ``product`` says that the adapter is of that form, whose GEMMs take W + ΔW at any rank.
+    ``M`` is the actual number of rows; row counts up to the same power of two share tiles and
+    binaries. ``form``, as :func:`fastbound.dispatch.entries.block_form` names it, is the form of an
+    MLP block, whose first two projections side by side have ``rank``; None for a layer.
+    ``over_base`` says that another layer computes x Wᵀ, so that there is no GEMM to fuse with.
+    ``part`` is one of ``choices.PARTS``. ``layout``, one of ``choices.LAYOUTS``, says how the
+    weight is stored if x is contiguous, or that one of the two is strided. ``product`` says that
+    the adapter has the product form, whose GEMMs take W + ΔW at any rank.
     """
 
     device: Device | torch.device
@@ -107,14 +110,14 @@ def plan_key(
     dropout: bool = False,
     product: bool = False,
 ) -> PlanKey:
-    """The key of x [M, K] on a torch device, which meta tensors only pretend to be on."""
+    """The key of x [M, K] on a torch device; for meta, on the device that is pretended."""
     where = describe(device) if device.type == "meta" else device
     how = (backend, form, over_base, part, layout, dropout, product)
     return PlanKey(where, M, N, K, rank, dtype, *how)
 
 
 def place_of(key: PlanKey, found: Plan) -> Place:
-    """Where the first call's choice for a key is kept, ``found`` being its plan."""
+    """The place under which the first call's choice for a key is stored; ``found`` is its plan."""
     tiles = hashlib.sha256(repr(found.tiles).encode()).hexdigest()[:12] if found.tiles else ""
     return Place(
         **{name: getattr(key, name) for name in ("part", "N", "K", "layout", "dropout", "product")},
@@ -129,9 +132,9 @@ def place_of(key: PlanKey, found: Plan) -> Place:
 
 
 def plan_for(key: PlanKey, planning: str = "measured") -> Plan:
-    """:func:`plan` with the table of measurements that lies there for the key's device.
+    """:func:`plan` with the table of measurements for the key's device, if there is one.
 
-    With ``planning`` "fixed" only a table of the package's own counts, and nothing is left open.
+    With ``planning`` "fixed" only the package's own tables count, and the plan has no candidates.
     """
     device = key.device if isinstance(key.device, Device) else describe(key.device)
     table = None
@@ -139,7 +142,7 @@ def plan_for(key: PlanKey, planning: str = "measured") -> Plan:
         table = table_for(device.architecture, device.multiprocessors, planning == "fixed")
     found = plan(key._replace(device=device), table)
     if found.candidates and (planning == "fixed" or isinstance(key.device, Device)):
-        why = "planning is fixed" if planning == "fixed" else "a device that is not here"
+        why = "planning is fixed" if planning == "fixed" else "the device is not in this machine"
         return replace(found, candidates=(), reason=f"{why}: {found.reason}")
     return found
 
@@ -147,8 +150,8 @@ def plan_for(key: PlanKey, planning: str = "measured") -> Plan:
 def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     """The plan for x [M, K], weight [N, K] and factors of ``rank`` in compute dtype ``dtype``.
 
-    ``table`` holds measurements of this device, or None. Raises ValueError for an unknown backend,
-    for "fused" or "split" where Triton cannot run, and for "fused" over a base.
+    ``table`` has the measurements of this device, if any. Raises ValueError for an unknown backend,
+    for "fused" or "split" if Triton cannot run, and for "fused" over a base layer.
     """
     described, M, N, K, rank, dtype, backend, form, over_base, part, *_ = key
     device = described if isinstance(described, Device) else describe(described)
@@ -166,7 +169,7 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return _whole(device, M, backend)
     obstacle = _triton_obstacle(device, 1 if key.product else rank, dtype)
     if key.product and obstacle is None and tile_family(device) in WITHOUT_PRODUCT:
-        obstacle = f"product form: the matrix unit of {device.architecture} takes no fp32"
+        obstacle = f"product form: the matrix unit of {device.architecture} does not support fp32"
     if obstacle is not None:
         if backend == "auto":
             return Plan("torch", obstacle)
@@ -187,7 +190,7 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
             reason = f"{entry.origin}: {entry}, in {table.path}"
             tiles = _with_entry(tiles, entry)
         elif table.path is not None:
-            reason += f": nothing near in {table.path}"
+            reason += f": no similar shape in {table.path}"
         if table.note:
             reason += f" ({table.note})"
         if form is not None:
@@ -208,43 +211,43 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     candidates: tuple[str, ...] = ("split", "torch") if unfused else ("split", "torch", "fused")
     said = f"{unfused}; {reason}" if unfused else reason
     if M < LEAST_ROWS:
-        candidates, said = (), f"few rows: below {LEAST_ROWS} no time is taken; {reason}"
+        candidates, said = (), f"few rows: below {LEAST_ROWS} nothing is timed; {reason}"
     return Plan("split", said + of_block, tiles, device.multiprocessors, candidates)
 
 
 def _whole(device: Device, M: int, backend: str) -> Plan:
-    """How a block runs, which autograd has to know before its forward."""
-    reason = "one operator keeps less for backward"
+    """How a block runs: as one operator or by layers, which must be known before its forward."""
+    reason = "one operator saves less for backward"
     if backend != "auto":
         return Plan("block", f'backend="{backend}" was asked for')
     if M < LEAST_ROWS:
-        return Plan("block", f"{reason}; few rows: below {LEAST_ROWS} no time is taken")
+        return Plan("block", f"{reason}; few rows: below {LEAST_ROWS} nothing is timed")
     known = device.architecture in ("cpu", "interpreter")
     known = known or device.architecture.startswith(("sm_", "gfx"))
     return Plan("block", reason, candidates=("block", "layers") if known else ())
 
 
 def _settles(entry: Entry, bucket: int, N: int, K: int, table: PlanTable) -> bool:
-    """Whether an entry was measured for this very shape and with the software that is here."""
+    """Whether an entry was measured for exactly this shape, with the installed software."""
     same = (bucket, N, K) == (entry.M, entry.N, entry.K)
     return same and all(software().get(name) == v for name, v in table.versions.items())
 
 
 def _unfused(key: PlanKey, odd: str, tiles: Tiles) -> str:
-    """Why the GEMM of a key is not to be Triton's, whatever it measures; or ""."""
+    """Why the GEMM of a key should not be Triton's whatever a measurement says, or ""."""
     if key.product:
         return "product form: W + ΔW and its gradient in Triton, the GEMMs by cuBLAS"
     if key.dtype is torch.float32:
         return "fp32: cuBLAS honours the fp32 precision setting"
     if odd:
-        return f"rows of {odd} are no multiple of 16 bytes"
+        return f"rows of {odd} are not a multiple of 16 bytes"
     if key.over_base:
         return "over a base there is no GEMM to fuse with"
     if key.layout == "strided":
-        return "strided operands: its loads would go element by element"
+        return "strided operands: a fused GEMM would load them element by element"
     device, M = key.device, key.M
     if not isinstance(device, Device):
-        raise TypeError(f"{device} is to be described first")
+        raise TypeError(f"{device} must be described first (fastbound.dispatch.device.describe)")
     transposed = (key.part == "backward") != (key.layout == "columns")
     tile = tiles.gemm_t if transposed else tiles.gemm
     widths = [key.K if key.part == "backward" else key.N]
@@ -252,24 +255,24 @@ def _unfused(key: PlanKey, odd: str, tiles: Tiles) -> str:
         widths = [key.N, key.K]
     share = min(filled_share(M, width, tile, device.multiprocessors) for width in widths)
     if share < LEAST_SHARE:
-        return f"its blocks would fill {share:.2f} of the device, less than {LEAST_SHARE}"
+        return f"a fused GEMM would fill {share:.2f} of the device, less than {LEAST_SHARE}"
     return ""
 
 
 def _with_entry(tiles: Tiles, entry: Entry) -> Tiles:
-    """A layer's tiles as measured."""
+    """The tiles with a layer's as measured."""
     return replace(
         tiles, gemm=entry.gemm, gemm_t=entry.gemm_t, thin=entry.thin, reduce=entry.reduce
     )
 
 
 def _with_block(tiles: Tiles, entry: BlockEntry | None, table: PlanTable) -> tuple[Tiles, str]:
-    """A block's own two tiles as measured, and where they come from."""
+    """The tiles with a block's own two as measured, and a note of where they come from."""
     if entry is not None:
         tiles = replace(tiles, activate=entry.activate, gated=entry.gated)
         return tiles, f"; activate and gated {entry.origin}: {entry}, in {table.path}"
     if table.path is not None:
-        return tiles, f"; activate and gated by default: no such block near in {table.path}"
+        return tiles, f"; activate and gated by default: no similar block in {table.path}"
     return tiles, ""
 
 
@@ -286,14 +289,14 @@ def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | Non
     if not _has_triton():
         return "the package triton is not installed"
     if dtype not in _TRITON_DTYPES:
-        return f"{dtype}: the kernels take fp32, fp16 and bf16"
+        return f"{dtype}: the kernels support fp32, fp16 and bf16"
     if rank > MAX_TRITON_RANK:
-        return f"rank {rank}: the kernels take up to {MAX_TRITON_RANK}"
+        return f"rank {rank}: the kernels support ranks up to {MAX_TRITON_RANK}"
     return None
 
 
 def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:
-    """The sizes whose rows vector loads cannot take, named: "K 4093", "K 33 and N 65", or ""."""
+    """The sizes whose rows vector loads cannot read: "K 4093", "K 33 and N 65", or ""."""
     sizes = {"K": K, "N": N}
     odd = [
         f"{name} {size}"

@@ -1,8 +1,8 @@
-"""Tables of measured plans: one JSON file for each architecture, written by ``fastbound tune``.
+"""Tables of measured plans: one JSON file per architecture, written by ``fastbound tune``.
 
-The user's own file is looked for first, then the one that comes with the package. A file that is
-damaged, of another version or of another GPU is not used: a warning says so once, and so does the
-reason of every plan that would have come from it.
+The user's own file comes first, then the one in the package. A file that is damaged, or of another
+version or another GPU, is not used: one warning says so, and so does the reason of every plan that
+would have used it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from fastbound.version import versions
 
 FORMAT = "fastbound plan table 2"
 SHIPPED = Path(__file__).with_name("plans")
-FARTHEST = 2.0  # log2: an entry serves shapes up to a factor of four away, in all
+FARTHEST = 2.0  # log2: an entry serves shapes that differ by a factor of four at most, in total
 
 _Entry = TypeVar("_Entry", Entry, BlockEntry)
 
 
 @dataclass(frozen=True, eq=False)
 class PlanTable:
-    """A table as it was read, or none and why.
+    """A table as it was read, or an empty one with the reason why a file was not used.
 
-    ``note`` is what plans say beside their reason: why a file that lies there is not used.
-    ``versions`` are those of the software that it was measured with. ``choices`` are those of first
-    calls (``first_use``), which lie in files of their own.
+    Plans append ``note`` to their reason: why a file was not used, or what differs from the
+    software that the table was measured with, whose ``versions`` it has. ``choices`` are those of
+    first calls (``first_use``), which have files of their own.
     """
 
     architecture: str
@@ -55,12 +55,12 @@ class PlanTable:
     choices: tuple[Choice, ...] = ()
 
     def nearest(self, M: int, N: int, K: int, R: int, dtype: str) -> Entry | None:
-        """The entry of this R and dtype whose N, K and M are the fewest doublings away."""
+        """The entry of this R and dtype with the nearest N, K and M in doublings, if near."""
         near = [entry for entry in self.entries if (entry.R, entry.dtype) == (R, dtype)]
         return _nearest(near, N=N, K=K, M=row_bucket(M))
 
     def nearest_block(self, M: int, N: int, R: int, dtype: str, form: str) -> BlockEntry | None:
-        """The block entry of this R, dtype and form whose N and M are the fewest doublings away."""
+        """The block entry of this R, dtype and form with the nearest N and M, if near."""
         near = [b for b in self.blocks if (b.R, b.dtype, b.form) == (R, dtype, form)]
         return _nearest(near, N=N, M=row_bucket(M))
 
@@ -74,14 +74,14 @@ def _nearest(entries: Sequence[_Entry], **asked: int) -> _Entry | None:
 
 
 def row_bucket(M: int) -> int:
-    """The power of two at or above M >= 1; 0 for no rows."""
+    """The smallest power of two that is at least M, or 0 if M is 0."""
     return 1 << (M - 1).bit_length() if M else 0
 
 
 def user_folder() -> Path | None:
-    """Where ``fastbound tune`` writes, and where tables are looked for first.
+    """The folder to which ``fastbound tune`` writes, and where tables are looked for first.
 
-    None where the system knows no home folder.
+    None if the system reports no home folder.
     """
     try:
         return Path.home() / ".cache" / "fastbound" / "plans"
@@ -93,7 +93,7 @@ def user_folder() -> Path | None:
 def table_for(
     architecture: str, multiprocessors: int, shipped_alone: bool = False
 ) -> PlanTable | None:
-    """The table of a GPU, read once a process; None where no file lies there."""
+    """The table of a GPU, read once per process, or None if there is no file."""
     own = None if shipped_alone else user_folder()
     folders = [folder for folder in (own, SHIPPED) if folder is not None]
     return find_table(architecture, multiprocessors, folders)
@@ -102,9 +102,10 @@ def table_for(
 def find_table(
     architecture: str, multiprocessors: int, folders: Sequence[Path]
 ) -> PlanTable | None:
-    """The first usable ``<architecture>.json`` of ``folders``.
+    """The first usable ``<architecture>.json`` in ``folders``.
 
-    With files but none usable, a table without entries whose note names them; without files, None.
+    If there are files but none is usable, a table without entries whose note says why; None if
+    there are no files.
     """
     notes: list[str] = []
     for folder in folders:
@@ -123,10 +124,10 @@ def find_table(
 
 
 def _other_versions(table: PlanTable) -> list[str]:
-    """What was measured with another Triton or torch still runs, and may be less fast."""
+    """Notes on a table from another Triton or torch, which still works but may be slower."""
     here = software()
     return [
-        f"measured with {name} {version}, here is {here.get(name)}"
+        f"measured with {name} {version}, installed is {here.get(name)}"
         for name, version in table.versions.items()
         if here.get(name) != version
     ]
@@ -138,18 +139,18 @@ def software() -> dict[str, str]:
 
 
 def read_table(path: Path) -> PlanTable:
-    """A table from its file.
+    """The table in a file.
 
-    Raises ValueError, naming the file and what is wrong, for one that is damaged or of another
-    version; OSError where it cannot be read.
+    Raises ValueError, naming the file and what is wrong, if it is damaged or of another version,
+    and OSError if it cannot be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: no JSON ({error})") from error
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from error
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
-        raise ValueError(f"{path} is of another version: format {version!r}, not {FORMAT!r}")
+        raise ValueError(f"{path} has another version: format {version!r}, not {FORMAT!r}")
     try:
         architecture = typed(content, "architecture", str)
         return PlanTable(
@@ -168,7 +169,7 @@ def read_table(path: Path) -> PlanTable:
 
 
 def write_table(path: Path, table: PlanTable) -> None:
-    """The whole file anew, never half of it."""
+    """Replace the file as a whole; a reader never sees half of it."""
     content = {
         "format": FORMAT,
         "architecture": table.architecture,
@@ -184,10 +185,10 @@ def write_table(path: Path, table: PlanTable) -> None:
 
 
 def require_same_gpu(table: PlanTable, architecture: str, multiprocessors: int) -> None:
-    """Raise ValueError where a table is of another GPU than the one described."""
+    """Raise ValueError if a table was measured on another kind of GPU than the one described."""
     if (table.architecture, table.multiprocessors) != (architecture, multiprocessors):
         raise ValueError(
-            f"{table.path} is of {table.device} ({table.architecture}, {table.multiprocessors} "
-            f"multiprocessors), and this GPU is {architecture} with {multiprocessors}; run "
-            "`fastbound tune` here"
+            f"{table.path} was measured on {table.device} ({table.architecture}, "
+            f"{table.multiprocessors} multiprocessors), but this GPU is {architecture} with "
+            f"{multiprocessors}; run `fastbound tune` here"
         )

@@ -1,7 +1,7 @@
-"""The measurement: every competitor once per round, in an order drawn anew each round.
+"""Timing in rounds: every competitor runs once per round, in an order drawn anew for each round.
 
-Timing one competitor after another lets clocks, heat and neighbours decide; here whatever drifts
-drifts for all.
+If one competitor were timed after another, clocks, heat and other processes would decide; here any
+drift affects all of them alike.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def interleaved(
     stopwatch: Stopwatch,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round: every step once per round, shuffled by `seed`.
+    """The seconds of each step in each round: every step once per round, shuffled by `seed`.
 
-    A step is called with a number that grows by one from call to call, whoever is called, so that
-    steps which rotate their inputs by it never meet the inputs of the call before.
+    Each call gets a number that grows by one from call to call across all steps, so that steps
+    which rotate their inputs by it never get the inputs of the previous call.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     shuffle = random.Random(seed).shuffle
@@ -52,12 +52,12 @@ def quartiles(seconds: Sequence[float]) -> list[float]:
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
-    """CUDA events on a GPU, else the performance counter; results are freed off the clock."""
+    """CUDA events on a GPU, else the performance counter; freeing results is not timed."""
     return _gpu_seconds if device.type == "cuda" else host_seconds
 
 
 def host_seconds(step: Callable[[], object]) -> float:
-    """Until the call returns, its result freed off the clock."""
+    """Seconds until the call returns; freeing its result is not timed."""
     start = time.perf_counter()
     kept = step()
     end = time.perf_counter()
@@ -91,15 +91,16 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def at_most(nbytes: int, device: torch.device) -> int:
-    """``nbytes``, or an eighth of what is free where that is less; whole elements of any dtype."""
+    """``nbytes`` or an eighth of the free memory, whichever is less, as a multiple of 64 bytes."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 * nbytes
     return min(nbytes, free // 8) // 64 * 64
 
 
 def kernel_stopwatch(device: torch.device, nbytes: int = FLUSH_BYTES, reads: int = 1) -> Stopwatch:
-    """Seconds of a step alone: behind reads of a buffer that outweighs L2 many times.
+    """A stopwatch for a step's kernels alone, run after reads of a buffer much larger than L2.
 
-    The reads leave the cache cold and clean, and last longer than the step takes to launch.
+    The reads leave the cache cold and clean, and take longer than the step takes to launch. On a
+    device without CUDA it is :func:`stopwatch_for`.
     """
     if device.type != "cuda":
         return stopwatch_for(device)

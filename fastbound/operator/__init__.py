@@ -1,4 +1,4 @@
-"""One call, forward and backward: checks, the autograd functions, the operators and their engines.
+"""One call, forward and backward: checks, autograd functions, registered operators and engines.
 
 Uses `truth`, `dispatch` and `kernels`.
 """

@@ -1,9 +1,9 @@
-"""Autograd for a whole MLP block with bounded adapters: what is saved, what each gradient is.
+"""Autograd for a whole MLP block with bounded adapters: what is saved, and each gradient.
 
     g = gate(x)    u = up(x)    h = f(g) ⊙ u    y = down(h)        plain: y = down(f(up(x)))
 
-Saved are x, g and u (a plain block: its first projection's output), the thin products and
-references to the parameters; h and all else of size [M, N] is made again, or not at all.
+It saves x, g and u (for a plain block, its first projection's output), the thin products and
+references to the parameters. h and all other tensors of size [M, N] are recomputed or never made.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class _BoundedMLP(torch.autograd.Function):
         x, G, U, S, S_down, *tensors = ctx.saved_tensors
         call = (*tensors, *ctx.settings)
         dx, *factors = mlp_backward(dy, x, G, U, S, S_down, need[0], *call)
-        gradients: list[Tensor | None] = [dx, None]  # of x and recompute
+        gradients: list[Tensor | None] = [dx, None]  # for x and recompute
         for dA, dB in zip(factors[::2], factors[1::2], strict=True):
-            gradients += [None, None, dA, dB]  # of a projection's weight, bias, A and B
+            gradients += [None, None, dA, dB]  # for a projection's weight, bias, A and B
         gradients += [None] * len(ctx.settings)
         return tuple(g if wanted else None for g, wanted in zip(gradients, need, strict=True))
 
@@ -89,25 +89,29 @@ def bounded_mlp(
     recompute: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate; each projection bounded.
+    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate, of bounded projections.
+
+    Any subset of the projections may be adapted, and their ranks, scaling and omega may differ.
+    Adapted projections must have the same form. Two runs give the same bits.
 
     Args:
         x: [..., K], any strides.
-        up, gate: weights [N, K]; ``gate`` None for a plain two-layer block.
-        down: weight [K', N].
+        up, gate: projections with weights [N, K]; ``gate`` is None for a plain two-layer block.
+        down: the projection with weight [K', N].
         activation: f, one of "silu", "gelu", "gelu_tanh", "relu".
         recompute: "gate_up" saves neither g nor u and runs their GEMMs again in backward.
-        backend: as for :func:`fastbound.bounded_linear`. "auto" runs the projections one by one
-            where the first call of the shape found that clearly faster; they keep more for
-            backward. With ``recompute`` it never does.
+        backend: as for :func:`fastbound.bounded_linear`. "auto" runs the projections one by one if
+            the first call of the shape found that clearly faster, although they then save more
+            for backward. It never does so with ``recompute``.
 
-    Any subset of the projections may be adapted; ranks, alpha and bound may differ. Returns
-    [..., K'] in the compute dtype. Two runs give the same bits.
+    Returns:
+        [..., K'] in the compute dtype: autocast's if autocast is on, else x's.
 
     Raises:
-        TypeError, ValueError: as :func:`fastbound.bounded_linear` for each projection; an
-            activation or ``recompute`` that is not known; gate and up of different sizes; a down
-            whose columns are not up's rows; a bias that requires grad.
+        TypeError, ValueError: as for :func:`fastbound.bounded_linear`, for each projection. Also
+            for an unknown activation or ``recompute``, projections of different forms, gate and up
+            of different sizes, a down whose columns do not match up's rows, a projection with only
+            one of A and B, and a bias that requires grad.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -143,11 +147,12 @@ def bounded_mlp(
 
 
 def _by_layers(x: Tensor, call: BlockCall) -> bool:
-    """Whether the layers one by one were found faster than the one operator, or are found so now.
+    """Whether running layer by layer was found, or is found now, to beat the one operator.
 
-    Asked where a gradient is, and nothing intercepts the call: all others take the one operator.
+    Decided only if a gradient is asked for and nothing intercepts the call; all other calls take
+    the one operator.
     """
-    if torch.compiler.is_compiling():  # before anything is asked of a symbolic size
+    if torch.compiler.is_compiling():  # before any size is read, which may be symbolic
         return False
     if call.backend != "auto" or x.numel() < LEAST_ROWS * x.shape[-1]:
         return False
@@ -173,15 +178,15 @@ _WHOLE = {
 def _check_block(x: Tensor, projections: dict[str, Projection | None], backend: str) -> None:
     gate, up, down = projections["gate"], projections["up"], projections["down"]
     if up is None or down is None:
-        raise ValueError("a block needs its projections up and down")
+        raise ValueError("a block needs the projections up and down")
     if gate is not None and gate.weight.shape != up.weight.shape:
         raise ValueError(
             f"gate's weight {list(gate.weight.shape)} and up's {list(up.weight.shape)} differ"
         )
     if down.weight.dim() != 2 or down.weight.shape[1] != up.weight.shape[0]:
         raise ValueError(
-            f"down's weight {list(down.weight.shape)} does not take up's {list(up.weight.shape)}: "
-            "its columns must be up's rows"
+            f"down's weight {list(down.weight.shape)} does not match up's "
+            f"{list(up.weight.shape)}: it must have as many columns as up has rows"
         )
     hidden = x.new_empty(0, up.weight.shape[0])
     for name, p in projections.items():
@@ -190,7 +195,10 @@ def _check_block(x: Tensor, projections: dict[str, Projection | None], backend: 
         if (p.A is None) != (p.B is None):
             raise ValueError(f"{name} has only one of A and B: give both, or neither")
         if p.bias is not None and p.bias.requires_grad:
-            raise ValueError(f"{name}'s bias requires grad, which the block does not compute")
+            raise ValueError(
+                f"{name}'s bias requires grad, but the block computes no gradient for it: call "
+                "bias.requires_grad_(False)"
+            )
         A = p.weight.new_empty(1, p.weight.shape[1]) if p.A is None else p.A
         B = p.weight.new_empty(p.weight.shape[0], 1) if p.B is None else p.B
         try:

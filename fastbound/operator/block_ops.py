@@ -2,9 +2,10 @@
 
     h = f(x Wgᵀ + …) ⊙ (x Wuᵀ + …)      y = h Wdᵀ + …      each projection with its adapter's term
 
-A plain block has no ``up``; its first projection stands in the place of ``gate``. The thin products
-share one width R, the largest padded rank of the three, and stand side by side where one pass makes
-two of them. In the product form there are none: each projection's W + ΔW is made and used in turn.
+A plain block has no ``up``; its first projection takes the place of ``gate``. The thin products
+share one width R, the largest padded rank of the three, and lie side by side if one pass computes
+two of them. The product form has no thin products: each projection's W + ΔW is made and used in
+turn.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ library.define(
 )
 library.define(
     "mlp_backward(Tensor dy, Tensor x, Tensor? G, Tensor? U, Tensor S, Tensor S_down, bool need_dx,"
-    # No list of tensors: torch.func.vmap takes none from an operator.
+    # Not a list of tensors: torch.func.vmap does not accept one from an operator.
     f" {BLOCK_SCHEMA}) -> (Tensor dx, Tensor dA_gate, Tensor dB_gate,"
     " Tensor dA_up, Tensor dB_up, Tensor dA_down, Tensor dB_down)"
 )
@@ -55,9 +56,9 @@ def block_key(
     layout: str = "rows",
     product: bool = False,
 ) -> PlanKey:
-    """The key of a block: that of a layer of twice its widest rank, as two stand side by side.
+    """The key of a block: that of a layer with twice its widest padded rank, for gate and up.
 
-    ``form`` is its :func:`fastbound.dispatch.entries.block_form`.
+    ``form`` is the block's :func:`fastbound.dispatch.entries.block_form`.
     """
     R = padded_rank(max(ranks, default=1))
     sizes = (M, N, K, 2 * R, dtype)
@@ -74,7 +75,7 @@ def block_route(X: Tensor, call: BlockCall, part: str) -> Route:
 
 
 class ReadyBlock:
-    """The operands of one call, in the compute dtype, and the engine that makes its products."""
+    """The operands of one call in the compute dtype, and the engine that computes its products."""
 
     def __init__(self, X: Tensor, call: BlockCall, engine: Engine) -> None:
         self.R, self.engine, self.product = call.R, engine, call.form == "product"
@@ -88,18 +89,18 @@ class ReadyBlock:
         return Factors(p.weight.to(dtype), p.bias, p.A, p.B, SA, SB, p.scaling, p.omega)
 
     def first(self) -> list[Factors]:
-        """gate and up, or a plain block's only first projection."""
+        """gate and up, or the first projection of a plain block."""
         return [p for p in (self.gate, self.up) if p is not None]
 
     def stacked_SA(self) -> Tensor | None:
-        """SA of the adapted ones of gate and up, one below the other: [WIDTH, K]."""
+        """SA of gate and up, if adapted, one below the other: [WIDTH, K]; None if neither is."""
         adapted = [p.SA for p in self.first() if p.SA is not None]
         if not adapted:
             return None
         return adapted[0] if len(adapted) == 1 else torch.cat(adapted)
 
     def preactivations(self, X: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
-        """G, and U where there is one: x Wᵀ + S SBᵀ + b, each with its columns of S."""
+        """G and U, each X Wᵀ + S SBᵀ + b with its own columns of S; no U for a plain block."""
         made, column = [], 0
         for p in self.first():
             part = None if p.SB is None else S[:, column : column + self.R]
@@ -108,7 +109,7 @@ class ReadyBlock:
         return made[0], made[1] if len(made) > 1 else None
 
     def output(self, X: Tensor, p: Factors, S: Tensor | None) -> Tensor:
-        """A projection's y = X (W + ΔW)ᵀ + bias, S being X SAᵀ."""
+        """A projection's y = X (W + ΔW)ᵀ + bias, where S = X SAᵀ."""
         if self.product and p.A is not None:
             return adapted_gemm(self.engine, X, p.weight, _delta(p), p.bias)
         return self._gemm(X, p.weight, S, p.SB, p.bias)
@@ -116,13 +117,16 @@ class ReadyBlock:
     def input_gradient(
         self, DY: Tensor, p: Factors, DS: Tensor | None, SA: Tensor | None
     ) -> Tensor:
-        """A projection's dX = DY (W + ΔW), DS being DY SB; ``SA`` may be that of two."""
+        """A projection's dX = DY (W + ΔW), where DS = DY SB.
+
+        DS and SA may be those of gate and up together: the result then includes both their terms.
+        """
         if self.product and p.A is not None:
             return adapted_gemm(self.engine, DY, p.weight.t(), _delta(p).t())
         return self._gemm(DY, p.weight.t(), DS, None if SA is None else SA.t(), None)
 
     def add_input_gradient(self, DX: Tensor, DY: Tensor, p: Factors) -> None:
-        """DX += DY W, or DY (W + ΔW) in the product form."""
+        """DX += DY W, or DX += DY (W + ΔW) in the product form."""
         if self.product and p.A is not None:
             adapted_gemm(self.engine, DY, p.weight.t(), _delta(p).t(), start=DX)
         else:
@@ -131,7 +135,7 @@ class ReadyBlock:
     def product_gradients(
         self, DY: Tensor, X: Tensor, p: Factors | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """A projection's dA and dB in the product form."""
+        """A projection's dA and dB in the product form; None if it has no adapter."""
         if p is None or p.A is None:
             return None, None
         return factor_gradients(self.engine, DY, X, _delta(p))
@@ -139,7 +143,7 @@ class ReadyBlock:
     def _gemm(
         self, X: Tensor, W: Tensor, S: Tensor | None, F: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """``X Wᵀ + S Fᵀ + bias``, without the low-rank term where a projection is not adapted."""
+        """``X Wᵀ + S Fᵀ + bias``, without the low-rank term if S or F is None."""
         if S is None or F is None:
             return linear(X, W, None if bias is None else bias.to(X.dtype))
         return self.engine.lowrank_gemm(X, W, S, F, bias)
@@ -152,7 +156,10 @@ def _delta(p: Factors) -> Delta:
 def compute_forward(
     x: Tensor, *arguments: Any, engine: Engine | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``engine``: None takes that of the plan."""
+    """y, G, U, S and S_down of ``mlp_forward``; those that are not there are empty.
+
+    ``engine`` None means the plan's engine.
+    """
     call = _readable_call(arguments)
     (x,) = in_memory(x)
     with scope(x):
@@ -186,7 +193,10 @@ def compute_backward(
     *arguments: Any,
     engine: Engine | None = None,
 ) -> tuple[Tensor, ...]:
-    """``engine`` as above."""
+    """dx, and dA and dB of gate, up and down; those that are not wanted are empty.
+
+    For ``engine`` see :func:`compute_forward`.
+    """
     call = _readable_call(arguments)
     dy, x, G, U, S, S_down = in_memory(dy, x, G, U, S, S_down)
     with scope(dy):
@@ -209,7 +219,7 @@ def compute_backward(
     return dx, *(dy.new_empty(0) if g is None else g for g in gradients)
 
 
-# DG, DU and [DS_G | DS_U] where they are, and the gradients of A and B of gate, up and down.
+# DG, DU and [DS_G | DS_U] (None if there is none), and dA and dB of gate, up and down.
 _Backward: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor | None, ...]]"
 
 
@@ -263,7 +273,7 @@ def _product_backward(
 
 
 def _bare(p: Factors) -> Factors:
-    """Without its factors, whose gradients then nothing asks for."""
+    """The projection without its factors, so that nothing asks for their gradients."""
     return p._replace(A=None, B=None)
 
 

@@ -1,4 +1,4 @@
-"""One call: what an adapter brings, what a block is made of, and the checks before any work."""
+"""One call: an adapter's term, a block's projections, and the checks before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbound.dispatch.plan import BACKENDS
 from fastbound.operator.partition import GATHER, partition
 from fastbound.truth.formula import ADAPTER_FORMS, Projection
 
-# How the registered operators take them.
+# A Term and a BlockCall as arguments of the registered operators.
 TERM_SCHEMA = (
     "Tensor A, Tensor B, float scaling, float omega, str backend,"
     ' Tensor? seed=None, float dropout=0.0, str form="factors"'
@@ -25,14 +25,16 @@ BLOCK_SCHEMA = (
     )
     + ", float[] scalings, float[] omegas, str activation, str backend, str form"
 )
-SETTINGS = 5  # of a block's arguments, behind its tensors
+SETTINGS = 5  # the arguments of a block that follow its tensors
 
 
 class Term(NamedTuple):
     """The adapter's term ``x ΔWᵀ`` of one call; A [r, K], B [N, r].
 
-    factors: ``scaling · (drop(x) sin(omega·A)ᵀ) sin(omega·B)ᵀ``; ``seed`` is None where nothing is
-    dropped, else ``dropout`` is p. product: ``scaling · x sin(omega·B A)ᵀ``.
+        factors    scaling · (drop(x) sin(omega·A)ᵀ) sin(omega·B)ᵀ
+        product    scaling · x sin(omega·B A)ᵀ
+
+    ``dropout`` is p, and ``seed`` is None if nothing is dropped.
     """
 
     A: Tensor
@@ -46,14 +48,14 @@ class Term(NamedTuple):
 
     @property
     def R(self) -> int:
-        """The width of SA, SB and S: none in the product form, which has no thin product."""
+        """The width of SA, SB and S; 0 in the product form, which has no thin product."""
         return 0 if self.form == "product" else padded_rank(self.A.shape[0])
 
 
 class BlockCall(NamedTuple):
     """An MLP block's projections and settings, in the order in which the operators take them.
 
-    ``gate`` is a plain block's first projection, and its ``up`` is None.
+    In a plain block ``gate`` is the first projection and ``up`` is None.
     """
 
     gate: Projection
@@ -64,7 +66,7 @@ class BlockCall(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> BlockCall:
-        """From the flat arguments that :meth:`flat` makes."""
+        """The call whose arguments :meth:`flat` returned."""
         *tensors, scalings, omegas, activation, backend, form = arguments
         gate, up, down = (
             None
@@ -77,7 +79,7 @@ class BlockCall(NamedTuple):
         return cls(gate, up, down, activation, backend)
 
     def flat(self) -> tuple[Any, ...]:
-        """Twelve tensors, scalings, omegas, activation, backend, form: what autograd can see."""
+        """Twelve tensors, scalings, omegas, activation, backend, form: arguments for autograd."""
         three = self.projections()
         tensors = [t for p in three for t in ((None,) * 4 if p is None else p[:4])]
         scalings = [1.0 if p is None else float(p.scaling) for p in three]
@@ -90,12 +92,12 @@ class BlockCall(NamedTuple):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of the adapted projections."""
+        """The ranks of the adapted projections."""
         return tuple(p.A.shape[0] for p in self.projections() if p is not None and p.A is not None)
 
     @property
     def form(self) -> str:
-        """Of all adapted projections."""
+        """The form of the adapted projections; "factors" if there is none."""
         adapted = [p.form for p in self.projections() if p is not None and p.A is not None]
         return adapted[0] if adapted else "factors"
 
@@ -106,7 +108,7 @@ class BlockCall(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """One projection, made ready: weight [N, K] in the compute dtype, SA [R, K] and SB [N, R]."""
+    """One projection prepared for the engine: weight [N, K] cast, SA [R, K] and SB [N, R]."""
 
     weight: Tensor
     bias: Tensor | None
@@ -119,7 +121,7 @@ class Factors(NamedTuple):
 
 
 def check_form(form: str, backend: str, dropout: float) -> None:
-    """Raise ValueError for an unknown form, and for what the product form cannot do."""
+    """Raise ValueError for an unknown form, or if the form does not support the other two."""
     if form not in ADAPTER_FORMS:
         raise ValueError(f"unknown form {form!r}: choose one of {', '.join(ADAPTER_FORMS)}")
     if form == "product" and backend == "fused":
@@ -129,13 +131,14 @@ def check_form(form: str, backend: str, dropout: float) -> None:
         )
     if form == "product" and dropout:
         raise ValueError(
-            f'form="product" takes no adapter dropout, got {dropout:g}: x meets W + ΔW as one '
-            'weight, so a mask of x for ΔW alone would cost a second GEMM; use form="factors"'
+            f'form="product" does not support adapter dropout, got {dropout:g}: x is multiplied by '
+            "W + ΔW as one weight, so masking x for ΔW alone would cost a second GEMM; use "
+            'form="factors"'
         )
 
 
 def autocast_to(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast, where it is on, casts x; None elsewhere."""
+    """The dtype to which autocast casts x, or None if autocast is off or does not apply."""
     kind = x.device.type
     if x.dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
@@ -150,7 +153,11 @@ def check_operands(
     bias: Tensor | None = None,
     result: Tensor | None = None,
 ) -> None:
-    """Raise what the operator documents of a call with a weight, or with a base's result."""
+    """Check a call with a weight, or with a base layer's result.
+
+    Raises the TypeError and ValueError that ``function.bounded_linear`` and
+    ``function.bounded_addition`` document.
+    """
     A, B, scaling, omega, backend, _, dropout, form = term
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -175,7 +182,7 @@ def check_operands(
             raise TypeError(f"{name} has layout {tensor.layout}: call {name}.to_dense() first")
     base = result if weight is None else weight
     if base is None:
-        raise ValueError("a call needs a weight, or a base's result to add to")
+        raise ValueError("a call needs a weight, or a base layer's result to add to")
     base_dims = 2 if weight is not None else max(1, base.dim())
     if A.dim() != 2 or B.dim() != 2 or x.dim() < 1 or base.dim() != base_dims:
         kind, name = (
@@ -191,7 +198,7 @@ def check_operands(
     if weight is not None and weight.shape[1] != K:
         raise _mismatch("x", x, weight, base, "K differs")
     if result is not None and result.shape[:-1] != x.shape[:-1]:
-        raise _mismatch("x", x, weight, base, "they differ in their rows")
+        raise _mismatch("x", x, weight, base, "their rows differ")
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got A {list(A.shape)}")
     if K_of_A != K and weight is None:
@@ -206,10 +213,11 @@ def check_operands(
         raise _mismatch("bias", bias, weight, base, f"expected [{N}]")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         remedy = "call weight.requires_grad_(False), or train it through a plain layer"
-        if not weight.is_leaf:  # a part of what FSDP1 keeps flat, frozen and trained together
+        if not weight.is_leaf:  # FSDP1 flattens frozen and trained parameters into one
             remedy = (
-                "it is a part of a tensor that is trained: under FSDP put the adapters into units "
-                "of their own, auto_wrap_policy=peft.utils.other.fsdp_auto_wrap_policy(model)"
+                "it is part of a tensor that is trained; under FSDP, wrap the adapters in units "
+                "of their own with "
+                "auto_wrap_policy=peft.utils.other.fsdp_auto_wrap_policy(model)"
             )
         raise ValueError(
             f"weight requires grad, but the operator returns no gradient for it: {remedy}"

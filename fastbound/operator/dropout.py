@@ -1,10 +1,10 @@
-"""Dropout of x for the thin product: which elements are kept is a function of one seed.
+"""Dropout of x for the thin product, where one seed determines which elements are kept.
 
     keep(seed, m, k):  16 random bits >= round(2^16 p),   eight columns from one Philox-4x32-7 call
 
-A mask lives as bits, uint8 [M, ceil(K/8)] with column k in bit k % 8 of byte k // 8, for as long
-as one product needs it: what backward keeps is the seed. The same bits come out on every device and
-from the Triton kernel (``kernels/dropout.py``).
+A mask is stored as bits, uint8 [M, ceil(K/8)] with column k in bit k % 8 of byte k // 8, and lives
+only as long as one product needs it: backward saves the seed alone. Every device and the Triton
+kernel (``kernels/dropout.py``) produce the same bits.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-LEVELS = 1 << 16  # p is taken to the nearest 1/LEVELS
+LEVELS = 1 << 16  # p is rounded to the nearest 1/LEVELS
 ROUNDS = 7  # the fewest with which Philox-4x32 passes BigCrush (Salmon et al., 2011, table 2)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 18  # bytes of the mask made at a time: a call takes about 40 times as much
+_CHUNK = 1 << 18  # bytes of the mask made at a time; making them takes about 40 times as much
 
 
 def check_dropout(p: float) -> float:
-    """p as a float, or a ValueError naming it."""
+    """p as a float. Raises ValueError, naming it, unless 0 <= p < 1."""
     if type(p) is float and 0 <= p < 1:
         return p
     number = float(p) if isinstance(p, SupportsFloat) and not isinstance(p, bool) else -1.0
@@ -33,22 +33,22 @@ def check_dropout(p: float) -> float:
 
 
 def threshold(p: float) -> int:
-    """Of the LEVELS values that 16 random bits take, how many drop an element."""
+    """How many of the LEVELS values that 16 random bits can take drop an element."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
 def keep_rate(p: float) -> float:
-    """The share of elements that is kept: 1 - p, p to the nearest 1/LEVELS."""
+    """The share of elements that are kept: 1 - p, with p rounded to the nearest 1/LEVELS."""
     return 1 - threshold(p) / LEVELS
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed [1] from the device's default generator; it stays there, so nothing waits for it."""
+    """A seed [1] from the device's default generator. It stays there, so the host does not wait."""
     return torch.randint(2**63 - 1, (1,), device=device, dtype=torch.int64)
 
 
 def keep_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask of an x [M, K] as bits: uint8 [M, ceil(K/8)], on the seed's device."""
+    """The mask of x [M, K] as bits: uint8 [M, ceil(K/8)], on the seed's device."""
     columns = -(-K // 8)
     rows = max(1, _CHUNK // max(columns, 1))
     parts = [
@@ -61,14 +61,14 @@ def keep_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 
 
 def keep_mask(bits: Tensor, K: int) -> Tensor:
-    """The bits [M, ceil(K/8)] spread out: bool [M, K]; Triton's words of four bytes will do too."""
+    """The bits [M, ceil(K/8)] as bool [M, K]; the int32 words of the Triton kernel will do too."""
     bits = bits.view(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, :, None] >> places) & 1).flatten(1)[:, :K].bool()
 
 
 def _keep_bits(seed: Tensor, start: int, stop: int, columns: int, dropped: int) -> Tensor:
-    """Rows start to stop of the mask: Philox in int64, whose products wrap as 64-bit ones do."""
+    """Rows ``start`` to ``stop`` of the mask: Philox in int64, whose products wrap modulo 2^64."""
     row = torch.arange(start, stop, device=seed.device)[:, None]
     column = torch.arange(columns, device=seed.device)[None, :]
     c0, c1 = torch.broadcast_tensors(column, row)

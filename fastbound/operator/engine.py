@@ -1,4 +1,4 @@
-"""Which engine makes a call's products: one key, one cached route, chosen on the first call."""
+"""Which engine computes a call's products: each key has one cached route, chosen on first use."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ Engine: TypeAlias = "TorchEngine | TritonEngine"
 
 
 class Route:
-    """The one way that the calls of a key take in this process, and why.
+    """The path that all calls of one key take in this process, and why.
 
-    ``engine`` is None until the first call has chosen it (:meth:`decide`); it never changes after.
+    ``engine`` is None until the first call has chosen it (:meth:`decide`). Afterwards it changes
+    only if a Triton launch fails, and then to PyTorch's engine.
     """
 
     __slots__ = ("_lock", "_place", "engine", "key", "plan")
@@ -40,7 +41,7 @@ class Route:
         self._lock = threading.Lock()
 
     def decide(self, trial: Callable[[], Trial]) -> Engine:
-        """The engine, measured now, found on disk, or where nothing can be measured the default."""
+        """The engine: found on disk, measured now, or the default if nothing can be measured."""
         with self._lock:
             if self.engine is None and self._recall() is None:
                 store = first_use.store_for(self._device)
@@ -59,7 +60,7 @@ class Route:
         return self.engine
 
     def explained(self) -> Plan:
-        """The plan, and the choice of an earlier process where there is one."""
+        """The plan, with the choice of an earlier process if there is one."""
         if self.engine is None:
             with self._lock:
                 self._recall()
@@ -73,7 +74,7 @@ class Route:
     def _device(self) -> torch.device:
         device = self.key.device
         if isinstance(device, Device):
-            raise TypeError(f"{device} is not here: nothing is measured on it")
+            raise TypeError(f"{device} is not in this machine: nothing can be measured on it")
         return device
 
     def _recall(self) -> Choice | None:
@@ -89,14 +90,14 @@ class Route:
         self.engine = self._answering(self.plan)
 
     def _answering(self, plan: Plan) -> Engine:
-        """The plan's engine; where "auto" chose Triton, one that answers if a launch fails."""
+        """The plan's engine; if "auto" chose Triton, one that survives a failed launch."""
         engine = engine_of(plan)
         if plan.tiles is None or self.key.backend != "auto":
             return engine
         return cast("Engine", Answering(engine, self._let_go))
 
     def _let_go(self, why: str) -> None:
-        """From here on PyTorch's products, in later processes too where this key was measured."""
+        """Use PyTorch's products from now on, and in later processes if this key was measured."""
         with self._lock:
             failed = self.plan.strategy
             self.plan = self.plan.by("torch", f'"{failed}" does not run here ({why})')
@@ -106,14 +107,14 @@ class Route:
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """Hooks around the user's call do not see what is tried: a checkpoint's would recompute it.
+    """Hide the trial from hooks around the user's call, such as those of activation checkpointing.
 
-    Raises Unmeasurable where something else would.
+    Raises Unmeasurable if something else would see it.
     """
     if not nothing_intercepts():
         raise Unmeasurable("something intercepted the call: a compiler, a mode or a transform")
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
-        raise Unmeasurable("a transform of torch.func was at work")
+        raise Unmeasurable("a torch.func transform was active")
     with torch.autograd.graph.saved_tensors_hooks(_same, _same):
         yield
 
@@ -128,7 +129,7 @@ _routes: dict[tuple[Any, ...], Route] = {}
 
 @lru_cache(maxsize=16384)
 def route_for(*key: Any) -> Route:
-    """The route of a :class:`PlanKey`, given field by field, since making one takes a while."""
+    """The route of a :class:`PlanKey`, given field by field because making a key is slow."""
     asked = PlanKey(*key)
     plan = plan_for(asked, _planning)
     bucket = asked._replace(M=row_bucket(asked.M))
@@ -136,19 +137,25 @@ def route_for(*key: Any) -> Route:
 
 
 def routes() -> tuple[Route, ...]:
-    """All that this process has taken, in the order of their first calls."""
+    """All routes of this process, in the order of their first calls."""
     return tuple(_routes.values())
 
 
 def set_planning(planning: str) -> None:
-    """Whether the first call of a shape may measure which kernels it runs on; for this process.
+    """Set whether the first call of a shape may measure which kernels are fastest.
 
-    "measured", the default: on the first call of a shape with 512 rows or more, "auto" times its
-    candidates on this card, as ``torch.backends.cudnn.benchmark`` does, and keeps what it found on
-    disk. "fixed": nothing is measured, and nothing is read that a measurement on this machine left:
-    every machine with the same card and the same software then gives the same bits.
+    Args:
+        planning: "measured", the default, or "fixed".
 
-    Calls after this one are planned anew. Raises ValueError for another word.
+    With "measured", the first call of a shape with 512 or more rows times the candidates of
+    backend "auto" on this device, as ``torch.backends.cudnn.benchmark`` does, and saves the choice
+    to disk. With "fixed" nothing is measured, and no earlier measurement of this machine is read,
+    so all machines with the same device and software give the same bits.
+
+    The setting holds for this process, and later calls are planned anew.
+
+    Raises:
+        ValueError: ``planning`` is neither "measured" nor "fixed".
     """
     global _planning
     if planning not in PLANNING:
@@ -158,7 +165,7 @@ def set_planning(planning: str) -> None:
 
 
 def forget() -> None:
-    """All routes, tables and choices of this process; files stay."""
+    """Forget all routes, tables and choices of this process; files are kept."""
     route_for.cache_clear()
     _routes.clear()
     table_for.cache_clear()
@@ -166,9 +173,9 @@ def forget() -> None:
 
 
 class Answering:
-    """Triton's products; one that cannot be launched is made by PyTorch, and so are all after it.
+    """Triton's products, replaced by PyTorch's from the first launch that fails.
 
-    ``let_go`` is told why, once. Running out of memory is no fault of a kernel's.
+    ``let_go`` is called once with the reason. Running out of memory does not count as a failure.
     """
 
     def __init__(self, engine: Engine, let_go: Callable[[str], None]) -> None:
@@ -188,7 +195,7 @@ class Answering:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                made = torch_(*arguments, **named)  # raises what is the caller's own mistake
+                made = torch_(*arguments, **named)  # raises if the caller made a mistake
                 self._failed = True
                 lines = str(error).strip().splitlines()
                 self._let_go(f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
@@ -203,7 +210,7 @@ PRODUCTS = tuple(
 
 
 def engine_of(plan: Plan) -> Engine:
-    """PyTorch's, or Triton's with the plan's tiles."""
+    """PyTorch's engine, or Triton's with the plan's tiles."""
     if plan.tiles is None:
         return TorchEngine(plan)
     from fastbound.operator.triton_engine import TritonEngine  # Triton is optional

@@ -1,12 +1,12 @@
-"""What a FLOP counter (``torch.utils.flop_counter``) counts of the operators: their products.
+"""FLOP formulas of the operators for PyTorch's counter (``torch.utils.flop_counter``).
 
-Two for each multiply and add, as for aten's, of the formula at its own rank: the padding of the
-rank and the reading of dropout's mask are not counted.
+As for aten's operators, each multiply-add of a matrix product counts as two. The formula is counted
+at its own rank: padding the rank and reading dropout's mask do not count.
 
     forward     x Wᵀ 2MNK    S 2MKr    S SBᵀ 2MNr
     backward    dy W 2MNK    dS 2MNr    dS SA 2MKr    dA 2MKr    dB 2MNr
 
-The product form's:
+In the product form:
 
     forward     x (W + ΔW)ᵀ 2MNK    B A 2NKr
     backward    dy (W + ΔW) 2MNK    dyᵀ x 2MNK    dA 2NKr    dB 2NKr
@@ -26,7 +26,7 @@ Shape = Sequence[int]
 
 
 def register() -> None:
-    """Hand the formulas to PyTorch's counter, whose import would bring Triton with it."""
+    """Register the formulas with PyTorch's counter; importing the counter imports Triton."""
     from torch.utils.flop_counter import register_flop_formula
 
     operators = torch.ops.fastbound
@@ -35,7 +35,7 @@ def register() -> None:
 
 
 def forward(x: Shape, weight: Shape | None, bias: Any, result: Any, *adapter: Any, **_: Any) -> int:
-    """Of ``fastbound::forward``: operands by their shapes, as the counter hands them over."""
+    """FLOPs of ``fastbound::forward``; the counter passes each tensor's shape."""
     A, B, form = _read(adapter)
     return _forward(prod(x[:-1]), weight, A, B, form)
 
@@ -44,19 +44,19 @@ def backward(
     dy: Shape, x: Any, S: Any, weight: Shape | None, dtype: Any,
     need_dx: bool, need_dA: bool, need_dB: bool, *adapter: Any, **_: Any,
 ) -> int:  # fmt: skip
-    """Of ``fastbound::backward``."""
+    """FLOPs of ``fastbound::backward``."""
     A, B, form = _read(adapter)
     return _backward(prod(dy[:-1]), weight, A, B, form, need_dx, need_dA, need_dB)
 
 
 def _read(adapter: Sequence[Any]) -> tuple[Shape, Shape, str]:
-    """A, B and the form of a term, whose last arguments may be left out."""
+    """A, B and the form of a term, whose last arguments may be omitted."""
     term = Term(*adapter)
     return term.A, term.B, term.form  # type: ignore[return-value]
 
 
 def mlp_forward(x: Shape, *call: Any, **_: Any) -> int:
-    """Of ``fastbound::mlp_forward``."""
+    """FLOPs of ``fastbound::mlp_forward``."""
     M = prod(x[:-1])
     return sum(_forward(M, weight, A, B, call[-1]) for weight, A, B in _projections(call))
 
@@ -64,7 +64,7 @@ def mlp_forward(x: Shape, *call: Any, **_: Any) -> int:
 def mlp_backward(
     dy: Shape, x: Any, G: Any, U: Any, S: Any, S_down: Any, need_dx: bool, *call: Any, **_: Any
 ) -> int:
-    """Of ``fastbound::mlp_backward``: without g, that and u are made again from x and S."""
+    """FLOPs of ``fastbound::mlp_backward``; without g, g and u are recomputed from x and S."""
     M = prod(dy[:-1])
     *first, down = _projections(call)
     form = call[-1]
@@ -78,7 +78,7 @@ def mlp_backward(
 
 
 def _projections(call: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
-    """weight, A and B of those that are there, the last one last."""
+    """weight, A and B of the projections that exist; down's come last."""
     three = (call[4 * i : 4 * i + 4] for i in range(3))
     return [(weight, A, B) for weight, _, A, B in three if weight is not None]
 
@@ -106,10 +106,10 @@ def _backward(
 
 
 def _angle(A: Shape | None, B: Shape | None) -> int:
-    """Of B A, or of dZ with one of them."""
+    """FLOPs of B A, or of dZ with A or B."""
     return 0 if A is None or B is None else 2 * B[0] * prod(A)
 
 
 def _product(M: int, matrix: Shape | None) -> int:
-    """Of M rows with a matrix, in either direction."""
+    """FLOPs of M rows times a matrix or its transpose."""
     return 0 if matrix is None else 2 * M * prod(matrix)

@@ -1,13 +1,15 @@
-"""Autograd for the bounded linear operator: what is saved, what each gradient is.
+"""Autograd for the bounded linear operator: what is saved, and each gradient.
 
 S  = x sin(ωA)ᵀ                y  = x Wᵀ + b + S (s·sin ωB)ᵀ        or  y = result + S (s·sin ωB)ᵀ
 dS = dy (s·sin ωB)             dx = dy W + dS sin(ωA)               or  dx = dS sin(ωA)
 dA = ω cos(ωA) ⊙ (dSᵀ x)       dB = s ω cos(ωB) ⊙ (dyᵀ S)           db = Σ dy      dresult = dy
 
-``result`` is what another layer, the base, made of x: it stays a closed box, and the term is added.
-The product form has y = x (W + ΔW)ᵀ + b and no S (``operator/product.py``): it saves x alone.
-With dropout, x in S and in dA is mask ⊙ x, dS sin(ωA) is masked too, and s is s / (1 - p). The mask
-is made again from its seed: neither it nor mask ⊙ x is saved.
+``result`` is the output of another layer, the base, for x; the base stays a black box, and the
+adapter's term is added to its result. In the product form y = x (W + ΔW)ᵀ + b; there is no S, and
+only x is saved (``operator/product.py``).
+
+With dropout, mask ⊙ x replaces x in S and in dA, dS sin(ωA) is masked too, and s / (1 - p) replaces
+s. The mask is recomputed from its seed: neither it nor mask ⊙ x is saved.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from fastbound.operator.call import Term, autocast_to, check_operands
 from fastbound.operator.dropout import check_dropout, draw_seed, keep_bits, keep_mask, keep_rate
 from fastbound.truth import formula
 
-# Nodes of the autograd graph that keep no reference to what they returned.
+# Nodes of the autograd graph that keep no reference to their results.
 _VIEWS = frozenset({"AsStridedBackward0", "UnsafeViewBackward0", "ViewBackward0"})
 _KEEP_NO_RESULT = frozenset(
     {
@@ -46,7 +48,7 @@ _KEEP_NO_RESULT = frozenset(
 
 
 class _BoundedLinear(torch.autograd.Function):
-    """Saves x as it came, S [M, R] and references to the parameters; nothing of size [M, N]."""
+    """Saves x unchanged, S [M, R] and references to the parameters, but nothing of size [M, N]."""
 
     @staticmethod
     def forward(
@@ -59,8 +61,8 @@ class _BoundedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if result is not None and in_place:
             S = ops.add_in_place(x, result, *adapter)
-            # The same memory as a tensor of this node's own. mark_dirty would make the graph copy
-            # dy where result is a view, which a linear layer's is for any x of three dimensions.
+            # The same memory as a new tensor. mark_dirty would make autograd copy dy if result is a
+            # view, as a linear layer's result is for any three-dimensional x.
             return result.detach(), S
         y, S = ops.forward(x, weight, bias, result, *adapter)
         return y, S
@@ -136,35 +138,35 @@ def bounded_linear(
         factors    ΔW = scaling · sin(omega·B) sin(omega·A)      |ΔW| <= scaling · r
         product    ΔW = scaling · sin(omega·B A)                 |ΔW| <= scaling
 
+    Accumulation is in fp32 (fp64 for fp64), and two runs give the same bits. A second derivative
+    raises RuntimeError, unless the backend is "reference".
+
     Args:
         x: [..., K], any strides; fp32, fp16, bf16 or fp64.
-        weight: [N, K], any strides, frozen; x's dtype, or any under autocast.
-        A: [r, K], trained; any floating dtype, fp32 advised: the sine is taken in fp32.
-        B: [N, r], trained.
-        bias: [N] or None; receives a gradient if it asks for one.
+        weight: [N, K], any strides, frozen; x's dtype, or any dtype under autocast.
+        A: [r, K], trained; any floating dtype. fp32 is advised, since the sine is taken in fp32.
+        B: [N, r], trained; as for A.
+        bias: [N] or None; receives a gradient if it requires one.
         scaling: s.
         omega: ω, the frequency inside the sines.
-        backend: "auto" (``fastbound.explain`` says what it chose), "fused", "split", "torch", or
+        backend: "auto" (``fastbound.explain`` tells what it chose), "fused", "split", "torch", or
             "reference" (the formula under autograd).
-        dropout: p; above 0 the low-rank term takes drop(x): elements of x are zero with probability
-            p and the others x / (1 - p). The mask is drawn from the device's default generator.
-
-        form: "factors", whose ΔW has rank r and is never made, or "product", whose ΔW has full
-            rank: W + ΔW is made some rows at a time and used at once. It takes no dropout.
+        dropout: p. Above 0, the low-rank term takes drop(x), whose elements are 0 with probability
+            p and x / (1 - p) otherwise. The mask is drawn from the device's default generator.
+        form: "factors", whose ΔW has rank r and is never materialised, or "product", whose ΔW has
+            full rank: W + ΔW is made a few rows at a time, used and dropped. "product" does not
+            support dropout.
 
     Returns:
-        [..., N] in the compute dtype: autocast's where autocast is on, else x's.
-
-    Accumulation is in fp32 (fp64 for fp64) and two runs give the same bits. The gradient is
-    differentiable once.
+        [..., N] in the compute dtype: autocast's if autocast is on, else x's.
 
     Raises:
-        TypeError: a tensor that is not floating or not dense, or x and weight of different dtypes
+        TypeError: a tensor is not floating or not dense, or x and weight have different dtypes
             outside autocast.
-        ValueError: shapes that do not match, tensors on different devices, a weight that requires
-            grad, a tensor that is spread over processes or has no storage, a scaling or omega that
-            is not finite, a dropout outside 0 <= p < 1, an unknown backend or form, and for the
-            product form a dropout above 0 or backend="fused".
+        ValueError: shapes do not match; tensors are on different devices; weight requires grad; a
+            tensor is partitioned over processes or has no storage; scaling or omega is not finite;
+            dropout is outside 0 <= p < 1; backend or form is unknown; or form="product" is combined
+            with dropout or backend="fused".
     """
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, weight=weight, bias=bias)
@@ -189,29 +191,31 @@ def bounded_addition(
     form: str = "factors",
     give_up: bool = False,
 ) -> Tensor:
-    """``y = result + x ΔWᵀ``, result being a base's output and ΔW that of ``bounded_linear``.
+    """``y = result + x ΔWᵀ`` for a base layer's result, with the ΔW of ``bounded_linear``.
+
+    S = x sin(omega·A)ᵀ, and x ΔWᵀ in the product form, are computed in x's compute dtype
+    (autocast's if autocast is on, else x's own), and S (s·sin omega·B)ᵀ in result's dtype. All
+    accumulate in fp32 (fp64 for fp64). A second derivative raises RuntimeError, unless the backend
+    is "reference".
 
     Args:
-        result: [..., N], what the base layer made of x; any floating dtype.
-        x: [..., K], what went into the base layer; its dtype need not be result's.
+        result: [..., N], the base layer's output for x; any floating dtype.
+        x: [..., K], the base layer's input; its dtype may differ from result's.
         A, B: [r, K] and [N, r], trained; any floating dtype, fp32 advised.
-        scaling, omega: as for :func:`fastbound.bounded_linear`.
+        scaling, omega, dropout, form: as for :func:`fastbound.bounded_linear`.
         backend: as there, but not "fused".
-        dropout, form: as there.
-        give_up: the caller has no further use for ``result``: y may take its memory, where
+        give_up: the caller no longer needs ``result``, so y may take its memory if
             :func:`can_write_into` finds that safe.
 
     Returns:
-        y [..., N] in result's dtype. S = x sin(omega·A)ᵀ, and in the product form x ΔWᵀ, is
-        computed in x's compute dtype (autocast's where autocast is on, else x's own), S
-        (s·sin omega·B)ᵀ in result's; all accumulate in fp32 (fp64 for fp64). The gradient is
-        differentiable once.
+        y [..., N] in result's dtype.
 
     Raises:
-        TypeError: a tensor that is not floating or not dense.
-        ValueError: shapes that do not match, tensors on different devices, a DTensor, a scaling or
-            omega that is not finite, a dropout outside 0 <= p < 1, a backend that is unknown or
-            "fused", an unknown form, and dropout in the product form.
+        TypeError: a tensor is not floating or not dense.
+        ValueError: shapes do not match; tensors are on different devices; a tensor is partitioned
+            over processes or has no storage; scaling or omega is not finite; dropout is outside
+            0 <= p < 1; backend is unknown or "fused"; form is unknown; or form="product" is
+            combined with dropout.
     """
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, result=result)
@@ -228,7 +232,7 @@ def _call(
     term: Term,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The checked call: dropout's seed drawn, x cast to autocast's ``dtype``."""
+    """Run a checked call: draw dropout's seed, and cast x to autocast's ``dtype`` if it is on."""
     if term.dropout:
         term = term._replace(seed=draw_seed(x.device))
     if dtype is not None:
@@ -262,9 +266,9 @@ def _by_the_formula(
 def can_write_into(result: Tensor, x: Tensor) -> bool:
     """Whether y may take result's memory, as far as the tensors themselves can tell.
 
-    No: under torch.compile, functorch or a dispatch mode (selective checkpointing keeps outputs);
-    for a subclass, a parameter or a leaf that is trained; for a part of a larger tensor, an
-    expanded one or x itself; and where the node that made it may keep it for its backward.
+    It may not under torch.compile, functorch or a dispatch mode (selective checkpointing keeps
+    outputs); nor if result is a subclass, a parameter or a trained leaf, a part of a larger tensor,
+    an expanded tensor or x itself; nor if the node that made it may keep it for its backward.
     """
     if not nothing_intercepts() or type(result) is not Tensor or result.is_neg():
         return False

@@ -1,11 +1,11 @@
-"""Registered operators ``fastbound::forward`` and ``fastbound::backward``: one composition.
+"""Registered operators ``fastbound::forward`` and ``fastbound::backward``.
 
-    y  = x Wᵀ + b + S SBᵀ      or, where a base made x Wᵀ + b,      y = result + S SBᵀ
+    y  = x Wᵀ + b + S SBᵀ      or, over a base layer that computes x Wᵀ + b,      y = result + S SBᵀ
 
-In the product form, y = x (W + ΔW)ᵀ + b or result + x ΔWᵀ (``operator/product.py``). The products
-(factors, thin, low-rank GEMM, gradient reductions) come from Triton or from PyTorch as the plan
-says. The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export and fake
-tensors see their shapes only.
+In the product form, y = x (W + ΔW)ᵀ + b or result + x ΔWᵀ (``operator/product.py``). The plan
+decides whether Triton or PyTorch computes the products (factors, thin, low-rank GEMM, gradient
+reductions). The operators are functional and opaque: ``torch.compile(fullgraph=True)``, export and
+fake tensors see only their shapes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastbound.operator.product import Delta, adapted_gemm, factor_gradients
 from fastbound.operator.trials import backward_trial, forward_trial
 from fastbound.truth.formula import thin_dtype
 
-# Kept for the life of the process: a collected Library leaves dangling operators behind.
+# Kept for the life of the process: collecting a Library would leave dangling operators behind.
 library = torch.library.Library("fastbound", "DEF")
 library.define(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? result,"
@@ -49,7 +49,10 @@ def compute_forward(
     in_place: bool = False,
     engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``engine``: None takes that of the plan."""
+    """y and S of ``fastbound::forward``; with ``in_place``, y takes result's memory.
+
+    ``engine`` None means the plan's engine.
+    """
     x, weight, bias, result, A, B = in_memory(x, weight, bias, result, *adapter[:2])
     term = Term(A, B, *adapter[2:])
     with scope(x):
@@ -66,7 +69,7 @@ def compute_forward(
         if weight is not None:
             return rows_as_of(x, engine.lowrank_gemm(X, _cast(weight, X.dtype), S, SB, bias)), S
         base = given(result)
-        if base.dtype is not X.dtype:  # SB once more, from the masters: never rounded twice
+        if base.dtype is not X.dtype:  # SB again from B, so that it is not rounded twice
             _, SB = engine.factors(term.A, term.B, scaling, term.omega, base.dtype, term.R)
         # One product with beta = 1 reads the base's result once and writes y once.
         S_wide = _cast(S, SB.dtype)
@@ -88,7 +91,11 @@ def compute_backward(
     *adapter: Any,
     engine: Engine | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dtype`` is x's; over a base dy's is that of the base's result. ``engine`` as above."""
+    """dx, dA and dB, or None for what is not wanted.
+
+    ``dtype`` is x's; over a base layer, dy has the dtype of its result. For ``engine`` see
+    :func:`compute_forward`.
+    """
     dy, x, S, weight, A, B = in_memory(dy, x, S, weight, *adapter[:2])
     term = Term(A, B, *adapter[2:])
     omega = term.omega
@@ -188,7 +195,7 @@ def _fake_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]
 def with_empty(
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """For an operator, which returns tensors: an empty one for what is not wanted."""
+    """A backward for an operator, which must return tensors: empty ones in place of None."""
 
     def implementation(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(dy.new_empty(0) if g is None else g for g in backward(dy, *arguments))
@@ -207,12 +214,12 @@ backward = direct(torch.ops.fastbound.backward.default, compute_backward)
 
 
 def add_in_place(x: Tensor, result: Tensor, *adapter: Any) -> Tensor:
-    """:func:`forward` over a base's ``result``, into its memory; returns S. Eager calls only."""
+    """:func:`forward` over a base's ``result``, written to its memory. Returns S; eager only."""
     return compute_forward(x, None, None, result, *adapter, in_place=True)[1]
 
 
 def _route(T: Tensor, weight: Tensor | None, term: Term, part: str) -> Route:
-    """For a tall matrix T [M, ·], in whose dtype the products are computed."""
+    """The route for a tall matrix T [M, ·], in whose dtype the products are computed."""
     A, B = term.A, term.B
     rank, K = A.shape
     where = describe(T.device) if T.is_meta else T.device
@@ -222,7 +229,7 @@ def _route(T: Tensor, weight: Tensor | None, term: Term, part: str) -> Route:
 
 
 def layout_of(T: Tensor, weight: Tensor | None) -> str:
-    """One of ``choices.LAYOUTS``."""
+    """How T and the weight are stored: one of ``choices.LAYOUTS``."""
     if not T.is_contiguous():
         return "strided"
     if weight is None or weight.is_contiguous():
@@ -241,7 +248,7 @@ def dS_and_dB(
     need_dS: bool,
     need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those that are needed; for both dy is read once."""
+    """dS [M, R] and dB [N, r], or None for what is not needed; dy is read once for both."""
     if not need_dB:
         return (engine.thin(DY, SB) if need_dS else None), None
     if not need_dS:
@@ -250,14 +257,14 @@ def dS_and_dB(
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [..., K] as a matrix; making a view takes a microsecond, so a matrix is taken as it is."""
+    """x [..., K] as a matrix. Making a view takes a microsecond, so a matrix is returned as is."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def rows_as_of(x: Tensor, Y: Tensor) -> Tensor:
-    """Y [M, N], whose rows are those of :func:`rows`, as [..., N].
+    """Y [M, N], whose rows are those of ``rows(x)``, as [..., N].
 
-    No view: a Function's output that is one refuses all work in place.
+    Not as a view: a Function's output that is a view refuses all in-place operations.
     """
     return Y if x.dim() == 2 else Y.view(*x.shape[:-1], Y.shape[1]).detach()
 
@@ -267,7 +274,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def kept(engine: Engine, term: Term, M: int) -> tuple[Tensor | None, float]:
-    """Dropout's mask as bits, and scaling / (1 - p): S then is that of mask ⊙ x, not divided."""
+    """Dropout's mask as bits, and scaling / (1 - p): S itself is not divided by 1 - p."""
     if term.seed is None:
         return None, term.scaling
     keep = engine.keep_bits(term.seed, M, term.A.shape[1], term.dropout)
@@ -275,7 +282,7 @@ def kept(engine: Engine, term: Term, M: int) -> tuple[Tensor | None, float]:
 
 
 def scope(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off (operands are in the compute dtype already) and x's device the current one."""
+    """Turn autocast off (operands have the compute dtype) and make x's device the current one."""
     autocast = autocast_to(x) is not None
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     if not autocast and not elsewhere:
@@ -289,10 +296,10 @@ def scope(x: Tensor) -> AbstractContextManager[object]:
 
 
 def in_memory(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors, for a kernel that reads their memory at its address; None stays None.
+    """The tensors in a form whose memory a kernel can read directly; None stays None.
 
-    What torch keeps as a mark on a tensor is written out: a negative bit, and a tensor of zeros
-    without memory. Raises RuntimeError for a tensor whose memory was given back.
+    PyTorch's lazy negative bit, and zero tensors without memory, are materialised. Raises
+    RuntimeError for a tensor whose memory was released.
     """
     for tensor in tensors:
         if tensor is not None and (tensor.is_neg() or not tensor.data_ptr()):
@@ -306,14 +313,14 @@ def _in_memory(tensor: Tensor) -> Tensor:
     if tensor.data_ptr() or not tensor.numel() or tensor.is_meta:
         return tensor.resolve_neg()
     raise RuntimeError(
-        f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads "
-        "it has not gathered it for this module. Make the module that owns it, or one "
-        "around it, the unit that is gathered"
+        f"a tensor {list(tensor.shape)} has no memory: the wrapper that shards or offloads it did "
+        "not gather it for this module. Make the module that owns it, or one that contains that "
+        "module, the unit that is gathered"
     )
 
 
 def given(saved: Tensor | None) -> Tensor:
-    """A tensor that must be there: a weight, a base's result, or what a gradient needs."""
+    """A tensor that must not be None: a weight, a base's result, or what a gradient needs."""
     if saved is None:
         raise RuntimeError("fastbound: a tensor that the requested result needs is missing")
     return saved

@@ -1,12 +1,12 @@
-"""The product form: W + ΔW, ΔW = s·sin(ω·B A), made some rows at a time and used at once.
+"""The product form: W + ΔW with ΔW = s·sin(ω·B A), made a few rows at a time, used and dropped.
 
     y  = x (W + ΔW)ᵀ + b        dx = dy (W + ΔW)
     dZ = (dyᵀ x) ⊙ s·ω·cos(ω·B A)        dB = dZ Aᵀ        dA = Bᵀ dZ
 
-Nothing of the weight's size N·K outlives a product, and none is larger than `WORKSPACE`: a GEMM
-takes as many rows of W + ΔW as fit, and so does the gradient of the weight, whose GEMM's result is
-contracted before the next rows are taken. dx is y's GEMM with everything transposed, so each
-element of either is one sum, rounded once.
+A GEMM takes as many rows of W + ΔW as fit in `WORKSPACE`, and they are dropped after it. The
+weight's gradient is likewise computed a few rows at a time and contracted at once, so nothing of
+the weight's size N·K outlives a product. dx is y's GEMM with everything transposed. Each element of
+y and of dx is one sum, rounded once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn.functional import linear
 
 from fastbound.operator.engine import Engine
 
-WORKSPACE = 64 * 2**20  # bytes of the weight, or of its gradient, that are there at a time
-_ROWS = 128  # of a weight that a GEMM takes are a multiple of this
+WORKSPACE = 64 * 2**20  # bytes of W + ΔW, or of the weight's gradient, that exist at a time
+_ROWS = 128  # a GEMM takes a multiple of this many rows of a weight
 
 
 class Delta(NamedTuple):
-    """``ΔW = scaling · sin(omega·B A)`` [N, K], of A [r, K] and B [N, r]."""
+    """``ΔW = scaling · sin(omega·B A)`` [N, K] as its factors A [r, K] and B [N, r]."""
 
     A: Tensor
     B: Tensor
@@ -33,16 +33,16 @@ class Delta(NamedTuple):
     omega: float
 
     def t(self) -> Delta:
-        """Of ΔWᵀ."""
+        """ΔWᵀ, whose factors are Bᵀ and Aᵀ."""
         return self._replace(A=self.B.t(), B=self.A.t())
 
     def rows(self, part: slice) -> Delta:
-        """Of some rows of ΔW."""
+        """Some rows of ΔW."""
         return self._replace(B=self.B[part])
 
 
 def row_parts(N: int, row_bytes: int) -> Iterator[slice]:
-    """N rows in parts of about equal size, none of which passes `WORKSPACE`."""
+    """N rows in parts of about equal size, none larger than `WORKSPACE` (but at least 128 rows)."""
     most = max(_ROWS, WORKSPACE // max(1, row_bytes) // _ROWS * _ROWS)
     parts = max(1, -(-N // most))
     rows = max(1, -(-N // parts // _ROWS) * _ROWS)
@@ -58,9 +58,9 @@ def adapted_gemm(
     bias: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """``X (W + ΔW)ᵀ + bias`` [M, N], or into ``start``'s memory ``start + X (W + ΔW)ᵀ``.
+    """``X (W + ΔW)ᵀ + bias`` [M, N]; with ``start``, ``start + X (W + ΔW)ᵀ`` in start's memory.
 
-    X [M, K]; W [N, K], any strides, or None for ΔW alone; bias [N].
+    X [M, K]; W [N, K] with any strides, or None for ΔW alone; bias [N]; start [M, N].
     """
     N, K = delta.B.shape[0], delta.A.shape[1]
     b = None if bias is None else bias.to(X.dtype)
@@ -83,7 +83,7 @@ def adapted_gemm(
 def factor_gradients(
     engine: Engine, DY: Tensor, X: Tensor, delta: Delta, need_dA: bool = True, need_dB: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA [r, K] and dB [N, r], as the factors, of DY [M, N] and X [M, K]."""
+    """dA [r, K] and dB [N, r] for DY [M, N] and X [M, K], in the dtypes of A and B."""
     if not (need_dA or need_dB):
         return None, None
     A, B, _, _ = delta

@@ -1,9 +1,9 @@
-"""The operator's products in PyTorch operations: the CPU path, and what Triton does not take.
+"""The operator's products in PyTorch operations: for CPUs, and for what Triton does not support.
 
-Same contract as ``triton_engine``: operands in the compute dtype, but SA, SB and the thin products
-in fp32 where that is fp16 (``formula.thin_dtype``); the rank zero-padded, scaling folded into SB,
-and no [M, N] tensor besides the result. ``keep`` is dropout's mask of the tall matrix, as bits
-(``operator/dropout.py``): what it drops is zero in the product.
+The contract is that of ``triton_engine``. Operands are in the compute dtype, but SA, SB and the
+thin products are in fp32 if that is fp16 (``formula.thin_dtype``). The rank is zero-padded, scaling
+is folded into SB, and the result is the only [M, N] tensor. ``keep`` is dropout's mask of the tall
+matrix as bits (``operator/dropout.py``): elements that it drops are zero in the product.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from fastbound.operator.call import Factors
 from fastbound.operator.dropout import keep_bits, keep_mask
 from fastbound.truth.formula import apply_activation, thin_dtype, wide_dtype
 
-_ROWS = 512  # masked or widened at a time, so that the copy of them stays in cache
-_ANGLES = (
-    2**20
-)  # of the product form at a time: 4 MiB in fp32, which no smaller parts were faster than
+_ROWS = 512  # rows masked or widened at a time, so that their copy stays in cache
+_ANGLES = 2**20  # angles of the product form at a time: 4 MiB in fp32; smaller was no faster
 
 
 class TorchEngine:
-    """Every product by ``torch.mm`` and its relatives; each reads its tall operand once."""
+    """Every product by ``torch.mm`` and its relatives; each product reads its tall operand once."""
 
     def __init__(self, plan: Plan | None = None) -> None:
         self.plan = plan or Plan("torch", "PyTorch's products were asked for")
 
     def keep_bits(self, seed: Tensor, M: int, K: int, p: float) -> Tensor:
-        """Dropout's mask of an x [M, K]."""
+        """Dropout's mask of x [M, K] as bits."""
         return keep_bits(seed, M, K, p)
 
     def factors(
@@ -41,7 +39,7 @@ class TorchEngine:
     ) -> tuple[Tensor, Tensor]:
         """SA = sin(omega·A) [R, K] and SB = scaling·sin(omega·B) [N, R], zero beyond the rank.
 
-        In the ``thin_dtype`` of a compute ``dtype``.
+        Both are in the ``thin_dtype`` of the compute ``dtype``.
         """
         rank, dtype = A.shape[0], thin_dtype(dtype)
         SA = A.new_zeros(R, A.shape[1], dtype=dtype)
@@ -68,7 +66,10 @@ class TorchEngine:
         scaling: float,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """``scaling·omega·cos(omega·P) ⊙ (Tᵀ G)``: T [M, N], G [M, R], P [N, r] -> [N, r], as P."""
+        """``scaling·omega·cos(omega·P) ⊙ (Tᵀ G)``: T [M, N], G [M, R], P [N, r] -> [N, r].
+
+        The result has P's dtype.
+        """
         if keep is None and T.dtype is G.dtype:
             raw = _transposed_product(T, G)
         else:
@@ -86,7 +87,7 @@ class TorchEngine:
     def lowrank_product(
         self, S: Tensor, F: Tensor, dtype: torch.dtype, keep: Tensor | None = None
     ) -> Tensor:
-        """``S Fᵀ``: S [M, R], F [N, R] -> [M, N] in a compute ``dtype``; ``keep`` masks it."""
+        """``S Fᵀ``: S [M, R], F [N, R] -> [M, N] in the compute ``dtype``; ``keep`` masks it."""
         if keep is None and dtype is S.dtype:
             return torch.mm(S, F.t())
         Y = S.new_empty(S.shape[0], F.shape[0], dtype=dtype)
@@ -95,7 +96,7 @@ class TorchEngine:
         return Y
 
     def add_lowrank(self, Y: Tensor, S: Tensor, F: Tensor, in_place: bool = False) -> Tensor:
-        """``Y + S Fᵀ``: Y [M, N], S [M, R], F [N, R]; a new tensor, or Y's memory."""
+        """``Y + S Fᵀ``: Y [M, N], S [M, R], F [N, R]; a new tensor, or Y's memory if in_place."""
         if Y.dtype is S.dtype:
             return Y.addmm_(S, F.t()) if in_place else torch.addmm(Y, S, F.t())
         sum_ = Y if in_place else Y.clone()
@@ -114,9 +115,10 @@ class TorchEngine:
     ) -> Tensor:
         """``X Wᵀ + S Fᵀ + bias``: X [M, K], W [N, K], S [M, R], F [N, R], bias [N] -> [M, N].
 
-        Two products into one tensor by beta = 1. A GPU writes the low-rank one first, so that the
-        large GEMM reads it under its arithmetic; a CPU runs the large one at its bare speed first
-        and finds its output in cache (benchmarks/NOTES.md). ``keep`` masks S Fᵀ.
+        Both products go into one tensor, the second with beta = 1. On a GPU the low-rank product
+        comes first, so that the large GEMM's arithmetic hides the read of it. On a CPU the large
+        GEMM comes first, at its bare speed, and its output is then still in cache
+        (benchmarks/NOTES.md). ``keep`` masks S Fᵀ.
         """
         b = None if bias is None else bias.to(X.dtype)
         if keep is not None or S.dtype is not X.dtype:
@@ -129,7 +131,7 @@ class TorchEngine:
         Y = torch.mm(S, F.t()) if b is None else torch.addmm(b, S, F.t())
         return Y.addmm_(X, W.t())
 
-    # The product form.
+    # For the product form.
 
     def adapted_weight(
         self,
@@ -142,7 +144,7 @@ class TorchEngine:
     ) -> Tensor:
         """``W + scaling·sin(omega·B A)``: A [r, K], B [n, r] -> [n, K] in ``dtype``, in W's layout.
 
-        Added in fp32 (fp64 for fp64 factors) and rounded once; without W, ΔW alone.
+        Added in fp32 (fp64 for fp64 factors) and rounded once. If W is None, it is ΔW alone.
         """
         if W is not None and W.stride(0) == 1 and W.stride(1) != 1:
             return self.adapted_weight(W.t(), B.t(), A.t(), scaling, omega, dtype).t()
@@ -156,7 +158,7 @@ class TorchEngine:
         return made
 
     def weight_gradient(self, DY: Tensor, X: Tensor) -> Tensor:
-        """``DYᵀ X``: DY [M, n], X [M, K] -> [n, K]; in fp32 where they are fp16."""
+        """``DYᵀ X``: DY [M, n], X [M, K] -> [n, K] in their dtype, or fp32 if fp16 or mixed."""
         if DY.dtype is X.dtype and DY.dtype is not torch.float16:
             return torch.mm(DY.t(), X)
         wide = torch.promote_types(DY.dtype, torch.float32)
@@ -168,7 +170,7 @@ class TorchEngine:
     def contract(
         self, G: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float
     ) -> tuple[Tensor, Tensor]:
-        """dA = Bᵀ dZ and dB = dZ Aᵀ of ``dZ = G ⊙ scaling·omega·cos(omega·B A)``, G [n, K].
+        """dA = Bᵀ dZ and dB = dZ Aᵀ, ``dZ = G ⊙ scaling·omega·cos(omega·B A)``, for G [n, K].
 
         dA [r, K] and dB [n, r] in fp32, or fp64 for fp64 factors.
         """
@@ -182,12 +184,12 @@ class TorchEngine:
         slope = scaling * omega
         return dA.mul_(slope), dB.mul_(slope)
 
-    # An MLP block beyond its layers.
+    # For the parts of an MLP block that are not layers.
 
     def activate(
         self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str
     ) -> tuple[Tensor, Tensor | None]:
-        """H = f(G) ⊙ U [M, N] and H SAᵀ [M, R]."""
+        """H = f(G) ⊙ U [M, N], or f(G) without U, and H SAᵀ [M, R], or None without SA."""
         H = apply_activation(G, activation)
         if U is not None:
             H.mul_(U)
@@ -206,9 +208,9 @@ class TorchEngine:
         activation: str,
         R: int,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """DG, DU, [DS_G | DS_U], and the gradients of B of gate and up and of A of down.
+        """DG, DU, [DS_G | DS_U], dB of gate, dB of up and dA of down; None for what is absent.
 
-        Writes over DH, which nothing else holds.
+        May overwrite DH, which nothing else uses.
         """
         H = apply_activation(G, activation)
         DU = None
@@ -239,7 +241,7 @@ class TorchEngine:
     def stacked_factor_gradients(
         self, X: Tensor, DS: Tensor | None, gate: Factors, up: Factors | None, R: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of A of gate and up."""
+        """dA of gate and of up, from [DS_G | DS_U]; None for one that is not adapted."""
         gradients: list[Tensor | None] = []
         column = 0
         for p in (gate, up):
@@ -263,7 +265,7 @@ def activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
 
 
 def _copied(T: Tensor, keep: Tensor | None, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of ``other`` with those of mask ⊙ T, in ``other``'s dtype, some at a time."""
+    """Rows of ``other`` with those of mask ⊙ T in ``other``'s dtype, a few at a time."""
     for rows, t, *bits in _rows_at_a_time(other, T, *(() if keep is None else (keep,))):
         t = t.to(other.dtype)
         yield rows, t * keep_mask(bits[0], T.shape[1]) if bits else t
@@ -272,7 +274,7 @@ def _copied(T: Tensor, keep: Tensor | None, other: Tensor) -> Iterator[tuple[Ten
 def _terms(
     Y: Tensor, S: Tensor, F: Tensor, keep: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of ``Y`` with those of mask ⊙ (S Fᵀ), some at a time."""
+    """Rows of ``Y`` with those of mask ⊙ (S Fᵀ), a few at a time."""
     for y, s, *bits in _rows_at_a_time(Y, S, *(() if keep is None else (keep,))):
         term = torch.mm(s, F.t())
         yield y, term.mul_(keep_mask(bits[0], F.shape[0])) if bits else term
@@ -283,7 +285,7 @@ def _rows_at_a_time(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _angles(A: Tensor, B: Tensor, omega: float, T: Tensor, *others: Tensor) -> Iterator[Any]:
-    """The rows of T [n, K] with those of omega·B A in fp32 and of the others, some at a time."""
+    """Rows of T [n, K] with those of omega·B A in fp32 and of ``others``, a few at a time."""
     wide = wide_dtype(A)
     A, rows = A.to(wide), max(1, _ANGLES // max(1, A.shape[1]))
     for t, b, *rest in zip(*(t.split(rows) for t in (T, B, *others)), strict=True):
@@ -291,7 +293,7 @@ def _angles(A: Tensor, B: Tensor, omega: float, T: Tensor, *others: Tensor) -> I
 
 
 def _transposed_product(T: Tensor, G: Tensor) -> Tensor:
-    """``Tᵀ G``; which operand comes first decides the CPU's inner loop."""
+    """``Tᵀ G``; the order of the operands decides the CPU's inner loop."""
     halves = T.dtype in (torch.bfloat16, torch.float16)
     return linear(G.t(), T.t()).t() if halves else torch.mm(T.t(), G)
 

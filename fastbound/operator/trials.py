@@ -1,8 +1,8 @@
-"""What a first call tries: the call itself by each engine, and the truth that it is held against.
+"""The trials of a first call: the call itself by each engine, and the truth to compare it with.
 
-The operands are those of the call, but for the factors: B is zero before the first step, and a term
-of zeros would hide whatever is wrong with it. Factors of the same sizes are drawn in their place,
-from a generator of their own, so that the term weighs about as much as x Wᵀ.
+The operands are those of the call except for the factors: B is zero before the first step, and a
+term of zeros would hide any error in it. Factors of the same sizes are drawn instead, from a
+generator of their own, such that the term is about as large as x Wᵀ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forward_trial(
     result: Tensor | None,
     term: Term,
 ) -> Trial:
-    """Of y and S: ``compute`` is ``ops.compute_forward``."""
+    """The trial of y and S; ``compute`` is ``ops.compute_forward``."""
     term = _drawn(term, weight)
     width = term.B.shape[0]
     base = None if result is None else result.reshape(-1, width)
@@ -66,7 +66,7 @@ def backward_trial(
     needs: tuple[bool, bool, bool],
     term: Term,
 ) -> Trial:
-    """Of dx, dA and dB: ``compute`` is ``ops.compute_backward``."""
+    """The trial of dx, dA and dB; ``compute`` is ``ops.compute_backward``."""
     term, DY = _drawn(term, weight), _usable(DY)
     (M, _), K = DY.shape, term.A.shape[1]
     rows = sampled_rows(M, DY.device)
@@ -87,7 +87,7 @@ def backward_trial(
 
 
 def block_forward_trial(route: Route, compute: Compute, X: Tensor, call: BlockCall) -> Trial:
-    """Of y and what a block saves: ``compute`` is ``block_ops.compute_forward``."""
+    """The trial of y and what a block saves; ``compute`` is ``block_ops.compute_forward``."""
     call = _drawn_block(call)
     rows = sampled_rows(X.shape[0], X.device)
 
@@ -105,7 +105,7 @@ def block_backward_trial(
     route: Route, compute: Compute, DY: Tensor, X: Tensor, saved: tuple[Any, ...],
     need_dx: bool, call: BlockCall,
 ) -> Trial:  # fmt: skip
-    """Of dx and the factors' gradients: ``compute`` is ``block_ops.compute_backward``."""
+    """The trial of dx and the factors' gradients; ``compute`` is ``block_ops.compute_backward``."""
     call, DY = _drawn_block(call), _usable(DY)
     rows = sampled_rows(X.shape[0], X.device)
     G, U = saved[:2]
@@ -115,7 +115,7 @@ def block_backward_trial(
         return tuple(compute(DY, X, *saved, need_dx, *call.flat(), engine=engine))
 
     def truth() -> Mapping[int, Tensor]:
-        if not need_dx or G is None:  # made again from an S of the factors as they are
+        if not need_dx or G is None:  # G would be recomputed from the S of the actual factors
             return {}
         return {0: _block_dx(call, DY[rows], G[rows], None if call.up is None else U[rows])}
 
@@ -125,9 +125,9 @@ def block_backward_trial(
 def whole_trial(
     steps: Mapping[str, Callable[[Tensor, BlockCall], Tensor]], X: Tensor, call: BlockCall
 ) -> Trial:
-    """Of y, dx and the factors' gradients, by autograd: ``steps`` has a block's forward by name.
+    """The trial of y, dx and the factors' gradients by autograd; ``steps`` are forwards by name.
 
-    On a CPU an eighth of the rows is tried: all of it takes about as long as one call.
+    On a CPU it takes an eighth of the rows, so that the whole trial takes about as long as a call.
     """
     if X.device.type == "cpu":
         X = X[: max(128, len(X) // 8)]
@@ -186,13 +186,13 @@ def _layer(
     term: Term, weight: Tensor | None, bias: Tensor | None, rows: Tensor, M: int,
     result: Tensor | None,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """The layer over the sampled rows of x in fp64."""
+    """The layer in fp64, as a function of the sampled rows of x."""
     keep, scaling = None, term.scaling
     if term.seed is not None:
         K = term.A.shape[1]
         keep = keep_mask(keep_bits(term.seed, M, K, term.dropout)[rows], K)
         scaling = scaling / keep_rate(term.dropout)
-    # Over a base no weight is read: the result stands for x Wᵀ + b.
+    # Over a base no weight is read: result takes the place of x Wᵀ + b.
     held = term.A if weight is None else weight
     p = Projection(held, bias, term.A, term.B, scaling, term.omega, term.form)
     return partial(wide_product, p=p, keep=keep, result=result)
@@ -203,7 +203,7 @@ def _block(x: Tensor, call: BlockCall) -> Tensor:
 
 
 def _block_dx(call: BlockCall, dy: Tensor, G: Tensor, U: Tensor | None) -> Tensor:
-    """dx in fp64 of a block whose g and u are given: each projection is linear in its x."""
+    """dx in fp64 of a block with given g and u, through which each projection is linear."""
 
     def through(p: Projection, gradient: Tensor) -> Tensor:
         zeros = gradient.new_zeros(len(gradient), p.weight.shape[1])
@@ -220,7 +220,7 @@ def _block_dx(call: BlockCall, dy: Tensor, G: Tensor, U: Tensor | None) -> Tenso
 
 
 def _block_size(X: Tensor, call: BlockCall) -> int:
-    """Numbers that a block's forward or backward allocates."""
+    """The number of elements that a block's forward or backward allocates."""
     N, K = call.gate.weight.shape
     return X.shape[0] * ((2 if call.up is None else 3) * N + K)
 
@@ -243,13 +243,13 @@ def _drawn_block(call: BlockCall) -> BlockCall:
 def _factors(
     A: Tensor, B: Tensor, scaling: float, omega: float, form: str, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Like A and B, with a ΔW about as large as the weight's entries."""
+    """Random factors shaped like A and B, whose ΔW is about as large as the weight's entries."""
     size = 0.02
     if weight is not None:
         some = weight[: max(1, 2**16 // weight.shape[1])].float()
         size = float(some.square().mean().sqrt()) or size
     if not (math.isfinite(size) and scaling and omega):
-        raise Unmeasurable("its weight or its settings are zero, or not finite")
+        raise Unmeasurable("the weight or the settings are zero or not finite")
     generator = torch.Generator(A.device).manual_seed(0)
 
     def draw(like: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _factors(
 
 
 def _usable(DY: Tensor) -> Tensor:
-    """Itself, or noise: under loss scaling the first gradients are often infinite."""
+    """DY, or noise if DY is zero or not finite, as first gradients under loss scaling often are."""
     size = torch.linalg.vector_norm(DY, dtype=torch.float32)
     if bool(size.isfinite()) and bool(size > 0):
         return DY
@@ -280,7 +280,7 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 
 def layer_by_layer(x: Tensor, call: BlockCall, linear_of: Callable[..., Tensor]) -> Tensor:
-    """A block as its layers one by one; ``linear_of`` is ``function.bounded_linear``."""
+    """A block computed layer by layer; ``linear_of`` is ``function.bounded_linear``."""
 
     def layer(p: Projection) -> Callable[[Tensor], Tensor]:
         if p.A is None or p.B is None:

@@ -1,7 +1,7 @@
 """The operator's products in Triton with a plan's tiles; "split" leaves the GEMM to cuBLAS.
 
-In fp16, where SA, SB and the thin products are fp32, they are narrowed for each product by powers
-of two that leave nothing out of range (``kernels/narrow.py``).
+In fp16 SA, SB and the thin products are fp32. For each product they are narrowed to fp16, scaled by
+powers of two so that nothing is out of range (``kernels/narrow.py``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TritonEngine:
 
     def __init__(self, plan: Plan) -> None:
         if plan.tiles is None:
-            raise ValueError(f'a plan with strategy "{plan.strategy}" holds no tiles')
+            raise ValueError(f'a plan with strategy "{plan.strategy}" has no tiles')
         self.plan = plan
         self._thin, self._reduce = plan.tiles.thin, plan.tiles.reduce
         self._gemm, self._gemm_t = plan.tiles.gemm, plan.tiles.gemm_t
@@ -105,7 +105,7 @@ class TritonEngine:
         return self._torch.add_lowrank(Y, S, F, in_place)
 
     def _start(self, S: Tensor, F: Tensor, keep: Tensor, tile: GemmTile) -> Tensor:
-        """S Fᵀ masked: where the GEMM starts, and K = 0."""
+        """S Fᵀ masked, from which the GEMM starts: :func:`lowrank_gemm` with K = 0."""
         return lowrank_gemm(S[:, :0], F[:, :0], S, F, None, tile, self._multiprocessors, keep)
 
     def lowrank_gemm(
@@ -126,7 +126,7 @@ class TritonEngine:
             return self._torch.lowrank_gemm(X, W, S, F, bias)
         return self._start(S, F, keep, tile).addmm_(X, W.t())
 
-    # The product form.
+    # For the product form.
 
     def adapted_weight(
         self,
@@ -153,7 +153,7 @@ class TritonEngine:
         R = padded_rank(A.shape[0])
         return contract(G, A, B, R, scaling, omega, self._multiprocessors, precision)
 
-    # An MLP block beyond its layers.
+    # For the parts of an MLP block that are not layers.
 
     def activate(
         self, G: Tensor, U: Tensor | None, SA: Tensor | None, activation: str
@@ -241,17 +241,17 @@ class TritonEngine:
 
 
 def _narrowed(P: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """P as an operand of that dtype, and the scale of its columns where it is another's."""
+    """P as an operand of ``dtype``, and its columns' scale if it had to be narrowed."""
     return (P, None) if P is None or P.dtype is dtype else narrowed(P)
 
 
 def _widened(gradient: Tensor, scale: Tensor, P: Tensor) -> Tensor:
-    """The gradient [N, r] of P, of narrowed columns."""
+    """P's gradient [N, r] from that of narrowed columns and their scale."""
     return gradient.mul_(scale[: P.shape[1]]).to(P.dtype)
 
 
 def _gradient(Q: Tensor, P: Tensor, omega: float, scaling: float, scale: Tensor | None) -> Tensor:
-    """P's gradient from its parts, those of columns with a ``scale`` where there is one."""
+    """P's gradient from its partial sums, which are of narrowed columns if there is a ``scale``."""
     if scale is None:
         return factor_gradient(Q, P, omega, scaling)
     return _widened(factor_gradient(Q, P, omega, scaling, scale.dtype), scale, P)

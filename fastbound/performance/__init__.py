@@ -1,4 +1,5 @@
-"""What a call costs: shapes, timing, memory, compiled kernels, and the time they predict.
+"""What a call costs: shapes, memory, compiled kernels and predicted times.
 
-Uses `operator` and what is below it; `profiling` measures whole layers and uses `models` too.
+Uses `operator` and what is below it; `profiling`, which measures whole layers, and `warming` use
+`models` too.
 """

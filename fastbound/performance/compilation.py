@@ -1,7 +1,7 @@
-"""Compile a launch for a GPU that need not be there, and read what the compiler made of it.
+"""Compile a launch for a GPU that need not be present, and inspect the binary.
 
-Registers, spills, shared memory and the instructions that matter are facts of the binary: they
-prove a tile shape before a GPU runs it. Binaries are read with the disassembler that Triton ships.
+The binary shows registers, spills, shared memory and the instructions that matter, so a tile shape
+can be checked before any GPU runs it. NVIDIA binaries are read with Triton's own disassembler.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from fastbound.performance.inspection import Compiled, count, local_traffic, ste
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for: Triton's names, and what dispatch would be told of it."""
+    """A GPU to compile for: its names in Triton, and the device that dispatch would see."""
 
     backend: str
     arch: int | str
     warp_size: int
     device: Device
-    units: tuple[str, ...]  # its matrix instructions, the one that a GEMM must use last
+    units: tuple[str, ...]  # its matrix instructions; a GEMM must use the last one
 
     @property
     def shared_limit(self) -> int:
-        """Bytes of shared memory for one block."""
+        """The most bytes of shared memory that one block may use."""
         return self.device.shared_limit
 
     @property
     def multiprocessors(self) -> int:
-        """Of its device."""
+        """The number of its device's multiprocessors."""
         return self.device.multiprocessors
 
 
@@ -53,7 +53,7 @@ def _amd(architecture: str, warp_size: int, multiprocessors: int, unit: str) -> 
     return Target("hip", architecture, warp_size, Device(architecture, multiprocessors), (unit,))
 
 
-# Of each architecture one card, whose size decides how rows and columns are cut.
+# One card per architecture; its size decides how rows and columns are cut.
 TARGETS: Mapping[str, Target] = {
     "sm_80": _nvidia(80, 108),  # A100
     "sm_86": _nvidia(86, 82),  # GeForce RTX 3090
@@ -68,9 +68,9 @@ TARGETS: Mapping[str, Target] = {
 
 
 def target_of(where: str | Device) -> Target:
-    """One of :data:`TARGETS` by name; of a device with what it says of itself, listed or not.
+    """One of :data:`TARGETS` by name, or the target of a device, which need not be listed.
 
-    Raises KeyError for a name that is not listed and ValueError for a device without matrix units.
+    Raises KeyError for a name that is not listed, and ValueError for a device without matrix units.
     """
     if isinstance(where, str):
         return TARGETS[where]
@@ -85,27 +85,27 @@ def target_of(where: str | Device) -> Target:
 
 
 def faults(launch: Launch, compiled: Compiled, where: str | Device) -> tuple[str, ...]:
-    """What is wrong with a launch compiled for a target; empty if nothing. See `target_of`."""
+    """What is wrong with a launch compiled for a target; empty if nothing is. See `target_of`."""
     target = target_of(where)
     return tuple(inspection.faults(launch, compiled, target.units, target.shared_limit))
 
 
 def compile_launch(launch: Launch, where: str | Device) -> Compiled:
-    """Compile a launch for a target, by name or as a device describes it (`target_of`).
+    """Compile a launch for a target, given by name or as a device (see `target_of`).
 
-    ``spills`` counts what goes through memory: local loads and stores (NVIDIA, where something is
-    loaded: Triton 3.6 also fills 8 bytes of stack on sm_120 that nothing reads); vector registers
-    spilled and words of scratch memory (AMD, whose spilled scalar registers stay in lanes of vector
-    registers and are counted among the instructions).
+    ``spills`` counts what goes through memory. On NVIDIA it is the number of local loads and
+    stores, or 0 if nothing is loaded: Triton 3.6 also fills 8 bytes of stack on sm_120 that nothing
+    reads. On AMD it is the number of spilled vector registers plus words of scratch memory; spilled
+    scalar registers stay in lanes of vector registers, and are counted among the instructions.
 
-    Raises KeyError for an unknown target and RuntimeError where kernels are interpreted.
+    Raises KeyError for an unknown target, and RuntimeError if kernels are interpreted.
     """
     binary = build(launch, where)
     return (_read_cubin if target_of(where).backend == "cuda" else _read_amdgcn)(binary)
 
 
 def build(launch: Launch, where: str | Device) -> Any:
-    """Triton's own object, with every stage of the compilation in `asm`; see `compile_launch`."""
+    """Triton's compiled kernel, whose `asm` has every stage of it; see `compile_launch`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -126,7 +126,7 @@ def build(launch: Launch, where: str | Device) -> Any:
 
 
 def binary_of(launch: Launch) -> tuple[Any, ...]:
-    """What decides the binary: launches that agree in it are one kernel to the compiler."""
+    """The key of a launch's binary: launches with equal keys are compiled only once."""
     signature, constants, attributes = _specialise(launch)
     divisible = tuple(place for place, marks in attributes.items() if marks)
     limits = (launch.warps, launch.stages, launch.registers)
@@ -146,14 +146,14 @@ _TRITON_NAMES = {
 def _specialise(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Signature, constants and attributes as Triton's launcher derives them from the arguments.
+    """Signature, constants and attributes, as Triton's launcher derives them from the arguments.
 
-    A pointer or an integer divisible by 16 is marked so, and an integer 1 becomes a constant, but
-    for integers that the kernel names in `do_not_specialize`.
+    A pointer or an integer that is divisible by 16 is marked so, and an integer 1 becomes a
+    constant, except for integers that the kernel lists in `do_not_specialize`.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    # The interpreter's kernels keep what their decorator was given.
+    # The interpreter's kernels keep their decorator's arguments.
     given = getattr(launch.kernel, "kwargs", None) or vars(launch.kernel)
     alike = given["do_not_specialize"] or ()
     signature: dict[str, str] = {}
@@ -183,7 +183,7 @@ def _specialise(
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0 and name not in alike
-        # The empty list too, as the launcher has it: the run then finds this binary in the cache.
+        # Even an empty list, as in the launcher, so that a run finds this binary in the cache.
         attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
     return signature, constants, attributes
 
@@ -206,7 +206,7 @@ def _read_cubin(binary: Any) -> Compiled:
 
 
 def _ptxas_warnings(binary: Any, listing: str) -> tuple[str, ...]:
-    """What ptxas says against a Hopper GEMM: asked anew, as Triton keeps no log of it."""
+    """The warnings of ptxas about a Hopper GEMM; it runs again, as Triton keeps no log of it."""
     if not ("HGMMA" in listing and "UTMALDG" in listing):
         return ()
     from triton.backends.nvidia.compiler import get_ptxas

@@ -1,4 +1,4 @@
-"""What a compiled kernel shows of itself and must not show: the check of report and tuner."""
+"""The facts of a compiled kernel, and the faults that the compile report and the tuner reject."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbound.kernels.launch import Launch
 GEMMS = ("descriptor", "pointer")
 WITHOUT_DOT = ("adapt", "factors", "finish", "finish_both", "keep", "narrow")
 
-# What shows in a listing when the matrix unit, the copy engine or a spill is used.
+# The patterns of a listing that show the use of a matrix unit or copy engine, or a spill.
 _COUNTED = {
     "HMMA": r"\bHMMA\b",
     "HGMMA": r"\bHGMMA\b",
@@ -26,19 +26,19 @@ _COUNTED = {
     "v_wmma": r"\bv_wmma_",
 }
 _PRODUCT = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
-SERIALISED = "C7515"  # ptxas: every wgmma waits for the one before it
+SERIALISED = "C7515"  # ptxas: every wgmma waits for the previous one
 
 
 @dataclass(frozen=True)
 class SteadyLoop:
-    """The loop of a GEMM on tensor descriptors over its reduction, as its instructions stand.
+    """The reduction loop of a GEMM with tensor descriptors, read from its instructions.
 
-    ``in_flight``: groups of matrix products that still run where the loop waits for one, on Hopper
-    alone (HGMMA); ``loads_ahead``: TMA loads that are on their way before the loop begins. A
-    pipelined loop has at least one of the former and two for each stage but one of the latter.
-    ``round_trips``: stores of the accumulator into Blackwell's tensor memory, which belongs there
-    throughout. ``length`` counts instructions, the epilogue's included where the loops over tiles
-    and steps are one.
+    ``in_flight`` is the number of groups of matrix products that still run when the loop waits for
+    one (only on Hopper, HGMMA). ``loads_ahead`` is the number of TMA loads issued before the loop.
+    In a pipelined loop the former is at least 1, and the latter at least 2·(stages - 1).
+    ``round_trips`` counts stores of the accumulator into Blackwell's tensor memory, where it should
+    stay throughout. ``length`` is the number of instructions, including the epilogue if the loops
+    over tiles and steps are merged.
     """
 
     in_flight: int | None
@@ -49,9 +49,9 @@ class SteadyLoop:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, compiled: figures per thread (registers) and per block (shared, bytes).
+    """A compiled kernel, with registers per thread and shared memory per block in bytes.
 
-    ``warnings`` are the numbers of what ptxas said against a Hopper GEMM.
+    ``warnings`` are the codes of ptxas's warnings about a Hopper GEMM.
     """
 
     registers: int
@@ -63,22 +63,22 @@ class Compiled:
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's own, without what all of them share."""
+    """The kernel's name without the suffix that all kernels share."""
     return str(launch.kernel.fn.__name__).strip("_").removesuffix("_kernel")
 
 
 def count(listing: str) -> dict[str, int]:
-    """The instructions that matter, by name, in a listing of SASS or of AMD's."""
+    """How often each instruction that matters occurs in a listing of SASS or of AMD's assembly."""
     return {name: len(re.findall(pattern, listing)) for name, pattern in _COUNTED.items()}
 
 
 def local_traffic(counts: Mapping[str, int]) -> int:
-    """Local loads and stores; none where nothing is loaded, since a spill comes back."""
+    """Local loads plus stores; 0 if nothing is loaded, since a spill is always loaded again."""
     return counts["LDL"] + counts["STL"] if counts["LDL"] else 0
 
 
 def steady_loop(listing: str) -> SteadyLoop | None:
-    """The first loop of a SASS listing with products and TMA loads; None where there is none."""
+    """The first loop of a SASS listing with matrix products and TMA loads, or None."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
     code = [(int(address, 16), text) for address, text in found]
     for end, text in code:
@@ -96,7 +96,7 @@ def steady_loop(listing: str) -> SteadyLoop | None:
 
 
 def _in_flight(body: list[str], products: list[int]) -> int | None:
-    """What the first wait after a product leaves running; None where no HGMMA is."""
+    """How many groups the first wait after a product leaves running; None without HGMMA."""
     if not any("HGMMA" in t for t in body):
         return None
     for t in body[products[0] :]:
@@ -106,16 +106,16 @@ def _in_flight(body: list[str], products: list[int]) -> int | None:
 
 
 def faults(launch: Launch, compiled: Compiled, units: tuple[str, ...], limit: int) -> Iterator[str]:
-    """What a kernel must not do, or must use and does not.
+    """What a kernel does but must not, and what it must use but does not.
 
-    ``units``: the matrix instructions of the GPU, the one that a GEMM must use last; ``limit``: its
-    bytes of shared memory for one block.
+    ``units`` are the GPU's matrix instructions, of which a GEMM must use the last one. ``limit`` is
+    the most bytes of shared memory that one block may use.
     """
     name, counts = kernel_name(launch), compiled.instructions
     if compiled.spills:
         yield f"{compiled.spills} spills"
     if compiled.shared > limit:
-        yield f"{compiled.shared} bytes of shared memory for {limit}"
+        yield f"{compiled.shared} bytes of shared memory, above the limit of {limit}"
     if name in WITHOUT_DOT or _operand(launch).dtype is torch.float32:
         return
     needed = units[-1:] if name in GEMMS else units
@@ -126,13 +126,13 @@ def faults(launch: Launch, compiled: Compiled, units: tuple[str, ...], limit: in
 
 
 def _operand(launch: Launch) -> torch.Tensor:
-    """The first argument: every kernel with products takes its tall operand there."""
+    """The first argument, which in every kernel with products is the tall operand."""
     first = launch.arguments[0]
-    return first if isinstance(first, torch.Tensor) else first.base  # of a tensor descriptor
+    return first if isinstance(first, torch.Tensor) else first.base  # a tensor descriptor's
 
 
 def _loop_faults(compiled: Compiled, stages: int) -> Iterator[str]:
-    """What keeps a GEMM on descriptors from running ahead of itself."""
+    """What keeps the loads of a GEMM with descriptors from running ahead of its products."""
     if not (compiled.instructions["UTMALDG"] and compiled.instructions["UTMASTG"]):
         yield "no TMA load or store"
     loop = compiled.loop
@@ -142,8 +142,8 @@ def _loop_faults(compiled: Compiled, stages: int) -> Iterator[str]:
     if loop.in_flight == 0:
         yield "the loop waits for its own matrix products"
     if loop.loads_ahead < 2 * (stages - 1):
-        yield f"{loop.loads_ahead} loads ahead of the loop for {stages} stages"
+        yield f"only {loop.loads_ahead} loads ahead of the loop for {stages} stages"
     if loop.round_trips:
-        yield "the accumulator leaves tensor memory and comes back in every step"
+        yield "the accumulator leaves tensor memory and returns in every step"
     if SERIALISED in compiled.warnings:
         yield f"ptxas makes the matrix products wait for one another ({SERIALISED})"

@@ -1,4 +1,4 @@
-"""Work done item by item in processes that may die, hang or lose their device without harm."""
+"""Work done item by item in other processes, which may die, hang or lose their device safely."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _UP = "up"
-_SPAWN = get_context("spawn")  # a forked child has no use of CUDA
+_SPAWN = get_context("spawn")  # a forked child cannot use CUDA
 
 
 @dataclass(frozen=True)
 class Broken:
-    """What became of an item that gave no result: an exception, a death, or the time limit."""
+    """An item without a result: an exception, the death of the process, or the time limit."""
 
     message: str
 
@@ -27,7 +27,7 @@ class _Worker:
     connection: Connection
     index: int = -1
     up: bool = False
-    started: float = 0.0  # on the item; counts once the process is up
+    started: float = 0.0  # when the item was started; counts once the process is up
 
 
 def isolated(
@@ -39,10 +39,11 @@ def isolated(
     limit: float,
     retire: Callable[[Any], bool] = lambda result: False,
 ) -> Iterator[tuple[int, Any]]:
-    """(index, ``function(item)`` or :class:`Broken`) as they come, until ``deadline`` (monotonic).
+    """Yield (index, ``function(item)`` or :class:`Broken`) in the order in which items finish.
 
-    ``limit`` seconds an item; a worker whose result asks to be retired is replaced. Items that the
-    deadline cuts off are not yielded. ``function`` and items cross process borders.
+    Items not finished by ``deadline`` (on the monotonic clock) are not yielded. Each item may take
+    ``limit`` seconds. A worker is replaced if ``retire`` is true of its result. ``function``, items
+    and results must be picklable.
     """
     todo = deque(range(len(items)))
     idle: list[_Worker] = []
@@ -81,12 +82,12 @@ def _start(function: Callable[[Any], Any]) -> _Worker:
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
     process.start()
-    theirs.close()  # so that its death is the end of ours
+    theirs.close()  # so that our end sees EOF when the process dies
     return _Worker(process, ours)
 
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    connection.send(_UP)  # everything is imported: `function` came with its module
+    connection.send(_UP)  # by now everything is imported: unpickling `function` imported its module
     while True:
         try:
             item = connection.recv()

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, and its peak on a GPU."""
+"""The bytes that a layer saves for its backward pass, and its peak on a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves in `run`, parameters left out.
+    """The bytes of the distinct storages that autograd saves in `run`, without `parameters`.
 
-    A storage saved twice, or through several views, counts once and whole; the input counts when
-    it is saved. Exact on any device.
+    A storage saved twice, or through several views, counts once, in full. The input counts if it is
+    saved. The result is exact on any device.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     storages: dict[int, int] = {}
@@ -22,7 +22,7 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             storages[storage.data_ptr()] = storage.nbytes()
-            saved.append(tensor)  # alive until counted: a freed address would be given out again
+            saved.append(tensor)  # kept alive until counted, as a freed address would be reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -31,7 +31,7 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes that `run` holds on a GPU beyond what was held before; None on a CPU."""
+    """The most bytes that `run` allocates on a GPU beyond those allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
-"""The passes of a layer and of an MLP block: each is one call of an engine.
+"""The passes of a layer and of an MLP block: each is one call of an engine's method.
 
-What a tile is chosen for is a whole pass, its workspaces and the launches that finish it included.
+A tile is chosen for a whole pass, including its workspaces and the launches that finish it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastbound.truth.operands import (
 
 OMEGA = 1.5
 
-# The tile that each pass runs with, by its name in `Tiles`.
+# The tile that each pass uses, by its name in `Tiles`.
 LAYER_PASSES: Mapping[str, str] = {
     "gemm forward": "gemm",
     "gemm dx": "gemm_t",
@@ -45,29 +45,29 @@ PASSES: Mapping[str, str] = {**LAYER_PASSES, **BLOCK_PASSES}
 
 
 class Pass(NamedTuple):
-    """An engine's method and what it is given."""
+    """An engine's method and its arguments."""
 
     method: str
     arguments: tuple[Any, ...]
 
     def run(self, engine: Engine) -> tuple[Tensor, ...]:
-        """What the pass makes; what is not adapted is left out."""
+        """The tensors that the pass makes, without the None of projections that are not adapted."""
         made = getattr(engine, self.method)(*self.arguments)
         return tuple(t for t in (made if isinstance(made, tuple) else (made,)) if t is not None)
 
     def reference(self) -> tuple[Tensor, ...]:
-        """The same by PyTorch's operations, which may write over their first operand."""
+        """The same by PyTorch's operations, which get a copy of the operand they may overwrite."""
         first, *others = self.arguments
         return self._replace(arguments=(first.clone(), *others)).run(TorchEngine())
 
     def launches(self, engine: Engine) -> list[Launch]:
-        """Its kernels, not run; over meta tensors too."""
+        """The pass's kernel launches, which are not run; meta tensors will do."""
         with recorded() as found:
             self.run(engine)
         return found
 
     def floor(self) -> Tensor | None:
-        """The bare GEMM of the same operands; None where the pass holds none."""
+        """The bare GEMM of the same operands, or None if the pass has no GEMM."""
         if self.method != "lowrank_gemm":
             return None
         X, W, *_ = self.arguments
@@ -76,7 +76,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tile, and for a reduction how many times the usual number of programs it starts."""
+    """A tile; for a reduction also a factor on its usual number of programs."""
 
     tile: Tile | GemmTile
     programs: float = 1.0
@@ -87,23 +87,23 @@ class Candidate:
         return text + ("" if self.programs == 1 else f", programs x {self.programs:g}")
 
     def engine(self, name: str, tiles: Tiles, multiprocessors: int) -> Engine:
-        """Triton's, with this tile in the place of a pass's and ``tiles`` elsewhere."""
+        """Triton's engine with this tile for the pass ``name``, and ``tiles`` for the others."""
         chosen: Any = {PASSES[name]: self.tile}
         size = max(1, round(multiprocessors * self.programs))
         return engine_of(Plan("fused", "tuning", replace(tiles, **chosen), size))
 
 
 def default_candidate(name: str, tiles: Tiles) -> Candidate:
-    """What dispatch would use in this pass."""
+    """The candidate that dispatch would use in this pass."""
     return Candidate(getattr(tiles, PASSES[name]))
 
 
 def operands_at(
     shape: Shape | Block, M: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> LayerOperands | BlockOperands:
-    """Of a layer or a block; its adapters give about as much as its frozen weights.
+    """Operands of a layer or a block, whose adapters' terms are about as large as x Wᵀ.
 
-    On the meta device nothing is drawn.
+    On the meta device the tensors are empty.
     """
     K, N = shape.K, shape.N
     settings: dict[str, Any] = {"bias": False, "magnitude": 0.5, "omega": OMEGA, "device": device}
@@ -116,9 +116,9 @@ def operands_at(
 
 
 def passes_of(o: LayerOperands | BlockOperands) -> dict[str, Pass]:
-    """By name, a layer's with what makes SA and SB before them.
+    """The passes by name; a layer's start with the one that makes SA and SB.
 
-    What the passes of a call hand to one another is made here once, by PyTorch.
+    PyTorch computes the tensors that one pass of a call would hand to another, once, here.
     """
     if isinstance(o, BlockOperands):
         return _block_passes(o)

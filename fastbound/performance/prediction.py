@@ -1,10 +1,10 @@
-"""Predicted times by arithmetic: each recorded call's operations and bytes over the ceilings.
+"""Predicted times: each recorded call's operations and bytes divided by a device's ceilings.
 
-A call takes the longer of its operations over a device's compute ceiling and its bytes over the
-bandwidth ceiling; calls follow one another, nothing overlaps, and what a launch costs the host is
-left out. Each distinct tensor of a call moves once, however small, and what an operation writes
-onto is read too: the least that the call can do. `benchmarks/NOTES.md` holds predictions against
-outcomes.
+A call takes as long as the slower of its operations at the compute ceiling and its bytes at the
+bandwidth ceiling. Calls follow one another without overlap, and the cost of a launch on the host is
+left out. Each distinct tensor of a call moves once, however small, and a tensor that an operation
+adds onto is read too: this is the least that the call must do. `benchmarks/NOTES.md` compares
+predictions with outcomes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fastbound.kernels.tiles import Tile
 from fastbound.kernels.waves import Cut
 from fastbound.performance.recorder import Call
 
-BF16, FP32 = 2, 4  # bytes of an element of an operand and of a workspace
+BF16, FP32 = 2, 4  # bytes per element of an operand and of a workspace
 RANK = 16
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches: operations per second in a large GEMM, bytes per second."""
+    """A device's ceilings: operations per second in a large GEMM, and bytes per second."""
 
     flops: float
     bandwidth: float
 
 
-# Vendors' datasheets, dense bf16: bounds that no measurement passes. A measured pair is better.
+# From the vendors' datasheets, dense bf16: no measurement exceeds them. A measured pair is better.
 DATASHEET: Mapping[str, Ceilings] = {
     "a100-80gb": Ceilings(312e12, 2.039e12),
     "h100": Ceilings(989e12, 3.35e12),
@@ -42,20 +42,20 @@ DATASHEET: Mapping[str, Ceilings] = {
     "3090": Ceilings(71e12, 0.936e12),
     "4090": Ceilings(165e12, 1.008e12),
     "5090": Ceilings(209e12, 1.792e12),
-    "mi250": Ceilings(181e12, 1.6e12),  # one of its two halves, which is a device
+    "mi250": Ceilings(181e12, 1.6e12),  # one of its two halves, each of which is a device
     "mi300x": Ceilings(1307e12, 5.3e12),
     "7900": Ceilings(123e12, 0.96e12),
 }
 
 
 def datasheet_of(gpu: str) -> Ceilings:
-    """Of the card in a device's name; of an H100 for any other, whose ratio of the two is usual."""
+    """The ceilings of the card in a device's name; for any other card, those of an H100."""
     found = [c for key, c in DATASHEET.items() if key.split("-")[0] in gpu.lower()]
     return found[0] if found else DATASHEET["h100"]
 
 
 class Region(NamedTuple):
-    """The memory of a tensor, meta or real, the same for every view of all of it: W and W.t()."""
+    """A tensor's memory, meta or real; equal for all views of the whole tensor, as W and W.t()."""
 
     storage: int
     offset: int
@@ -64,7 +64,7 @@ class Region(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Region:
-        """While the tensor lives; an expanded dimension holds one element."""
+        """The region of a tensor, valid while it lives; an expanded dimension has one element."""
         distinct = 1
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             distinct *= size if stride else min(size, 1)
@@ -77,7 +77,7 @@ class Region(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Of one call: its name with the sizes of its first two operands, operations, bytes."""
+    """One call's name, with the sizes of its first two operands, its operations and its bytes."""
 
     name: str
     flops: int
@@ -92,7 +92,7 @@ class Prediction(NamedTuple):
 
 
 def prediction_of(call: Call) -> Prediction:
-    """Of a kernel's launch or of a PyTorch operation, over real or meta tensors."""
+    """The prediction for a kernel launch or a PyTorch operation over real or meta tensors."""
     if isinstance(call, Launch):
         name, flops = kernel_name(call), _launch_flops(call)
     else:
@@ -104,7 +104,7 @@ def prediction_of(call: Call) -> Prediction:
 
 
 def moved(call: Call) -> list[Region]:
-    """What a call moves: each of its tensors once, and twice what an operation adds onto."""
+    """The regions that a call moves: each tensor once, and twice those an operation adds onto."""
     regions = [Region.of(tensor) for _, tensor in operands(call)]
     if isinstance(call, Launch):
         return regions
@@ -113,7 +113,7 @@ def moved(call: Call) -> list[Region]:
 
 
 def operands(call: Call) -> list[tuple[str, Tensor]]:
-    """A call's tensors by name, each once: an argument without use holds another's tensor."""
+    """A call's distinct tensors by name; an unused argument repeats another argument's tensor."""
     if isinstance(call, Launch):
         named = zip(call.kernel.arg_names, call.arguments, strict=False)
         given = ((name, getattr(value, "base", value)) for name, value in named)
@@ -130,14 +130,14 @@ def operands(call: Call) -> list[tuple[str, Tensor]]:
 # PyTorch's products, whose last operand is the second factor.
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_addmm_activation"}
 
-# Of the kernels that multiply, from their arguments and constants; the others do little.
+# The kernels that multiply, from their arguments and constants; the others compute little.
 _FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_pointer_kernel": lambda given: 2 * given.M * given.N * (given.K + given.R),
     "_descriptor_kernel": lambda given: 2 * given.M * given.N * (given.K + given.R),
     "_thin_kernel": lambda given: 2 * given.M * given.K * given.R,
     "_reduce_kernel": lambda given: 2 * given.M * given.N * given.R * (1 + given.WITH_P),
     "_activate_kernel": lambda given: 2 * given.M * given.N * given.R * given.WITH_P,
-    # Beside its angle, B A, and sine, which no matrix unit takes: they count as arithmetic, too.
+    # These two include the angle B A, although no matrix unit computes it; sines are not counted.
     "_adapt_kernel": lambda given: 2 * given.N * given.K * given.rank,
     "_contract_kernel": lambda given: 6 * given.N * given.K * given.rank,
     "_activate_backward_kernel": lambda given: (
@@ -147,7 +147,7 @@ _FLOPS: Mapping[str, Callable[[Any], int]] = {
 
 
 def kernel_name(launch: Launch) -> str:
-    """As `lowrank_gemm` or `reduce: finish`: its file, and the kernel where it has another name."""
+    """The kernel's file, and its own name if that differs: `lowrank_gemm` or `reduce: finish`."""
     function = launch.kernel.fn
     module = function.__module__.rpartition(".")[2]
     kernel = function.__name__.strip("_").removesuffix("_kernel").replace("_", " ")
@@ -163,14 +163,14 @@ def _launch_flops(launch: Launch) -> int:
 
 
 def seconds(predictions: Iterable[Prediction], ceilings: Ceilings) -> float:
-    """One after the other."""
+    """The total seconds of calls that follow one another."""
     return sum(one.seconds(ceilings) for one in predictions)
 
 
 def share_busy(cut: Cut, M: int, N: int, tile: Tile, slots: int) -> float:
-    """Of the places for programs on a GPU, how many work while a launch over M x N lasts.
+    """The share, 0 to 1, of a GPU's program slots that are busy during a launch over M x N.
 
-    One less than this is its tail: the last wave's empty places and the last chunk's missing rows.
+    The rest is the launch's tail: the last wave's empty slots and the last chunk's missing rows.
     """
     steps = -(-M // tile.block_m) * -(-N // tile.block_n)
     longest = cut.span * -(-cut.chunk // tile.block_m)

@@ -1,11 +1,11 @@
-"""The record of a call: every kernel launch and PyTorch operation that it makes, and none is run.
+"""Record a call: every kernel launch and PyTorch operation that it makes, without running any.
 
     with recording(Device("sm_90", 132)) as calls:
         ...  # the operator over meta tensors
 
-The tensors are on the meta device, so a GPU that is not here, and sizes that no memory holds, will
-do: shapes, strides and dtypes are all that a launch depends on. What compiles, what moves bytes and
-what takes time is read off this one list.
+The tensors are on the meta device, so the GPU need not be present and the sizes need not fit in any
+memory: a launch depends only on shapes, strides and dtypes. This one list tells what is compiled,
+which bytes move and what takes time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OVERWRITES = {"copy_", "fill_", "zero_"}  # in place, without reading what was 
 
 
 class Operation(NamedTuple):
-    """One PyTorch operation: its name, and by their argument's names what it reads and writes."""
+    """One PyTorch operation: its name, and the tensors it reads and writes by argument name."""
 
     name: str
     read: tuple[tuple[str, Tensor], ...]
@@ -43,20 +43,20 @@ Call: TypeAlias = "Launch | Operation"
 
 
 class Directions(NamedTuple):
-    """What a forward and a backward call, in order."""
+    """The calls of a forward and of a backward pass, in order."""
 
     forward: list[Call]
     backward: list[Call]
 
     @property
     def launches(self) -> list[Launch]:
-        """The kernels of both."""
+        """The kernel launches of both passes."""
         return [call for call in (*self.forward, *self.backward) if isinstance(call, Launch)]
 
 
 @contextmanager
 def recording(device: Device) -> Iterator[list[Call]]:
-    """Collects what is called inside over meta tensors, planned as on ``device``."""
+    """Collect the calls made in this context over meta tensors, planned as if on ``device``."""
     with pretending(device), recorded() as launches:
         calls: list[Call] = launches
         with Operations(calls.append):
@@ -78,9 +78,11 @@ def layer_calls(
     strided: bool = False,
     form: str = "factors",
 ) -> Directions:
-    """One layer's x [M, K], weight [N, K]; ``over_base``: the term alone, added to a result.
+    """The calls of one layer with x [M, K] and weight [N, K].
 
-    ``strided``: x, dy and the weight are columns of wider matrices, whose rows begin anywhere.
+    With ``over_base``, only the adapter's term is computed and added to a base layer's result. With
+    ``strided``, x, dy and the weight are columns of wider matrices, so that their rows are not
+    aligned.
     """
     sizes = ((M, K), (M, N), (N, K))
     x, dy, weight = (_meta(m, n + strided, dtype=dtype)[:, :n] for m, n in sizes)
@@ -109,9 +111,10 @@ def block_calls(
     bias: bool = False,
     form: str = "factors",
 ) -> Directions:
-    """An MLP block K -> N -> K; ``ranks`` of gate, up and down, 0 where one is not adapted.
+    """The calls of an MLP block K -> N -> K.
 
-    A plain block has no gate: its ranks are those of up and down.
+    ``ranks`` are those of gate, up and down (of up and down in a plain block); 0 means that a
+    projection is not adapted.
     """
 
     def projection(N: int, K: int, rank: int) -> Projection:
@@ -136,7 +139,7 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Operations(TorchDispatchMode):
-    """Hands on every operation that moves bytes, and of fastbound's operators what they call."""
+    """Report every operation that moves bytes; for fastbound's operators, those inside them."""
 
     def __init__(self, found: Callable[[Operation], object]) -> None:
         super().__init__()
@@ -147,7 +150,7 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "fastbound":
-            with self:  # a meta tensor's own key would lead to shapes alone
+            with self:  # a meta tensor's own key would only compute shapes
                 return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
         operation = operation_of(func, args, kwargs, result)
@@ -159,7 +162,7 @@ class Operations(TorchDispatchMode):
 def operation_of(
     function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
 ) -> Operation | None:
-    """What an operation reads and writes; None for a view or an allocation, which move nothing."""
+    """What an operation reads and writes; None for a view or allocation, which moves nothing."""
     name = function.overloadpacket.__name__
     if name in _ALLOCATIONS:
         return None
@@ -177,6 +180,6 @@ def operation_of(
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         sources = {t.untyped_storage()._cdata for _, t in read}
         if not made or any(t.untyped_storage()._cdata in sources for t in made):
-            return None  # no tensor, or a view, which not every operator's schema admits
+            return None  # no tensor, or a view that the operator's schema does not declare
         written = [("out" if i == 0 else f"out{i}", t) for i, t in enumerate(made)]
     return Operation(name, tuple(read), tuple(written))

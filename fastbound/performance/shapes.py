@@ -1,4 +1,4 @@
-"""The shapes that are measured and tuned for: MLP projections and MLP blocks of four models."""
+"""The shapes to measure and tune: the MLP projections and MLP blocks of four models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastbound.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Shape:
-    """One linear layer, weight `[N, K]`, named after its place in a model."""
+    """A linear layer with weight `[N, K]`, named after its place in a model."""
 
     model: str
     projection: str
@@ -23,9 +23,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Block:
-    """One MLP block: `down(f(gate(x)) * up(x))` if gated, else `down(f(up(x)))`.
+    """An MLP block: `down(f(gate(x)) * up(x))` if gated, else `down(f(up(x)))`.
 
-    Weights of gate and up `[N, K]`, of down `[K, N]`; every projection has a bias, or none has.
+    The weights of gate and up are `[N, K]`, that of down `[K, N]`. Either all projections have a
+    bias or none does.
     """
 
     model: str
@@ -41,7 +42,7 @@ class Block:
 
     @property
     def form(self) -> str:
-        """As a table of plans names it."""
+        """The block's form, as plan tables name it."""
         return block_form(self.activation, self.gated)
 
 
@@ -64,14 +65,14 @@ MODEL_BLOCKS = (
 
 
 def known_models() -> list[str]:
-    """The names that :func:`linear_shapes` and :func:`block_of` take."""
+    """The names that :func:`linear_shapes` and :func:`block_of` accept."""
     return [block.model for block in MODEL_BLOCKS]
 
 
 def linear_shapes(model: str) -> list[Shape]:
     """A model's MLP projections.
 
-    Raises ValueError for a name that is not known.
+    Raises ValueError for an unknown name.
     """
     found = [shape for shape in MODEL_SHAPES if shape.model == model]
     if not found:
@@ -83,15 +84,16 @@ def linear_shapes(model: str) -> list[Shape]:
 
 
 def block_of(model: str) -> Block:
-    """A model's MLP block; raises as :func:`linear_shapes`."""
+    """A model's MLP block. Raises ValueError for an unknown name."""
     linear_shapes(model)
     return next(block for block in MODEL_BLOCKS if block.model == model)
 
 
 def parse_tokens(text: str) -> list[int]:
-    """Numbers of tokens, ascending: "4096", "4k", "1k,8k", or "1k:128k" for its powers of two.
+    """Numbers of tokens in ascending order, from a text such as "4096", "4k", "1k,8k" or "1k:128k".
 
-    A range starts at its first number and doubles up to its last. Raises ValueError for all else.
+    "k" means 1024. A range starts at its first number and doubles up to its last. Raises ValueError
+    for any other text.
     """
     found: set[int] = set()
     for part in text.split(","):
@@ -112,7 +114,7 @@ def _number(text: str, whole: str) -> int:
     digits = digits.removesuffix("k")
     if not (digits.isascii() and digits.isdigit() and 0 < int(digits) < 2**31):
         raise ValueError(
-            f"tokens {whole!r}: {text.strip()!r} is no number of tokens; give 4096 or 4k, a list "
-            "1k,8k, or a range 1k:128k of its doublings"
+            f"tokens {whole!r}: {text.strip()!r} is not a number of tokens; give a number (4096 or "
+            "4k), a list (1k,8k), or a range that doubles (1k:128k)"
         )
     return int(digits) * (1024 if thousands else 1)

@@ -1,4 +1,4 @@
-"""Compiling and measuring up front what a model's first steps would otherwise wait for."""
+"""Compile and measure in advance what a model's first training steps would otherwise wait for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORKERS = 12
 
 @dataclass(frozen=True)
 class Calls:
-    """The launches of one layer or block by one strategy, for a process that compiles them."""
+    """A layer or block and a strategy, whose launches another process is to compile."""
 
     device: Device
     M: int
@@ -47,26 +47,29 @@ class Calls:
 def warmup(model: nn.Module, tokens: int | Iterable[int] = 4096) -> Explanation:
     """Compile every kernel and make every choice that the model's calls of ``tokens`` rows need.
 
+    Kernels are compiled first, by several processes in parallel. Then every adapted layer and block
+    of a distinct shape runs forward and backward once on noise. This leaves the model's gradients
+    and hooks and the state of random generators untouched. Under torch.distributed all processes
+    must call this: the one with local rank 0 measures, and the others then read its choices.
+
     Args:
-        model: with adapters, on the device and in the dtype of the training; under autocast call
-            this inside it.
-        tokens: rows of x in one call (batch times sequence length), one number or several.
+        model: with adapters, on the device and in the dtype of the training. If you train under
+            autocast, call this under autocast too.
+        tokens: rows of x per call (batch size times sequence length): one number or several.
 
-    Every adapted layer and block of another shape runs forward and backward once on noise: no
-    gradient, no state of a generator and no hook of the model is touched. Kernels are compiled
-    before that, in processes side by side. Under torch.distributed the process with local rank 0
-    measures, and the others read what it found once it is done; all of them have to call this.
-    Returns what `fastbound.explain` then says of the largest number.
+    Returns:
+        What `fastbound.explain` reports afterwards for the largest number of rows.
 
-    Raises ValueError for tokens below 1, for a model without bounded layers, and for one of which a
-    part is on the meta device.
+    Raises:
+        ValueError: tokens is empty or below 1, the model has no bounded layers, or a part of it is
+            on the meta device.
     """
     rows = sorted({tokens} if isinstance(tokens, int) else set(tokens))
     if not rows:
-        raise ValueError("tokens names no number of rows")
+        raise ValueError("tokens must have at least one number of rows, got none")
     explained = [explain(model, M) for M in rows]
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError("a part of the model is on the meta device: load its weights first")
+        raise ValueError("part of the model is on the meta device: load its weights first")
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not spread:
@@ -95,7 +98,7 @@ def _run(model: nn.Module, rows: Iterable[int]) -> None:
 
 
 def _distinct(model: nn.Module) -> Iterator[nn.Module]:
-    """Blocks, and every adapted layer that runs; those in a block may be run alone."""
+    """All blocks and all running adapted layers; those inside a block may run on their own."""
     for module in model.modules():
         runs = isinstance(module, Adapted) and module.running()
         if runs or isinstance(module, FusedBoundedMLP):
@@ -103,7 +106,7 @@ def _distinct(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _kind(module: Any) -> tuple[Any, ...]:
-    """Modules of one kind make the same calls."""
+    """The kind of a module; modules of the same kind make the same calls."""
     tensors = [(n, tuple(p.shape), p.dtype, p.device) for n, p in module.named_parameters()]
     layers = [m for m in module.modules() if isinstance(m, Adapted)]
     adapters = [(a.form, a.backend, a.dropout, a.training) for m in layers for a in m.running()]
@@ -111,10 +114,10 @@ def _kind(module: Any) -> tuple[Any, ...]:
 
 
 def _once(module: Any, M: int) -> None:
-    """Forward and backward of a module, without its own hooks, on noise."""
+    """Run a module's forward and backward once on noise, without its hooks."""
     if isinstance(module, FusedBoundedMLP):
         if module.obstacle() is not None:
-            return  # its layers run alone
+            return  # its layers run one by one
         layer: Any = module.get_submodule(module.fusion.form.up)
         K, held = weight_shape(layer)[1], layer.weight
     else:
@@ -122,7 +125,7 @@ def _once(module: Any, M: int) -> None:
         if not (isinstance(held, torch.Tensor) and held.is_floating_point()):
             held = module.running()[0].A  # over a quantised base
     if partition(held) is not None:
-        return  # its unit gathers it, in a forward of its own
+        return  # only the forward of its FSDP unit gathers it
     dtype, device = held.dtype, held.device
     if dtype is not torch.float64 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -134,10 +137,10 @@ def _once(module: Any, M: int) -> None:
 
 
 def _compile(model: nn.Module, explained: Iterable[Explanation], workers: int = WORKERS) -> None:
-    """What the candidates launch, compiled into Triton's cache by processes side by side.
+    """Compile the candidates' launches into Triton's cache, by several processes in parallel.
 
-    What they do not get done the first call does, and lets go what fails. Not by multiprocessing,
-    which runs the user's script again where that has no guard.
+    What they do not finish, the first call compiles, and drops candidates that fail. The processes
+    are not started by multiprocessing, which would run a user's script again if it has no guard.
     """
     tasks = list(dict.fromkeys(t for one in explained for t in _tasks(model, one)))
     count = min(workers, os.cpu_count() or 1, len(tasks))
@@ -165,14 +168,14 @@ def _compile(model: nn.Module, explained: Iterable[Explanation], workers: int = 
 
 
 def serve() -> None:
-    """Compile the tasks that come in; one that fails is left to the first call."""
+    """Compile the tasks on standard input; a task that fails is left to the first call."""
     for task in pickle.load(sys.stdin.buffer):
         with contextlib.suppress(Exception):
             compile_calls(task)
 
 
 def compile_calls(task: Calls) -> int:
-    """How many kernels were compiled."""
+    """Compile the distinct kernels of a task, and return their number."""
     sizes = (task.device, task.M, task.N, task.K)
     settings: dict[str, Any] = {"backend": task.backend, "bias": task.bias, "form": task.form}
     if task.block is None:

@@ -1,4 +1,4 @@
 """The formula in plain PyTorch, operands to try it on, and the measures of exactness.
 
-Uses torch and nothing else of fastbound.
+Uses torch and no other part of fastbound.
 """

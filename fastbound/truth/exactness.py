@@ -1,8 +1,8 @@
 """The measures of error: how exact a result must be, and how exact the plain formula is.
 
-Truth is the formula in fp64 over the same numbers. A path passes when its error against the truth
-is no larger than the plain formula's in the same dtype, plus a slack of a few roundings; a kernel,
-when it is within rounding of its product in fp64.
+The truth is the formula in fp64 on the same numbers. A path passes if its error against the truth
+is at most that of the plain formula in the same dtype, plus a slack of a few roundings. A kernel
+passes if it is within rounding of its product in fp64.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from fastbound.truth import formula
 from fastbound.truth.operands import BlockOperands, LayerOperands, Operands, run
 
-# Relative Frobenius error above which a result is not the operator's: about ten times what the
-# roundings of its dtype explain, a tenth of what a forgotten sine or factor costs.
+# The relative Frobenius errors above which a result is wrong: about ten times what the roundings of
+# the dtype explain, and a tenth of the error of a forgotten sine or factor.
 CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-12}
-ROWS_AT_ONCE = 1024  # in fp64: the truth of 32k tokens must not fill the card
+ROWS_AT_ONCE = 1024  # in fp64, so that the truth of 32k tokens does not fill the card
 
 
 def assert_as_exact_as_the_formula(
@@ -28,13 +28,15 @@ def assert_as_exact_as_the_formula(
     formula: Callable[..., Tensor] = formula.bounded_linear,
     **kwargs: Any,
 ) -> None:
-    """Each result's error is at most the plain formula's in the same dtype, plus slack.
+    """Assert that each result's error is at most the plain formula's in the same dtype, plus slack.
 
-    Slack: four roundings of the compute dtype at the largest entry, and two fp32 roundings at the
-    largest sum of magnitudes. Both errors are maxima over what may be few entries, and a sum that
-    cancels is rounded in another order than the formula's. Of the dtype's smallest number, half for
-    the result and one for each term of the low-rank sum: an operand of it may have underflowed
-    beside another near one.
+    The slack is four roundings of the compute dtype at the largest entry, plus two fp32 roundings
+    at the largest sum of magnitudes: both errors are maxima over possibly few entries, and a sum
+    that cancels is rounded in another order than the formula's. It also includes the dtype's
+    smallest number, half of it for the result and once for each term of the low-rank sum, because
+    one operand of a term may have underflowed while the other is near one.
+
+    Raises AssertionError, naming the result and its error.
     """
     rounding, fp32_rounding = torch.finfo(o.x.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     smallest = torch.finfo(o.x.dtype).smallest_normal * torch.finfo(o.x.dtype).eps
@@ -65,11 +67,13 @@ def assert_as_exact_as_the_formula(
 def assert_block_as_exact(
     block: BlockOperands, function: Callable[..., Tensor], **kwargs: Any
 ) -> None:
-    """The error's norm is at most the plain formula's in the same dtype, plus six roundings.
+    """Assert that the error's norm is at most the plain formula's in the dtype plus six roundings.
 
-    A norm and not a maximum: h, dg and du are rounded in another place than autograd does it, so
-    the two errors are equal in distribution and not entry by entry. Six, because rank one leaves
-    few numbers, behind each of which stand six roundings (S, y's, dh, dg, dS and dA).
+    It is a norm and not a maximum because h, dg and du are rounded elsewhere than in autograd, so
+    the two errors are equal in distribution but not entry by entry. Six, because at rank one there
+    are few numbers, each the result of six roundings (S, y, dh, dg, dS and dA).
+
+    Raises AssertionError, naming the result and its error.
     """
     ours = run(block, function, **kwargs)
     plain = run(block, formula.bounded_mlp)
@@ -87,7 +91,10 @@ def assert_block_as_exact(
 
 
 def assert_within_rounding(got: Tensor, expected: Tensor, terms: Tensor) -> None:
-    """Within a unit of the output dtype and four of fp32 over ``terms``, the magnitudes' sum."""
+    """Assert an error of at most one rounding of the output dtype plus four of fp32 at ``terms``.
+
+    ``terms`` is the sum of the magnitudes of each element's terms. Raises AssertionError.
+    """
     if got.shape != expected.shape:
         raise AssertionError(f"{got.shape} for {expected.shape}")
     rounding = torch.finfo(got.dtype).eps * expected.abs()
@@ -100,15 +107,15 @@ def assert_within_rounding(got: Tensor, expected: Tensor, terms: Tensor) -> None
 
 
 def assert_same_bits(first: Tensor, second: Tensor, name: str = "result") -> None:
-    """Two runs over the same operands."""
+    """Assert that two runs over the same operands gave the same bits."""
     if not torch.equal(first, second):
         raise AssertionError(f"{name}: two runs differ")
 
 
 def exact(o: Operands, checked: slice | Tensor) -> dict[str, Tensor]:
-    """fp64 y and dx of the checked rows of x [M, K], and the factors' gradients of all rows.
+    """y and dx in fp64 for the checked rows of x [M, K], and the gradients of the trained tensors.
 
-    Some rows at a time, which matter to the factors' gradients alone.
+    Those gradients are sums over all rows, of which `ROWS_AT_ONCE` are taken at a time.
     """
     alone = o.formula if isinstance(o, BlockOperands) else _without_the_weight
     o = o.changed(lambda name, t: t if name in ("x", "dy") else t.double())
@@ -124,20 +131,20 @@ def exact(o: Operands, checked: slice | Tensor) -> dict[str, Tensor]:
 def _without_the_weight(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, **settings: Any
 ) -> Tensor:
-    """The layer less x Wᵀ, on which no gradient of A, B and b depends."""
+    """The layer without x Wᵀ, on which the gradients of A, B and b do not depend."""
     rest = x.new_zeros(len(weight)) if bias is None else bias
     return formula.bounded_addition(rest, x, A, B, **settings)
 
 
 def require_truth(name: str, value: Tensor, truth: Tensor, tolerance: float) -> None:
-    """Raise ArithmeticError where a result is off by more than ``tolerance``, relatively."""
+    """Raise ArithmeticError if a result's relative error is above ``tolerance``."""
     error = float((value.double() - truth).norm() / truth.norm())
     if not error <= tolerance:  # a NaN fails too
         raise ArithmeticError(f"{name} is off by {error:.2e} (relative), more than {tolerance:.2e}")
 
 
 def _sums_of_magnitudes(o: LayerOperands) -> dict[str, Tensor]:
-    """The formula with every term replaced by its magnitude: what cancellation hides."""
+    """The formula with every term replaced by its magnitude, which cancellation would hide."""
     x, W, dy = (t.abs().reshape(-1, t.shape[-1]) for t in (o.x, o.weight, o.dy))
     if o.form == "product":
         return _of_product(o, x, W, dy)
@@ -157,7 +164,7 @@ def _sums_of_magnitudes(o: LayerOperands) -> dict[str, Tensor]:
 
 
 def _of_product(o: LayerOperands, x: Tensor, W: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """An argument ω·BA is off by roundings of its terms, and its sine by as much."""
+    """The same for the product form, where the roundings of ω·BA's terms carry over to its sine."""
     sine = o.scaling * (1 + o.omega * (o.B.abs() @ o.A.abs()))  # [N, K]
     dZ = o.omega * sine * (dy.T @ x)
     sums = {

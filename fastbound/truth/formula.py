@@ -3,7 +3,7 @@
     factors     y = x Wᵀ + b + s · (x sin(ωA)ᵀ) sin(ωB)ᵀ
     product     y = x (W + s · sin(ω·B A))ᵀ + b
 
-Every other path is measured against this one, evaluated in fp64.
+Every other path is checked against this one, evaluated in fp64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 class Projection(NamedTuple):
     """One projection of an MLP block: weight [N, K], bias [N], A [r, K], B [N, r].
 
-    A and B are None where the projection is not adapted.
+    A and B are None if the projection is not adapted.
     """
 
     weight: Tensor
@@ -47,14 +47,14 @@ def bounded_linear(
     form: str = "factors",
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, one rounding per operation.
+    """``x Wᵀ + b + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, with one rounding per operation.
 
-    Or, in the form "product", ``x (W + scaling · sin(omega·B A))ᵀ + b``, W + ΔW rounded once.
+    In the form "product" it is ``x (W + scaling · sin(omega·B A))ᵀ + b``, with W + ΔW rounded once.
 
     Shapes: x [..., K], weight [N, K], A [r, K], B [N, r], bias [N]; returns [..., N] in x's dtype.
-    The sine is taken in fp32 (fp64 for fp64 factors) and its result cast to x's dtype; where that
-    is fp16, whose range the term's parts may leave, the term stays in fp32 up to the sum. ``keep``,
-    a mask like x, is dropout's: the low-rank term then takes x zeroed where it is False.
+    The sine is computed in fp32 (fp64 for fp64 factors) and cast to x's dtype. If that is fp16,
+    whose range parts of the term may exceed, the term stays in fp32 up to the sum. ``keep`` is
+    dropout's mask, bool with x's shape: in the low-rank term, x is zero where it is False.
     """
     if form == "product":
         delta = delta_weight(A, B, scaling=scaling, omega=omega, form=form)
@@ -74,9 +74,9 @@ def bounded_addition(
     form: str = "factors",
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ``, in result's dtype.
+    """``result + scaling · (x sin(omega·A)ᵀ) sin(omega·B)ᵀ`` in result's dtype.
 
-    As :func:`bounded_linear`, whose x Wᵀ + b is ``result`` [..., N] here.
+    As :func:`bounded_linear`, with ``result`` [..., N] in place of x Wᵀ + b.
     """
     if form == "product":
         delta = delta_weight(A, B, scaling=scaling, omega=omega, form=form)
@@ -94,23 +94,23 @@ def _lowrank_term(
 
 
 def thin_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of SA, SB, S and dS in a compute dtype: itself, but fp32 for fp16.
+    """The dtype of SA, SB, S and dS for a compute dtype: the same, but fp32 for fp16.
 
-    A sum over K or N passes fp16's 65504 where the result does not, and s·sin(omega·B) is below its
-    6e-8 in the first steps of a training.
+    A sum over K or N can exceed fp16's 65504 although the result does not, and s·sin(omega·B) is
+    below fp16's smallest number, 6e-8, in the first training steps.
     """
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def wide_dtype(P: Tensor) -> torch.dtype:
-    """The dtype in which sin and cos of P are taken: fp32, or fp64 where P is fp64."""
+    """The dtype in which sin and cos of P are computed: fp32, or fp64 if P is fp64."""
     return torch.promote_types(P.dtype, torch.float32)
 
 
 def delta_weight(
     A: Tensor, B: Tensor, *, scaling: float = 1.0, omega: float = 1.0, form: str = "factors"
 ) -> Tensor:
-    """ΔW [N, K] in fp32, or in fp64 where A or B is fp64.
+    """ΔW [N, K] in fp32, or in fp64 if A or B is fp64.
 
     factors: ``scaling · sin(omega·B) sin(omega·A)``; product: ``scaling · sin(omega·B A)``.
     """
@@ -137,7 +137,7 @@ def mlp(
     *,
     activation: str,
 ) -> Tensor:
-    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate, of any projections."""
+    """``down(f(gate(x)) ⊙ up(x))``, or ``down(f(up(x)))`` without a gate, for any projections."""
     if gate is None:
         return down(apply_activation(up(x), activation))
     return down(apply_activation(gate(x), activation) * up(x))
@@ -151,7 +151,7 @@ def bounded_mlp(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """:func:`mlp` of adapted projections, by autograd."""
+    """:func:`mlp` of adapted projections, differentiated by autograd."""
     first = None if gate is None else partial(_project, p=gate)
     return mlp(x, partial(_project, p=up), partial(_project, p=down), first, activation=activation)
 

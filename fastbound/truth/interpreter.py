@@ -1,4 +1,4 @@
-"""Triton's interpreter: whether kernels run in it, what it gets wrong, and what it would not show.
+"""Triton's interpreter: whether it is in use, a fix for its bf16, and NaN-filled memory for tests.
 
 ``TRITON_INTERPRET=1``, set before triton is imported, runs kernels on the CPU.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter: ``TRITON_INTERPRET=1`` before import."""
+    """Whether kernels run in Triton's CPU interpreter: ``TRITON_INTERPRET=1`` before import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty, empty_like and new_empty give NaN: an element that nothing writes is seen."""
+    """Make torch.empty, empty_like and new_empty return NaN, so that unwritten elements show."""
 
     def poisoned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -41,10 +41,10 @@ def poisoned_empty() -> Iterator[None]:
 
 @contextmanager
 def interpreted_bf16() -> Iterator[None]:
-    """Mends bf16 in Triton's interpreter, which keeps it as uint16.
+    """Fix bf16 in Triton's interpreter, which stores it as uint16.
 
-    Its dot multiplies the bits: it is given the values, the upper half of an fp32. Its cast from
-    fp32 drops the lower half: it is made to round to the nearest, ties to even, as a GPU does.
+    Its dot would multiply the bit patterns; here it gets the values as fp32. Its cast from fp32
+    would truncate; here it rounds to nearest, ties to even, as a GPU does.
     """
     import numpy as np
     import triton.language as tl

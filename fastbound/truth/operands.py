@@ -1,6 +1,6 @@
-"""What one call of a layer and one of an MLP block take, made from a seed, and the run over them.
+"""The operands of one call of a layer or an MLP block, made from a seed, and a run over them.
 
-`tests/`, `benchmarks/` and the tuner share them: a layer's and a block's, and no third.
+`tests/`, `benchmarks/` and the tuner share them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _O = TypeVar("_O", bound="Operands")
 
 
 class Operands(ABC):
-    """What a layer's and a block's operands have in common: x and dy around projections."""
+    """The operands of a layer or a block: x, dy and projections."""
 
     x: Tensor
     dy: Tensor
@@ -31,52 +31,55 @@ class Operands(ABC):
     @property
     @abstractmethod
     def projections(self) -> dict[str, Projection]:
-        """By name, in the order in which a block computes them."""
+        """The projections by name, in the order in which a block computes them."""
 
     @property
     @abstractmethod
     def trained(self) -> dict[str, Tensor]:
-        """What gets a gradient besides x, by the name of that gradient."""
+        """The tensors that get a gradient, except x, by the name of the gradient."""
 
     @abstractmethod
     def changed(self: _O, change: Callable[[str, Tensor], Tensor], **settings: Any) -> _O:
-        """Every tensor as ``change(name, tensor)`` makes it; ``settings`` of every projection."""
+        """A copy with every tensor replaced by ``change(name, tensor)``.
+
+        ``settings`` are replaced in every projection.
+        """
 
     @property
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """All that the formula takes besides x, by name."""
+        """The arguments of the formula except x, by name."""
 
     @abstractmethod
     def around(
         self, layers: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> Callable[[Tensor], Tensor]:
-        """The layer or block whose projections are these callables."""
+        """The layer or block as a function of x, with these callables as its projections."""
 
     @property
     def frozen(self) -> tuple[Tensor, ...]:
-        """Weights and biases."""
+        """The weights and biases of all projections."""
         pairs = ((p.weight, p.bias) for p in self.projections.values())
         return tuple(t for pair in pairs for t in pair if t is not None)
 
     def to(self: _O, dtype: torch.dtype) -> _O:
-        """Everything in ``dtype``, factors too."""
+        """A copy with all tensors, factors included, in ``dtype``."""
         return self.changed(lambda name, t: t.detach().to(dtype))
 
     def leaves(self: _O) -> _O:
-        """With leaves of autograd's where a gradient is asked for, over the same storage."""
+        """A copy that shares storage, with autograd leaves for all tensors that get a gradient."""
         return self.changed(
             lambda name, t: t.detach().requires_grad_() if name in self.leaf_names else t
         )
 
     def rows(self: _O, chosen: slice | Tensor) -> _O:
-        """Some rows of x [M, K] and of dy."""
+        """A copy with some rows of x [M, K] and of dy."""
         return self.changed(lambda name, t: t[chosen] if name in ("x", "dy") else t)
 
 
 @dataclass(frozen=True)
 class LayerOperands(Operands):
-    """What one call takes, and the gradient that comes back to it."""
+    """The operands of one call of a layer, and the gradient dy of its result."""
 
     x: Tensor
     weight: Tensor
@@ -118,7 +121,7 @@ class LayerOperands(Operands):
 
 @dataclass(frozen=True)
 class BlockOperands(Operands):
-    """What one call of an MLP block takes, and the gradient that comes back to it."""
+    """The operands of one call of an MLP block, and the gradient dy of its result."""
 
     x: Tensor
     up: Projection
@@ -173,10 +176,10 @@ def drawing(
     seed: int = 0,
     on_device: bool = False,
 ) -> Draw:
-    """``draw(*size, dtype=..., scale=...)``: normal numbers, of ``dtype`` unless told otherwise.
+    """A function ``draw(*size, dtype=..., scale=...)`` for normal numbers, in ``dtype`` by default.
 
-    Drawn on the CPU they are the same on every machine; ``on_device`` is for those that are many.
-    On the device "meta" nothing is drawn.
+    Numbers drawn on the CPU are the same on every machine; ``on_device`` is faster for large
+    tensors. On the device "meta" the tensors are empty.
     """
     device = torch.device(device)
     where = device if on_device else torch.device("cpu")
@@ -208,7 +211,10 @@ def layer_operands(
     device: str | torch.device = "cpu",
     on_device: bool = False,
 ) -> LayerOperands:
-    """x of ``shape`` [..., K]; near magnitude 0 a kernel that forgot the sine would pass."""
+    """A layer's operands for x of ``shape`` [..., K], with weight [N, K] and factors of ``rank``.
+
+    ``magnitude`` scales the factors. Near 0, a kernel that forgot the sine would pass.
+    """
     draw, K = drawing(dtype, device=device, seed=seed, on_device=on_device), shape[-1]
     return LayerOperands(
         draw(*shape),
@@ -240,9 +246,10 @@ def block_operands(
     device: str | torch.device = "cpu",
     on_device: bool = False,
 ) -> BlockOperands:
-    """x of ``shape`` [..., K]; ``ranks`` and ``scaling`` are those of gate, up and down.
+    """A block's operands for x of ``shape`` [..., K] and hidden width N.
 
-    Rank 0 leaves a projection without an adapter.
+    ``ranks`` and ``scaling`` are those of gate, up and down. Rank 0 leaves a projection without an
+    adapter.
     """
     draw, K = drawing(dtype, device=device, seed=seed, on_device=on_device), shape[-1]
 
@@ -263,7 +270,7 @@ def block_operands(
 
 
 def run(o: Operands, function: Callable[..., Tensor], **kwargs: Any) -> dict[str, Tensor]:
-    """y and every gradient of ``function`` at the operands."""
+    """y and all gradients of ``function`` at the operands, by name."""
     o = o.leaves()
     y = function(o.x, **o.arguments, **kwargs)
     dx, *gradients = torch.autograd.grad(y, (o.x, *o.trained.values()), o.dy)

@@ -1,7 +1,7 @@
-"""The truth of some rows: y and dx in fp64, a weight some of its rows at a time.
+"""The truth for a sample of rows: y and dx in fp64, with a few rows of a weight at a time.
 
-A row of y and of dx depends on the same row of x and dy alone, so a few rows show whether a call
-over many is right, and no fp64 copy of a weight is made.
+A row of y or dx depends only on the same row of x and dy, so a few rows show whether a call over
+many is correct, without an fp64 copy of a whole weight.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from fastbound.truth import formula
 from fastbound.truth.formula import Projection
 
-_AT_ONCE = 2**22  # numbers of a weight in fp64
+_AT_ONCE = 2**22  # elements of a weight in fp64 at a time
 
 
 class _Wide(torch.autograd.Function):
-    """``x Wᵀ`` in fp64: x [M, K] in fp64, W [N, K] in any dtype."""
+    """``x Wᵀ`` in fp64, for x [M, K] in fp64 and W [N, K] in any dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _Wide(torch.autograd.Function):
 
 
 class _Delta(torch.autograd.Function):
-    """``x ΔWᵀ`` in fp64, ΔW = scaling·sin(omega·B A) some of its rows at a time."""
+    """``x ΔWᵀ`` in fp64, where ΔW = scaling·sin(omega·B A) is made a few rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, omega: float) -> Tensor:
@@ -66,7 +66,10 @@ def _parts(weight: Tensor) -> tuple[Tensor, ...]:
 def wide_product(
     x: Tensor, p: Projection, keep: Tensor | None = None, result: Tensor | None = None
 ) -> Tensor:
-    """One projection of x [M, K] in fp64; ``result`` in place of x Wᵀ + b. ``keep`` as there."""
+    """One projection of x [M, K] in fp64; ``result``, if given, takes the place of x Wᵀ + b.
+
+    For ``keep`` see ``formula.bounded_linear``.
+    """
     if result is None:
         result = _Wide.apply(x, p.weight)
         result = result if p.bias is None else result + p.bias.detach().double()
@@ -83,7 +86,7 @@ def wide_product(
 def wide_mlp(
     x: Tensor, gate: Projection, up: Projection | None, down: Projection, activation: str
 ) -> Tensor:
-    """A block of x [M, K] in fp64; ``up`` None: a plain one, whose first projection is ``gate``."""
+    """A block of x [M, K] in fp64; if ``up`` is None, a plain one that starts with ``gate``."""
     first, second, last = (
         None if p is None else partial(wide_product, p=p) for p in (gate, up, down)
     )
@@ -97,7 +100,7 @@ def wide_mlp(
 def y_and_dx(
     call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """In fp64, of a call over the rows of x; dx where there is a dy."""
+    """y and dx in fp64 of a call over the rows of x; dx is None without a dy."""
     x = x.detach().double().requires_grad_(dy is not None)
     with torch.enable_grad():
         y = call(x)
@@ -108,7 +111,7 @@ def y_and_dx(
 
 
 def sampled_rows(M: int, device: torch.device, count: int = 64) -> Tensor:
-    """Both ends, where a kernel's last block is cut, and rows spread between them; each once."""
+    """Row indices: both ends, where a kernel's blocks may be cut, and ``count`` spread evenly."""
     spread = torch.linspace(0, M - 1, count, dtype=torch.float64, device=device).round().long()
     ends = torch.arange(8, device=device).clamp(max=M - 1)
     return torch.unique(torch.cat([spread, ends, M - 1 - ends]))

@@ -150,7 +150,7 @@ def test_a_result_left_unwritten_is_not_taken_for_the_one_before_it(clock: Clock
     [
         (a_trial(dict.fromkeys(ORDER, broken)), "no candidate ran: torch: RuntimeError"),
         (a_trial(dict.fromkeys(ORDER, lambda y: -y)), "no candidate ran"),
-        (replace(a_trial(), truth=lambda: {0: torch.zeros(8, 64)}), "were zero, or not finite"),
+        (replace(a_trial(), truth=lambda: {0: torch.zeros(8, 64)}), "were zero or not finite"),
         (replace(a_trial(), truth=lambda: {0: torch.full((8, 64), torch.nan)}), "not finite"),
     ],
     ids=["none runs", "none is right", "zeros", "nan"],
@@ -192,7 +192,7 @@ class TestWhatStandsInTheWayOnAGpu:
         """800 MiB are free, what PyTorch keeps for later among them; the cold cache takes 200."""
         bench, device = DeviceBench(), torch.device("cuda", 0)
         assert bench.obstacle(device, 600 * 2**20) is None
-        assert bench.obstacle(device, 601 * 2**20) == "801 MiB were needed and 800 free"
+        assert bench.obstacle(device, 601 * 2**20) == "801 MiB were needed and 800 MiB were free"
 
 
 @pytest.mark.parametrize(
@@ -253,15 +253,15 @@ class TestStore:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda content: "{", "no JSON"),
+            (lambda content: "{", "not JSON"),
             (lambda content: {**content, "format": "9"}, "another version"),
             (lambda content: {**content, "choices": [{}]}, "'place' is missing"),
             (lambda content: {**content, "choices": 3}, "is damaged"),
-            (lambda content: {**content, "multiprocessors": 114}, "is of a card, 700 W"),
-            (lambda content: {**content, "device": "a card, 350 W"}, "of a card, 350 W with"),
+            (lambda content: {**content, "multiprocessors": 114}, "was measured on a card, 700 W"),
+            (lambda content: {**content, "device": "a card, 350 W"}, "on a card, 350 W with"),
             (lambda content: {**content, "versions": {"torch": "2.12"}}, "with other software"),
             (lambda content: spoiled(content, "seconds", {"split": [0, 1, 2]}), "three quartiles"),
-            (lambda content: spoiled(content, "strategy", "fused"), "none of those"),
+            (lambda content: spoiled(content, "strategy", "fused"), "not one of those"),
             (lambda content: spoiled(content, "faults", {"torch": 3}), "is damaged"),
             (lambda content: spoiled(content, "place", {"N": 3}), "a choice's place has"),
         ],
@@ -300,7 +300,7 @@ class TestStore:
 
     def refused(self, path: Path, said: str) -> None:
         store = Store(path, CARD)
-        with pytest.warns(UserWarning, match=f"choices are not kept: .*{said}") as warned:
+        with pytest.warns(UserWarning, match=f"choices are not saved: .*{said}") as warned:
             store.keep(CHOICE)
             store.keep(replace(CHOICE, place=replace(PLACE, M=2048)))
         assert len(warned) == 1 and store.find(PLACE) == CHOICE

@@ -141,7 +141,7 @@ def test_a_block_without_an_entry_near_says_that_its_own_tiles_are_the_defaults(
     asked = (8192, 14336, 4096, 32, torch.bfloat16)
     chosen = planned(HOPPER, *asked, table=read_table(path), form="gated silu")
     assert chosen.reason.startswith("measured 2026-01-02 on a card: N 14336")
-    assert f"; activate and gated by default: no such block near in {path}" in chosen.reason
+    assert f"; activate and gated by default: no similar block in {path}" in chosen.reason
     assert "gated" not in planned(HOPPER, *asked, table=read_table(path)).reason
 
 
@@ -265,10 +265,10 @@ def set_entry(key: str, value: Any, kind: str = "entries") -> Callable[[Any], No
 
 
 DAMAGE = {
-    "version": (lambda c: c.update(format="fastbound plan table 0"), "is of another version"),
-    "a list": (lambda c: [c], "is of another version: format None"),
+    "version": (lambda c: c.update(format="fastbound plan table 0"), "has another version"),
+    "a list": (lambda c: [c], "has another version: format None"),
     "no entries": (lambda c: c.pop("entries") and None, "'entries' is missing"),
-    "entry": (lambda c: c["entries"].append(7), "entry 7 is no object"),
+    "entry": (lambda c: c["entries"].append(7), "entry 7 is not an object"),
     "odd block": (set_tile("thin", "block_m", 48), "thin tile: block_m 48"),
     "vast block": (set_tile("reduce", "block_n", 2048), "reduce tile: block_n 2048"),
     "no warps": (set_tile("gemm", "warps", 0), "gemm tile: warps 0"),
@@ -276,25 +276,25 @@ DAMAGE = {
     "yes": (set_tile("gemm", "warps", True), "gemm tile: warps True"),
     "text": (set_tile("thin", "stages", "3"), "thin tile: stages '3'"),
     "unknown key": (set_tile("thin", "speed", 3), "thin tile has"),
-    "strategy": (set_entry("strategy", "fast"), "strategy 'fast', not one of fused, split"),
-    "dtype": (set_entry("dtype", "float32"), "dtype 'float32'"),
-    "rows": (set_entry("M", 1000), "M 1000 of an entry"),
-    "negative": (set_entry("K", -1), "K -1 of an entry"),
+    "strategy": (set_entry("strategy", "fast"), "strategy is 'fast', not one of fused, split"),
+    "dtype": (set_entry("dtype", "float32"), "dtype is 'float32'"),
+    "rows": (set_entry("M", 1000), "M is 1000: sizes are positive"),
+    "negative": (set_entry("K", -1), "K is -1: sizes are positive"),
     "shared memory": (
         set_tile("gemm_t", "block_k", 512),
         "needs more shared memory than sm_90 has",
     ),
     "no blocks": (lambda c: c.pop("blocks") and None, "'blocks' is missing"),
-    "block": (lambda c: c["blocks"].append("x"), "entry 'x' is no object"),
+    "block": (lambda c: c["blocks"].append("x"), "entry 'x' is not an object"),
     "block without tiles": (lambda c: c["blocks"][0].pop("tiles") and None, "'tiles' is missing"),
     "one tile": (lambda c: c["blocks"][0]["tiles"].pop("gated") and None, "'gated' is missing"),
     "odd step": (set_tile("gated", "block_n", 24, "blocks"), "gated tile: block_n 24"),
     "no stages": (set_tile("activate", "stages", 0, "blocks"), "activate tile: stages 0"),
-    "form": (set_entry("form", "gated swish", "blocks"), "form 'gated swish', not one of gated"),
-    "block rank": (set_entry("R", 24, "blocks"), "R 24 of an entry"),
+    "form": (set_entry("form", "gated swish", "blocks"), "form is 'gated swish', not one of gated"),
+    "block rank": (set_entry("R", 24, "blocks"), "R is 24: sizes are positive"),
     "parts": (
         lambda c: c["entries"][0]["tiles"]["gemm"].update(descriptors=False, stores=2),
-        "only the form with descriptors stores in parts",
+        "stores above 1 requires descriptors",
     ),
     "descriptors": (lambda c: c.update(architecture="sm_80"), "sm_80 has no tensor descriptors"),
 }
@@ -319,12 +319,12 @@ def test_a_damaged_table_is_named_and_the_default_used(
 
 def test_a_file_that_is_no_json_is_damaged(folder: Path) -> None:
     (folder / "sm_90.json").write_text('{"format": "fastbound plan ')
-    with pytest.raises(ValueError, match=r"sm_90\.json is damaged: no JSON"):
+    with pytest.raises(ValueError, match=r"sm_90\.json is damaged: not JSON"):
         read_table(folder / "sm_90.json")
 
 
 def test_a_table_of_another_gpu_is_not_used(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="is of a card .*132 multiprocessors.* with 114"):
+    with pytest.warns(UserWarning, match="was measured on a card .*132 multiprocessors.* with 114"):
         table = find_table("sm_90", 114, [folder])
     assert table is not None and not table.entries
 
@@ -352,7 +352,7 @@ def test_a_table_of_other_versions_is_used_and_they_are_said(folder: Path) -> No
     table = find_table("sm_90", 132, [folder])
     chosen = planned(HOPPER, 8192, 14336, 4096, 16, torch.bfloat16, table=table)
     assert chosen.strategy == "split"
-    assert "(measured with triton 3.0.1, here is " in chosen.reason
+    assert "(measured with triton 3.0.1, installed is " in chosen.reason
 
 
 def test_shipped_tables_are_sound() -> None:
@@ -391,8 +391,8 @@ def test_explain_prints_where_a_plan_comes_from(
     assert str(folder / "sm_90.json") in text
     assert "gated" not in text
     far = explained(small, layer, 8)
-    assert "split: few rows: below 512 no time is taken; default tiles of sm_90" in far
-    assert f"nothing near in {folder / 'sm_90.json'}" in far
+    assert "split: few rows: below 512 nothing is timed; default tiles of sm_90" in far
+    assert f"no similar shape in {folder / 'sm_90.json'}" in far
 
 
 def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
@@ -402,13 +402,13 @@ def test_explain_prints_the_tiles_of_a_block_and_where_they_come_from(
     table = replace(TABLE, entries=(entry,), blocks=(replace(BLOCK, N=256),))
     block = fastbound.FusedBoundedMLP.from_mlp(Gated(K=64, N=256).bfloat16(), rank=16)
     text = explained(table, block, 8000)
-    assert "in its block, split: its blocks would fill" in text
+    assert "in its block, split: a fused GEMM would fill" in text
     assert "; measured 2026-01-02 on a card: N 256, K 64, 8192 rows" in text
     assert "activate and gated measured 2026-01-03 on a card: gated silu, N 256, 8192 rows" in text
     for line in (f"thin     {ENTRY.thin}", f"activate {BLOCK.activate}", f"gated    {BLOCK.gated}"):
         assert f"\n  {line}" in text
     default = explained(replace(table, blocks=()), block, 8000)
-    assert "activate and gated by default: no such block near in" in default
+    assert "activate and gated by default: no similar block in" in default
     assert "\n  gated    64x64, 8 warps, 2 stages" in default
 
 

@@ -210,7 +210,7 @@ def test_a_lora_of_it_needs_a_rank_and_is_the_nearest(tiny_model, tmp_path) -> N
     ("settings", "message"),
     [
         ({"form": "sum"}, "unknown form 'sum': choose one of factors, product"),
-        ({"form": "product", "dropout": 0.1}, "takes no adapter dropout, got 0.1"),
+        ({"form": "product", "dropout": 0.1}, "does not support adapter dropout, got 0.1"),
         ({"form": "product", "omega": 0.0}, "omega must be"),
         ({"form": "product", "omega": float("nan")}, "omega must be"),
         ({"omega": 2.0, "alpha": 4.0}, "alpha=4.0 and omega=2.0 say one thing twice"),

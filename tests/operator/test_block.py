@@ -193,7 +193,7 @@ class TestBadInput:
         ("changes", "message"),
         [
             ({"gate": {"weight": torch.randn(18, 12)}}, r"gate's weight \[18, 12\] and up's"),
-            ({"down": {"weight": torch.randn(12, 18)}}, r"down's weight \[12, 18\] does not take"),
+            ({"down": {"weight": torch.randn(12, 18)}}, r"down's weight \[12, 18\] does not match"),
             ({"up": {"A": None}}, "up has only one of A and B"),
             ({"up": {"B": torch.randn(19, 2)}}, r"up: B \[19, 2\] does not match weight"),
             ({"down": {"bias": torch.randn(12, requires_grad=True)}}, "down's bias requires grad"),

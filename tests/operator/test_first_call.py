@@ -162,7 +162,7 @@ def test_a_kernel_that_fails_later_is_answered_by_pytorch(
     for name in ("thin", "thin_and_reduce", "reduce"):
         monkeypatch.setattr(f"fastbound.operator.triton_engine.{name}", out_of_resources)
     o = operands(rows)
-    with pytest.warns(UserWarning, match='"split" is not used here any more: RuntimeError') as said:
+    with pytest.warns(UserWarning, match='"split" is no longer used here: RuntimeError') as said:
         assert_as_exact_as_the_formula(o, bounded_linear)
     assert len(said) == 1 and set(chosen().values()) == {"torch"}
     with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def test_a_mask_made_by_triton_is_read_by_pytorch(
     monkeypatch.setattr("fastbound.operator.triton_engine.thin", out_of_resources)
     o = layer_operands((100, 67), 40, 4, torch.float32)
     torch.manual_seed(3)
-    with pytest.warns(UserWarning, match="any more"):
+    with pytest.warns(UserWarning, match="no longer used"):
         ours = both(o, dropout=0.4)
     torch.manual_seed(3)
     expected = both(o, dropout=0.4, backend="reference")

@@ -229,7 +229,10 @@ def test_registered_operators_pass_opcheck() -> None:
     [
         ({"form": "produkt"}, "unknown form 'produkt': choose one of factors, product"),
         ({"form": "product", "backend": "fused"}, 'use "auto"'),
-        ({"form": "product", "dropout": 0.1}, 'takes no adapter dropout, got 0.1.*form="factors"'),
+        (
+            {"form": "product", "dropout": 0.1},
+            'not support adapter dropout, got 0.1.*form="factors"',
+        ),
         ({"form": "product", "omega": float("nan")}, "must be finite"),
     ],
 )

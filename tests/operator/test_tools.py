@@ -164,5 +164,7 @@ def test_a_trace_without_gradients_is_saved_and_loaded(layer_and_x) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_with_gradients_is_refused_with_the_remedy(layer_and_x) -> None:
-    with pytest.raises(RuntimeError, match=r"keeps no gradient.*trace under torch\.no_grad\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"does not record the gradient.*trace under torch\.no_grad\(\)"
+    ):
         torch.jit.trace(layer_and_x[0], (layer_and_x[1],))

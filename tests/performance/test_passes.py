@@ -126,7 +126,8 @@ def fails(made: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("ends", "reason"), [(not_written, "off PyTorch's result by nan"), (fails, "out of resource")]
+    ("ends", "reason"),
+    [(not_written, "differs from PyTorch's result by nan"), (fails, "out of resource")],
 )
 @pytest.mark.parametrize(
     ("name", "broken"),

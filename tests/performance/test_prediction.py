@@ -215,8 +215,8 @@ def test_without_measurements_it_says_so_and_predicts_from_a_datasheet(
     monkeypatch.setattr(predictions, "RESULTS", tmp_path / "none")
     assert predictions.main(["--gpu", "a100-80gb"]) == 0
     printed = capsys.readouterr()
-    assert "Nothing measured: no usable file of gpu_check in" in printed.out
-    assert "a100-80gb: ceilings of its datasheet, 312 TFLOP/s" in printed.out
+    assert "No measurements: there is no usable file of gpu_check in" in printed.out
+    assert "a100-80gb: ceilings from its datasheet, 312 TFLOP/s" in printed.out
     assert printed.err == ""
     for shape in MODEL_SHAPES:
         assert f"| {shape} " in printed.out

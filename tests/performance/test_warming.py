@@ -81,7 +81,10 @@ def test_the_others_are_let_go_when_the_first_fails(monkeypatch: pytest.MonkeyPa
 
 
 def test_bad_input_is_named() -> None:
-    for tokens, said in ((0, "tokens must be >= 1, got 0"), ([], "names no number of rows")):
+    for tokens, said in (
+        (0, "tokens must be >= 1, got 0"),
+        ([], "must have at least one number of rows"),
+    ):
         with pytest.raises(ValueError, match=said):
             warmup(a_model(), tokens)
     with pytest.raises(ValueError, match="no bounded adapter in this model"):

@@ -1,4 +1,4 @@
-"""`fastbound profile`: an adapter against its frozen module and PEFT as sequences grow.
+"""`fastbound profile`: adapters compared with the frozen module and with PEFT, by sequence length.
 
 Uses `performance` and fastbound's public names.
 """

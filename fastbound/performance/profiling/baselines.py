@@ -1,14 +1,14 @@
-"""The competitors: the same adapter run by PEFT's own, unfused forward path.
+"""The competitors: the same adapter run by PEFT's own unfused forward pass.
 
-`inject_peft` and `peft_linear` change one thing in PEFT's LoRA layer, the sine on its two factors,
-through PEFT's `LoraVariant` hook. Casts, passes over memory, dropout and saved activations stay
-those of PEFT's LoRA layer, which makes it the fair baseline for the fused operator:
+`inject_peft` and `peft_linear` change only one thing in PEFT's LoRA layer: they put a sine on its
+two factors, through PEFT's `LoraVariant` hook. Casts, passes over memory, dropout and saved
+activations stay those of PEFT's LoRA layer, which makes it a fair baseline for the fused operator:
 
     result = base_layer(x);  x = x.to(A.dtype)
     result = result + linear(linear(x, sin(ωA)), sin(ωB)) · s
 
-Do not save such a model with PEFT: PEFT's files have no word for the sine and reload it as plain
-LoRA. `fastbound.save_adapter` exists for adapters that are kept.
+Do not save such a model with PEFT: its files cannot record the sine, and it would be loaded as
+plain LoRA. To keep an adapter, use `fastbound.save_adapter`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["inject_peft", "peft_linear"]
 
-_ADAPTER = "default"  # the adapter name PEFT gives when it is not told one
+_ADAPTER = "default"  # PEFT's default name for an adapter
 
 
 class _SineClasses(NamedTuple):
@@ -49,29 +49,30 @@ def inject_peft(
     variant: Literal["sine", "lora"] = "sine",
     adapter_dtype: torch.dtype = torch.float32,
 ) -> PeftModel:
-    """Put unfused PEFT adapters on `model`, in place, and freeze everything else.
+    """Add unfused PEFT adapters to `model` in place, and freeze everything else.
 
     With `variant="sine"` every adapted layer computes `y = W x + b + s · sin(ωB) sin(ωA) x` with
-    `s = bound / rank` and `ω = sqrt(alpha / bound)`; with `variant="lora"` it is PEFT's LoRA,
-    `y = W x + b + (alpha / rank) · B A x`. A `[rank, K]` starts Kaiming-uniform and B `[N, rank]`
-    at zero.
+    `s = bound / rank` and `ω = sqrt(alpha / bound)`. With `variant="lora"` it is PEFT's LoRA,
+    `y = W x + b + (alpha / rank) · B A x`. A `[rank, K]` starts Kaiming-uniform, and B `[N, rank]`
+    starts at zero.
 
     Args:
-        model: any module holding `nn.Linear` (or transformers `Conv1D`) layers.
-        rank: width of the adapter, >= 1.
+        model: any module with `nn.Linear` (or transformers `Conv1D`) layers.
+        rank: width of the adapter, at least 1.
         alpha: slope of the adapter near zero, times rank; `None` means `rank`.
-        bound: largest magnitude of an entry of ΔW; `None` means `alpha`; a text is a
-            multiple of each layer's weight, see `FusedBoundedLinear`. Only for `variant="sine"`.
-        target_modules: list of name suffixes, or one regular expression, as PEFT takes it.
+        bound: largest magnitude of an entry of ΔW; `None` means `alpha`. A string is relative to
+            each layer's weight, see `FusedBoundedLinear`. Only for `variant="sine"`.
+        target_modules: a list of name suffixes, or a regular expression, as in PEFT.
         variant: `"sine"` or `"lora"`.
-        adapter_dtype: dtype of A and B. float32 is what PEFT makes of them by default.
+        adapter_dtype: dtype of A and B; float32 is also PEFT's default.
 
     Returns:
-        the `PeftModel` around `model`.
+        The `PeftModel` around `model`.
 
     Raises:
-        ValueError: rank, alpha, bound or variant out of range, or nothing matched `target_modules`.
-        RuntimeError: the installed PEFT has no `LoraVariant` hook of the form used here.
+        ValueError: rank, alpha, bound or variant is out of range, or nothing matches
+            `target_modules`.
+        RuntimeError: the installed PEFT does not have the `LoraVariant` hook in the form used here.
     """
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
@@ -79,7 +80,7 @@ def inject_peft(
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     if variant == "lora":
         if bound is not None:
-            raise ValueError(f"plain LoRA has no bound: drop bound={bound!r} or use variant='sine'")
+            raise ValueError(f"plain LoRA has no bound: omit bound={bound!r} or use variant='sine'")
         from peft import LoraConfig
 
         config = LoraConfig(r=rank, lora_alpha=cast(int, slope), target_modules=targets)
@@ -105,22 +106,22 @@ def peft_linear(
     omega: float,
     adapter_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """PEFT's unfused module around one linear layer, holding copies of exactly these A and B.
+    """PEFT's unfused module around one linear layer, with copies of the given A and B.
 
-    Computes `layer(x) + scaling · sin(omega·B) sin(omega·A) x`; freezes `layer`, whose weight it
+    Computes `layer(x) + scaling · sin(omega·B) sin(omega·A) x`. Freezes `layer`, whose weight it
     shares.
 
     Args:
-        layer: the frozen layer, weight `[N, K]`.
+        layer: the frozen layer, with weight `[N, K]`.
         A: `[rank, K]`.
         B: `[N, rank]`.
         scaling: factor on the adapter's output.
         omega: factor inside both sines.
-        adapter_dtype: dtype in which A and B are held.
+        adapter_dtype: dtype in which A and B are stored.
 
     Raises:
-        ValueError: the shapes of A, B and the layer do not fit together.
-        RuntimeError: the installed PEFT has no `LoraVariant` hook of the form used here.
+        ValueError: the shapes of A, B and the layer do not match.
+        RuntimeError: the installed PEFT does not have the `LoraVariant` hook in the form used here.
     """
     rank, (N, K) = A.shape[0], layer.weight.shape
     if A.shape != (rank, K) or B.shape != (N, rank):
@@ -169,7 +170,7 @@ def _sine_config(
 
 @cache
 def _sine_classes() -> _SineClasses:
-    """PEFT's config and layer with the sine added; made on first use, as peft is slow to import."""
+    """PEFT's config and layer with the sine added; made on first use, as PEFT is slow to import."""
     import peft
     from peft import LoraConfig
     from peft.tuners.lora import layer as lora
@@ -187,12 +188,12 @@ def _sine_classes() -> _SineClasses:
     ]
     if missing:
         raise RuntimeError(
-            f"the unfused baseline needs {', '.join(missing)}, private parts of PEFT which "
-            f"PEFT {peft.__version__} does not have; it is known to work with PEFT 0.21.2"
+            f"the unfused baseline needs {', '.join(missing)}, private parts of PEFT that PEFT "
+            f"{peft.__version__} does not have; it is known to work with PEFT 0.21.2"
         )
 
     class SineVariant(lora.LoraVariant):
-        """PEFT's LoRA pass with the sine of both factors in place of the factors."""
+        """PEFT's LoRA forward pass with the sines of both factors in place of the factors."""
 
         @staticmethod
         def init(module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -225,7 +226,7 @@ def _sine_classes() -> _SineClasses:
             return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     class SineLinear(lora.Linear):
-        """`lora.Linear` that knows the sine variant; also wraps transformers' Conv1D."""
+        """`lora.Linear` with the sine variant; it also wraps transformers' Conv1D."""
 
         def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
             object.__setattr__(

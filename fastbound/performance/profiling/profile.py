@@ -1,7 +1,8 @@
-"""What an adapter costs over the frozen module as sequences grow: time and memory, point by point.
+"""What an adapter costs compared with the frozen module: time and memory per sequence length.
 
-Fused and PEFT's unfused adapters on one layer, one MLP block or a stack of decoder layers, the same
-weights under all of them, timed round by round in an order drawn anew, with a cold cache.
+Compares fused adapters with PEFT's unfused ones on one layer, one MLP block or a stack of decoder
+layers. All share the same weights and are timed in rounds, in an order drawn anew for each round,
+with a cold cache.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from fastbound.performance.shapes import Block, block_of, linear_shapes
 
 MODES = ("linear", "mlp", "step")
 FLOOR = "frozen"
-STACK = 2  # decoder layers of mode "step"
-FLAT_FROM = 4096  # tokens: below, launches and half-filled devices show
+STACK = 2  # the decoder layers of mode "step"
+FLAT_FROM = 4096  # tokens; below, the cost of launches and half-filled devices shows
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is profiled: a frozen module with inputs [M, K] and outputs [M, N], and its adapters.
 
-    ``build`` makes the module, ``targets`` are the names of its layers that get an adapter and
-    ``call`` runs it.
+    ``build`` makes the module, ``call`` runs it, and ``targets`` are the names of the layers that
+    get an adapter.
     """
 
     place: str
@@ -49,10 +50,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class ProfilePoint:
-    """One variant at one length: seconds of a forward and backward, bytes, or why there are none.
+    """One variant at one length: the seconds of a forward and backward, bytes, or why it failed.
 
-    ``over_floor``: its median over the frozen module's. ``saved_bytes``: kept for backward;
-    ``peak_bytes``: most held beyond what was held before, on a GPU.
+    ``median``, ``q1`` and ``q3`` are in seconds. ``over_floor`` is the median divided by that of
+    the frozen module. ``saved_bytes`` are the bytes saved for backward. ``peak_bytes``, on a GPU
+    only, are the most bytes allocated beyond those allocated before.
     """
 
     place: str
@@ -68,7 +70,7 @@ class ProfilePoint:
 
 
 def subjects(mode: str, model: str) -> list[Subject]:
-    """The layers of a model's MLP one by one, its block, or a stack of its decoder layers.
+    """The subjects of a mode: a model's MLP layers one by one, its block, or a stack of decoders.
 
     Raises ValueError for an unknown mode or model.
     """
@@ -96,12 +98,12 @@ def subjects(mode: str, model: str) -> list[Subject]:
 
 
 def describe_mode(mode: str) -> str:
-    """One sentence for the report."""
+    """One sentence about a mode, for the report."""
     return {
         "linear": "One adapted layer, forward and backward.",
         "mlp": "One MLP block with every projection adapted, forward and backward.",
-        "step": f"Forward and backward of {STACK} decoder layers over one sequence, attention "
-        "included and its projections frozen; without embeddings, head and optimiser.",
+        "step": f"Forward and backward of {STACK} decoder layers over one sequence, including "
+        "attention with frozen projections, but without embeddings, head and optimiser.",
     }[mode]
 
 
@@ -136,7 +138,7 @@ def _config(block: Block) -> Any:
     from transformers import LlamaConfig, PhiConfig
 
     head = 128 if block.K >= 2048 and block.K % 128 == 0 else 64
-    # The activation as one operation of PyTorch: the stricter bar for the fused block.
+    # The activation as a single PyTorch operation, which sets a stricter bar for the fused block.
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(block.activation, block.activation)
     kind = LlamaConfig if block.gated else PhiConfig
     return kind(
@@ -155,7 +157,7 @@ def _config(block: Block) -> Any:
 def variants(
     subject: Subject, rank: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Module]:
-    """The frozen module and its adapted forms, all on the same weights."""
+    """The frozen module and its adapted variants by name, all with the same weights."""
     with torch.device(device):
         module = subject.build().to(dtype).requires_grad_(False)
     forms = {FLOOR: module, "fused": _shared_copy(module), "peft_fp32": _shared_copy(module)}
@@ -174,7 +176,7 @@ def variants(
             ).base_model.model
     for form in forms.values():
         for parameter in form.parameters():
-            if parameter.requires_grad:  # B starts at zero, and zeros run faster than numbers
+            if parameter.requires_grad:  # B starts at zero, and zeros run faster
                 nn.init.normal_(parameter, std=0.02)
     return forms
 
@@ -192,9 +194,9 @@ def profile(
     rounds: int,
     step: Callable[[str], object] = lambda doing: None,
 ) -> list[ProfilePoint]:
-    """Every variant at every length; out of memory marks its point, and the sweep goes on.
+    """Measure every variant at every length. A point that runs out of memory is marked as such.
 
-    ``step`` is called once for each length.
+    ``tokens`` are the lengths. ``step`` is called once per length, with what is done next.
     """
     stopwatch = kernel_stopwatch(device)
     points: list[ProfilePoint] = []
@@ -261,7 +263,7 @@ def _forward_and_backward(
 
 
 def _out_of_memory(error: RuntimeError) -> str:
-    """What to write at the point; raises every other error again."""
+    """The failure to record for running out of memory; raises any other error again."""
     message = str(error)
     on_cpu = "can't allocate memory" in message or "not enough memory" in message
     if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
@@ -278,7 +280,7 @@ def _release(device: torch.device) -> None:
 def write_trace(
     subject: Subject, form: nn.Module, M: int, device: torch.device, path: Path
 ) -> None:
-    """A Chrome trace of one forward and backward, after one that warms up."""
+    """Write a Chrome trace of one forward and backward, after one to warm up."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

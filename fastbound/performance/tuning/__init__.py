@@ -1,4 +1,4 @@
-"""`fastbound tune`: which tiles to try, the sweep over them, and the table it writes.
+"""`fastbound tune`: the tiles to try, the sweep over them, and the table that it writes.
 
 Uses `performance` and what is below it.
 """

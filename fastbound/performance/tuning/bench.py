@@ -1,4 +1,4 @@
-"""The tuner's bench on a real device: compiled, launched, checked and timed."""
+"""The tuner's bench on a real device: it compiles, launches, checks and times candidates."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from fastbound.performance.tuning.tune import Timings
 from fastbound.truth.exactness import CORRECT, exact, require_truth
 from fastbound.truth.operands import BlockOperands, LayerOperands
 
-CHECKED_ROWS = 256  # of y and dx; dA and dB are sums over all rows
+CHECKED_ROWS = 256  # rows of y and dx that are checked; dA and dB are sums over all rows
 
 _Binary = tuple[str, str, int, str]
 
 
 class DeviceBench:
-    """The :class:`~.tune.Bench` of a device. On a CPU kernels are interpreted: times mean nothing.
+    """The :class:`~.tune.Bench` of a device; on a CPU, in the interpreter, times mean nothing.
 
-    ``say`` is told of what takes long.
+    ``say`` receives messages about progress and about candidates that are left out.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class DeviceBench:
     def faults(
         self, names: Sequence[str], point: Point, chosen: Sequence[Candidate], deadline: float
     ) -> list[str | None]:
-        """Each binary is judged once: it differs by rank and a block's form, not by the sizes of
-        aligned shapes.
+        """The fault of each candidate, or None; ``say`` is told of every fault.
 
-        What is wrong with a candidate is said, and none is left out where kernels are interpreted.
+        Each binary is compiled once: for aligned shapes it depends on the rank and a block's form,
+        but not on the sizes. In the interpreter no candidate has a fault.
         """
         if not self.described.has_matrix_units:
             return [None] * len(chosen)
@@ -94,7 +94,7 @@ class DeviceBench:
     def strategies(self, point: Point, tiles: Tiles) -> Timings:
         o = self._at(point)
         if not isinstance(o, LayerOperands):
-            raise TypeError(f"{point}: strategies are a layer's, and this is a block")
+            raise TypeError(f"{point}: only layers have strategies, and this is a block")
         truth = exact(o, slice(0, CHECKED_ROWS))
         steps: dict[str, Callable[[int], object]] = {}
         faults: dict[str, str] = {}
@@ -107,7 +107,7 @@ class DeviceBench:
                     part = value if result in o.trained else value[:CHECKED_ROWS]
                     require_truth(result, part, expected, CORRECT[self.dtype])
             except torch.OutOfMemoryError:
-                raise  # of the operands: the whole shape is left out
+                raise  # the operands do not fit: the whole shape is left out
             except Exception as error:  # wrong, or refused by the compiler or the driver
                 faults[name] = reason_of(error)
             else:
@@ -130,7 +130,7 @@ def _binary(name: str, candidate: Candidate, point: Point) -> _Binary:
 
 
 def _forward_and_backward(o: LayerOperands, engine: Engine, turn: int = 0) -> tuple[Tensor, ...]:
-    """y, dx, dA and dB by an engine."""
+    """y, dx, dA and dB, computed by an engine."""
     term = Term(o.A, o.B, o.scaling, o.omega)
     y, S = ops.compute_forward(o.x, o.weight, None, None, *term, engine=engine)
     needs = (o.x.dtype, True, True, True)

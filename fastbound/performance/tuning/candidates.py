@@ -1,4 +1,4 @@
-"""What the tuner tries: the places to measure, most useful first, and the tiles of each pass."""
+"""What the tuner tries: the points to measure, most useful first, and the tiles of each pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastbound.performance.prediction import Ceilings
 from fastbound.performance.shapes import Block, Shape
 from fastbound.performance.tuning.tile_model import tile_seconds
 
-# A tile, and the passes that it serves: it is chosen for their sum.
+# Each kind of tile with the passes that use it; it is chosen by the sum of their times.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("gemm forward",),
     "gemm_t": ("gemm dx",),
@@ -28,13 +28,13 @@ BLOCK_KINDS: Mapping[str, tuple[str, ...]] = {
     "activate": ("activate",),
     "gated": ("activate backward",),
 }
-COMPILED = 20  # candidates of a kind, the default among them
+COMPILED = 20  # candidates per kind that are compiled, including the default
 TYPICAL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Point:
-    """One layer or block at M rows (a power of two), with factors of ``rank``."""
+    """A layer or block to tune, at M rows (a power of two) and with factors of ``rank``."""
 
     shape: Shape | Block
     M: int
@@ -45,23 +45,23 @@ class Point:
 
     @property
     def kinds(self) -> Mapping[str, tuple[str, ...]]:
-        """The tiles to choose here, and the passes of each."""
+        """The kinds of tiles to choose at this point, and the passes of each."""
         return BLOCK_KINDS if isinstance(self.shape, Block) else KINDS
 
     @property
     def steps(self) -> int:
-        """Its tiles, and a layer's strategies."""
+        """The number of steps: one per kind of tile, and one for a layer's strategies."""
         return len(self.kinds) + (not isinstance(self.shape, Block))
 
     def default_tiles(self, device: Device, dtype: torch.dtype) -> Tiles:
-        """What dispatch uses here without a table; a block's are those of twice the rank."""
+        """The tiles that dispatch uses without a table; a block's are those of twice the rank."""
         R = padded_rank(self.rank) * (2 if isinstance(self.shape, Block) else 1)
         return filled_tiles(device, self.M, (self.shape.N, self.shape.K), R, dtype)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPU to tune for, as dispatch sees it, its name and ceilings; versions of the software."""
+    """The GPU to tune for, as dispatch sees it, with its name, ceilings and software versions."""
 
     device: Device
     name: str
@@ -72,10 +72,10 @@ class Machine:
 def points(
     shapes: Sequence[Shape | Block], tokens: Sequence[int], ranks: Sequence[int]
 ) -> list[Point]:
-    """What to measure, the most useful first: the first rank, and tokens nearest to 8192.
+    """The points to measure, most useful first: the first rank, and tokens nearest to 8192.
 
-    Tokens enter as the power of two at or above them; shapes of the same sizes once. A block's
-    passes know nothing of K, and run in Triton up to half the rank of a layer's.
+    Tokens are rounded up to a power of two, and shapes of the same sizes are measured once. A
+    block's passes do not depend on K, and run in Triton up to half the rank of a layer's.
     """
 
     def sizes(shape: Shape | Block) -> tuple[object, ...]:
@@ -98,7 +98,7 @@ def points(
 
 
 def candidates(name: str, tiles: Tiles, *, tiny: bool = False) -> list[Candidate]:
-    """What is tried in a pass, the default first."""
+    """The candidates for a pass, the default first."""
     default = default_candidate(name, tiles)
     if tiny:
         other = replace(default.tile, block_m=2 * default.tile.block_m)
@@ -119,7 +119,7 @@ def candidates(name: str, tiles: Tiles, *, tiny: bool = False) -> list[Candidate
             for step, warps in ((64, 4), (128, 8))
             for stages in (1, 3)
         ]
-    elif name == "activate backward":  # larger ones spill: see benchmarks/NOTES.md
+    elif name == "activate backward":  # larger tiles spill: see benchmarks/NOTES.md
         found = [
             Candidate(Tile(step, columns, warps, stages))
             for step, columns in ((16, 32), (32, 32), (16, 64), (32, 16))
@@ -161,13 +161,13 @@ def _gemm_tiles() -> Iterator[GemmTile]:
 def shortlist(
     names: Sequence[str], tiles: Tiles, point: Point, machine: Machine
 ) -> list[Candidate]:
-    """The default, then the candidates that the time model finds fastest."""
+    """The default, then the candidates that the time model predicts to be fastest."""
     default, *others = candidates(names[0], tiles)
     device = machine.device
 
     def possible(candidate: Candidate) -> bool:
         tile = candidate.tile
-        if candidate.programs != 1.0:  # a plan has no word for another number
+        if candidate.programs != 1.0:  # a plan cannot express another number
             return False
         return not isinstance(tile, GemmTile) or (
             fits(tile, device) and (device.has_descriptors or not tile.descriptors)

@@ -1,7 +1,7 @@
-"""A sweep of tiles, pass by pass: what does not compile cleanly is dropped before it costs time.
+"""A sweep of tiles, pass by pass; candidates that do not compile cleanly are dropped beforehand.
 
-Every candidate of a pass runs once per round, in an order drawn anew each round, with a cold cache;
-its results are compared with those of PyTorch's operations in the same dtype.
+Every candidate of a pass runs once per round, in an order drawn anew for each round, with a cold
+cache. Its results are compared with those of PyTorch's operations in the same dtype.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from fastbound.performance.shapes import Block, Shape
 from fastbound.truth.interpreter import poisoned_empty
 from fastbound.truth.operands import BlockOperands, LayerOperands
 
-# Largest relative difference from what PyTorch makes of the same operands: rounding elsewhere.
+# The largest relative difference from PyTorch's result for the same operands: both round, but in
+# different places.
 SAME = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2**-12}
 FLOOR = "cuBLAS"
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A candidate that is not timed, and why."""
+    """A candidate that is not timed, with the reason."""
 
     name: str
     candidate: str
@@ -42,7 +43,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class TileRow:
-    """One candidate, or the bare GEMM, of one pass at M tokens; seconds."""
+    """One candidate of one pass at M tokens, or the bare GEMM; times are in seconds."""
 
     name: str
     shape: str
@@ -63,13 +64,13 @@ CompileTask = tuple[str, Candidate, Shape | Block, int, int, torch.dtype, str | 
 def fault(task: CompileTask) -> str | None:
     """Why a candidate is not worth device time, found by compiling it; None if nothing is wrong.
 
-    What compiles here is in Triton's cache when the sweep launches it.
+    The binary stays in Triton's cache, where the sweep finds it.
     """
     return judged(task)[1]
 
 
 def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
-    """What the compiler made of a candidate's main kernel, and its fault."""
+    """A candidate's compiled main kernel (None if it failed to compile), and its fault or None."""
     name, candidate, shape, M, rank, dtype, where = task
     o = operands_at(shape, M, rank, dtype, torch.device("meta"))
     device = target_of(where).device
@@ -84,7 +85,7 @@ def judged(task: CompileTask) -> tuple[Compiled | None, str | None]:
 
 
 def reason_of(error: Exception) -> str:
-    """The error's kind and its last line: compilers print the kernel before it."""
+    """The error's type and its last line, before which compilers print the kernel."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
@@ -92,7 +93,7 @@ def reason_of(error: Exception) -> str:
 def compile_check(
     tasks: Sequence[CompileTask], workers: int, deadline: float, say: Callable[[str], None]
 ) -> list[str | None]:
-    """:func:`fault` of each task, in processes of their own; not reached in time is a fault too."""
+    """:func:`fault` of each task, in other processes; missing the deadline is a fault too."""
     found: list[str | None] = ["not compiled in time"] * len(tasks)
     with _compiling():
         compiled = isolated(fault, tasks, workers=workers, deadline=deadline, limit=120)
@@ -105,7 +106,7 @@ def compile_check(
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """For processes started here: kernels are compiled, not interpreted."""
+    """Let processes started in this context compile kernels instead of interpreting them."""
     interpreted = os.environ.pop("TRITON_INTERPRET", None)
     try:
         yield
@@ -124,13 +125,13 @@ def sweep(
     multiprocessors: int,
     rounds: int,
 ) -> tuple[list[TileRow], list[Dropped]]:
-    """Time ``chosen`` against one another and against the bare GEMM; the first is called default.
+    """Time the candidates ``chosen``, of which the first is the default, and the bare GEMM.
 
-    What does not run, or does not give what PyTorch's operations give, is dropped with the reason,
-    the default too. ``tiles`` are those of the other passes.
+    A candidate that does not run, or whose results differ from those of PyTorch's operations, is
+    dropped with the reason; this includes the default. ``tiles`` are those of the other passes.
     """
     work = passes_of(o)[name]
-    expected = work.reference()  # in the same dtype: fp64 copies would not fit beside the operands
+    expected = work.reference()  # not in fp64: copies would not fit beside the operands
     steps: dict[str, Callable[[int], object]] = {}
     dropped: list[Dropped] = []
     for candidate in chosen:
@@ -139,7 +140,7 @@ def sweep(
             with poisoned_empty():
                 _check(work.run(engine), expected, SAME[o.x.dtype])
         except torch.OutOfMemoryError:
-            raise  # of the operands, not of the tile: the whole shape is left out
+            raise  # the operands do not fit, whatever the tile: the whole shape is left out
         except Exception as error:
             dropped.append(Dropped(name, str(candidate), reason_of(error)))
         else:
@@ -157,17 +158,17 @@ def _run(work: Pass, engine: Engine, turn: int) -> object:
 
 
 def _check(produced: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], same: float) -> None:
-    """``same`` is that of the operands: an fp32 gradient of bf16 ones is as exact as they are."""
+    """Compare results; ``same`` is for the operands' dtype, which limits an fp32 gradient too."""
     for got, truth in zip(produced, expected, strict=True):
         error = float((got.float() - truth.float()).norm() / truth.float().norm())
         if not error <= same:  # a NaN fails too
-            raise ArithmeticError(f"off PyTorch's result by {error:.2e} (relative)")
+            raise ArithmeticError(f"differs from PyTorch's result by {error:.2e} (relative)")
 
 
 def _rows(
     name: str, shape: Shape | Block, M: int, default: str, samples: Mapping[str, Sequence[float]]
 ) -> list[TileRow]:
-    """Fastest first."""
+    """The rows of all candidates, fastest first."""
     found = {key: quartiles(taken) for key, taken in samples.items()}
     floor = found[FLOOR][1] if FLOOR in found else None
     rows = [

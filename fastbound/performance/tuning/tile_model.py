@@ -1,4 +1,4 @@
-"""Predicted time of one pass with one tile: good for an order of candidates, not for a figure."""
+"""The predicted time of a pass with a tile: good enough to rank candidates, but not as a figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.performance.prediction import BF16, FP32, Ceilings
 from fastbound.performance.shapes import Block, Shape
 
-L2_OVER_MEMORY = 2.0  # assumed bandwidth of L2 in that of memory
+L2_OVER_MEMORY = 2.0  # assumed ratio of L2's bandwidth to that of memory
 
 
 def tile_seconds(
@@ -23,9 +23,9 @@ def tile_seconds(
     ceilings: Ceilings,
     sms: int,
 ) -> float:
-    """Predicted time of a layer's or a block's pass, with factors of padded rank R each.
+    """The predicted seconds of a layer's or a block's pass, with factors of padded rank R each.
 
-    Warps and stages are not modelled: tiles that differ in nothing else predict the same.
+    Warps and stages are not modelled: tiles that differ only in them get the same prediction.
     """
     if isinstance(shape, Block):
         nbytes, programs = _block_bytes(name, tile, shape, M, R, sms)
@@ -42,7 +42,7 @@ def tile_seconds(
         chunks, _ = step_chunks(M, shape.K, tile, sms)
         programs = chunks * -(-M // tile.block_m)
         parts = FP32 * chunks * M * R * (chunks > 1)  # one launch writes S itself
-        factor = BF16 * -(-M // tile.block_m) * shape.K * R  # once for each block of rows, from L2
+        factor = BF16 * -(-M // tile.block_m) * shape.K * R  # once per block of rows, from L2
         nbytes = BF16 * M * shape.K + factor / L2_OVER_MEMORY + 2 * parts
     else:
         width = shape.N if name == "reduce dy" else shape.K
@@ -56,15 +56,15 @@ def tile_seconds(
 
 
 def _block_bytes(name: str, tile: Any, block: Block, M: int, R: int, sms: int) -> tuple[float, int]:
-    """Bytes that count as memory's of one pass over the tall tensors, and how many programs."""
+    """The bytes of one pass over the tall tensors, in bytes of memory, and its programs."""
     tall = BF16 * M * block.N
-    if name == "activate":  # G, U and H; the factor once for each block of rows, from L2
+    if name == "activate":  # G, U and H; the factor once per block of rows, from L2
         rows, chunks = -(-M // tile.block_m), activation_cut(M, block.N, tile, sms).chunks
         factor = BF16 * rows * block.N * R / L2_OVER_MEMORY
         parts = FP32 * chunks * M * R * (chunks > 1)  # one launch writes P itself
         return tall * (2 + block.gated) + factor + 2 * parts, rows * chunks
-    # DH, G, U, DG and DU. For each block of columns S and DS_down are read and the parts of DS
-    # read and written, in L2; each span of blocks leaves parts in memory, as each chunk does.
+    # DH, G, U, DG and DU. For each block of columns, S and DS_down are read, and the parts of DS
+    # are read and written in L2. Each span of blocks, and each chunk, leaves parts in memory.
     width = R * (1 + block.gated)
     cut = backward_cut(M, block.N, width, tile, sms)
     cached = -(-block.N // tile.block_n) * M * (BF16 * (width + R) + 2 * FP32 * width)

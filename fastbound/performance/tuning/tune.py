@@ -1,9 +1,9 @@
-"""Plans measured on a GPU, one shape after the other, into a table that dispatch reads.
+"""Measure plans on a GPU, shape by shape, and write them to a table that dispatch reads.
 
-For each layer or block: candidates of a pass in the order of the time model, those that the
-compiler's report speaks against dropped, the rest timed against one another with a cold cache; then
-whole layers with the best tiles, fused against split against PyTorch. What is not faster by more
-than :data:`MARGIN` changes nothing: the default tile stays, and split stays before fused.
+For each layer or block, the time model ranks the candidates of a pass, those with faults in their
+binaries are dropped, and the rest are timed against one another with a cold cache. Then whole
+layers are timed with the best tiles: fused against split against PyTorch. Only a gain of more than
+:data:`MARGIN` changes a default: otherwise the default tile stays, and split is preferred to fused.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from fastbound.performance.shapes import Block
 from fastbound.performance.tuning.candidates import Machine, Point, shortlist
 
 MARGIN = 0.01
-TIMED = 10  # candidates of a kind, the default among them
+TIMED = 10  # candidates per kind that are timed, including the default
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every round by strategy, and what was wrong with the ones left out."""
+    """The seconds of every round by strategy, and the faults of those that were left out."""
 
     samples: Mapping[str, Sequence[float]]
     faults: Mapping[str, str] = field(default_factory=dict)
 
 
 class Bench(Protocol):
-    """What the tuner asks of a device; tests bring their own."""
+    """What the tuner needs from a device; tests supply their own."""
 
     def faults(
         self, names: Sequence[str], point: Point, chosen: Sequence[Candidate], deadline: float
     ) -> list[str | None]:
-        """What the compiler has against each candidate, in any of these passes; None: nothing."""
+        """Each candidate's fault in any of these passes, found by compiling, or None."""
         ...
 
     def sweep(
         self, name: str, point: Point, chosen: Sequence[Candidate]
     ) -> Mapping[Candidate, float]:
-        """Median seconds of a pass, for each candidate whose results are right."""
+        """The median seconds of a pass, for each candidate whose results are correct."""
         ...
 
     def strategies(self, point: Point, tiles: Tiles) -> Timings:
-        """Forward and backward of a whole layer, checked against fp64, by strategy."""
+        """The times of a whole layer's forward and backward, checked against fp64, by strategy."""
         ...
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The table, what the budget did not reach, and what failed and why."""
+    """The table, the points that the budget did not reach, and the failures with their reasons."""
 
     table: PlanTable
     not_reached: tuple[Point, ...]
@@ -67,10 +67,10 @@ class Tuned:
 
 
 def start_table(path: Path, machine: Machine, *, resume: bool) -> PlanTable:
-    """An empty table, or with ``resume`` the one that lies at ``path``.
+    """An empty table or, with ``resume``, the existing one at ``path``.
 
-    Raises ValueError where a file is there that was not asked for, is damaged, or was measured on
-    another GPU or with other versions.
+    Raises ValueError if the file exists without ``resume``, is damaged, or was measured on another
+    GPU or with other software versions.
     """
     if not path.exists():
         device = machine.device
@@ -82,13 +82,15 @@ def start_table(path: Path, machine: Machine, *, resume: bool) -> PlanTable:
             versions=machine.versions,
         )
     if not resume:
-        raise ValueError(f"{path} exists: --resume goes on with it, --output names another file")
+        raise ValueError(
+            f"{path} already exists: continue it with --resume, or name another file with --output"
+        )
     table = read_table(path)
     require_same_gpu(table, machine.device.architecture, machine.device.multiprocessors)
     if table.versions != machine.versions:
         raise ValueError(
-            f"{path} was measured with {_listed(table.versions)}, and here are "
-            f"{_listed(machine.versions)}: remove it and tune anew"
+            f"{path} was measured with {_listed(table.versions)}, but installed are "
+            f"{_listed(machine.versions)}: remove it and tune again"
         )
     return table
 
@@ -105,10 +107,10 @@ def tune(
     step: Callable[[str], object] = lambda doing: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
-    """Measure ``todo`` until the budget ends; the file is written after every shape.
+    """Measure the points ``todo`` for at most ``minutes``, and write the file after each of them.
 
-    Points that the table holds already are passed over. ``step`` is called :attr:`Point.steps`
-    times for each, with what is done next. Out of memory leaves a shape out and goes on.
+    Points that are already in the table are skipped. ``step`` is called :attr:`Point.steps` times
+    per point, with what is done next. A point that runs out of memory is left out.
     """
     deadline = clock() + 60 * minutes
     failures: list[str] = []
@@ -116,7 +118,7 @@ def tune(
     for point in todo:
         if _holds(table, point, dtype):
             for _ in range(point.steps):
-                step(f"{point}: in the table already")
+                step(f"{point}: already in the table")
             continue
         if late or clock() >= deadline:
             late.append(point)
@@ -147,7 +149,7 @@ def _tune_point(
     step: Callable[[str], object],
     clock: Callable[[], float],
 ) -> Entry | BlockEntry | None:
-    """None where the budget ended on the way."""
+    """The entry of a point; None if the budget ended before it was complete or no strategy ran."""
     tiles = point.default_tiles(machine.device, dtype)
     for kind, names in point.kinds.items():
         step(f"{point}: {kind}")
@@ -186,7 +188,7 @@ def _tune_point(
 
 
 def _place(point: Point, dtype: torch.dtype) -> dict[str, Any]:
-    """What an entry is found by."""
+    """The fields by which an entry is found."""
     shape = point.shape
     own = {"form": shape.form} if isinstance(shape, Block) else {"K": shape.K}
     R, name = padded_rank(point.rank), str(dtype).removeprefix("torch.")
@@ -199,11 +201,11 @@ def _holds(table: PlanTable, point: Point, dtype: torch.dtype) -> bool:
 
 
 def best_strategy(samples: Mapping[str, Sequence[float]]) -> str:
-    """split, unless another is faster by more than the margin.
+    """Return split, unless another strategy is faster by more than the margin.
 
-    Of two that are as fast split is the safer: it leaves the GEMM to cuBLAS, which chooses anew for
-    the shapes beside the measured one. Compared round by round, as what disturbs a round disturbs
-    both.
+    If two are equally fast, split is safer: it leaves the GEMM to cuBLAS, which chooses anew for
+    shapes near the measured one. They are compared round by round, since a disturbance affects all
+    strategies of a round.
     """
     order = [name for name in ("split", "fused", "torch") if name in samples]
     best = order[0]

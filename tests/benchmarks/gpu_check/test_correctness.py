@@ -119,7 +119,7 @@ def test_two_processes_are_not_sent_to_a_card_for_one(monkeypatch: pytest.Monkey
     from benchmarks.gpu_check import tools
 
     monkeypatch.setattr(tools, "readings", lambda _: {"compute_mode": "Exclusive_Process"})
-    with pytest.raises(Unavailable, match="lets one process onto the card"):
+    with pytest.raises(Unavailable, match="allows only one process on the card"):
         tools.TogetherCase().check(CPU)
 
 

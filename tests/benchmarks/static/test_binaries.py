@@ -56,4 +56,4 @@ def test_the_table_names_every_kernel_and_their_sum(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert module.MODEL in printed and "reduce" in printed and "gated: activate" in printed
     last = printed.splitlines()[-1].split()
-    assert last[1:4:2] == ["together", str(len(binaries("sm_90", [4, 5])))]
+    assert last[1:4:2] == ["total", str(len(binaries("sm_90", [4, 5])))]

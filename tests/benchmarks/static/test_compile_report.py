@@ -171,13 +171,13 @@ HOPPER = Compiled(154, 0, 213_016, CLEAN | {"HGMMA": 4}, SteadyLoop(1, 4, 88))
     [
         ({}, []),
         ({"spills": 3}, ["3 spills"]),
-        ({"shared": 300_000}, ["300000 bytes of shared memory for 232448"]),
+        ({"shared": 300_000}, ["300000 bytes of shared memory, above the limit of 232448"]),
         ({"instructions": CLEAN}, ["no HGMMA"]),
         ({"instructions": CLEAN | {"HMMA": 4}}, ["no HGMMA"]),
         ({"instructions": {**CLEAN, "HGMMA": 4, "UTMALDG": 0}}, ["no TMA load or store"]),
         ({"loop": None}, ["no loop over matrix products"]),
         ({"loop": SteadyLoop(0, 4, 88)}, ["the loop waits for its own matrix products"]),
-        ({"loop": SteadyLoop(1, 2, 88)}, ["2 loads ahead of the loop for 3 stages"]),
+        ({"loop": SteadyLoop(1, 2, 88)}, ["only 2 loads ahead of the loop for 3 stages"]),
         (
             {"warnings": ("C7515",)},
             ["ptxas makes the matrix products wait for one another (C7515)"],

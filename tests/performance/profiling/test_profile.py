@@ -241,7 +241,10 @@ def test_the_command_leaves_table_json_picture_and_trace(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "many"], "tokens 'many': 'many' is no number of tokens; give 4096 or 4k"),
+        (
+            ["--tokens", "many"],
+            "tokens 'many': 'many' is not a number of tokens; give a number",
+        ),
         (["--model-shape", "llama-9"], "unknown model shape 'llama-9'; choose from "),
         (["--mode", "stp"], "unknown mode 'stp'; choose one of linear, mlp, step"),
         (["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32; got 'int8'"),

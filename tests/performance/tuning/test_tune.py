@@ -236,15 +236,17 @@ def test_progress_is_told_the_same_number_of_steps_whatever_happens(tmp_path: Pa
 def test_a_table_that_is_there_is_only_touched_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     run(FakeBench(), path)
-    with pytest.raises(ValueError, match=r"t\.json exists: --resume goes on with it"):
+    with pytest.raises(ValueError, match=r"t\.json already exists: continue it with --resume"):
         start_table(path, HOPPER, resume=False)
-    with pytest.raises(ValueError, match="measured with torch 1, triton 2, and here are torch 9"):
+    with pytest.raises(
+        ValueError, match="measured with torch 1, triton 2, but installed are torch 9"
+    ):
         start_table(path, replace(HOPPER, versions={"torch": "9"}), resume=True)
     other = replace(HOPPER, device=Device("sm_90", 114))
     with pytest.raises(ValueError, match="132 multiprocessors"):
         start_table(path, other, resume=True)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="of another version"):
+    with pytest.raises(ValueError, match="has another version"):
         start_table(path, HOPPER, resume=True)
 
 
@@ -396,7 +398,7 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
         ([], "needs a GPU that torch sees"),
         (["--shapes", "llama-9"], "unknown model shape 'llama-9'; choose from gpt-neo-125m, phi"),
         (["--shapes", ","], "--shapes names no model"),
-        (["--tokens", "8q"], "tokens '8q': '8q' is no number of tokens"),
+        (["--tokens", "8q"], "tokens '8q': '8q' is not a number of tokens"),
         (["--tokens", "8k:1k"], "runs backwards"),
         (["--ranks", "16,128"], "--ranks '16,128': give whole numbers from 1 to 64"),
         (["--dtype", "float32"], "--dtype must be one of bfloat16, float16; got 'float32'"),
@@ -462,7 +464,7 @@ def test_the_command_tunes_resumes_and_leaves_what_dispatch_reads(
     assert {entry.strategy for entry in table.entries} == {"fused"}
 
     assert main(arguments) == 2
-    assert "exists: --resume goes on with it" in capsys.readouterr().err
+    assert "already exists: continue it with --resume" in capsys.readouterr().err
     bench.swept.clear()
     bench.wrong = {"fused": "y is off by 1.0e-01"}
     assert main([*arguments[:-1], "16,32", "--resume"]) == 1
