@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastbound.layers.linear import FusedBoundedLinear
     from fastbound.layers.mlp import FusedBoundedMLP
     from fastbound.layers.over_base import BoundedOverBase
+    from fastbound.layers.rates import parameter_groups
     from fastbound.models.explanation import explain
     from fastbound.models.injection import disable_adapter, inject, merge
     from fastbound.models.lora_export import export_lora
@@ -52,6 +53,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "save_adapter",
     "set_planning",
     "shard",
@@ -78,6 +80,7 @@ _HOME = {
     "inject": "models.injection",
     "load_adapter": "models.storage",
     "merge": "models.injection",
+    "parameter_groups": "layers.rates",
     "save_adapter": "models.storage",
     "set_planning": "operator.engine",
     "shard": "models.sharding",

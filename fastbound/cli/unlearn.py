@@ -111,7 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bound",
         metavar="X",
         help="the limit of every entry of the weight's change: a number; a multiple of the layer's "
-        "weights, such as 0.5*spectral or 2*rms; alpha; or auto, which is 0.5*spectral (default: auto; demonstration: 4*rms)",
+        "weights, such as 0.5*spectral or 2*rms; alpha; or auto, "
+        "which is 0.5*spectral (default: auto; demonstration: 4*rms)",
     )
     adapter.add_argument(
         "--form",

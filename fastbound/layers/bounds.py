@@ -19,7 +19,7 @@ from torch import Tensor
 from fastbound.operator.partition import whole
 from fastbound.truth.formula import wide_dtype
 
-AUTO = "4*rms"
+AUTO = "0.5*spectral"
 UNITS = ("spectral", "rms")
 # Subspace iteration: within 0.4 % of σ₁ for a weight of independent normal entries, the slowest to
 # converge, and within 0.01 % for those of pretrained models.

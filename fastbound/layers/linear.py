@@ -33,7 +33,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
         alpha: None means ``rank``.
         bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "0.5*spectral"
             0.5 σ₁(W) / sqrt(NK) of this layer's weight, so that ‖ΔW‖_F <= 0.5 ‖W‖₂; "2*rms" twice
-            its root mean square; any other multiple likewise; "auto" means "4*rms".
+            its root mean square; any other multiple likewise; "auto", the default of
+            :meth:`from_linear`, means "0.5*spectral". A new layer's default is None, since the
+            weight that it draws is not the one it will have.
         dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
@@ -83,7 +85,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
         rank: int = 8,
         *,
         alpha: float | None = None,
-        bound: float | str | None = None,
+        bound: float | str | None = "auto",
         dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",

@@ -73,7 +73,7 @@ class FusedBoundedMLP(nn.Module):
         rank: int = 8,
         *,
         alpha: float | None = None,
-        bound: float | str | None = None,
+        bound: float | str | None = "auto",
         dropout: float = 0.0,
         targets: Collection[str] | None = None,
         adapter_dtype: torch.dtype = torch.float32,

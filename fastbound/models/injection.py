@@ -30,7 +30,7 @@ def inject(
     rank: int | Mapping[str, int] | Literal["auto"] = 8,
     *,
     alpha: float | None = None,
-    bound: float | str | None = None,
+    bound: float | str | None = "auto",
     dropout: float = 0.0,
     target_modules: str | Collection[str] = "mlp",
     adapter_dtype: torch.dtype = torch.float32,

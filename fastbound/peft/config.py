@@ -98,9 +98,9 @@ class BoundedConfig(PeftConfig):
             for other types what PEFT's own table names.
         exclude_modules: PEFT's: suffixes or a regular expression of what not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW; None means alpha; "0.5*spectral" half of
-            σ₁(W) / sqrt(NK) of each layer's weight, and so any multiple, also of its root mean
-            square ("2*rms"); "auto" means "4*rms".
+        bound: the largest magnitude of an entry of ΔW; "0.5*spectral" half of σ₁(W) / sqrt(NK) of
+            each layer's weight, and so any multiple, also of its root mean square ("2*rms");
+            "auto" means "0.5*spectral"; None means alpha.
         form: "factors", whose ΔW has rank r, or "product", whose ΔW has full rank and which takes
             no dropout.
         omega: ω in alpha's place, 100 in the paper; `bound` None then means 1.
@@ -133,7 +133,7 @@ class BoundedConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     alpha: float | None = None
-    bound: float | str | None = None
+    bound: float | str | None = "auto"
     form: str = "factors"
     omega: float | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -34,8 +34,7 @@ class UnlearnConfig:
             each side, for both adapters.
         rank_budget: most elements of A and B for `rank="auto"`; None: as many as rank 8 takes.
         lr: highest learning rate of AdamW, reached after warm-up. "auto" gives each layer the rate
-            that its bound calls for, and LoRA a constant one, see
-            `fastbound.unlearning.training.rates`.
+            that its bound calls for, see `fastbound.parameter_groups`, and LoRA 3e-3.
         warmup: share of all steps with the rate rising from 0; it then falls linearly to 0.
         weight_decay: of A and B. 0 by default: decay pulls ΔW back towards the model that knows.
         clip: largest norm of the gradient over all A and B; None leaves it as it is.

@@ -136,5 +136,5 @@ def test_a_weight_on_meta_is_refused():
 
 
 def test_auto_is_a_multiple_like_any_other():
-    assert weight_bound("auto") == weight_bound("4*rms")
+    assert weight_bound("auto") == weight_bound("0.5*spectral")
     assert weight_bound(" 0.5 * spectral") == (0.5, "spectral")

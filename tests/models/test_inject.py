@@ -107,7 +107,7 @@ def test_weights_are_shared_with_the_replaced_layers():
 def test_settings_reach_every_layer():
     model = MLPBlock()
     fastbound.inject(
-        model, 3, alpha=6, bound="auto", target_modules=["up_proj", "down_proj"],
+        model, 3, alpha=6, bound="4*rms", target_modules=["up_proj", "down_proj"],
         adapter_dtype=torch.bfloat16, backend="torch",
     )  # fmt: skip
     for layer in (model.up_proj, model.down_proj):

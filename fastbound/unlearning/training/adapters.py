@@ -19,6 +19,7 @@ from fastbound.operator.partition import whole
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.model import quiet
 
+LORA_RATE = 3e-3  # for lr="auto": the best of the stability maps, on a small and a real model
 Ranks = int | Mapping[str, int]
 
 
@@ -37,6 +38,8 @@ class Adapter(Protocol):
     """An adapted model: what to train, how far it has moved, how to keep it."""
 
     model: nn.Module
+
+    def parameter_groups(self) -> list[dict[str, Any]]: ...
 
     def delta(self) -> Delta: ...
 
@@ -57,6 +60,12 @@ class _Bounded:
             target_modules=config.target_modules,
         )
         self.model = model
+        self.lr = config.lr
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.lr == "auto":
+            return fastbound.parameter_groups(self.model)
+        return _one_group(self.model, self.lr)
 
     @torch.no_grad()
     def delta(self) -> Delta:
@@ -90,6 +99,10 @@ class _Lora:
         )
         with quiet():
             self.model: nn.Module = get_peft_model(cast(Any, model), settings)
+        self.lr = LORA_RATE if config.lr == "auto" else config.lr
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return _one_group(self.model, self.lr)
 
     @torch.no_grad()
     def delta(self) -> Delta:
@@ -107,6 +120,10 @@ class _Lora:
 
     def disabled(self) -> AbstractContextManager[object]:
         return cast("AbstractContextManager[object]", cast(Any, self.model).disable_adapter())
+
+
+def _one_group(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
 
 def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:

@@ -21,7 +21,6 @@ from fastbound.unlearning.losses.objective import Answers, Objective
 from fastbound.unlearning.model import autocast, autocast_dtype
 from fastbound.unlearning.training.adapters import Adapter
 from fastbound.unlearning.training.processes import gradients_travel, shares, spread
-from fastbound.unlearning.training.rates import parameter_groups
 from fastbound.unlearning.training.sides import Sides
 
 
@@ -74,7 +73,7 @@ class Training:
             dtype=self.dtype,
         )
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(adapter, config), weight_decay=config.weight_decay
+            adapter.parameter_groups(), weight_decay=config.weight_decay
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastbound.layers.bounds import bound_of_weight
 from fastbound.performance.profiling import baselines
 
 M, K, N, RANK = 33, 40, 56, 4
@@ -151,7 +152,7 @@ def test_inject_turns_alpha_and_bound_into_scaling_and_omega(
     slope = RANK if alpha is None else alpha
     limit = slope if bound is None else bound
     if bound == "auto":
-        limit = 4 * tensors["weight"].square().mean().sqrt().item()
+        limit = bound_of_weight(bound, tensors["weight"])
     fill(layer, tensors)
     truth = formula(tensors, limit / RANK, math.sqrt(slope / limit))
     for name, value, expected in zip(NAMES, run(layer, tensors, torch.float32), truth, strict=True):

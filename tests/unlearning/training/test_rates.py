@@ -6,57 +6,29 @@ import json
 import math
 
 import pytest
-import torch
 
-import fastbound
+from fastbound.layers.rates import auto_rate
 from fastbound.unlearning import InputError, UnlearnConfig
 from fastbound.unlearning.demo.demo import Demonstration
-from fastbound.unlearning.training.adapters import attach
-from fastbound.unlearning.training.rates import HIGHEST, LORA, PHASE, auto_rate, parameter_groups
+from fastbound.unlearning.training.adapters import LORA_RATE, attach
 
 FAST = {"epochs": 2, "batch_size": 3, "rank": 2, "device": "cpu", "early_stop": False}
 
 
-@pytest.mark.parametrize("form", ["factors", "product"])
-@pytest.mark.parametrize("bound", [2e-4, 3e-3])
-def test_a_step_moves_the_phase_by_the_stated_amount_at_most(new_model, bound, form):
-    config = UnlearnConfig(bound=bound, form=form, rank=4, alpha=8.0)
-    adapter = attach(new_model(), config, 4)
-    groups = parameter_groups(adapter, config)
-    rate = groups[0]["lr"]
-    assert [group["lr"] for group in groups] == [rate] and rate < HIGHEST
-    assert rate == pytest.approx(PHASE * math.sqrt(bound / 8.0), rel=0.05)
-    layers = [m for m in adapter.model.modules() if isinstance(m, fastbound.BoundedAdapter)]
-    before = [layer.A.detach().clone() for layer in layers]
-    for parameter in (p for group in groups for p in group["params"]):
-        parameter.grad = torch.randn(parameter.shape)
-    torch.optim.AdamW(groups, weight_decay=0.0).step()
-    for layer, A in zip(layers, before, strict=True):
-        moved = float((layer.A.detach() - A).abs().max()) / math.sqrt(layer.bound / layer.alpha)
-        assert moved == pytest.approx(PHASE, rel=0.06)
-
-
-def test_every_factor_is_in_one_group_and_layers_of_like_bounds_share_it(new_model):
-    config = UnlearnConfig(bound="0.01*spectral", rank=4)
-    adapter = attach(new_model(), config, 4)
-    groups = parameter_groups(adapter, config)
-    rates = [group["lr"] for group in groups]
-    assert rates == sorted(set(rates), reverse=True)
-    grouped = [id(p) for group in groups for p in group["params"]]
-    trained = [id(p) for p in adapter.model.parameters() if p.requires_grad]
-    assert sorted(grouped) == sorted(trained)
-
-
-def test_a_bound_too_wide_to_act_takes_the_highest_rate_and_lora_its_own(new_model):
-    assert auto_rate(alpha=8.0, bound=8.0) == HIGHEST
-    config = UnlearnConfig(adapter="lora", rank=4)
-    assert [g["lr"] for g in parameter_groups(attach(new_model(), config, 4), config)] == [LORA]
-
-
-def test_a_number_is_the_rate_of_all_layers(new_model):
-    config = UnlearnConfig(bound="0.01*spectral", rank=4, lr=0.02)
-    (group,) = parameter_groups(attach(new_model(), config, 4), config)
-    assert group["lr"] == 0.02
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"adapter": "lora"}, LORA_RATE),
+        ({"adapter": "lora", "lr": 0.02}, 0.02),
+        ({"bound": "0.01*spectral", "lr": 0.02}, 0.02),
+        ({"bound": 8.0}, 0.01),
+    ],
+)
+def test_a_number_and_lora_have_one_rate_for_all(new_model, settings, rate):
+    adapter = attach(new_model(), UnlearnConfig(rank=4, **settings), 4)
+    (group,) = adapter.parameter_groups()
+    assert group["lr"] == rate
+    assert group["params"] == [p for p in adapter.model.parameters() if p.requires_grad]
 
 
 def test_a_run_at_auto_logs_and_keeps_the_highest_rate(unlearn_rows, tmp_path):
