@@ -1,11 +1,11 @@
-"""Fetch a pretrained model, teach it rows, and map what each adapter makes of unlearning them.
+"""Fetch a pretrained model, teach it rows, and map how each adapter unlearns some of them.
 
     python -m benchmarks.real_model --forget forget01.jsonl --retain retain.jsonl --output map
 
-The output folder gets the models (`pretrained`, `full`, which knows all rows, and `retain`, which
-never saw those to forget) and the map; what is there already is not made again. Every flag that is
-not named here goes to `fastbound lab`, such as --general, --adapters, --lr, --steps and --workers.
-Reading the fetched weights needs the package `gguf`.
+The output folder holds the models (`pretrained`; `full`, which knows all rows; `retain`, which
+never saw the rows to forget) and the map. Whatever is already there is not made again. Every flag
+that is not named here is passed to `fastbound lab`, such as --general, --adapters, --lr, --steps and
+--workers. Reading the fetched weights needs the package `gguf`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The rows that were kept, as JSON lines."""
+    """Write the rows as JSON lines."""
     lines = (json.dumps({"question": row.question, "answer": row.answer}) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

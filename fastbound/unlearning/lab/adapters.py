@@ -69,7 +69,7 @@ class Adapter:
         return _LABELS[self.kind] + limit + (", ranks spread" if self.adaptive else "")
 
     def bound_in(self, weight: Tensor, alpha: float) -> float:
-        """The bound in this layer; infinite where the kind has none."""
+        """The bound in this layer; infinite if the kind has none."""
         if not self.bounded:
             return math.inf
         if self.omega is not None:
@@ -153,7 +153,7 @@ class ComparedLinear(nn.Module):
 
 
 def delta_of(kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float) -> Tensor:
-    """ΔW by its formula; r is the number of rows of A.
+    """ΔW by its formula, where r is the number of rows of A.
 
     - lora and its kin: (alpha / r) B A
     - sine, tanh: (bound / r) f(ωB) f(ωA), ω = sqrt(alpha / bound)
@@ -169,7 +169,7 @@ def delta_of(kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float) -> 
 def factors_of(
     kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float
 ) -> tuple[Tensor, Tensor]:
-    """The two factors whose product ΔW is, of every kind but product."""
+    """The two factors whose product is ΔW, for every kind except product."""
     rank = A.shape[0]
     if kind not in _BOUNDED:
         return A, (alpha / rank) * B

@@ -33,12 +33,12 @@ from fastbound.unlearning.model import autocast, autocast_dtype, forward
 from fastbound.unlearning.training.rank_choice import mean_loss
 from fastbound.unlearning.training.step import rate_share
 
-WRONG = 2  # wrong answers a row in the truth ratio
+WRONG = 2  # wrong answers per row in the truth ratio
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """Where a cell stands in the grid; ordered seed first, so that whole seeds finish first."""
+    """A cell's place in the grid; ordered by seed first, so that whole seeds finish first."""
 
     seed: int
     rank: int
@@ -55,13 +55,13 @@ class CellConfig:
     """How every cell is run.
 
     Attributes:
-        steps: of AdamW, without weight decay but that of "lora-decay".
-        warmup: share of the steps in which the rate rises, to fall to 0 in the others, as in
-            `fastbound unlearn`; None keeps the rate constant.
-        batch_size: forget rows a step, and as many retain rows.
+        steps: steps of AdamW, without weight decay except for "lora-decay".
+        warmup: share of the steps in which the rate rises; in the others it falls to 0, as in
+            `fastbound unlearn`. None keeps the rate constant.
+        batch_size: forget rows per step, with as many retain rows.
         slope: alpha / rank, the slope of every adapter at zero.
-        dtype: of the weights, and autocast to it: "float32" or "bfloat16".
-        eval_rows: score at most so many rows of each side, spread evenly; None: all.
+        dtype: "float32" or "bfloat16", for the weights and for autocast.
+        eval_rows: score at most this many rows per side, spread evenly; None scores all.
         log_every: steps between two logged ones.
     """
 
@@ -79,8 +79,9 @@ class Rows:
     """The rows of a map as tokens.
 
     Attributes:
-        wrong: of each row in `retain` its question with `WRONG` answers of others.
-        general: what was never in the rows: of each question the right answer, then wrong ones.
+        wrong: for each row in `retain`, its question with `WRONG` answers of other rows.
+        general: questions that were never in the rows, each with its right answer first and then
+            wrong ones.
     """
 
     forget: Sequence[Encoded]
@@ -90,7 +91,7 @@ class Rows:
 
 
 def with_wrong_answers(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Each row's question with the answers of the `WRONG` rows after it, row by row."""
+    """Each row's question with the answers of the `WRONG` rows that follow it, row by row."""
     mixed = []
     for i, row in enumerate(rows):
         asked = [t for t, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
@@ -103,10 +104,10 @@ def with_wrong_answers(rows: Sequence[Encoded]) -> list[Encoded]:
 def run_cell(
     model: nn.Module, rows: Rows, cell: Cell, config: CellConfig, *, pad: int
 ) -> dict[str, Any]:
-    """Unlearn with this adapter from `model`, which is changed, and score what is left.
+    """Unlearn with this adapter on `model`, in place, and score what is left.
 
-    A run whose loss or gradient stops being finite ends there; `stopped` holds the step, and its
-    scores count as utility 0.
+    A run whose loss or gradient stops being finite ends at that step, which `stopped` holds, and
+    its utility counts as 0.
     """
     start = time.perf_counter()
     adapter = parse_adapter(cell.adapter)
@@ -175,7 +176,7 @@ def even_ranks(model: nn.Module, rank: int) -> dict[str, int]:
 
 
 def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, int]:
-    """As many parameters as `even_ranks` takes, spread by the gradients of all rows."""
+    """As many parameters as `even_ranks` takes, spread over layers by the gradients of all rows."""
     shapes = {name: layer.weight.shape for name, layer in targets(model).items()}
     forget, retain = (
         mean_loss(each, pad, batch_size=len(each)) for each in (rows.forget, rows.retain)
@@ -191,19 +192,19 @@ def _ranks(model: nn.Module, rows: Rows, cell: Cell, pad: int) -> Mapping[str, i
 
 
 def score_model(model: nn.Module, rows: Rows, config: CellConfig, *, pad: int) -> dict[str, float]:
-    """Utility and its parts on the retain rows, and the loss on both sides.
+    """The utility on the retain rows with its parts, and the loss on both sides.
 
     - probability: mean over rows of exp(-mean loss of the answer's tokens)
     - accuracy: mean over rows of the share of answer tokens that are the first choice, given the
-      true ones before
+      true tokens before them
     - truth_ratio: mean over rows of max(0, 1 - R), R = exp(-mean loss of the wrong answers, each a
       mean over its tokens) / exp(-mean loss of the right one); the wrong answers are those of the
-      next rows of the file, most of them about the same person
-    - utility: the harmonic mean of these three, 0 if one is 0
-    - general: mean over the general questions of p / (p + the sum of p of the wrong answers), p
-      being exp(-mean loss) of an answer; only where there are such questions
+      next rows in the file, most of them about the same person
+    - utility: the harmonic mean of these three, 0 if one of them is 0
+    - general: mean over the general questions of p / (p + the sum of p of the wrong answers), with
+      p = exp(-mean loss) of an answer; left out if there are no such questions
 
-    The losses are means over rows of the mean over tokens, nats a token.
+    The losses are means over rows of the mean over tokens, in nats per token.
     """
     score = partial(_score_rows, model, pad=pad, dtype=autocast_dtype(config.dtype))
     chosen: Sequence[int] = evenly(range(len(rows.retain)), config.eval_rows)
@@ -234,7 +235,7 @@ def _general(losses: Tensor, questions: Sequence[Sequence[Encoded]]) -> dict[str
 
 
 def utility_of(parts: Sequence[float]) -> float:
-    """Their harmonic mean; 0 if one is 0 or is no number."""
+    """Their harmonic mean; 0 if one of them is 0 or not a number."""
     return harmonic_mean(np.nan_to_num(parts))
 
 
@@ -242,7 +243,7 @@ def utility_of(parts: Sequence[float]) -> float:
 def _score_rows(
     model: nn.Module, rows: Sequence[Encoded], *, pad: int, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """fp64 mean loss and share of right tokens of each row, in the order of `rows`."""
+    """Each row's mean loss and share of right tokens, in fp64 and in the order of `rows`."""
     model.eval()
     loss, right = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
@@ -261,10 +262,10 @@ def _score_rows(
 
 @torch.no_grad()
 def _size(layers: Adapted) -> dict[str, float]:
-    """The largest |ΔW| of any entry, the norm of all ΔW together, and how far the bound is used.
+    """The largest |ΔW| of any entry, the norm of all ΔW together, and how far the bound is in use.
 
-    `bound_in_use` is the root mean square of ΔW over its bound, a mean over layers: at most 1, and
-    0 without a bound.
+    `bound_in_use` is the root mean square of ΔW over its bound, averaged over layers: at most 1,
+    and 0 without a bound.
     """
     largest, squares, used = [], [], []
     for layer in layers.values():

@@ -1,9 +1,9 @@
-"""The grid of cells: small models made once, then every cell not yet finished, on all cores.
+"""The grid of cells: it makes the small models once, then runs every unfinished cell on all cores.
 
-lab.json       settings and rows; what `--resume` compares
+lab.json       settings and rows, which `--resume` compares
 model-N/       the small model of seed N, trained by the grid itself
-model/         of a pretrained model the scores before unlearning, in learned.json
-cells.jsonl    one line a finished cell, appended
+model/         a pretrained model's scores before unlearning, in learned.json
+cells.jsonl    one line per finished cell, appended
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ ADAPTERS = (
     "product@omega=100",
 )
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# On a pretrained model: the weights' own unit, and as `fastbound unlearn` runs it.
+# For a pretrained model: bounds in the weights' own unit, run as `fastbound unlearn` does.
 PRETRAINED_ADAPTERS = (
     "lora",
     "lora-clip",
@@ -94,13 +94,13 @@ SMALL = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024,
 
 @dataclass(frozen=True)
 class Grid:
-    """What the map spans, and how each cell is run.
+    """What the map covers, and how each cell is run.
 
     Attributes:
         adapters: as `parse_adapter` reads them; the bound is part of the name.
-        rates, ranks: of every adapter.
-        seeds: 0, 1, ...: of the small model, the factors and the order of rows.
-        cell: of every cell.
+        rates, ranks: those at which every adapter runs.
+        seeds: how many; seed 0, 1, ... sets the small model, the factors and the order of rows.
+        cell: the settings of every cell.
         model: the small model, or the pretrained one.
     """
 
@@ -120,7 +120,7 @@ class Grid:
         keys = [cell.key for cell in self.cells()]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise InputError(f"cell {twice} is there twice: give each adapter, lr and rank once")
+            raise InputError(f"cell {twice} appears twice: give each adapter, lr and rank once")
         for name in ("steps", "batch_size", "eval_rows"):
             value = getattr(self.cell, name)
             if value is not None and value < 1:
@@ -128,7 +128,7 @@ class Grid:
         one_of("dtype", self.cell.dtype, DTYPES)
 
     def cells(self) -> list[Cell]:
-        """Every cell, whole seeds first."""
+        """Every cell, seed by seed."""
         return [
             Cell(seed, rank, lr, adapter)
             for seed in range(self.seeds)
@@ -149,14 +149,15 @@ def run_grid(
     resume: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run what is not finished yet; the finished cells of this grid, in its order.
+    """Run the cells that are not finished yet; returns those of this grid, in its order.
 
     Adapters, rates, ranks and seeds may differ from those of an earlier run of the folder; rows and
     the settings of cell and model may not.
 
     Args:
-        workers: processes of one thread each; None: one per core, as far as memory goes.
-        general: questions that are in neither, with wrong answers to compare the right one with.
+        workers: processes of one thread each; None: one per core, as far as memory allows.
+        general: questions that are in neither file, with wrong answers to compare the right one
+            with.
 
     Raises:
         InputError: rows, settings or output folder cannot be used.
@@ -200,7 +201,7 @@ def run_grid(
 def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with this block, and with this process however it ends.
 
-    Raises StoppedError where one of them was killed.
+    Raises StoppedError if one of them was killed.
     """
     others = set(active_children())
     pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_start_worker)
@@ -215,18 +216,18 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
                 raise
     except BrokenProcessPool:
         raise StoppedError(
-            "a worker process was killed, as the system does where memory runs out: --resume goes "
-            f"on with what is left; fewer --workers than {count} take less memory"
+            "a worker process was killed, as the system does when memory runs out: --resume "
+            f"continues with the rest; fewer --workers than {count} need less memory"
         ) from None
 
 
 def read_cells(output: Path) -> dict[str, dict[str, Any]]:
-    """The finished cells of a folder by key; see `CheckedLines.read` for damaged ones."""
+    """The finished cells of a folder by key; see `CheckedLines.read` for damaged lines."""
     return {_cell(result).key: result for result in _lines(output).read()}
 
 
 def read_models(output: Path) -> dict[str, dict[str, Any]]:
-    """What each small model took to train, and scores before unlearning: by seed, or "all"."""
+    """Each small model's training and its scores before unlearning, by seed, or "all"."""
     return {
         path.parent.name.removeprefix("model").removeprefix("-") or "all": read_json(path)
         for path in sorted(output.glob(f"model*/{LEARNED}"))
@@ -285,7 +286,7 @@ def _make_models(
 
 
 def _start_worker() -> None:
-    """One thread; Ctrl-C is the parent's, and the end of the parent is the end of the worker."""
+    """One thread; the parent handles Ctrl-C, and a worker ends when its parent does."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -299,7 +300,7 @@ def _end_with_parent() -> None:
 
 
 def _learn(output: str, seed: int) -> None:
-    """Train the small model of this seed into its folder, in one move, or score what is given."""
+    """Train the small model of this seed into its folder, in one move, or score the given one."""
     held = read_json(Path(output) / MARKER)
     subject, config = subject_of(held["model"]), CellConfig(**held["cell"])
     folder = folder_of(subject, Path(output), seed)

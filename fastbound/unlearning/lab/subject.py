@@ -1,4 +1,4 @@
-"""What is mapped: a small model for each seed, trained here, or one pretrained model for all."""
+"""The models of a map: a small one per seed, trained here, or one pretrained model for all."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ Subject = SmallModelConfig | Pretrained
 
 
 def subject_of(held: Mapping[str, Any]) -> Subject:
-    """What `dataclasses.asdict` made of it."""
+    """The subject that `dataclasses.asdict` was called on."""
     return Pretrained(**held) if held.keys() == {"name"} else SmallModelConfig(**held)
 
 
 def folder_of(subject: Subject, output: Path, seed: int) -> Path:
-    """Where a map keeps the small model of a seed, or the scores of the pretrained one."""
+    """The folder for the small model of a seed, or for the scores of the pretrained one."""
     return output / ("model" if isinstance(subject, Pretrained) else f"model-{seed}")
 
 
 def load(subject: Subject, output: Path, seed: int, config: CellConfig) -> tuple[Any, Any]:
-    """Model and tokenizer of a seed, before unlearning."""
+    """The model and tokenizer of a seed, before unlearning."""
     small = str(folder_of(subject, output, seed))
     name = subject.name if isinstance(subject, Pretrained) else small
     return load_pretrained(name, autocast_dtype(config.dtype) or torch.float32)
 
 
 def look(model: Any, tokenizer: Any, rows: Rows, config: CellConfig, folder: Path) -> None:
-    """Score a pretrained model before unlearning, as `LEARNED` in `folder`."""
+    """Score a pretrained model before unlearning, and keep the scores as `LEARNED` in `folder`."""
     scores = score_model(model, rows, config, pad=padding(tokenizer))
     folder.mkdir(exist_ok=True)
     parameters = sum(p.numel() for p in model.parameters())
@@ -63,24 +63,24 @@ def look(model: Any, tokenizer: Any, rows: Rows, config: CellConfig, folder: Pat
 
 
 def check_same(model: Any, subject: Pretrained, folder: Path) -> None:
-    """Raise `InputError` where the weights are not those that `look` has scored."""
+    """Raise `InputError` if the weights are not those that `look` scored."""
     if model_identity(model)["weights"] != read_json(folder / LEARNED)["weights"]:
         raise InputError(
-            f"model {subject.name!r} has other weights than when its map in {folder.parent} began: "
-            "put those back, or give another output folder"
+            f"the weights of model {subject.name!r} have changed since its map in {folder.parent} "
+            "began: restore them, or give another output folder"
         )
 
 
 def check_memory(
     subject: Pretrained, config: CellConfig, max_length: int, workers: int | None, processes: int
 ) -> tuple[int, str]:
-    """How many processes fit, and a sentence that says so.
+    """How many processes fit into memory, and a sentence that says so.
 
-    A process holds the weights, and of the largest batch it can meet the logits, their fp32 copy
-    and its gradient. `workers` None takes as many of `processes` as fit.
+    A process holds the weights and, for the largest batch it can meet, the logits, their fp32 copy
+    and its gradient. With `workers` None, as many of `processes` run as fit.
 
     Raises:
-        InputError: not even one fits, or not as many as `workers` asks for.
+        InputError: not even one fits, or fewer than `workers` asks for.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -97,7 +97,7 @@ def check_memory(
         raise InputError(
             f"{workers or 1} processes of about {each / 1e9:.1f} GB each (weights "
             f"{weights / 1e9:.1f}, logits {logits / 1e9:.1f}) do not fit into the "
-            f"{available / 1e9:.1f} GB of memory that are available: give --workers "
+            f"{available / 1e9:.1f} GB of available memory: give --workers "
             f"{max(1, fitting)}, a smaller model or --dtype bfloat16"
         )
     count = workers or min(processes, fitting)

@@ -1,4 +1,4 @@
-"""The finished cells in numbers: one line an adapter and rate, and the range where each holds."""
+"""The finished cells in numbers: one line per adapter and rate, and the range where each holds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class Standard:
-    """What counts as holding: forgotten in every seed, with a mean `measure` of `least` or more.
+    """When an adapter holds: every seed forgets, and the mean of `measure` is at least `least`.
 
     With a mean below `collapsed` an adapter counts as collapsed.
     """
@@ -43,7 +43,7 @@ SMALL = Standard("utility", 0.45, 0.15)
 
 
 def kept_of(before: Mapping[str, float]) -> Standard:
-    """For a pretrained model: 95 % of the answer tokens that it had right before; half of them."""
+    """For a pretrained model: 95 % of the answer tokens it had right before; collapsed: half."""
     return Standard("accuracy", 0.95 * before["accuracy"], 0.5 * before["accuracy"])
 
 
@@ -55,8 +55,8 @@ class Line:
         mean, spread: of each measured quantity over seeds; the spread is the standard deviation,
             0 for one seed.
         lowest_utility: of any seed.
-        forgotten: seeds whose forget loss is that of a uniform guess, log of the vocabulary, or
-            more.
+        forgotten: seeds whose forget loss is at least that of a uniform guess, the logarithm of
+            the vocabulary.
         stopped: seeds whose loss or gradient stopped being finite.
     """
 
@@ -100,7 +100,7 @@ def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
 
 
 def ranges_of(lines: Sequence[Line], standard: Standard = SMALL) -> list[dict[str, Any]]:
-    """For every adapter and rank, the longest run of neighbouring rates at which it holds.
+    """For each adapter and rank, the longest run of neighbouring rates at which it holds.
 
     `fold` is the last rate of the run over the first, 1 for a single rate, 0 for none;
     `collapsed` are the rates at which the mean is below that of the standard.

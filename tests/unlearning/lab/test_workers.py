@@ -60,6 +60,6 @@ def test_a_killed_worker_is_one_line_that_names_what_to_do(started):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert "a worker process was killed" in line and "--resume goes on" in line
+    assert "a worker process was killed" in line and "--resume continues" in line
     assert "Traceback" not in said
     assert not psutil.wait_procs(workers, timeout=30)[1]
