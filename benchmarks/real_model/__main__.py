@@ -4,8 +4,8 @@
 
 The output folder holds the models (`pretrained`; `full`, which knows all rows; `retain`, which
 never saw the rows to forget) and the map. Whatever is already there is not made again. Every flag
-that is not named here is passed to `fastbound lab`, such as --general, --adapters, --lr, --steps and
---workers. Reading the fetched weights needs the package `gguf`.
+that is not named here is passed to `fastbound lab`, such as --general, --adapters, --lr, --steps
+and --workers. Reading the fetched weights needs the package `gguf`.
 """
 
 from __future__ import annotations
