@@ -73,7 +73,7 @@ def _demonstrate(
     demonstration = Demonstration(config, SmallModelConfig(), adapters)
     if arguments.quick:
         small = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024)
-        demonstration = Demonstration(config, small, adapters, cost_steps=5)
+        demonstration = Demonstration(config, small, adapters, quick=True)
         retain = retain[: 2 * len(forget)]
     return demonstrate(forget, retain, demonstration, output, resume=arguments.resume)
 
@@ -100,7 +100,9 @@ def _unlearn(
             "rows": {"forget": len(forget), "retain": len(retain)},
         }
         run = Run.read(output)
-        table = "\n".join([write_report(output, [run], about=about), *lines_of(run.examples)])
+        table = write_report(
+            output, [run], about=about, questions=lines_of({"after": run.examples})
+        )
     end_processes()
     return table
 
