@@ -247,7 +247,7 @@ def _kept_by(model: nn.Module, rows: int, length: int) -> int:
 
     body.train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model's own constants
-    state = {
+    state: dict[str, Tensor] = {
         name: mode.from_tensor(tensor.detach())
         for name, tensor in chain(body.named_parameters(), body.named_buffers())
     }
