@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         with _warnings_of_one_line():
             status = int(pkgutil.resolve_name(arguments.run)(arguments))
         print(end="", flush=True)
@@ -100,7 +100,7 @@ def _warnings_of_one_line() -> Iterator[None]:
         warnings.formatwarning = honest
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Raises InputError for what argparse itself does not refuse."""
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS)

@@ -43,14 +43,14 @@ class _Lines:
 
     def __init__(self, total: int | None, doing: str, unit: str, nested: bool) -> None:
         self._total, self._doing, self._unit, self._nested = total, doing, unit, nested
-        self._done, self._reported = 0, ""
+        self._done, self._said, self._reported = 0, -1, ""
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> _Lines:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if not self._nested:
+        if not self._nested and self._said != self._done:
             self._say()
 
     def update(self, n: int = 1) -> None:
@@ -66,7 +66,7 @@ class _Lines:
         print(s, flush=True)
 
     def _say(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._said = time.monotonic(), self._done
         of = "" if self._total is None else f" of {self._total}"
         units = self._unit if (self._total or self._done) == 1 else f"{self._unit}s"
         reported = f", {self._reported}" if self._reported else ""

@@ -41,12 +41,40 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_place(name)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    with _refusing(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    _check_complete(name, model, loading)
+    return model, tokenizer
+
+
+def load_shape(
+    name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """As `load_pretrained`, but the model has no weights: all of it is on the meta device.
+
+    Raises InputError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    check_place(name)
+    with _refusing(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=trust_remote_code
             )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Whatever keeps a model from being loaded is an InputError of one line."""
+    try:
+        yield
     except Exception as error:  # hub, files and configurations each raise their own
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -58,8 +86,6 @@ def load_pretrained(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder "
             "made by save_pretrained or a model id, and check the network for an id"
         ) from error
-    _check_complete(name, model, loading)
-    return model, tokenizer
 
 
 def check_place(name: str) -> None:

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from fastbound.cli import _parse, main
+from fastbound.cli import main, parse
 from fastbound.errors import InputError
 
 
 def options(tmp_path, text: str, *more: str, command: str = "unlearn"):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    return _parse([command, "--config", str(path), *more])
+    return parse([command, "--config", str(path), *more])
 
 
 def test_a_file_gives_options_under_the_names_of_the_flags(tmp_path):

@@ -117,6 +117,15 @@ def make_model(tokenizer: Any, config: SmallModelConfig, max_length: int, seed: 
     )
 
 
+def shape_of(
+    rows: Sequence[Row], config: SmallModelConfig, max_length: int, template: str = TEMPLATE
+) -> tuple[nn.Module, Any]:
+    """The model that `learn` would train, on the meta device, and its tokenizer."""
+    tokenizer = train_tokenizer(rows, config.vocabulary, template)
+    with torch.device("meta"):
+        return make_model(tokenizer, config, max_length, seed=0), tokenizer
+
+
 def learn(
     rows: Sequence[Row],
     config: SmallModelConfig | None = None,
