@@ -1,4 +1,4 @@
-"""Figures without a display: panels in the house's frame, saved whole."""
+"""Matplotlib figures that need no display: panels in one common style, written atomically."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fastbound.files import replace_files
 def new_figure(
     rows: int, columns: int, size: tuple[float, float], *, grid: float | None = 0.25
 ) -> tuple[Any, Any]:
-    """A figure and its panels `[rows, columns]`: a grid that dark, and half a frame.
+    """A figure of `size` inches and its panels `[rows, columns]`.
 
-    For None there is no grid, and the frame is whole.
+    The panels have a grid of opacity ``grid`` and a frame on the left and bottom only. With
+    ``grid=None`` they have no grid and a whole frame.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,5 +29,5 @@ def new_figure(
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 130) -> None:
-    """The figure as a PNG."""
+    """Write the figure to `path` as a PNG."""
     replace_files({path: lambda part: figure.savefig(part, format="png", dpi=dpi)})
