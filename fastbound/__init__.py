@@ -1,7 +1,7 @@
 """Bounded low-rank adapters, fused: y = x Wᵀ + bias + scaling · (x sin(ωA)ᵀ) sin(ωB)ᵀ, W frozen.
 
 The names in `__all__` are the whole public interface. They are imported on first use, so that
-`import fastbound` costs nothing and pulls in neither torch nor transformers.
+`import fastbound` is fast and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ __all__ = [
     "warmup",
 ]
 
-# No module here has the name of a public function: importing a submodule binds its name on the
-# package, and `fastbound.inject` would turn from the function into the module.
+# No top-level module may share its name with a public function: importing a submodule binds its
+# name on the package, so that `fastbound.inject` would become the module instead of the function.
 _HOME = {
     "BoundedAdapter": "layers.adapter",
     "BoundedConfig": "peft.method",
@@ -101,10 +101,10 @@ def __dir__() -> list[str]:
 
 
 def _bind_kernels() -> None:
-    """Make the checkout's `kernels/` importable as `fastbound.kernels` where pip has not.
+    """Make the checkout's `kernels/` importable as `fastbound.kernels` if pip has not done so.
 
-    A wheel holds fastbound/kernels/; a bare checkout and an editable install have the folder beside
-    the package, without an `__init__.py` (one would shadow Hugging Face's `kernels`).
+    A wheel contains fastbound/kernels/. In a bare checkout or an editable install the folder lies
+    beside the package, without an `__init__.py`, which would shadow Hugging Face's `kernels`.
     """
     name = f"{__name__}.kernels"
     folder = Path(__file__).resolve().parent.parent / "kernels"

@@ -1,4 +1,4 @@
-"""The ways a run ends that are not a bug, what is said on the way, and checks of single values."""
+"""Exceptions, warnings and messages for problems that are not bugs, and checks of single values."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import SupportsFloat
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names it and the remedy. Nothing was done."""
+    """Unusable input; the message names it and the remedy. Raised before anything is changed."""
 
 
 class NotThereError(InputError, FileNotFoundError):
-    """A file or folder that the user named is not there."""
+    """A file or folder that the user named does not exist."""
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or its gradient stopped being finite; the last checkpoint is intact."""
+    """The loss or its gradient is no longer finite; the last checkpoint is intact."""
 
 
 class StoppedError(RuntimeError):
-    """Something outside ended the run on its way; what it has written is intact."""
+    """The run was interrupted from outside; everything it has written is intact."""
 
 
 class DamageWarning(UserWarning):
-    """A file of a run was found damaged and cut back, or cannot be guarded; the run goes on."""
+    """A file of a run was damaged and has been truncated, or cannot be locked; the run goes on."""
 
 
 def positive(name: str, value: object) -> float:
-    """The value as a float, or an InputError naming it."""
+    """The value as a float. Raises InputError, which names it, unless it is positive and finite."""
     try:
         number = float(value) if isinstance(value, SupportsFloat) else math.nan
-    except OverflowError:  # whose digits may be too many to print
+    except OverflowError:  # the integer may have too many digits to print
         raise InputError(
             f"{name} must be positive and finite, got an integer beyond 1e308"
         ) from None

@@ -1,4 +1,4 @@
-"""Figures without a display: panels in the house's frame, one colour per adapter, saved whole."""
+"""Matplotlib figures that need no display: one common style, one colour per adapter."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def new_figure(
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 130) -> None:
-    """Write the figure as a PNG, whole or not at all."""
+    """Write the figure to `path` as a PNG, whole or not at all."""
     replace_files({path: lambda part: figure.savefig(part, format="png", dpi=dpi)})

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and belong to one process at a time."""
+"""Files and folders that are written whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 Content = bytes | Callable[[Path], Any]
-# Written beside a file until it is whole: `.name.PID.part`, and `name.tmp` of earlier releases.
+# A file is written under this name until it is whole: `.name.PID.part`, `name.tmp` in earlier
+# releases.
 _PART = re.compile(
     r"\..+\.\d+\.part|model(-\d+)?\.tmp"
     r"|(run|ranks|result|report|checkpoint|demo|lab|summary)\.(json|pt)\.tmp"
 )
-# Libraries in Rust and C++ name the system's error in their own exceptions alone.
+# Libraries in Rust and C++ report a system error only in the text of their own exceptions.
 _SYSTEM_ERROR = re.compile(r"os error (\d+)")
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-_held: set[tuple[str, int, int]] = set()  # lock, process and thread
+_held: set[tuple[str, int, int]] = set()  # (lock file, process, thread)
 
 
 def replace_files(files: Mapping[Path, Content]) -> None:
-    """Write all files beside their places and onto the disk, then move each into its place.
+    """Write every file to disk under a temporary name, then move each into place.
 
     Args:
-        files: by path, the bytes of a file or what writes it to the path it is given.
+        files: for each path, the bytes to write or a function that writes the file to the path that
+            it is given.
 
     Raises:
-        OSError: it names the file; those in place are as they were.
+        OSError: names the file that could not be written. If writing fails, existing files are left
+            as they were.
     """
     parts = {path: _part(path) for path in files}
     try:
@@ -65,7 +68,7 @@ def replace_files(files: Mapping[Path, Content]) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A place beside `folder` to fill, which becomes `folder` at the end of the block."""
+    """Yield a temporary path beside `folder`, which replaces `folder` at the end of the block."""
     part = _part(folder)
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -83,7 +86,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def append(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Add to the end of a file; with `sync` it is on the disk afterwards. Raises OSError."""
+    """Append to a file; with `sync` the data is on disk on return. Raises OSError."""
     with naming(path), path.open("ab") as file:
         file.write(data)
         file.flush()
@@ -92,12 +95,12 @@ def append(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a killed process left this on its way to a file: nothing that anyone reads."""
+    """Whether this is an unfinished file that a killed process left behind; nobody reads those."""
     return bool(_PART.fullmatch(path.name))
 
 
 def remove_parts(folder: Path) -> None:
-    """Take away what killed processes left in `folder` and in the folders in it."""
+    """Remove what killed processes left behind in `folder` and its direct subfolders."""
     for path in [*folder.glob("*"), *folder.glob("*/.*.part")]:
         if is_part(path):
             if path.is_dir():
@@ -108,14 +111,14 @@ def remove_parts(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the system inside names `path`, and is an OSError whoever raised it."""
+    """Turn any system error raised inside the block into an OSError that names `path`."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
-    except Exception as error:  # safetensors' and torch's own
+    except Exception as error:  # safetensors and torch raise their own types
         found = _SYSTEM_ERROR.search(str(error))
         if found is None:
             raise
@@ -133,7 +136,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The names in it, too; some file systems do not offer it."""
+    """Flush the folder's entries to disk as well; some file systems do not support this."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -144,19 +147,20 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path, lock: str = LOCK) -> Iterator[None]:
-    """Around all writing to `folder`: made if missing, and no other process writes there.
+    """Hold the lock of `folder` for the block: no other process writes there meanwhile.
 
-    The system drops the lock of a process that ends, however it ends. A block inside another one
-    of the same thread shares its lock. A folder that was made here and is empty at the end is
-    taken away again. Where the file system has no locks a `DamageWarning` says so.
+    The folder is created if it does not exist, and removed again if it was created here and is
+    still empty at the end. The system releases the lock when the process ends, however it ends. A
+    nested block in the same thread shares the lock. If the file system does not support locks, a
+    `DamageWarning` says so and the block runs without one.
 
     Args:
-        lock: name of the file that is locked; the folder's own by default, which also takes away
-            what killed processes left there.
+        lock: name of the lock file. Taking the default one also removes what killed processes left
+            in the folder.
 
     Raises:
-        InputError: another process writes there, or a file lies in its place.
-        OSError: the folder cannot be made or written to.
+        InputError: another process is writing there, or `folder` is a file.
+        OSError: the folder cannot be created or written to.
     """
     path = folder / lock
     key = (os.path.realpath(path), os.getpid(), threading.get_ident())
@@ -180,18 +184,21 @@ def writing(folder: Path, lock: str = LOCK) -> Iterator[None]:
                 path.unlink()
             os.close(handle)
     finally:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
+        with contextlib.suppress(OSError):  # stops at the first one that is not empty
             for each in made:
                 each.rmdir()
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file of an output folder is a lock or a leftover: nothing that anyone reads."""
+    """Whether a file of an output folder is a lock or an unfinished file, which nobody reads."""
     return path.name == LOCK or is_part(path)
 
 
 def _lock(path: Path) -> tuple[int, bool]:
-    """The open file and whether it is locked; it may go away between opening and locking it."""
+    """The open lock file, and whether it is locked.
+
+    Another process may remove the file between our opening and locking it; then we try again.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -199,7 +206,7 @@ def _lock(path: Path) -> tuple[int, bool]:
             if alone and not _is_at(handle, path):
                 os.close(handle)
                 continue
-            with contextlib.suppress(OSError):  # for the message alone; the disk may be full
+            with contextlib.suppress(OSError):  # only used in a message; the disk may be full
                 os.truncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         except BaseException:
@@ -209,7 +216,7 @@ def _lock(path: Path) -> tuple[int, bool]:
 
 
 def _try_lock(handle: int, path: Path) -> bool:
-    """False where the file system has no locks."""
+    """Whether the lock was taken; False if the file system does not support locks."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "this system has no flock")
@@ -218,14 +225,14 @@ def _try_lock(handle: int, path: Path) -> bool:
     except BlockingIOError:
         holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
         raise InputError(
-            f"output folder {path.parent} is being written to by {holder}: wait for its end, or "
+            f"output folder {path.parent} is being written to by {holder}: wait until it ends, or "
             "give another folder"
         ) from None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
         warnings.warn(
-            f"{path.parent} cannot be locked ({error.strerror}): see to it that no second process "
+            f"{path.parent} cannot be locked ({error.strerror}): make sure that no other process "
             "writes there",
             DamageWarning,
             stacklevel=5,

@@ -1,4 +1,4 @@
-"""What follows the import of another package, in either order, without importing it here."""
+"""Run an action once another package is imported, without importing that package here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 class _After(MetaPathFinder):
-    """Finds one module where all others find it, and lets an action follow its execution."""
+    """Finds one module through the other finders, and runs an action after it has executed."""
 
     def __init__(self, module: str, action: Callable[[], None]) -> None:
         self.module, self.action = module, action
@@ -37,7 +37,7 @@ class _After(MetaPathFinder):
 
 
 def after_import(module: str, action: Callable[[], None]) -> None:
-    """Act now where the module is imported, else when it is."""
+    """Run `action` now if the module is already imported, otherwise right after its import."""
     waiting = any(isinstance(f, _After) and f.module == module for f in sys.meta_path)
     if module in sys.modules:
         action()

@@ -1,4 +1,4 @@
-"""The version, in one place for the package, its files and the build; and those of others."""
+"""fastbound's version, the one source for package, files and build, and installed versions."""
 
 from importlib import metadata
 
@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 
 
 def versions(*names: str) -> dict[str, str]:
-    """The installed versions by package; what is not installed is left out.
+    """The installed version of each package; packages that are not installed are left out.
 
-    fastbound's own is that of this code, installed or not.
+    For fastbound it is the version of this code, whether or not it is installed.
     """
     found = {}
     for name in names:

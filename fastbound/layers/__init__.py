@@ -1,4 +1,4 @@
-"""Modules: the adapter, the layers and MLP blocks that carry it, and one layer for another.
+"""Modules: the adapter, the layers and MLP blocks that carry it, and replacing one by another.
 
 Uses `truth`, `dispatch` and `operator`.
 """

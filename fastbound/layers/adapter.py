@@ -20,7 +20,7 @@ from fastbound.operator.partition import whole
 from fastbound.truth import formula
 from fastbound.truth.formula import wide_dtype
 
-_ENTRIES = 2**22  # of ΔW at a time, where a number is read off all of them
+_ENTRIES = 2**22  # entries of ΔW per step of a reduction over all of them
 
 
 class BoundedAdapter(nn.Module):
@@ -31,21 +31,22 @@ class BoundedAdapter(nn.Module):
         factors    ΔW = s · sin(ωB) sin(ωA)    s = bound / r    ω = sqrt(alpha / bound)
         product    ΔW = s · sin(ω·B A)         s = bound        ω = alpha / (r · bound)
 
-    so that in both forms ΔW ≈ (alpha / r)·BA near zero, LoRA's own slope, and |ΔW_ij| <= bound
-    always. A starts Kaiming-uniform and B at zero: a new adapter changes nothing. ``omega`` may be
-    given in alpha's place, and ``bound`` None is 1 then: omega=100 with form="product" is
-    ΔW = sin(100·B A), which is alpha = 100 r.
+    In both forms ΔW ≈ (alpha / r)·BA near zero, which is LoRA's slope, and |ΔW_ij| <= bound
+    always. A is initialised Kaiming-uniform and B to zero, so a new adapter changes nothing.
+    ``omega`` may be given instead of alpha; then ``bound=None`` means 1. For example, omega=100
+    with form="product" is ΔW = sin(100·B A), which corresponds to alpha = 100 r.
 
-    With a ``dropout`` p > 0 the low-rank term takes drop(x) in training, as in PEFT's LoRA: each
-    element of x zero with probability p, the others divided by 1 - p. x Wᵀ takes x as it is.
+    With ``dropout`` p > 0 the low-rank term takes drop(x) in training, as in PEFT's LoRA: each
+    element of x is zero with probability p and divided by 1 - p otherwise. The frozen term x Wᵀ
+    takes x without dropout.
 
-    The weight is handed in, not owned: A and B are read only in their owner's forward, which is
-    what sharded training needs.
+    The weight is passed in, not owned: A and B are read only in the forward of the module that owns
+    them, as sharded training requires.
 
-    Raises ValueError for a rank below 1 or far above the layer's, an alpha, omega or bound that is
-    not positive and finite, or that makes s or ω leave fp32's range, alpha and omega together, a
-    dropout outside 0 <= p < 1, an ``adapter_dtype`` that is not floating, an unknown form or
-    backend, and dropout or backend="fused" in the product form.
+    Raises ValueError for a rank below 1 or far above the layer's size; an alpha, omega or bound
+    that is not positive and finite, or with which s or ω would leave fp32's range; alpha together
+    with omega; a dropout outside 0 <= p < 1; an ``adapter_dtype`` that is not a floating dtype; an
+    unknown form or backend; and dropout or backend="fused" in the product form.
     """
 
     def __init__(
@@ -83,24 +84,24 @@ class BoundedAdapter(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """A, by the name under which PEFT's `fsdp_auto_wrap_policy` looks for what is trained."""
+        """A, under the name by which PEFT's `fsdp_auto_wrap_policy` recognises trained modules."""
         return self.A
 
     @property
     def scaling(self) -> float:
-        """s: bound / rank for factors, bound for product."""
+        """s: bound / rank in the form "factors", bound in the form "product"."""
         return self._numbers()[0]
 
     @property
     def omega(self) -> float:
-        """ω: sqrt(alpha / bound) for factors, alpha / (rank · bound) for product."""
+        """ω: sqrt(alpha / bound) for "factors", alpha / (rank · bound) for "product"."""
         return self._numbers()[1]
 
     def _numbers(self) -> tuple[float, float]:
         return scaling_and_omega(self.rank, self.alpha, self.bound, self.form)
 
     def reset_parameters(self) -> None:
-        """A uniform in ±1/sqrt(K) (Kaiming with a = sqrt 5, as nn.Linear and LoRA), B zero."""
+        """Draw A uniformly from ±1/sqrt(K), as nn.Linear and LoRA do, and set B to zero."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
@@ -113,7 +114,11 @@ class BoundedAdapter(nn.Module):
         result: Tensor | None = None,
         give_up: bool = False,
     ) -> Tensor:
-        """x [..., K], weight [N, K], bias [N] -> [..., N]; or a ``result`` for weight and bias."""
+        """x [..., K], weight [N, K], bias [N] -> [..., N].
+
+        With ``result`` [..., N] instead of weight and bias, returns result + x ΔWᵀ; see
+        :meth:`add_to`.
+        """
         term: dict[str, Any] = {
             **self._term(),
             "backend": self.backend,
@@ -123,17 +128,17 @@ class BoundedAdapter(nn.Module):
             return bounded_addition(result, x, self.A, self.B, give_up=give_up, **term)
         if weight is None:
             raise ValueError(
-                "the adapter needs a weight to fuse with, or a base's result to add to"
+                "the adapter needs a weight, or the result of a base layer to add its term to"
             )
         return bounded_linear(x, weight, self.A, self.B, bias, **term)
 
     def add_to(self, result: Tensor, x: Tensor, *, give_up: bool = True) -> Tensor:
-        """result + x ΔWᵀ, for a ``result`` [..., N] that a base made of x.
+        """result + x ΔWᵀ, for the ``result`` [..., N] that a base layer computed from x.
 
-        The caller gives ``result`` up, and the sum may take its memory; ``give_up=False`` leaves it
-        as it is, for a base whose hooks may have kept it.
+        The caller must not use ``result`` afterwards, because the sum may reuse its memory. With
+        ``give_up=False`` it is left unchanged, for a base whose hooks may have kept it.
         """
-        # A call, not a method of its own: what gathers sharded A and B hangs on the call.
+        # Goes through __call__, because the hooks that gather sharded A and B run there.
         return cast(Tensor, self(x, result=result, give_up=give_up))
 
     def _term(self) -> dict[str, Any]:
@@ -145,10 +150,10 @@ class BoundedAdapter(nn.Module):
 
     @torch.no_grad()
     def bound_in_use(self) -> float:
-        """The root mean square of ΔW over the bound: 0 for a new adapter, 1 where every sine is ±1.
+        """RMS(ΔW) / bound: 0 for a new adapter, 1 if every sine is ±1.
 
-        From the r x r products of the factors' sines, or in the product form from some rows of
-        ΔW at a time. All processes of sharded factors must call.
+        It is computed from r x r products of the factors' sines; in the product form from ΔW
+        itself, a few rows at a time. If the factors are sharded, all processes must call this.
         """
         A, B = (whole(f).to(wide_dtype(f)) for f in (self.A, self.B))
         entries = A.shape[1] * B.shape[0]
@@ -161,15 +166,15 @@ class BoundedAdapter(nn.Module):
         return math.sqrt(float(squares) / entries) / self.rank
 
     def get_extra_state(self) -> Tensor:
-        """(alpha, bound) as fp64, so that a state dict carries the bound it was trained under.
+        """(alpha, bound) as fp64, so that a state dict carries the bound that it was trained with.
 
-        In the product form a third number, 1, which no other form has.
+        The product form adds a third number, 1, which tells the two forms apart.
         """
         numbers = [self.alpha, self.bound, *([1.0] if self.form == "product" else [])]
         return torch.tensor(numbers, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raises ValueError for what :meth:`get_extra_state` cannot have given."""
+        """Raises ValueError for a state that :meth:`get_extra_state` cannot have returned."""
         self.alpha, self.bound = self._numbers_of(state)
 
     def _numbers_of(self, state: Any) -> tuple[float, float]:
@@ -178,12 +183,12 @@ class BoundedAdapter(nn.Module):
         if vector and {len(state), *expected} == {2, 3}:
             theirs = "product" if len(state) == 3 else "factors"
             raise ValueError(
-                f'it is of form="{self.form}" and the state of form="{theirs}": make the adapter '
-                "in the form that it was trained in"
+                f'it has form="{self.form}", but the state has form="{theirs}": create the adapter '
+                "with the form that it was trained with"
             )
         if not vector or state.shape != expected:
             raise ValueError(
-                f"its state is not alpha and bound, two numbers in a tensor: {state!r}"
+                f"its extra state must be a tensor of two numbers, alpha and bound, got {state!r}"
             )
         alpha, bound, *_ = state.tolist()
         alpha, bound = positive("alpha", alpha), positive("bound", bound)
@@ -193,7 +198,7 @@ class BoundedAdapter(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         key = f"{prefix}_extra_state"
         if key in state_dict and type(self).set_extra_state is not nn.Module.set_extra_state:
-            try:  # before anything of this adapter is loaded
+            try:  # before any tensor of this adapter is loaded
                 self._numbers_of(state_dict[key])
             except ValueError as error:
                 raise type(error)(f"the adapter {prefix.rstrip('.')!r}: {error}") from None
@@ -209,9 +214,9 @@ class BoundedAdapter(nn.Module):
 
 
 class NamedAdapter(BoundedAdapter):
-    """One of several of a layer: alpha and bound are kept in the config of its name, as in PEFT.
+    """One of a layer's named adapters, whose alpha and bound are kept in its config, as in PEFT.
 
-    ``scale`` multiplies ΔW, s and with it the bound: |ΔW_ij| <= |scale|·bound. It is not kept.
+    ``scale`` multiplies s, and with it ΔW and the bound: |ΔW_ij| <= |scale|·bound. It is not saved.
     """
 
     scale: float = 1.0
@@ -220,8 +225,8 @@ class NamedAdapter(BoundedAdapter):
 
     @property
     def scaling(self) -> float:
-        """scale times the s of the form."""
-        return self.scale * self._numbers()[0]  # torch.compile reads no property of super()
+        """``scale`` times the s of the form."""
+        return self.scale * self._numbers()[0]  # torch.compile cannot read a property of super()
 
     def extra_repr(self) -> str:
         scale = "" if self.scale == 1 else f", scale={self.scale:g}"

@@ -1,4 +1,4 @@
-"""What is read of a layer: of any linear one, of one to be adapted, and of an adapted one."""
+"""Properties of layers: of any linear layer, of one to be adapted, and of an adapted one."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from fastbound.operator.partition import is_dtensor
 if TYPE_CHECKING:
     from fastbound.layers.adapter import BoundedAdapter
 
-# Hooks that PyTorch itself sets to make the weight anew before each call; they leave x alone.
+# Hooks that PyTorch itself sets to recompute the weight before each call; they do not change x.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 QUANTISED = ("bitsandbytes.", "torchao.")
 
 
 class Adapted:
-    """What blocks and reports read of an adapted layer, `FusedBoundedLinear` or PEFT's."""
+    """The interface through which blocks and reports read adapted layers, ours and PEFT's."""
 
     weight: Any
     bias: Any
     fan_in_fan_out: bool
     in_features: int
     out_features: int
-    adapter: Any  # BoundedAdapter; None where PEFT's layer runs none, or more than one
+    adapter: Any  # BoundedAdapter; None if PEFT's layer runs no adapter or more than one
 
     def running(self) -> list[BoundedAdapter]:
-        """The adapters whose terms a forward adds."""
+        """The adapters whose terms the forward adds."""
         return [self.adapter]
 
     def obstacle(self, gathered: bool = False) -> str | None:
-        """Why this layer cannot run inside a block's operator, or None."""
+        """Why this layer cannot run as part of a block's operator, or None if it can."""
         raise NotImplementedError
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether the layer is transformers' Conv1D, told without importing transformers."""
+    """Whether the layer is transformers' Conv1D; does not import transformers."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """An nn.Linear or a Conv1D, and no subclass: its call is x Wᵀ + b."""
+    """Whether the layer is exactly nn.Linear or Conv1D, so that its call computes x Wᵀ + b."""
     return type(layer) is nn.Linear or is_conv1d(layer)
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """An nn.Linear, one of its subclasses (bitsandbytes' are), or transformers' Conv1D."""
+    """Whether it is an nn.Linear, a subclass (such as bitsandbytes' layers), or a Conv1D."""
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
@@ -64,7 +64,7 @@ def transposed(layer: Any) -> bool:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """N and K of a layer, whatever its weight is packed into."""
+    """(N, K) of a layer, even if its weight is stored in a packed form."""
     if is_conv1d(layer):
         K, N = layer.weight.shape
         return N, K
@@ -72,13 +72,13 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def weight_shape(layer: Any) -> tuple[int, int]:
-    """N and K of a weight that is numbers, whichever way it is stored."""
+    """(N, K) of an unpacked weight, whether it is stored as [N, K] or [K, N]."""
     N, K = layer.weight.shape
     return (K, N) if transposed(layer) else (N, K)
 
 
 def over_reason(layer: Any) -> str | None:
-    """Why a layer's own call must compute x Wᵀ; None where the operator can read its weight."""
+    """Why the layer itself must compute x Wᵀ, or None if the operator can read its weight."""
     if parametrize.is_parametrized(layer):
         return "base has a parametrization"
     if not is_linear(layer):
@@ -96,7 +96,7 @@ def over_reason(layer: Any) -> str | None:
 
 
 def is_quantised(layer: nn.Module) -> str | None:
-    """What the weight is quantised as, told by its class; None where it is not."""
+    """In what form the weight is quantised, judging by its class; None if it is not quantised."""
     for parameter in layer.parameters(recurse=False):
         if type(parameter).__module__.startswith(QUANTISED):
             return f"its base holds the weight as {type(parameter).__name__}"
@@ -106,25 +106,26 @@ def is_quantised(layer: nn.Module) -> str | None:
 
 
 def offloaded(layer: Any) -> bool:
-    """Whether accelerate places the weight for each call, and x with it."""
+    """Whether accelerate moves the weight and x to a device for each call."""
     hook = getattr(layer, "_hf_hook", None)
     return type(hook).__module__ == "accelerate.hooks" and hasattr(hook, "execution_device")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calls of the module run hooks of its own."""
+    """Whether the module has hooks of its own that run when it is called."""
     return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def hooked_everywhere() -> bool:
-    """Whether calls of every module run hooks, as `register_module_forward_hook` sets them."""
+    """Whether global hooks, as set by `register_module_forward_hook`, run for every module."""
     return bool(_has_any_global_hook())
 
 
 def keeps_no_output(layer: nn.Module) -> bool:
-    """Whether what a call returns is surely nobody else's: no hook and no code unknown sees it.
+    """Whether nothing else can hold the tensor that a call returns.
 
-    Known are nn.Linear's own forward, Conv1D's, and those of the packages that quantise.
+    That is so if no hook sees it, and the forward is that of nn.Linear, of Conv1D or of one of the
+    known quantisation packages.
     """
     kind = type(layer)
     known = (
@@ -138,24 +139,25 @@ def keeps_no_output(layer: nn.Module) -> bool:
 
 
 def weight_hooks(layer: Any) -> list[Any]:
-    """The forward pre-hooks that only make the weight."""
+    """The forward pre-hooks that only recompute the weight."""
     return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
 
 
 def foreign_pre_hooks(layer: Any) -> bool:
-    """Whether hooks may change x before the layer sees it: the adapter would take another x."""
+    """Whether hooks may change x before the layer sees it; the adapter would see the original."""
     return len(weight_hooks(layer)) < len(layer._forward_pre_hooks)
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether something depends on this module being called: hooks, or accelerate's offloading."""
+    """Whether hooks or accelerate's offloading depend on this module being called."""
     return hooked(module) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
 def tensor_obstacle(tensors: Mapping[str, Tensor | None], gathered: bool = False) -> str | None:
-    """Why a layer's tensors cannot be read outside its own forward, or None.
+    """Why a layer's tensors cannot be read outside its own forward, or None if they can.
 
-    ``gathered``: DTensors are plain tensors by the time of a forward, as in a unit of FSDP2.
+    ``gathered`` means that DTensors will be plain tensors by the time of a forward, as in a unit of
+    FSDP2.
     """
     for name, tensor in tensors.items():
         if tensor is None:

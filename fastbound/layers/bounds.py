@@ -1,11 +1,11 @@
-"""A bound told in units of a layer's own weight: "0.5*spectral" by its largest singular value.
+"""Bounds in units of a layer's own weight, such as "0.5*spectral" or "2*rms".
 
-A ΔW of rank r whose entries stay within a bound has a Frobenius norm of up to bound · sqrt(NK). So
+A ΔW whose entries stay within a bound has a Frobenius norm of at most bound · sqrt(NK). Therefore
 
     |ΔW_ij| <= c · σ₁(W) / sqrt(NK)     guarantees     ‖ΔW‖₂ <= ‖ΔW‖_F <= c · ‖W‖₂
 
-for a layer of any size: "0.5*spectral" is c = 0.5. In "2*rms", 2 x RMS(W), the same guarantee grows
-with the layer, by about the square root of its smaller side.
+for a layer of any size; "0.5*spectral" is c = 0.5. With "2*rms", which is 2 · RMS(W), the
+guaranteed c grows with the layer, about as the square root of its smaller side.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from fastbound.truth.formula import wide_dtype
 
 AUTO = "0.5*spectral"
 UNITS = ("spectral", "rms")
-# Subspace iteration: within 0.4 % of σ₁ for a weight of independent normal entries, the slowest to
-# converge, and within 0.01 % for those of pretrained models.
+# Settings of the subspace iteration: within 0.4 % of σ₁ for a weight of independent normal entries,
+# which converges most slowly, and within 0.01 % for the weights of pretrained models.
 _DIRECTIONS = 16
 _ITERATIONS = 16
 
 
 class WeightBound(NamedTuple):
-    """So many units of the weight: σ₁(W) / sqrt(NK) for "spectral", RMS(W) for "rms"."""
+    """A multiple of a unit: σ₁(W) / sqrt(NK) for "spectral", RMS(W) for "rms"."""
 
     factor: float
     unit: str
 
 
 def weight_bound(bound: str) -> WeightBound:
-    """What a text such as "0.5*spectral" or "auto" says. Raises ValueError for another text."""
+    """Parse a text such as "0.5*spectral" or "auto". Raises ValueError for any other text."""
     number, star, unit = (AUTO if bound == "auto" else bound).replace(" ", "").partition("*")
     try:
         factor = float(number)
@@ -52,18 +52,18 @@ def weight_bound(bound: str) -> WeightBound:
 def bound_of_weight(bound: str, weight: Tensor) -> float:
     """The bound as a number, for this weight.
 
-    Raises ValueError for a text that is no bound, and a weight that is all zero, not finite or on
-    meta.
+    Raises ValueError for a text that does not describe a bound, and for a weight that is all zero,
+    not finite or on the meta device.
     """
     factor, unit = weight_bound(bound)
     if weight.is_meta:
         raise ValueError(
-            f'bound="{bound}" reads the weight, which is on the meta device: load it first'
+            f'bound="{bound}" needs the weight, which is on the meta device: load it first'
         )
     norm = torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight)).item()
     rms = norm / weight.numel() ** 0.5
     if not rms > 0 or rms == math.inf:
-        raise ValueError(f'bound="{bound}" needs a finite, non-zero weight, whose RMS is {rms}')
+        raise ValueError(f'bound="{bound}" needs a finite, non-zero weight, got one of RMS {rms}')
     if unit == "rms":
         return factor * rms
     return factor * spectral_norm(weight) / weight.numel() ** 0.5
@@ -71,10 +71,10 @@ def bound_of_weight(bound: str, weight: Tensor) -> float:
 
 @torch.no_grad()
 def spectral_norm(weight: Tensor) -> float:
-    """σ₁(W), the largest singular value of [N, K], from below and within 1 %; the same every time.
+    """σ₁(W), the largest singular value of W [N, K], at most 1 % too small; deterministic.
 
-    Subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) by `torch.svd_lowrank`; a
-    sharded weight is gathered for it.
+    Subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) by `torch.svd_lowrank`. A
+    sharded weight is gathered first.
     """
     matrix = whole(weight.detach()).to(wide_dtype(weight))
     directions = min(_DIRECTIONS, *matrix.shape)

@@ -1,4 +1,4 @@
-"""One layer for another: which linear ones can be adapted, and the replacing, all or nothing."""
+"""Which linear layers can be adapted, and replacing them: all of them or none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbound.layers.settings import AdapterSettings
 
 
 def refusal(model: nn.Module, name: str, *, loaded: bool = True) -> str | None:
-    """Why the module of that name cannot be adapted, or None when it can.
+    """Why the module of that name cannot be adapted, or None if it can.
 
     Args:
         loaded: False asks of a model without weights whether it could be adapted with them.
@@ -28,14 +28,14 @@ def refusal(model: nn.Module, name: str, *, loaded: bool = True) -> str | None:
     layer = model.get_submodule(name)
     if not is_adaptable(layer):
         kind = type(layer).__name__
-        return f"is a {kind}: only nn.Linear, its subclasses and Conv1D are adapted"
+        return f"is a {kind}: only nn.Linear, its subclasses and Conv1D can be adapted"
     if foreign_pre_hooks(layer):
         return (
-            "has forward pre-hooks, which may change x for it alone and not for the adapter: "
+            "has forward pre-hooks, which may change x for the layer but not for the adapter: "
             "register them after injection"
         )
     if "forward" in vars(layer) and not offloaded(layer):
-        return "has a forward of its own, which need not be that of a linear layer"
+        return "has a forward set on the instance, which may not be that of a linear layer"
     for key, parameter in layer.named_parameters():
         held = type(parameter)
         if held is not nn.Parameter and not held.__module__.startswith(QUANTISED):
@@ -52,7 +52,7 @@ def refusal(model: nn.Module, name: str, *, loaded: bool = True) -> str | None:
 
 
 def tied(model: nn.Module, layer: nn.Module) -> str | None:
-    """Which module of the model shares a layer's weight, so that ΔW would go into both; or None."""
+    """Which module shares the layer's weight, as a reason not to adapt it; None if none does."""
     own = {p for key, p in layer.named_parameters() if key != "bias"}
     inside = set(layer.modules())
     for owner, module in model.named_modules():
@@ -62,10 +62,10 @@ def tied(model: nn.Module, layer: nn.Module) -> str | None:
 
 
 def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
-    """Adapt the named layers: fused with their weight, or over the layer where it must be.
+    """Adapt the named layers: fused with their weight, or over the layer if it must be called.
 
-    Freezes all other parameters. All layers are made before the first is put in place; when one
-    refuses its settings, or its place refuses it, the model is left as it was.
+    Freezes all other parameters. All new layers are created before the first one is put in place.
+    If one of them cannot be created or put in place, the model is left as it was.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     made: dict[nn.Module, nn.Module] = {}
@@ -80,21 +80,21 @@ def convert(model: nn.Module, settings: Mapping[str, AdapterSettings]) -> None:
         for parameter in trained:
             parameter.requires_grad_(False)
         swap(model, made)
-    except BaseException:  # layers that were made have frozen the weights they share
+    except BaseException:  # the layers created so far have frozen the weights that they share
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
 
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put `new[module]` wherever `module` hangs in `model`, under every name it has, or nowhere."""
+    """Replace each `module` by `new[module]` under every name that it has in `model`, or none."""
     done: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if module in new:
                 parent, _, child = name.rpartition(".")
                 owner = model.get_submodule(parent)
-                if owner is not new[module]:  # which keeps what it stands for
+                if owner is not new[module]:  # the replacement keeps the module that it replaces
                     setattr(owner, child, new[module])
                     done.append((owner, child, module))
     except BaseException:

@@ -1,4 +1,4 @@
-"""Adapters that are disabled for a while, in the thread or asyncio task that asked for it alone."""
+"""Disabling adapters temporarily, only in the thread or asyncio task that asks for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _off: ContextVar[frozenset[Any]] = ContextVar("fastbound_disabled", default=froz
 
 @contextmanager
 def disabled(layers: Iterable[Any]) -> Iterator[None]:
-    """Inside it the layers' adapters do not run; nests."""
+    """Within this context the layers' adapters do not run. Contexts can be nested."""
     chosen = frozenset(layers)
     token = _off.set(_off.get() | chosen)
     _count(chosen, 1)
@@ -28,10 +28,11 @@ def disabled(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def disabled_here(layer: Any) -> bool:
-    """Whether a layer that someone disabled is disabled for this call.
+    """Whether the adapter of a layer that some thread disabled is disabled in this call, too.
 
-    Threads that work for another one are counted to it: autograd's, which run the forward of a
-    checkpoint again, and those of nn.DataParallel. So is a compiled forward, which cannot ask.
+    It is so in threads that work on behalf of another one: autograd's, which rerun the forward of a
+    checkpoint, and those of nn.DataParallel. It is also so in a compiled forward, which cannot tell
+    which thread it runs in.
     """
     if torch.compiler.is_compiling() or "_is_replica" in layer.__dict__:
         return True

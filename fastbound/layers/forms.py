@@ -1,12 +1,12 @@
-"""What an MLP block computes, read from the source of its forward: nothing goes by a name alone.
+"""What an MLP block computes, read from the source of its forward, never from its name alone.
 
-Three forms are known, whatever the parts are called and however the lines are cut:
+Three forms are known, whatever the parts are called and however the code is split into lines:
 
     gated    down(act(gate(x)) * up(x))
-    packed   the same, gate and up being the halves of one projection's output
+    packed   the same, with gate and up as the two halves of one projection's output
     plain    down(act(up(x)))
 
-and modules applied to the result, such as a dropout, may follow.
+Modules applied to the result, such as a dropout, may follow.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-# An activation that is a module, by where its exact class is defined: no subclass, and transformers
-# is not imported. GELUTanh was PytorchGELUTanh before transformers 5.
+# Activation modules by the module and name of their exact class (subclasses do not count), so that
+# transformers need not be imported. GELUTanh was PytorchGELUTanh before transformers 5.
 _MODULES = {
     ("torch.nn.modules.activation", "SiLU"): "silu",
     ("torch.nn.modules.activation", "ReLU"): "relu",
@@ -40,13 +40,13 @@ _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 
 @dataclass(frozen=True)
 class Form:
-    """The parts of a block by their names in it.
+    """The attribute names of a block's parts.
 
     Attributes:
-        up, down: the first and the last projection; a packed block's `up` makes gate and up.
-        gate: None for a plain block, and for a packed one the same name as `up`.
+        up, down: the first and the last projection; a packed block's `up` computes gate and up.
+        gate: None for a plain block; the same name as `up` for a packed block.
         activation: the activation.
-        after: what is applied to the result, in order.
+        after: the modules applied to the result, in order.
     """
 
     up: str
@@ -57,7 +57,7 @@ class Form:
 
     @property
     def packed(self) -> bool:
-        """Whether one projection makes gate and up."""
+        """Whether one projection computes both gate and up."""
         return self.gate == self.up
 
     @property
@@ -78,7 +78,7 @@ class Form:
 
 
 class UnknownForm(ValueError):
-    """The forward is of no form that is known; the message says where it leaves them."""
+    """The forward has no known form; the message says where it differs."""
 
 
 def form_of(block: nn.Module) -> Form:
@@ -109,7 +109,7 @@ def read_form(forward: Callable[..., Any]) -> Form:
 
 
 def activation_name(activation: object) -> str | None:
-    """`silu`, `gelu`, `gelu_tanh` or `relu`; None for what is not surely one of them."""
+    """`silu`, `gelu`, `gelu_tanh` or `relu`; None if it cannot be told to be one of them."""
     if not isinstance(activation, nn.Module):
         return next((name for known, name in _FUNCTIONS.items() if activation is known), None)
     kind = type(activation)
@@ -125,19 +125,19 @@ _Expression = tuple[Any, ...]
 
 def _definition(forward: Callable[..., Any]) -> ast.FunctionDef:
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-        raise UnknownForm("it is wrapped")  # the source found would be that of the wrapped one
+        raise UnknownForm("it is wrapped")  # inspect would find the source of the wrapped function
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, SyntaxError) as error:  # made at run time, or part of a larger line
         raise UnknownForm(f"its source cannot be read ({error})") from None
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
-        raise UnknownForm("it is decorated or no plain function")
+        raise UnknownForm("it is decorated or not a plain function")
     return definition
 
 
 def _evaluate(definition: ast.FunctionDef) -> _Expression:
-    """What straight-line code returns, every local name replaced by what it stands for."""
+    """The expression that straight-line code returns, with local names substituted."""
     arguments = definition.args
     names = [argument.arg for argument in arguments.args]
     if len(names) != 2 or arguments.posonlyargs or arguments.kwonlyargs or arguments.defaults:
@@ -189,7 +189,7 @@ def _expression(node: ast.expr, module: str, values: dict[str, _Expression]) -> 
 
 
 def _match(expression: _Expression) -> Form:
-    """The form that an expression has."""
+    """The form of an expression. Raises `UnknownForm`."""
     calls: list[str] = []  # outermost first
     while expression[0] == "call":
         calls.append(expression[1])

@@ -19,40 +19,40 @@ if TYPE_CHECKING:
 
 
 class FusedBoundedLinear(nn.Module, Adapted):
-    """``y = x (W + ΔW)ᵀ + b`` with W and b frozen, and ΔW of A and B, which are trained.
+    """``y = x (W + ΔW)ᵀ + b`` with W and b frozen, and ΔW made of the trained factors A and B.
 
         factors    ΔW = s · sin(ωB) sin(ωA)    s = bound / rank    ω = sqrt(alpha / bound)
         product    ΔW = s · sin(ω·B A)         s = bound           ω = alpha / (rank · bound)
 
-    Near zero the adapter is LoRA with slope alpha / rank, and |ΔW_ij| <= bound whatever the
-    optimiser does.
+    Near zero the adapter behaves as LoRA with slope alpha / rank, and |ΔW_ij| <= bound whatever
+    the optimiser does.
 
     Args:
         in_features, out_features: K and N.
         rank: r >= 1.
         alpha: None means ``rank``.
-        bound: a positive number; None means ``alpha`` (ω = 1, s = alpha / rank); "0.5*spectral"
-            0.5 σ₁(W) / sqrt(NK) of this layer's weight, so that ‖ΔW‖_F <= 0.5 ‖W‖₂; "2*rms" twice
-            its root mean square; any other multiple likewise; "auto", the default of
+        bound: a positive number, or one of these: None means ``alpha``; "0.5*spectral" means
+            0.5 σ₁(W) / sqrt(NK) of this layer's weight, so that ‖ΔW‖_F <= 0.5 ‖W‖₂; "2*rms" means
+            twice the weight's root mean square; other multiples work alike; "auto", the default of
             :meth:`from_linear`, means "0.5*spectral". A new layer's default is None, since the
             weight that it draws is not the one it will have.
-        dropout: p of the dropout of x before A, in training; see :class:`BoundedAdapter`.
+        dropout: probability of the dropout of x before A in training; see :class:`BoundedAdapter`.
         bias: whether the frozen layer has a bias.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
         adapter_dtype: of A and B, independent of ``dtype``.
         backend: see :func:`fastbound.bounded_linear`.
         form: "factors" or "product".
-        omega: ω in alpha's place; ``bound`` None then means 1.
+        omega: ω instead of alpha; ``bound=None`` then means 1.
 
-    A new layer draws its weight as ``nn.Linear`` does; :meth:`from_linear` adopts an existing one.
-    ``weight`` keeps the layout of the layer it came from: [N, K], or [K, N] when it was a
-    transformers ``Conv1D`` (then ``fan_in_fan_out`` is True).
+    A new layer initialises its weight as ``nn.Linear`` does; :meth:`from_linear` adopts an existing
+    layer. ``weight`` keeps the layout of that layer: [N, K], or [K, N] for a transformers
+    ``Conv1D`` (then ``fan_in_fan_out`` is True).
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     adapter: BoundedAdapter
-    disablers: int = 0  # how many contexts of fastbound.disable_adapter it is in, of all threads
+    disablers: int = 0  # number of open fastbound.disable_adapter contexts, over all threads
 
     def __init__(
         self,
@@ -92,12 +92,12 @@ class FusedBoundedLinear(nn.Module, Adapted):
         form: str = "factors",
         omega: float | None = None,
     ) -> Self:
-        """Adopt an ``nn.Linear`` or transformers ``Conv1D``: the same parameters, frozen, no copy.
+        """Adopt an ``nn.Linear`` or transformers ``Conv1D``: share its parameters, frozen.
 
-        :class:`BoundedOverBase` adopts subclasses of ``nn.Linear``, too, and calls them.
+        :class:`BoundedOverBase` also takes subclasses of ``nn.Linear``, and calls them.
 
-        Raises TypeError for any other class (subclasses may compute something else), ValueError for
-        settings out of range or a weight that the operator cannot read.
+        Raises TypeError for any other class, because subclasses may compute something else, and
+        ValueError for settings out of range or a weight that the operator cannot read.
         """
         settings = adapter_settings(
             rank, alpha, bound, dropout, adapter_dtype, backend, form, omega
@@ -106,7 +106,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
 
     @classmethod
     def with_settings(cls, layer: nn.Module, settings: AdapterSettings) -> Self:
-        """:meth:`from_linear`, its keywords as one object."""
+        """:meth:`from_linear`, with its keywords as one object."""
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
         adopted._adopt(layer, settings)
@@ -129,7 +129,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
         self.fan_in_fan_out = is_conv1d(layer)
         self.out_features, self.in_features = weight_shape(layer)
         self._make_adapter(settings.for_weight(weight), weight.device)
-        # Frozen last: a layer that is refused above is left as it was.
+        # Freeze last, so that a layer refused above is left as it was.
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
@@ -147,7 +147,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
 
     @property
     def alpha(self) -> float:
-        """alpha / rank is the slope of ΔW at zero, as in LoRA."""
+        """LoRA's alpha: alpha / rank is the slope of ΔW at zero."""
         return self.adapter.alpha
 
     @property
@@ -182,11 +182,11 @@ class FusedBoundedLinear(nn.Module, Adapted):
         return self.adapter(x, self._weight(), self.bias)
 
     def running(self) -> list[BoundedAdapter]:
-        """The adapter, or nothing where it is disabled."""
+        """The adapter, or an empty list if it is disabled."""
         return [self.adapter] if self.enabled else []
 
     def obstacle(self, gathered: bool = False) -> str | None:
-        """A disabled adapter, or a subclass, which may compute something else."""
+        """Names a disabled adapter, or a subclass, which may compute something else."""
         kind = type(self)
         if not self.enabled:
             return "has its adapter disabled"
@@ -200,9 +200,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
     def to_linear(self, merge: bool = True) -> nn.Module:
         """A plain layer of the original class.
 
-        ``merge=True``: a new weight W + ΔW, added in fp32 and rounded once. ``merge=False``: the
-        frozen weight itself, shared, without the adapter. Raises ValueError where
-        :meth:`merge_obstacle` finds one.
+        With ``merge=True`` it has a new weight W + ΔW, added in fp32 and rounded once. With
+        ``merge=False`` it shares the frozen weight and drops the adapter. Raises ValueError if
+        :meth:`merge_obstacle` returns a reason.
         """
         if merge:
             self._check_merge()
@@ -213,9 +213,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
 
     @torch.no_grad()
     def merge_obstacle(self) -> str | None:
-        """Why ΔW cannot go into the weight, with the remedy; None where it can.
+        """Why ΔW cannot be merged into the weight, with the remedy; None if it can.
 
-        A sum that is not finite is one: fp16 ends at 65504.
+        One such reason is a sum that is not finite: the largest fp16 number is 65504.
         """
         for name, factor in (("A", self.adapter.A), ("B", self.adapter.B)):
             if not factor.isfinite().all():
@@ -227,7 +227,7 @@ class FusedBoundedLinear(nn.Module, Adapted):
         largest = torch.linalg.vector_norm(weight, math.inf).item() if weight.numel() else 0.0
         if not largest < math.inf:
             return "its weight itself holds a NaN or an infinity: load the base model again"
-        # Most often the bound answers for every entry.
+        # Usually the bound alone shows that every entry is finite.
         if largest + self.bound <= 0.999 * torch.finfo(weight.dtype).max:
             return None
         if self._merged_weight().isfinite().all():

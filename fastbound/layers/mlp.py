@@ -21,7 +21,7 @@ from fastbound.truth.formula import Projection
 
 @dataclass(frozen=True)
 class Fusion:
-    """What a fused block was: its class, and the form of that class's forward."""
+    """What a block was before fusing: its class, and the form of that class's forward."""
 
     block_class: type[nn.Module]
     form: Form
@@ -30,26 +30,27 @@ class Fusion:
 class FusedBoundedMLP(nn.Module):
     """``down(f(gate(x)) * up(x))`` or ``down(f(up(x)))`` as one operator, any projections adapted.
 
-    It holds everything that the block it stands for held, under the same names: the projections
-    (`FusedBoundedLinear` where adapted, else the plain layers), the activation, a dropout behind,
-    other attributes. Parameters, state-dict keys and adapter files are those of the block with its
-    layers adapted one by one.
+    It has everything that the original block had, under the same names: the projections
+    (`FusedBoundedLinear` if adapted, otherwise the plain layers), the activation, a dropout on the
+    result, and other attributes. Parameters, state-dict keys and adapter files are the same as for
+    the block with its layers adapted one by one.
 
-    Where something other than plain layers has to run, a projection with hooks, one that was
-    replaced, quantised, sharded on its own or is to be trained whole, an activation that was
-    exchanged, hooks on all modules (`register_module_forward_hook`), and in training adapter
-    dropout, the forward of the original class runs instead, layer by layer. :meth:`obstacle` names
-    the reason, and so does ``fastbound.explain``.
+    The forward of the original class runs instead, layer by layer, if the parts cannot run as one
+    operator: a projection has hooks, was replaced, is quantised, sharded on its own or trained
+    itself; the activation was replaced; hooks are set on all modules
+    (`register_module_forward_hook`); or, in training, there is adapter dropout. :meth:`obstacle`
+    and ``fastbound.explain`` name the reason.
 
     Parameters are read in this module's forward: a wrapper that gathers them must take this module
     or one around it as its unit (``fully_shard(block)`` or ``fully_shard(decoder_layer)``).
 
     Args:
-        mlp: a block of a known form, at least one of its projections a `FusedBoundedLinear`. It
-            shares its parts with the new module and is best dropped.
-        recompute: None, or "gate_up" to save x alone and run the first GEMMs again in backward.
+        mlp: a block of a known form with at least one `FusedBoundedLinear` as a projection. It
+            shares its parts with the new module and should not be used afterwards.
+        recompute: None, or "gate_up" to save only x for backward and run the first GEMMs again
+            there.
 
-    Raises TypeError for a block that is fused already or of no known form, and ValueError for one
+    Raises TypeError for a block that is already fused or has no known form, and ValueError for one
     whose parts cannot run as one operator.
     """
 
@@ -82,18 +83,19 @@ class FusedBoundedMLP(nn.Module):
         omega: float | None = None,
         recompute: str | None = None,
     ) -> FusedBoundedMLP:
-        """Adopt a plain block: the same parameters, frozen, no copy, and new adapters.
+        """Adopt a plain block: share its parameters, freeze them and add new adapters.
 
-        ``targets`` names the projections to adapt, None all of them; the rest is as for
-        `FusedBoundedLinear`, each projection with its own "auto" bound. When this raises, ``mlp``
-        is as it was.
+        ``targets`` names the projections to adapt; None means all of them. The other arguments are
+        those of `FusedBoundedLinear`; a bound such as "auto" is computed for each projection from
+        its own weight. Raises as the class does, and ValueError for unknown targets or settings out
+        of range; ``mlp`` is then unchanged.
         """
         block = _checked_form(mlp, recompute)
         chosen = block.projections if targets is None else tuple(targets)
         unknown = [name for name in chosen if name not in block.projections]
         if unknown or not chosen or isinstance(targets, str):
             raise ValueError(
-                f"targets must name some of the projections {', '.join(block.projections)}, "
+                f"targets must be a list of projections, out of {', '.join(block.projections)}; "
                 f"got {targets!r}"
             )
         reason = parts_obstacle(mlp, block, plain=True)
@@ -107,18 +109,18 @@ class FusedBoundedMLP(nn.Module):
         convert(adapted, dict.fromkeys(chosen, settings))
         try:
             return cls(adapted, recompute=recompute)
-        except ValueError:  # a rank that the block's kernels do not take
+        except ValueError:  # such as a rank too large for the block's kernels
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
 
     def obstacle(self, gathered: bool = False) -> str | None:
-        """Why the layers run one by one, or None where the block runs as one operator.
+        """Why the layers run one by one, or None if the block runs as one operator.
 
-        ``gathered`` asks for the time of a forward, when a unit of FSDP2 has gathered its DTensors.
+        ``gathered`` asks about the time of a forward, when FSDP2 has gathered its DTensors.
         """
         if hooked_everywhere():
-            return "hooks are set on all modules, and must see its projections called"
+            return "hooks are set on all modules, so that its projections must be called"
         reason = parts_obstacle(self, self.fusion.form, gathered=gathered)
         if reason is not None:
             return reason
@@ -155,10 +157,10 @@ class FusedBoundedMLP(nn.Module):
 
     @torch.no_grad()
     def to_mlp(self, merge: bool = True) -> nn.Module:
-        """A block of the original class with plain projections, and everything else as it is here.
+        """A block of the original class with plain projections and everything else as it is here.
 
-        ``merge`` as for `FusedBoundedLinear.to_linear`, and so is what is raised, which names the
-        projection.
+        ``merge`` means the same as for `FusedBoundedLinear.to_linear`, and the same errors are
+        raised; they name the projection.
         """
         state = _shell(self)
         for name in ("fusion", "recompute", "_compiled_call_impl"):
@@ -194,7 +196,7 @@ class FusedBoundedMLP(nn.Module):
 
 
 def obstacle(block: nn.Module, gathered: bool = False) -> str | None:
-    """Why a block does not run as one operator, or why it cannot; None where nothing stands so."""
+    """Why a block does not or cannot run as one operator; None if it does or can."""
     if isinstance(block, FusedBoundedMLP):
         return block.obstacle(gathered)
     try:
@@ -208,7 +210,7 @@ def _checked_form(mlp: nn.Module, recompute: str | None) -> Form:
         raise ValueError(f'unknown recompute {recompute!r}: choose None or "gate_up"')
     if isinstance(mlp, FusedBoundedMLP):
         raise TypeError(
-            f"the {mlp.fusion.block_class.__name__} is fused already: call to_mlp() first"
+            f"the {mlp.fusion.block_class.__name__} is already fused: call to_mlp() first"
         )
     try:
         return _readable_form(mlp)
@@ -217,27 +219,27 @@ def _checked_form(mlp: nn.Module, recompute: str | None) -> Form:
 
 
 def _readable_form(block: nn.Module) -> Form:
-    """The form of a block that a fused one can take the place of. Raises UnknownForm."""
+    """The form of a block that a fused one can replace. Raises UnknownForm."""
     form = form_of(block)
     if hooked(block):
         raise UnknownForm("has forward or backward hooks, which a replacement would lose")
     if block._compiled_call_impl is not None:
-        raise UnknownForm("was compiled in place: compile after fusing")
+        raise UnknownForm("was compiled in place: compile it after fusing")
     missing = [n for n in (*form.projections, *form.after) if block._modules.get(n) is None]
     if missing:
-        raise UnknownForm(f"its {missing[0]} is no module")
+        raise UnknownForm(f"its {missing[0]} is not a module")
     return form
 
 
 def _halves(packed: Projection) -> tuple[Projection, Projection]:
-    """gate and up of a packed projection: views of weight, bias and B, and the same A."""
+    """gate and up of a packed projection: views of its weight, bias and B, and the same A."""
     N = packed.weight.shape[0] // 2
     rows = (slice(0, N), slice(N, 2 * N))
     gate, up = (
         packed._replace(
             weight=packed.weight[half],
             bias=None if packed.bias is None else packed.bias[half],
-            # A view, too: torch.compile takes no tensor twice into one autograd.Function.
+            # Also a view: torch.compile does not take one tensor twice in an autograd.Function.
             A=None if packed.A is None else packed.A.view_as(packed.A),
             B=None if packed.B is None else packed.B[half],
         )
@@ -247,7 +249,7 @@ def _halves(packed: Projection) -> tuple[Projection, Projection]:
 
 
 def _shell(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with registries of their own: children can be exchanged."""
+    """A copy of a module's attributes and registries, so that children can be replaced."""
     state = dict(vars(module))
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         state[name] = state[name].copy()

@@ -1,4 +1,4 @@
-"""BoundedOverBase: the adapter over a layer that has to compute x Wᵀ itself."""
+"""BoundedOverBase: the adapter on top of a layer that has to compute x Wᵀ itself."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from fastbound.layers.settings import AdapterSettings
 
 
 class BoundedOverBase(FusedBoundedLinear):
-    """``y = base_layer(x) + x ΔWᵀ``: the adapter's term goes into the base's output.
+    """``y = base_layer(x) + x ΔWᵀ``: the adapter's term is added to the base layer's output.
 
-    For a base whose weight the operator cannot read as numbers (quantised, offloaded) or whose call
-    does more than x Wᵀ + b (a subclass, hooks, a weight made anew in each call). ``base_layer`` is
-    the layer as it was, frozen, and is called as it was: hooks on it see its own output, without
-    the adapter.
+    This is for a base whose weight the operator cannot read (quantised, offloaded) or whose call
+    does more than x Wᵀ + b (a subclass, hooks, a weight recomputed in each call). ``base_layer`` is
+    the original layer, frozen but otherwise unchanged: hooks on it see its own output, without the
+    adapter's term.
 
-    :meth:`from_linear` takes any ``nn.Linear``, its subclasses, or a transformers ``Conv1D``. A
-    bound in multiples of RMS(W) reads the weight once: dequantised, or brought in where it is
-    offloaded. TypeError is raised for another class, ValueError for settings out of range, for
-    backend="fused", and for such a bound over a weight that cannot be read.
+    :meth:`from_linear` takes an ``nn.Linear``, one of its subclasses or a transformers ``Conv1D``.
+    A bound in units of the weight ("2*rms", "0.5*spectral") reads the weight once, dequantising or
+    loading it for that. Raises TypeError for any other class, and ValueError for settings out of
+    range, for backend="fused", and for such a bound if the weight cannot be read.
 
     ``reason`` says why the base is called, as in ``fastbound.explain``: "base is Linear4bit".
     """
@@ -52,21 +52,21 @@ class BoundedOverBase(FusedBoundedLinear):
             )
         if settings.backend == "fused":
             raise ValueError(
-                f'backend="fused" cannot run over a {type(layer).__name__}, which computes x Wᵀ '
-                'itself: use "auto"'
+                f'backend="fused" cannot be used with a {type(layer).__name__}, which computes '
+                'x Wᵀ itself: use "auto"'
             )
         self.reason = over_reason(layer) or "base is to be called"
         self.fan_in_fan_out = is_conv1d(layer)
         self.out_features, self.in_features = features(layer)
         self._make_adapter(_for_weight(settings, layer), _device(layer))
-        # Frozen last: a layer that is refused above is left as it was.
+        # Freeze last, so that a layer refused above is left as it was.
         layer.requires_grad_(False)
         self.base_layer = layer
 
-    # Where other code looks for a linear layer's dtype or device; never read here.
+    # For other code that asks a linear layer for its dtype or device; never read here.
     @property
     def weight(self) -> Any:  # type: ignore[override]
-        """The base's weight, as the base holds it."""
+        """The base's weight, in the form in which the base stores it."""
         return self.base_layer.weight
 
     @property
@@ -77,21 +77,21 @@ class BoundedOverBase(FusedBoundedLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of the base's output; the base gets all arguments.
 
-        Raises RuntimeError where x is to have a gradient and the base cuts it off, TypeError where
-        the base returns something else than a tensor.
+        Raises RuntimeError if x requires a gradient and the base does not pass one on, and
+        TypeError if the base returns something other than a tensor.
         """
         result = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return cast(Tensor, result)
         check_result(self.base_layer, x, result)
-        # A base that may have kept its output must not find the term added to it.
+        # If the base may have kept its output, the term must not be added to it in place.
         return self.adapter.add_to(result, x, give_up=keeps_no_output(self.base_layer))
 
     @torch.no_grad()
     def to_linear(self, merge: bool = True) -> nn.Module:
-        """The base layer; ``merge=True``: a copy of it with the weight W + ΔW.
+        """The base layer, or with ``merge=True`` a copy of it with the weight W + ΔW.
 
-        Raises ValueError, naming the remedy, where ``merge_obstacle`` finds one.
+        Raises ValueError, naming the remedy, if :meth:`merge_obstacle` returns a reason.
         """
         if not merge:
             return self.base_layer
@@ -101,11 +101,14 @@ class BoundedOverBase(FusedBoundedLinear):
         return merged.train(self.training)
 
     def merge_obstacle(self) -> str | None:
-        """Why ΔW cannot go into the base's weight, with the remedy; None where it can."""
+        """Why ΔW cannot be merged into the base's weight, with the remedy; None if it can."""
         base = self.base_layer
         kind = type(base).__name__
         if offloaded(base):
-            return "its base is offloaded: load the model whole, then the adapter, and merge that"
+            return (
+                "its base is offloaded: load the model without offloading, load the adapter into "
+                "it, and merge there"
+            )
         if parametrize.is_parametrized(base):
             return (
                 f"the weight of its base, a {kind}, is made by a parametrization: call "
@@ -114,24 +117,24 @@ class BoundedOverBase(FusedBoundedLinear):
         made = weight_hooks(base)
         if made:
             return (
-                f"the weight of its base is made in each call by {type(made[0]).__name__}: take "
-                "that off layer.base_layer with torch.nn.utils first"
+                f"the weight of its base is recomputed in each call by {type(made[0]).__name__}: "
+                "remove that from layer.base_layer with torch.nn.utils first"
             )
         if base._forward_hooks:
             return (
                 "forward hooks of its base see the base's output without ΔW, and may change it: "
-                "take them off layer.base_layer"
+                "remove them from layer.base_layer"
             )
         quantised = is_quantised(base)
         if quantised is not None:
             return (
-                f"{quantised}, and a ΔW below its steps would be rounded away: save the adapter, "
-                "load it onto the model in a floating dtype, and merge that"
+                f"{quantised}, and a ΔW smaller than its steps would be rounded away: save the "
+                "adapter, load it into the model in a floating dtype, and merge there"
             )
         if type(base).forward is not nn.Linear.forward and not is_conv1d(base):
             return (
-                f"its base is a {kind} with a forward of its own, which need not be x Wᵀ: "
-                "keep the adapter beside it"
+                f"its base is a {kind} with a forward of its own, which may not compute x Wᵀ: "
+                "keep the adapter separate"
             )
         return super().merge_obstacle()
 
@@ -140,16 +143,16 @@ class BoundedOverBase(FusedBoundedLinear):
 
 
 def check_result(base: nn.Module, x: Tensor, result: Any) -> None:
-    """Raise where a low-rank term of x cannot be added to what the base made of x.
+    """Raise if a low-rank term of x cannot be added to the base's result for x.
 
-    TypeError for a result that is no tensor; RuntimeError where x is to have a gradient and the
-    result has no way back to it (bitsandbytes' packed weights only warn in backward).
+    Raises TypeError if the result is not a tensor, and RuntimeError if x requires a gradient but
+    the result is not connected to it (bitsandbytes' packed weights only warn, in backward).
     """
     kind = type(base).__name__
     if not isinstance(result, Tensor):
         raise TypeError(
-            f"the base, a {kind}, returns a {type(result).__name__} and not a tensor, to which "
-            "nothing can be added: leave the layer out of target_modules"
+            f"the base, a {kind}, returns a {type(result).__name__}, not a tensor, so that "
+            "nothing can be added to it: leave the layer out of target_modules"
         )
     if not (x.requires_grad and torch.is_grad_enabled()):
         return
@@ -158,14 +161,14 @@ def check_result(base: nn.Module, x: Tensor, result: Any) -> None:
         not result.requires_grad and type(base).__module__.startswith("bitsandbytes.")
     ):
         raise RuntimeError(
-            f"the base, a {kind}, gives x no gradient. bitsandbytes does so on the "
-            "CPU after a 4-bit layer's first call in eval mode, when it repacks the weight for "
-            "inference: load the model again and call model.train() before use"
+            f"the base, a {kind}, gives x no gradient. On the CPU bitsandbytes repacks the weight "
+            "of a 4-bit layer for inference when it is first called in eval mode: load the model "
+            "again and call model.train() before the first call"
         )
     if not result.requires_grad:
         raise RuntimeError(
-            f"the base, a {kind}, gives x no gradient: its forward detaches x or runs without "
-            "gradients. Give it an x that requires none, or leave the layer out of target_modules"
+            f"the base, a {kind}, gives x no gradient: its forward detaches x or runs under "
+            "no_grad. Pass an x that requires no gradient, or leave the layer out of target_modules"
         )
 
 
@@ -176,7 +179,7 @@ def _device(layer: Any) -> torch.device:
 
 
 def _for_weight(settings: AdapterSettings, layer: Any) -> AdapterSettings:
-    """With a bound that is a number: the weight dequantised or brought in for this one reading."""
+    """The settings with the bound as a number; dequantises or loads the weight to read it once."""
     bound = settings.bound
     if not isinstance(bound, str):
         return settings
@@ -191,6 +194,6 @@ def _for_weight(settings: AdapterSettings, layer: Any) -> AdapterSettings:
             raise ValueError(
                 f'bound="{bound}" cannot read the {weight.dtype} weight of a '
                 f"{type(layer).__name__}: "
-                "give bound a number"
+                "give the bound as a number"
             )
         return settings.for_weight(weight)

@@ -27,9 +27,9 @@ def adapted_parts(block: nn.Module, form: Form) -> dict[str, Adapted]:
 def parts_obstacle(
     block: nn.Module, form: Form, plain: bool = False, gathered: bool = False
 ) -> str | None:
-    """Why these parts cannot run as one operator: looked at in every forward, so kept cheap.
+    """Why these parts cannot run as one operator, or None; cheap, as every forward asks.
 
-    ``plain`` leaves out what adapting is going to change: frozen weights, and the adapters.
+    ``plain`` skips what adapting is going to change: whether weights are frozen, and the adapters.
     """
     layers: dict[str, Any] = {name: block._modules[name] for name in form.projections}
     for name, layer in layers.items():
@@ -40,7 +40,7 @@ def parts_obstacle(
     if activation_name(activation) is None:
         return (
             f"its {form.activation} is {_described(activation)}: "
-            f"the activations known are {', '.join(ACTIVATIONS)}"
+            f"the supported activations are {', '.join(ACTIVATIONS)}"
         )
     if isinstance(activation, nn.Module) and is_watched(activation):
         return f"its {form.activation} has hooks or a forward of its own"
@@ -65,10 +65,13 @@ def parts_obstacle(
     if len(forms) > 1:
         return "its projections have adapters of different forms"
     if forms == {"product"}:
-        return None  # whose rank no kernel of a block depends on
+        return None  # no kernel of a block depends on the rank in this form
     triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
     if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
-        return f"rank {rank}: a block's kernels take up to {MAX_BLOCK_RANK}, a layer's more"
+        return (
+            f"rank {rank} is above {MAX_BLOCK_RANK}, the largest that the kernels of a block take; "
+            "those of a single layer take more"
+        )
     return None
 
 
@@ -82,7 +85,7 @@ def _layer_obstacle(layer: Any, plain: bool, gathered: bool) -> str | None:
         adapter, tensors = layer.adapter, {"weight": layer.weight, "bias": layer.bias}
         if adapter is not None:
             if type(adapter) not in (BoundedAdapter, NamedAdapter):
-                return f"has a {type(adapter).__name__} for adapter"
+                return f"has a {type(adapter).__name__} as its adapter"
             if is_watched(adapter):
                 return "has an adapter with hooks or a forward of its own"
             tensors = {"A": adapter.A, "B": adapter.B, **tensors}
@@ -91,13 +94,13 @@ def _layer_obstacle(layer: Any, plain: bool, gathered: bool) -> str | None:
     else:
         return f"is a {type(layer).__name__}"
     if is_watched(layer):
-        return "has hooks or a forward of its own, which must see it called"
+        return "has hooks or a forward of its own, so that it must be called"
     reason = tensor_obstacle(tensors, gathered)
     if reason is not None:
         return reason
     for name in ("weight", "bias"):
         if tensors[name] is not None and tensors[name].requires_grad and not plain:
-            return f"trains its {name}, for which the operator has no gradient"
+            return f"trains its {name}, for which the operator computes no gradient"
     return None
 
 
@@ -105,13 +108,13 @@ def _sizes_obstacle(layers: dict[str, Any], form: Form) -> str | None:
     (made, width), (_, taken) = (weight_shape(layers[name]) for name in (form.up, form.down))
     if form.packed:
         if made != 2 * taken:
-            return f"its {form.up} makes {made} features, and {form.down} takes half of {2 * taken}"
+            return f"its {form.up} has {made} outputs, but {form.down} needs it to have {2 * taken}"
         return None
     if form.gate is not None and weight_shape(layers[form.gate]) != (made, width):
         N, K = weight_shape(layers[form.gate])
         return f"its {form.gate} [K {K}, N {N}] and {form.up} [K {width}, N {made}] differ in size"
     if made != taken:
-        return f"its {form.up} makes {made} features, and {form.down} takes {taken}"
+        return f"its {form.up} has {made} outputs, but {form.down} takes {taken} inputs"
     return None
 
 

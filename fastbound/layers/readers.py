@@ -1,11 +1,11 @@
-"""Who reads a layer's weight itself instead of calling the layer: an adapter there never runs.
+"""Modules that read a layer's weight instead of calling the layer: an adapter there would not run.
 
-Told from the source of the forward of every module around the layer, and of the methods that it
-reaches: `self.out_proj.weight` in `nn.MultiheadAttention`, `self.dt_proj.weight` in Mamba's mixer,
-`self.linear1.weight` in the fast path of `nn.TransformerEncoderLayer`. Where the source cannot be
-read, or hands the layer on to another function, nothing is known and nothing is refused. A branch
-that the module's own settings rule out does not count, nor one for an argument that is None by
-default.
+They are found in the source of the forward of every module around the layer, and of the methods
+that it calls: `self.out_proj.weight` in `nn.MultiheadAttention`, `self.dt_proj.weight` in Mamba's
+mixer, `self.linear1.weight` in the fast path of `nn.TransformerEncoderLayer`. If the source cannot
+be read, or passes the layer on to another function, nothing is known and the layer is not refused.
+Branches that the module's own settings rule out do not count, nor do those for an argument that is
+None by default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-# What does not depend on the weight's values, such as x.to(self.wo.weight.dtype).
+# Uses that do not depend on the weight's values, such as x.to(self.wo.weight.dtype).
 _ABOUT = {
     *("dtype", "device", "shape", "ndim", "size", "dim", "numel", "stride", "layout", "type"),
     *("requires_grad", "grad", "is_meta", "is_floating_point", "is_complex", "is_cuda"),
@@ -27,7 +27,7 @@ _ABOUT = {
 }
 _ASKING = ("isinstance", "hasattr", "type", "id")
 
-_Path = tuple[str, ...]  # from self on; "*" is any one part, as in self.layers[i]
+_Path = tuple[str, ...]  # attribute names below self; "*" is any one of them, as in self.layers[i]
 
 
 class _Branch(NamedTuple):
@@ -38,14 +38,14 @@ class _Branch(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A layer whose weight is read, and the tests around that."""
+    """A layer whose weight is read, and the tests that this read depends on."""
 
     layer: _Path
     branches: tuple[_Branch, ...]
 
 
 def weight_reader(model: nn.Module, name: str) -> str | None:
-    """Why an adapter on the named layer would not run, as a predicate; None where it would."""
+    """Why an adapter on the named layer would not always run, as a predicate; None if it would."""
     layer = model.get_submodule(name)
     for each, module in model.named_modules(remove_duplicate=False):
         if module is not layer:
@@ -60,7 +60,7 @@ def weight_reader(model: nn.Module, name: str) -> str | None:
             ):
                 return (
                     f"has its weight read by the {kind.__name__} around it, which does not always "
-                    "call it: an adapter there would be left out"
+                    "call the layer: an adapter on it would be skipped"
                 )
     return None
 
@@ -97,7 +97,7 @@ def weights_read(kind: type[nn.Module]) -> frozenset[_Read]:
 
 
 def _definitions(kind: type[nn.Module], name: str) -> Iterator[ast.FunctionDef]:
-    """What runs under that name: the class's own, and as long as it says super(), the next."""
+    """The methods that run under that name: the class's own and, if it uses super(), the next."""
     for each in kind.__mro__:
         if each is nn.Module:
             return
@@ -116,21 +116,21 @@ def _definitions(kind: type[nn.Module], name: str) -> Iterator[ast.FunctionDef]:
 
 
 def _source_of(member: Any) -> Any:
-    """The function behind a method or property, or None."""
+    """The function behind a method or property, or None if there is none."""
     function = member.fget if isinstance(member, property) else member
     function = inspect.unwrap(function) if callable(function) else None
     return function if inspect.isfunction(function) else None
 
 
 class _Reading:
-    """What one method reads: `weights`, the layers whose weight it takes; `own`, names of self."""
+    """What one method reads: layers' weights (`weights`) and attributes of self (`own`)."""
 
     def __init__(self, definition: ast.FunctionDef) -> None:
         arguments = [*definition.args.posonlyargs, *definition.args.args]
         self.names: dict[str, _Path] = {arguments[0].arg: ()} if arguments else {}
         self.absent = _none_by_default(definition)
         nodes = list(ast.walk(definition))
-        for _ in range(2):  # a local name may stand for a part through another local name
+        for _ in range(2):  # a local name may refer to a part through another local name
             for node in nodes:
                 self._keep_name(node)
         self.own: set[str] = set()
@@ -140,7 +140,7 @@ class _Reading:
     def _visit(self, node: ast.AST, branches: tuple[_Branch, ...]) -> None:
         if isinstance(node, ast.If | ast.IfExp):
             self._visit(node.test, branches)
-            # `a and b` is false where either is known to be, and true only where both are.
+            # In the body of `if a and b` both are true; in its else only `a and b` is known.
             match node.test:
                 case ast.BoolOp(op=ast.And(), values=tests):
                     pass
@@ -166,7 +166,7 @@ class _Reading:
                 self._visit(child, branches)
 
     def _test(self, test: ast.expr) -> str | None:
-        """A test over plain attributes of self and arguments that are None; else None: unknown."""
+        """The test as source if it uses only attributes of self and None arguments, else None."""
         test = _Filled(self.absent, {n for n, p in self.names.items() if p == ()}).visit(
             ast.parse(ast.unparse(test), mode="eval").body
         )
@@ -212,7 +212,7 @@ class _Reading:
 
 
 class _Filled(ast.NodeTransformer):
-    """None in the place of some names, and `self` in that of others."""
+    """Replaces some names by None, and others by `self`."""
 
     def __init__(self, absent: set[str], self_names: set[str]) -> None:
         self.absent, self.self_names = absent, self_names
@@ -224,7 +224,7 @@ class _Filled(ast.NodeTransformer):
 
 
 def _none_by_default(definition: ast.FunctionDef) -> set[str]:
-    """The arguments whose default is None and that the method does not set."""
+    """The arguments whose default is None and which the method does not assign."""
     arguments = definition.args
     named = [*arguments.posonlyargs, *arguments.args]
     pairs = list(
@@ -237,7 +237,7 @@ def _none_by_default(definition: ast.FunctionDef) -> set[str]:
 
 
 def _asked_about(node: ast.AST) -> ast.AST | None:
-    """The part of an expression of which it takes no values."""
+    """The part of an expression whose values the expression does not use."""
     match node:
         case ast.Attribute(value=value, attr=attr) if attr in _ABOUT:
             return value

@@ -1,4 +1,4 @@
-"""What an adapter is made with: the settings behind the public keywords, checked once."""
+"""The settings of an adapter, made and checked once from the public keywords."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastbound.operator.dropout import check_dropout
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEAST, MOST = 1e-12, 1e12  # of alpha and bound
-SMALL_RANK = 128  # taken for a layer of any size
+SMALL_RANK = 128  # accepted for a layer of any size
 
 
 def check_numbers(alpha: float, bound: float) -> None:
-    """Raise ValueError for numbers with which s, ω and their products may leave fp32's range."""
+    """Raise ValueError if s, ω or their products may leave fp32's range with these numbers."""
     for name, value in (("alpha", alpha), ("bound", bound)):
         if not LEAST <= value <= MOST:
             raise ValueError(
@@ -31,15 +31,15 @@ def check_numbers(alpha: float, bound: float) -> None:
 
 
 def check_rank(rank: int, N: int, K: int, layer: str | None = None) -> None:
-    """Raise InputError for a rank above `SMALL_RANK` and above both sides of its layer [N, K].
+    """Raise InputError if the rank is above `SMALL_RANK`, N and K of its layer's weight [N, K].
 
-    A and B would each be larger than the weight, whose own rank is at most the smaller side.
+    A and B would each be larger than the weight, whose own rank is at most min(N, K).
     """
     most = max(N, K, SMALL_RANK)
     if rank > most:
         of = "" if layer is None else f" of {layer}"
         raise InputError(
-            f"rank {rank}{of} is out of proportion: its weight is [N, K] = [{N}, {K}], and A and B "
+            f"rank {rank}{of} is out of proportion: the weight is [N, K] = [{N}, {K}], and A and B "
             f"would each be larger; give a rank of at most {most}"
         )
 
@@ -49,8 +49,8 @@ class AdapterSettings:
     """The keywords of :class:`fastbound.BoundedAdapter`, as :func:`adapter_settings` makes them.
 
     ``bound`` is a number, or a text such as "0.5*spectral" until :meth:`for_weight` has read the
-    weight. ``omega`` is None wherever ``alpha`` is known; where it was given and the bound is still
-    a text, alpha is not known before the bound is.
+    weight. ``omega`` is set only if it was given and the bound is still a text: alpha then depends
+    on the bound. In every other case ``alpha`` holds and ``omega`` is None.
     """
 
     rank: int
@@ -63,9 +63,9 @@ class AdapterSettings:
     omega: float | None = None
 
     def for_weight(self, weight: Tensor) -> AdapterSettings:
-        """With alpha and bound as numbers: in units of this weight, where a text asks for that.
+        """The settings with alpha and bound as numbers; a bound given as a text reads the weight.
 
-        Raises ValueError for a weight that cannot be read, see
+        Raises ValueError for a weight that cannot be used, see
         :func:`fastbound.layers.bounds.bound_of_weight`.
         """
         if isinstance(self.bound, str):
@@ -73,7 +73,7 @@ class AdapterSettings:
         return self
 
     def _with_numbers(self) -> AdapterSettings:
-        """For a bound that is a number."""
+        """The settings with alpha as a number; the bound must be one already."""
         bound, alpha = float(self.bound), self.alpha
         if self.omega is not None:
             alpha = alpha_of(self.omega, self.rank, bound, self.form)
@@ -82,12 +82,12 @@ class AdapterSettings:
 
 
 def alpha_of(omega: float, rank: int, bound: float, form: str) -> float:
-    """The alpha that a frequency stands for: ω²·bound for factors, ω·r·bound for product."""
+    """The alpha that gives a frequency ω: ω²·bound for "factors", ω·r·bound for "product"."""
     return omega * rank * bound if form == "product" else omega**2 * bound
 
 
 def scaling_and_omega(rank: int, alpha: float, bound: float, form: str) -> tuple[float, float]:
-    """s and ω, with which ΔW has LoRA's slope alpha / r at zero and no entry beyond the bound.
+    """s and ω such that ΔW has LoRA's slope alpha / r at zero and no entry exceeds the bound.
 
     factors: s = bound / r, ω = sqrt(alpha / bound); product: s = bound, ω = alpha / (r·bound).
     """
@@ -106,9 +106,9 @@ def adapter_settings(
     form: str = "factors",
     omega: float | None = None,
 ) -> AdapterSettings:
-    """The settings; a ValueError names a bad value.
+    """The checked settings. Raises ValueError, which names the bad value.
 
-    alpha None is rank, and bound None alpha. With omega given in alpha's place bound None is 1.
+    ``alpha=None`` means rank, and ``bound=None`` means alpha, or 1 if omega is given instead.
     """
     if isinstance(bound, str):
         weight_bound(bound)
@@ -118,11 +118,11 @@ def adapter_settings(
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
     if rank >= 2**31:
-        raise ValueError("rank must be below 2^31, and is far from what a layer has a use for")
+        raise ValueError("rank must be below 2^31, and a useful rank is far smaller")
     if omega is not None:
         if alpha is not None:
             raise ValueError(
-                f"alpha={alpha!r} and omega={omega!r} say one thing twice: give one of them"
+                f"alpha={alpha!r} and omega={omega!r} set the same thing twice: give one of them"
             )
         omega = positive("omega", omega)
         alpha, bound = float(rank), 1.0 if bound is None else bound
@@ -144,5 +144,8 @@ def adapter_settings(
 
 
 def rank_stabilised(rank: int, alpha: float | None) -> float:
-    """alpha·sqrt(r), which makes the slope alpha / sqrt(r), as LoRA's `use_rslora`; None is r."""
+    """alpha·sqrt(r), so that the slope is alpha / sqrt(r), as with LoRA's `use_rslora`.
+
+    ``alpha=None`` means r.
+    """
     return positive("alpha", rank if alpha is None else alpha) * math.sqrt(rank)

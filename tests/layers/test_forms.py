@@ -223,5 +223,5 @@ def test_an_unknown_activation_is_named(tiny_model):
     report = fastbound.inject(nn.Sequential(Gated(nn.Tanh())), 2, target_modules=["up"])
     assert report.unfused == {
         "0": "its act is torch.nn.modules.activation.Tanh: "
-        "the activations known are silu, gelu, gelu_tanh, relu"
+        "the supported activations are silu, gelu, gelu_tanh, relu"
     }

@@ -188,20 +188,35 @@ class _OwnLinear(nn.Linear):
 @pytest.mark.parametrize(
     ("build", "settings", "error", "message"),
     [
-        (lambda: Gated(nn.Tanh()), {}, ValueError, "Tanh: the activations known are silu, gelu,"),
+        (
+            lambda: Gated(nn.Tanh()),
+            {},
+            ValueError,
+            "Tanh: the supported activations are silu, gelu,",
+        ),
         (Gated, {"rank": 0}, ValueError, "rank must be >= 1, got 0"),
         (Gated, {"bound": "wide"}, ValueError, "bound must be"),
-        (Gated, {"targets": ["updown"]}, ValueError, "projections gate, up, down, got"),
-        (Gated, {"targets": []}, ValueError, "projections gate, up, down, got"),
-        (Gated, {"targets": "up"}, ValueError, "projections gate, up, down, got"),
+        (
+            Gated,
+            {"targets": ["updown"]},
+            ValueError,
+            "a list of projections, out of gate, up, down; got",
+        ),
+        (Gated, {"targets": []}, ValueError, "a list of projections, out of gate, up, down; got"),
+        (Gated, {"targets": "up"}, ValueError, "a list of projections, out of gate, up, down; got"),
         (Gated, {"recompute": "all"}, ValueError, "unknown recompute 'all'"),
-        (Gated, {"rank": 48, "backend": "fused"}, ValueError, "rank 48: a block's kernels take"),
-        (lambda: Packed(N=9), {}, ValueError, "its both makes 18 features, and down takes half"),
+        (
+            Gated,
+            {"rank": 48, "backend": "fused"},
+            ValueError,
+            "rank 48 is above 32, the largest that the kernels of a block take",
+        ),
+        (lambda: Packed(N=9), {}, ValueError, "its both has 18 outputs, but down needs it to have"),
         (lambda: nn.Linear(2, 2), {}, TypeError, "is a Linear, whose forward is not that of"),
         (lambda: _with(Gated(), "up", nn.Linear(6, 9)), {}, ValueError, "differ in size"),
-        (lambda: _with(Gated(), "down", nn.Linear(9, 6)), {}, ValueError, "makes 10 features, and"),
+        (lambda: _with(Gated(), "down", nn.Linear(9, 6)), {}, ValueError, "has 10 outputs, but"),
         (lambda: _with(Gated(), "up", _OwnLinear(6, 10)), {}, ValueError, "its up is a _OwnLinear"),
-        (lambda: _with(Gated(), "up", None), {}, TypeError, "its up is no module"),
+        (lambda: _with(Gated(), "up", None), {}, TypeError, "its up is not a module"),
         (
             lambda: _with(Gated(), "up", nn.Linear(6, 10).double()),
             {},
@@ -226,7 +241,7 @@ def _with(block: nn.Module, name: str, layer: nn.Module | None) -> nn.Module:
 def test_a_fused_block_is_not_fused_again():
     block = fused(Gated)
     for again in (fastbound.FusedBoundedMLP, fastbound.FusedBoundedMLP.from_mlp):
-        with pytest.raises(TypeError, match=r"the Gated is fused already: call to_mlp\(\) first"):
+        with pytest.raises(TypeError, match=r"the Gated is already fused: call to_mlp\(\) first"):
             again(block)
     with pytest.raises(ValueError, match="already holds 3 injected layers"):
         fastbound.inject(nn.Sequential(block), 2, target_modules=["up"])
@@ -246,7 +261,7 @@ def test_a_block_compiled_in_place_is_left_compiled():
     model = model_of(Gated)
     model[0].compile(backend="eager")
     report = fastbound.inject(model, 2, target_modules=["up"])
-    assert report.unfused == {"0": "was compiled in place: compile after fusing"}
+    assert report.unfused == {"0": "was compiled in place: compile it after fusing"}
 
 
 def test_the_model_itself_is_left_in_place():

@@ -99,9 +99,12 @@ def _nothing_adapted(block: nn.Module) -> None:
         (_trained_weight, "its gate trains its weight"),
         (_trained_bias, "its up trains its bias"),
         (_zero_3, "its up has its A partitioned by DeepSpeed ZeRO-3"),
-        (_another_activation, "its act is torch.nn.modules.activation.Tanh: the activations known"),
+        (
+            _another_activation,
+            "its act is torch.nn.modules.activation.Tanh: the supported activations",
+        ),
         (_backends, "its projections ask for different backends"),
-        (_parametrized, "its up has a ParametrizedBoundedAdapter for adapter"),
+        (_parametrized, "its up has a ParametrizedBoundedAdapter as its adapter"),
         (_nothing_adapted, "none of its projections is adapted"),
     ],
 )
@@ -178,7 +181,10 @@ def test_a_hook_on_all_modules_sees_every_projection(register):
 def test_a_rank_beyond_the_blocks_kernels_runs_layer_by_layer():
     settings = {"backend": "fused", "target_modules": ["up", "down"]}
     report = fastbound.inject(model_of(Gated), 48, **settings)
-    assert report.unfused == {"0": "rank 48: a block's kernels take up to 32, a layer's more"}
+    assert report.unfused == {
+        "0": "rank 48 is above 32, the largest that the kernels of a block take; those of a single "
+        "layer take more"
+    }
     assert fastbound.inject(model_of(Gated), 32, **settings).fused == ("0",)
 
 

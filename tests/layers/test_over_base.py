@@ -165,8 +165,8 @@ def test_merge_refuses_by_name_before_it_merges_anything(build):
         **dict.fromkeys(QUANTISED, r"'mlp\.up' cannot be merged: .*rounded away.*floating dtype"),
         subclass: "its base is a Doubled with a forward of its own",
         with_weight_norm: "remove_parametrizations",
-        with_old_weight_norm: "made in each call by WeightNorm",
-        pruned: "made in each call by L1Unstructured",
+        with_old_weight_norm: "recomputed in each call by WeightNorm",
+        pruned: "recomputed in each call by L1Unstructured",
         with_hook: "forward hooks of its base",
         offloaded: "its base is offloaded",
     }
@@ -412,7 +412,7 @@ class TestRefusals:
                 return x, super().forward(x)
 
         layer = fastbound.BoundedOverBase.from_linear(Router(K, N), 3)
-        with pytest.raises(TypeError, match=r"a Router, returns a tuple and not a tensor.*leave"):
+        with pytest.raises(TypeError, match=r"a Router, returns a tuple, not a tensor.*leave"):
             layer(rows(5, K))
 
     def test_a_base_that_cuts_the_gradient_off_is_an_error_not_a_wrong_gradient(self):
@@ -457,7 +457,7 @@ class TestRefusals:
     def test_fused_is_not_for_a_closed_base(self):
         model = nn.ModuleDict({"up": linear4bit()})
         before = dict(model.named_modules())
-        with pytest.raises(ValueError, match=r'backend="fused" cannot run over a Linear4bit'):
+        with pytest.raises(ValueError, match=r'backend="fused" cannot be used with a Linear4bit'):
             fastbound.inject(model, 3, target_modules=["up"], backend="fused")
         assert dict(model.named_modules()) == before
 

@@ -32,7 +32,7 @@ MAKERS = {
         ({"rank": 2.0}, r"rank must be an integer, got 2\.0"),
         ({"rank": True}, "rank must be an integer, got True"),
         ({"rank": np.bool_(True)}, "rank must be an integer"),
-        ({"rank": 10**6}, r"rank 1000000.* is out of proportion: its weight is \[N, K\] = "),
+        ({"rank": 10**6}, r"rank 1000000.* is out of proportion: the weight is \[N, K\] = "),
         ({"rank": 10**5000}, r"rank must be below 2\^31"),
         ({"alpha": 10**5000}, "alpha must be positive and finite, got an integer beyond 1e308"),
         ({"alpha": math.nan}, "alpha must be positive and finite, got nan"),
@@ -82,10 +82,10 @@ def test_a_rank_above_the_layers_own_is_taken_within_reason(rank: int) -> None:
         (torch.tensor([math.inf, 1.0]).double(), "alpha must be positive and finite, got inf"),
         (torch.tensor([1.0, -1.0]).double(), r"bound must be positive and finite, got -1\.0"),
         (torch.tensor([1.0, 1e-300], dtype=torch.float64), "bound must lie between"),
-        (torch.tensor([1.0]).double(), "not alpha and bound, two numbers in a tensor"),
-        (torch.tensor([1, 1]), "not alpha and bound, two numbers in a tensor"),
-        ("1, 1", "not alpha and bound, two numbers in a tensor"),
-        (None, "not alpha and bound, two numbers in a tensor"),
+        (torch.tensor([1.0]).double(), "must be a tensor of two numbers, alpha and bound"),
+        (torch.tensor([1, 1]), "must be a tensor of two numbers, alpha and bound"),
+        ("1, 1", "must be a tensor of two numbers, alpha and bound"),
+        (None, "must be a tensor of two numbers, alpha and bound"),
     ],
 )
 def test_a_loaded_state_that_is_no_alpha_and_bound_is_refused_by_the_layers_name(

@@ -168,7 +168,7 @@ def test_a_state_dict_of_the_other_form_is_refused_before_anything_is_loaded() -
     product, factors = FusedBoundedLinear(6, 8, 2, **PRODUCT), FusedBoundedLinear(6, 8, 2)
     stir(product)
     before = factors.adapter.A.clone()
-    with pytest.raises(ValueError, match='of form="factors" and the state of form="product"'):
+    with pytest.raises(ValueError, match='has form="factors", but the state has form="product"'):
         factors.load_state_dict(product.state_dict())
     assert torch.equal(factors.adapter.A, before)
     other = FusedBoundedLinear(6, 8, 2, alpha=9, **PRODUCT)
