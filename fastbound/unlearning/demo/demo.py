@@ -129,7 +129,7 @@ def _demonstrate(
         "model": {**asdict(demonstration.small), **learned},
         "rows": {"forget": len(forget), "retain": len(retain)},
     }
-    fastest = [run for run in runs if run.lr == FACTOR * config.lr]
+    fastest = [run for run in runs if run.lr == FACTOR * demonstration.rate]
     told = write_report(
         output,
         runs,
