@@ -165,7 +165,7 @@ def _as_dtensor(layer: nn.Linear) -> None:
     ("spoil", "reason"),
     [
         (_with_pre_hook, "has forward pre-hooks"),
-        (_with_own_forward, "has a forward of its own"),
+        (_with_own_forward, "has a forward set on the instance"),
         (_on_meta, "on the meta device"),
         (_as_dtensor, "its weight is a Sharded"),
     ],

@@ -213,8 +213,8 @@ def test_a_lora_of_it_needs_a_rank_and_is_the_nearest(tiny_model, tmp_path) -> N
         ({"form": "product", "dropout": 0.1}, "does not support adapter dropout, got 0.1"),
         ({"form": "product", "omega": 0.0}, "omega must be"),
         ({"form": "product", "omega": float("nan")}, "omega must be"),
-        ({"omega": 2.0, "alpha": 4.0}, "alpha=4.0 and omega=2.0 say one thing twice"),
-        ({"form": "product", "omega": 1e15}, "alpha must lie between"),
+        ({"omega": 2.0, "alpha": 4.0}, "alpha=4.0 and omega=2.0 set the same thing twice"),
+        ({"form": "product", "omega": 1e15, "bound": 1.0}, "alpha must lie between"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(tiny_model, settings, message: str) -> None:

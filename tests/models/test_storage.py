@@ -20,7 +20,7 @@ CONFIG = "adapter_config.json"
 
 
 def adapted(model: nn.Module, **settings) -> nn.Module:
-    fastbound.inject(model, **{"rank": 3, "bound": "auto", **settings})
+    fastbound.inject(model, **{"rank": 3, "bound": "4*rms", **settings})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

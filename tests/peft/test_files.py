@@ -29,7 +29,7 @@ def edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_peft_reads_what_save_adapter_writes_and_back(tiny_model, tmp_path, model_type, recwarn):
     model = tiny_model(model_type)
-    fastbound.inject(model, rank=3, alpha=2.5, bound="auto")
+    fastbound.inject(model, rank=3, alpha=2.5, bound="4*rms")
     stir(model)
     fastbound.save_adapter(model, tmp_path / "ours")
     loaded = PeftModel.from_pretrained(tiny_model(model_type), tmp_path / "ours")
@@ -188,7 +188,7 @@ def test_a_process_without_fastbound_gets_a_key_error_and_loads_the_export(on_di
 def test_the_export_is_the_same_model(tiny_model, tmp_path, model_type, how):
     model = tiny_model(model_type)
     if how == "inject":
-        fastbound.inject(model, rank=3, alpha=5, bound="auto")
+        fastbound.inject(model, rank=3, alpha=5, bound="4*rms")
         stir(model)
     else:
         model = adapted(model, alpha=5, rank_pattern={r".*\.0\..*": 5})

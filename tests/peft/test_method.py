@@ -29,7 +29,7 @@ def test_every_architecture_starts_as_its_base_and_comes_back_from_disk(
     tiny_model, tmp_path, model_type
 ):
     base = logits(tiny_model(model_type))
-    model = get_peft_model(tiny_model(model_type), fastbound.BoundedConfig(r=3, bound="auto"))
+    model = get_peft_model(tiny_model(model_type), fastbound.BoundedConfig(r=3, bound="4*rms"))
     torch.testing.assert_close(logits(model), base, rtol=1e-6, atol=1e-7)
     names = model.base_model.targeted_module_names
     assert [n.split(".", n.count(".") - MLP[model_type][0].count("."))[-1] for n in names] == (
@@ -174,7 +174,7 @@ def test_the_layers_that_are_adapted(tiny_model, settings, names):
 def test_patterns_and_the_bound_that_each_layer_got(tiny_model):
     config = fastbound.BoundedConfig(
         r=3,
-        bound="auto",
+        bound="4*rms",
         rank_pattern={"up_proj": 5},
         alpha_pattern={r"layers\.1\.mlp\.down_proj": 7.0},
         bound_pattern={"gate_proj": 0.25},

@@ -20,5 +20,5 @@ def stirred(model: nn.Module, adapter: str = "default", seed: int = 2) -> nn.Mod
 
 
 def adapted(model: nn.Module, **settings) -> PeftModel:
-    config = fastbound.BoundedConfig(**{"r": 3, "bound": "auto", **settings})
+    config = fastbound.BoundedConfig(**{"r": 3, "bound": "4*rms", **settings})
     return stirred(get_peft_model(model, config))

@@ -30,7 +30,7 @@ def run_of(
     settings = {"adapter": adapter, "lr": lr, "seed": 0, "losses": None}
     result = {
         "config": settings, "history": history, "kept": kept, "stopped": stopped,
-        "forget_target": 5.0, "lr": 0.01, "largest_delta": 0.1, "bound": 0.2, "bound_in_use": 0.3,
+        "forget_target": 5.0, "lr": lr, "largest_delta": 0.1, "bound": 0.2, "bound_in_use": 0.3,
         "seconds_per_step": 0.1,
         "ranks": None, "cross_entropy": {"form": "whole", "reason": "r", "logits_bytes": None},
     }  # fmt: skip

@@ -22,7 +22,9 @@ from fastbound.unlearning.training.loop import _Run
 from tests.support.models import stir
 
 ROWS, LENGTH = (5, 5, 5), 31
-FAST = UnlearnConfig(lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu")
+FAST = UnlearnConfig(
+    bound="4*rms", lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu"
+)
 
 
 def config(**changes) -> UnlearnConfig:

@@ -15,7 +15,9 @@ from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, eval
 from fastbound.unlearning.data.encoding import encode_all
 from fastbound.unlearning.losses.objective import Objective
 
-FAST = UnlearnConfig(lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu")
+FAST = UnlearnConfig(
+    bound="4*rms", lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu"
+)
 
 
 def config(**changes) -> UnlearnConfig:
