@@ -87,7 +87,7 @@ def test_the_result_is_the_bases_own_plus_the_adapters_term_with_its_gradients(b
 def test_a_new_adapter_changes_no_bit_and_trains_alone(build):
     base = build()
     model = nn.ModuleDict({"up": build()})
-    fastbound.inject(model, 3, bound="auto", target_modules=["up"])
+    fastbound.inject(model, 3, bound="4*rms", target_modules=["up"])
     x = rows(7, K)
     assert torch.equal(model["up"](x), base(x))
     assert trained(model) == {"up.adapter.A", "up.adapter.B"}
@@ -119,7 +119,7 @@ def test_the_explanation_over_a_base_is_the_plan_that_runs(backend):
 
 
 def test_the_explanation_over_a_base_on_a_hopper_is_the_split_plan():
-    layer = fastbound.BoundedOverBase.from_linear(nn.Linear(K, N, device="meta"), 3)
+    layer = fastbound.BoundedOverBase.from_linear(nn.Linear(K, N, device="meta"), 3, bound=1.0)
     with pretending(Device("sm_90", 132)):
         (row,) = fastbound.explain(layer, tokens=4096)
     assert row.device == "sm_90" and row.plan.strategy == "split" and row.plan.tiles is not None
@@ -127,16 +127,16 @@ def test_the_explanation_over_a_base_on_a_hopper_is_the_split_plan():
 
 
 @pytest.mark.parametrize("build", QUANTISED)
-def test_an_auto_bound_is_of_the_dequantised_weight(build):
-    layer = fastbound.BoundedOverBase.from_linear(build(), 3, bound="auto")
+def test_a_bound_in_units_of_the_weight_is_of_the_dequantised_weight(build):
+    layer = fastbound.BoundedOverBase.from_linear(build(), 3, bound="4*rms")
     weight = dequantize_module_weight(build()).float()
     assert layer.bound == pytest.approx(4 * weight.square().mean().sqrt().item(), rel=1e-5)
     assert layer.bound == pytest.approx(4 * plain().weight.square().mean().sqrt().item(), rel=0.02)
 
 
 @pytest.mark.parametrize("build", [with_weight_norm, with_old_weight_norm, offloaded, with_hook])
-def test_an_auto_bound_is_of_the_weight_that_runs(build):
-    layer = fastbound.BoundedOverBase.from_linear(build(), 3, bound="auto")
+def test_a_bound_in_units_of_the_weight_is_of_the_weight_that_runs(build):
+    layer = fastbound.BoundedOverBase.from_linear(build(), 3, bound="4*rms")
     assert layer.bound == pytest.approx(4 * plain().weight.square().mean().sqrt().item(), rel=1e-5)
     if build is offloaded:
         assert layer.weight.is_meta  # brought in for the reading only
@@ -145,7 +145,7 @@ def test_an_auto_bound_is_of_the_weight_that_runs(build):
 
 @pytest.mark.parametrize("build", [*QUANTISED, offloaded])
 def test_an_adapter_goes_onto_a_quantised_base_and_back(build, tmp_path):
-    whole = injected(plain, bound="auto")
+    whole = injected(plain, bound="4*rms")
     fastbound.save_adapter(whole, tmp_path / "whole")
     over = nn.ModuleDict({"mlp": Block(build())})
     report = fastbound.load_adapter(over, tmp_path / "whole")
@@ -248,7 +248,7 @@ def test_a_whole_language_model_in_four_bits(tiny_model):
             setattr(model.get_submodule(parent), child, new.to("cpu"))
     before = logits(model)
     torch.testing.assert_close(before, exact, rtol=0.2, atol=0.2)
-    report = fastbound.inject(model, 4, bound="auto")
+    report = fastbound.inject(model, 4, bound="4*rms")
     assert len(report.over_base) == 6 and not report.fused
     assert torch.equal(logits(model), before)
     stir(model)
@@ -367,7 +367,7 @@ def test_a_whole_offloaded_language_model_trains_as_the_loaded_one(tiny_model):
         model = tiny_model("llama")
         if offload:
             cpu_offload(model, torch.device("cpu"))
-        fastbound.inject(model, 4, bound="auto", fuse_mlp=False)
+        fastbound.inject(model, 4, bound="4*rms", fuse_mlp=False)
         stir(model)
         output = model(**example(model)).logits
         output.square().mean().backward()

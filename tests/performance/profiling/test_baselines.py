@@ -136,7 +136,7 @@ def fill(layer: Any, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alpha", "bound"), [(None, None), (8.0, None), (6.0, 0.5), (None, 0.25), (2.0, "auto")]
+    ("alpha", "bound"), [(None, None), (8.0, None), (6.0, 0.5), (None, 0.25), (2.0, "4*rms")]
 )
 def test_inject_turns_alpha_and_bound_into_scaling_and_omega(
     tensors: dict[str, Tensor], alpha: float | None, bound: Any
@@ -151,7 +151,7 @@ def test_inject_turns_alpha_and_bound_into_scaling_and_omega(
     layer = adapted_layer(model)
     slope = RANK if alpha is None else alpha
     limit = slope if bound is None else bound
-    if bound == "auto":
+    if isinstance(bound, str):
         limit = bound_of_weight(bound, tensors["weight"])
     fill(layer, tensors)
     truth = formula(tensors, limit / RANK, math.sqrt(slope / limit))
