@@ -1,7 +1,8 @@
-"""The ways a run ends that are not a bug, what is said on the way, and a check of a number."""
+"""The ways a run ends that are not a bug, what is said on the way, and checks of what is given."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import SupportsFloat
 
@@ -24,6 +25,25 @@ class StoppedError(RuntimeError):
 
 class DamageWarning(UserWarning):
     """A file of a run was found damaged and cut back, or cannot be guarded; the run goes on."""
+
+
+def require(extra: str, what: str, *modules: str) -> None:
+    """Check that the optional packages that something needs are installed.
+
+    Args:
+        extra: the extra of fastbound that installs them, such as "evaluation".
+        what: what needs them; the message begins with it.
+        modules: the names by which the packages are imported.
+
+    Raises:
+        InputError: a package is missing; the message names it and the command that installs it.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{what} needs {' and '.join(missing)}, not installed here: "
+            f'pip install "fastbound[{extra}]"'
+        )
 
 
 def positive(name: str, value: object) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastbound.errors import DamageWarning, InputError
+from fastbound.errors import DamageWarning, InputError, require
 from fastbound.files import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
 from fastbound.unlearning.evaluation.attacks.command import check_flags
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError, NonFiniteError: see `evaluate_benchmark` and `attacks.run.attack`.
     """
-
+    require("evaluation", "fastbound evaluate", "scipy", "sklearn", "rouge_score")
     for name, known in (("device", DEVICES), ("dtype", DTYPES)):
         if getattr(arguments, name) not in known:
             raise InputError(
