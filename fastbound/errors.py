@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
+from collections.abc import Iterable, Sequence
 from typing import SupportsFloat
 
 
@@ -59,3 +61,22 @@ def positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise InputError(f"{name} must be positive and finite, got {value!r}")
     return number
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise an InputError that names the nearest of `allowed`, unless the value is one of them."""
+    if value not in allowed:
+        raise InputError(
+            f"{name} must be one of {', '.join(allowed)}; got {value!r}"
+            f"{did_you_mean(value, allowed)}"
+        )
+
+
+def did_you_mean(value: object, known: Iterable[str], *, before: str = "") -> str:
+    """The end of a message, `: did you mean x?`, or nothing if no known name is near.
+
+    Args:
+        before: what stands before a known name where it is used, such as the dashes of an option.
+    """
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f": did you mean {before}{near[0]}?" if near else ""

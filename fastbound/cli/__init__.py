@@ -13,20 +13,32 @@ from typing import Any
 
 import fastbound
 from fastbound.cli import evaluate, lab, profile, tune, unlearn
-from fastbound.errors import InputError, NonFiniteError, StoppedError
+from fastbound.cli.config import Keeper
+from fastbound.cli.parser import Command, Parser, see_help, unknown_word
+from fastbound.errors import InputError, NonFiniteError, StoppedError, did_you_mean
 
-# Each has HELP, DESCRIPTION, EPILOG, add_arguments(parser) and RUN, which names the function that
-# does the work, (arguments) -> int. Torch stays out until a command is chosen: help is instant.
-COMMANDS = {"unlearn": unlearn, "tune": tune, "profile": profile, "evaluate": evaluate, "lab": lab}
+# Each module has HELP, DESCRIPTION, EPILOG, add_arguments(parser) and RUN, the name of the function
+# that does the work, (arguments) -> int. Torch is imported only once a command runs: help is quick.
+COMMANDS = {"unlearn": unlearn, "evaluate": evaluate, "lab": lab, "profile": profile, "tune": tune}
+DESCRIPTION = """\
+Bounded low-rank adapters, fused into the layers they adapt, for machine unlearning of language
+models.
+"""
+EPILOG = """\
+examples:
+  fastbound unlearn            a small model learns about invented authors and forgets two of them
+  fastbound unlearn --help     the options of a command, with examples
+"""
+_AsWritten = argparse.RawDescriptionHelpFormatter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 stopped on the way, 2 cannot be done as asked."""
-    arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a name or a terminal that knows no such character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         with _warnings_of_one_line():
             status = int(pkgutil.resolve_name(arguments.run)(arguments))
         print(end="", flush=True)
@@ -41,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_told(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nerror: interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
+        # A terminal shows ^C where the cursor was, so that the message needs a line of its own.
+        start = "\n" if sys.stderr.isatty() else ""
+        print(
+            f"{start}error: interrupted; --resume goes on with a run that has an output folder",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -83,45 +100,42 @@ def _warnings_of_one_line() -> Iterator[None]:
         warnings.formatwarning = honest
 
 
-class _Once(argparse.Action):
-    """One value of an option: an empty one is refused; a second replaces it, and that is said."""
-
-    def __call__(
-        self, parser: Any, namespace: Any, value: Any, option_string: str | None = None
-    ) -> None:
-        if isinstance(value, str) and not value.strip():
-            raise argparse.ArgumentError(self, "is empty: give a value, or leave it out")
-        given = vars(namespace).setdefault("given", {})
-        if self.dest in given and given[self.dest] != value:
-            replaced = f"{value} takes the place of {given[self.dest]}"
-            print(f"warning: {option_string} is given twice: {replaced}", file=sys.stderr)
-        given[self.dest] = value
-        setattr(namespace, self.dest, value)
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for name in (None, "store"):
-            self.register("action", name, _Once)
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """One line, like every other error, and where to read on."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastbound", description="Bounded low-rank adapters, fused.")
-    parser.add_argument("--version", action="version", version=f"fastbound {fastbound.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises InputError for what argparse itself does not refuse."""
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = did_you_mean(argv[0], COMMANDS)
+        raise InputError(see_help(f"unknown command {argv[0]!r}{near}", "fastbound"))
+    parser = Parser(
+        prog="fastbound", description=DESCRIPTION, epilog=EPILOG, formatter_class=_AsWritten
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"fastbound {fastbound.__version__}",
+        help="print the version and leave",
+    )
+    chosen = parser.add_subparsers(metavar="COMMAND", dest="command")
+    commands = {}
     for name, module in COMMANDS.items():
-        command = commands.add_parser(
+        each = chosen.add_parser(
             name,
             help=module.HELP,
             description=module.DESCRIPTION,
             epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_AsWritten,
         )
-        module.add_arguments(command)
-        command.set_defaults(run=module.RUN)
-    return parser
+        module.add_arguments(each)
+        commands[name] = Command(each)
+    given, unknown = parser.parse_known_args(argv)
+    name = vars(given).pop("command")
+    if name is None:
+        raise InputError(
+            unknown_word(unknown, ("--version", "--help"), "fastbound")
+            if unknown
+            else see_help(f"give a command: {', '.join(COMMANDS)}", "fastbound")
+        )
+    arguments = commands[name].complete(given, unknown)
+    arguments.run = COMMANDS[name].RUN
+    held = {dest: getattr(arguments, dest) for dest in arguments.given}
+    arguments.keeping_config = Keeper(f"fastbound {name}", commands[name].settings, held)
+    return arguments

@@ -19,8 +19,12 @@ from fastbound.layers.readers import weight_reader
 from fastbound.layers.settings import AdapterSettings
 
 
-def refusal(model: nn.Module, name: str) -> str | None:
-    """Why the module of that name cannot be adapted, or None when it can."""
+def refusal(model: nn.Module, name: str, *, loaded: bool = True) -> str | None:
+    """Why the module of that name cannot be adapted, or None when it can.
+
+    Args:
+        loaded: False asks of a model without weights whether it could be adapted with them.
+    """
     layer = model.get_submodule(name)
     if not is_adaptable(layer):
         kind = type(layer).__name__
@@ -40,7 +44,7 @@ def refusal(model: nn.Module, name: str) -> str | None:
             return (
                 f"its {key} is partitioned by DeepSpeed ZeRO-3: inject before deepspeed.initialize"
             )
-        if parameter.is_meta and not offloaded(layer):
+        if loaded and parameter.is_meta and not offloaded(layer):
             return f"its {key} is on the meta device: load the model first"
         if over_reason(layer) is None and not parameter.is_floating_point():
             return f"its {key} is {parameter.dtype}, not floating point"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastbound.dispatch.entries import block_form
+from fastbound.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def linear_shapes(model: str) -> list[Shape]:
     """
     found = [shape for shape in MODEL_SHAPES if shape.model == model]
     if not found:
-        raise ValueError(f"unknown model shape {model!r}: choose from {', '.join(known_models())}")
+        raise ValueError(
+            f"unknown model shape {model!r}; choose from {', '.join(known_models())}"
+            f"{did_you_mean(model, known_models())}"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from fastbound.errors import InputError
 from fastbound.files import writing
 from fastbound.unlearning.config import ADAPTERS, UnlearnConfig
 from fastbound.unlearning.data.rows import authors, load_rows
+from fastbound.unlearning.demo.demo import MARKER as DEMONSTRATION
 from fastbound.unlearning.demo.demo import Demonstration, demonstrate
-from fastbound.unlearning.demo.small_model import SmallModelConfig
+from fastbound.unlearning.demo.small_model import SmallModelConfig, shape_of
 from fastbound.unlearning.evaluation.examples import examples_of, lines_of
 from fastbound.unlearning.losses.objective import Weight
-from fastbound.unlearning.model import check_device, check_plain, load_pretrained
+from fastbound.unlearning.model import check_device, check_plain, load_pretrained, load_shape
 from fastbound.unlearning.runs.folder import RUN, check_free, write_json
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
+from fastbound.unlearning.training.estimate import estimate
 from fastbound.unlearning.training.loop import unlearn
 from fastbound.unlearning.training.processes import end_processes, starts_first
 
@@ -44,8 +47,18 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments, len(forget))
     check_device(config.device)
     output = Path(arguments.output)
+    marker = DEMONSTRATION if arguments.model is None else RUN
+    if arguments.dry_run:
+        check_free(output, marker, resume=arguments.resume)
+        _tell(arguments, config, forget, retain)
+        return 0
     table: str | None
-    with writing(output) if starts_first() else contextlib.nullcontext():
+    first = starts_first()
+    keeping = arguments.keeping_config(output, marker, _options(arguments, config))
+    with (
+        writing(output) if first else contextlib.nullcontext(),
+        keeping if first else contextlib.nullcontext(),
+    ):
         if arguments.model is None:
             table = _demonstrate(arguments, config, forget, retain, output)
         else:
@@ -55,18 +68,48 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tell(arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any) -> None:
+    """Print what the run would take, from the model's shapes alone. Raises InputError."""
+    if arguments.model is None:
+        demonstration, retain = _demonstration(arguments, config, forget, retain)
+        model, tokenizer = shape_of(
+            [*forget, *retain], demonstration.small, config.max_length, config.template
+        )
+        runs = demonstration.runs()
+        what = (
+            f"A small model first learns {len(forget) + len(retain)} rows. Then, from that model, "
+            f"{len(runs)} runs: {', '.join(runs)}. Each of them:"
+        )
+    else:
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        model, tokenizer = load_shape(
+            arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
+        )
+        what = f"A run on {arguments.model}:"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    found = estimate(model, tokenizer, forget, retain, config, processes=processes)
+    print("\n".join(["Dry run: nothing is trained or written.", "", what, *found.lines()]))
+    found.check()
+
+
+def _demonstration(
+    arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any
+) -> tuple[Demonstration, Any]:
+    """With the rows to keep that it takes."""
+    adapters = ADAPTERS if arguments.adapter is None else (config.adapter,)
+    if not arguments.quick:
+        return Demonstration(config, SmallModelConfig(), adapters), retain
+    small = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024)
+    return Demonstration(config, small, adapters, quick=True), retain[: 2 * len(forget)]
+
+
 def _demonstrate(
     arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any, output: Path
 ) -> str:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("the demonstration runs in one process: give --model, or start only one")
-    adapters = ADAPTERS if arguments.adapter is None else (config.adapter,)
-    demonstration = Demonstration(config, SmallModelConfig(), adapters)
-    if arguments.quick:
-        small = SmallModelConfig(hidden_size=64, intermediate_size=176, vocabulary=1024)
-        demonstration = Demonstration(config, small, adapters, cost_steps=5)
-        retain = retain[: 2 * len(forget)]
+    demonstration, retain = _demonstration(arguments, config, forget, retain)
     return demonstrate(forget, retain, demonstration, output, resume=arguments.resume)
 
 
@@ -92,7 +135,9 @@ def _unlearn(
             "rows": {"forget": len(forget), "retain": len(retain)},
         }
         run = Run.read(output)
-        table = "\n".join([write_report(output, [run], about=about), *lines_of(run.examples)])
+        table = write_report(
+            output, [run], about=about, questions=lines_of({"after": run.examples})
+        )
     end_processes()
     return table
 
@@ -135,6 +180,30 @@ _DEMO = {"lr": 3e-3, "eval_every": 25, "log_every": 5}
 _DEMO_STEPS = 250
 _QUICK = {"eval_every": 10}
 _QUICK_STEPS = 50
+
+
+def _options(arguments: argparse.Namespace, config: UnlearnConfig) -> dict[str, Any]:
+    """The config as options by which `_config` makes it again, whatever the defaults are then."""
+    options = config.as_dict()
+    if config.adapter == "lora":
+        options |= dict.fromkeys(("bound", "form", "omega"))
+    elif config.bound is None:
+        options["bound"] = "alpha"
+    if arguments.model is None and arguments.adapter is None:
+        options["adapter"] = None  # both
+    if not isinstance(config.target_modules, str):
+        # The comma marks a list, also one of a single name.
+        options["target_modules"] = ",".join(config.target_modules) + ","
+    if config.losses is not None:
+        options["losses"] = [_loss_text(name, each) for name, each in config.losses.items()]
+    return options
+
+
+def _loss_text(name: str, weight: Weight) -> str:
+    if not isinstance(weight, Mapping):
+        return f"{name}={weight!r}"
+    settings = "".join(f",{k}={v!r}" for k, v in weight.items() if k != "weight")
+    return f"{name}={weight.get('weight', 1.0)!r}{settings}"
 
 
 def _loss(text: str) -> tuple[str, Weight]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastbound.errors import InputError, positive
+from fastbound.errors import InputError, one_of, positive
 from fastbound.layers.bounds import weight_bound
 from fastbound.truth.formula import ADAPTER_FORMS
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
@@ -110,11 +110,11 @@ class UnlearnConfig:
     retain_limit: float | None = None
 
     def __post_init__(self) -> None:
-        _choice("adapter", self.adapter, ADAPTERS)
-        _choice("device", self.device, DEVICES)
-        _choice("dtype", self.dtype, DTYPES)
-        _choice("cross_entropy", self.cross_entropy, CROSS_ENTROPIES)
-        _choice("form", self.form, ADAPTER_FORMS)
+        one_of("adapter", self.adapter, ADAPTERS)
+        one_of("device", self.device, DEVICES)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("cross_entropy", self.cross_entropy, CROSS_ENTROPIES)
+        one_of("form", self.form, ADAPTER_FORMS)
         if self.adapter == "lora" and (self.form != "factors" or self.omega is not None):
             name, value = ("omega", self.omega) if self.omega is not None else ("form", self.form)
             raise InputError(f"{name} is of the bounded adapter, and LoRA has none, got {value!r}")
@@ -186,11 +186,6 @@ class UnlearnConfig:
         if not isinstance(self.target_modules, str):
             values["target_modules"] = list(self.target_modules)
         return values
-
-
-def _choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _at_least_one(name: str, value: object) -> None:

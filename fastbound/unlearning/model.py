@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from torch import nn
 
 import fastbound
-from fastbound.errors import InputError
+from fastbound.errors import InputError, did_you_mean
 from fastbound.models.adapted import injected_layers
 from fastbound.models.files import CONFIG as ADAPTER_CONFIG
 from fastbound.models.files import PEFT_TYPE, read_config
 from fastbound.models.names import kind_of, some
+
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
 
 
 def load_pretrained(
@@ -38,12 +41,40 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_place(name)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    with _refusing(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    _check_complete(name, model, loading)
+    return model, tokenizer
+
+
+def load_shape(
+    name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """As `load_pretrained`, but the model has no weights: all of it is on the meta device.
+
+    Raises InputError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    check_place(name)
+    with _refusing(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=trust_remote_code
             )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Whatever keeps a model from being loaded is an InputError of one line."""
+    try:
+        yield
     except Exception as error:  # hub, files and configurations each raise their own
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -55,28 +86,70 @@ def load_pretrained(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder "
             "made by save_pretrained or a model id, and check the network for an id"
         ) from error
-    _check_complete(name, model, loading)
-    return model, tokenizer
 
 
 def check_place(name: str) -> None:
-    """A path that is not there is no model id: said before the hub is asked."""
+    """Say what is wrong with a model's folder before the hub is asked for a model of that name.
+
+    Raises:
+        InputError: the name is that of a file or of a folder without a model; it is no folder and
+            can be no id on the hub; or the hub is off and its cache does not have the model.
+    """
     if not name:
         raise InputError("model is empty: give a folder made by save_pretrained, or a model id")
     if os.path.isdir(name):
-        files = (os.path.join(name, file) for file in ("config.json", ADAPTER_CONFIG))
+        files = (os.path.join(name, file) for file in _CONFIGS)
         if not any(map(os.path.exists, files)):
             raise InputError(
                 f"model {name!r} is a folder without config.json: give one made by save_pretrained"
             )
     elif os.path.exists(name):
         raise InputError(f"model {name!r} is a file: give a folder made by save_pretrained")
-    elif not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]{0,95}", name) or (
-        "/" in name and os.path.isdir(os.path.dirname(name))
-    ):
+    elif not _is_id(name) or ("/" in name and os.path.isdir(os.path.dirname(name))):
         raise InputError(
             f"model {name!r} is not there: give a folder made by save_pretrained, or a model id"
+            f"{_near_folder(name)}"
         )
+    else:
+        _check_hub(name)
+
+
+def _is_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _check_hub(name: str) -> None:
+    """A name that can be an id: refused where nobody can be asked, else said before the wait."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CONFIGS):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(
+            f"model {name!r}: there is no such folder, and no such model in the hub's cache, which "
+            f"is all there is while HF_HUB_OFFLINE is set{_near_folder(name)}"
+        )
+    print(
+        f"model {name!r}: there is no such folder here, so the Hugging Face hub is asked for it",
+        file=sys.stderr,
+    )
+
+
+def _near_folder(name: str) -> str:
+    """The folder beside it that was perhaps meant, as the end of a message."""
+    parent, base = os.path.split(name.rstrip("/"))
+    try:
+        with os.scandir(parent or ".") as entries:
+            folders = [entry.name for entry in entries if entry.is_dir()]
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return ""
+    return did_you_mean(base, folders, before=os.path.join(parent, ""))
 
 
 def _check_complete(name: str, model: nn.Module, loading: Mapping[str, Any]) -> None:

@@ -98,6 +98,35 @@ def test_a_path_that_is_not_there_is_no_id(user_folder, monkeypatch, name):
         load_pretrained(name)
 
 
+def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(
+    user_folder, monkeypatch, capsys
+):
+    asked = []
+
+    def ask(*_: object, **__: object) -> None:
+        asked.append(capsys.readouterr().err)
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", ask)
+    with pytest.raises(InputError, match=r"no such folder.*HF_HUB_OFFLINE.*mean my-model\?"):
+        load_pretrained("my-modle")
+    assert not asked
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_pretrained("my-modle")
+    (said,) = asked
+    assert said.startswith("model 'my-modle': there is no such folder here, so the Hugging Face")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_pretrained("my-modle")
+    assert asked[1] == ""  # one in the cache needs no asking
+
+
+def test_a_path_that_is_not_there_names_the_folder_beside_it(user_folder):
+    with pytest.raises(InputError, match=r"is not there.*did you mean \./my-model\?"):
+        load_pretrained("./my-modl")
+
+
 def test_a_file_and_nothing_are_no_model(user_folder):
     with pytest.raises(InputError, match="model is empty: give a folder"):
         load_pretrained("")

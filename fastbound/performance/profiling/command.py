@@ -7,9 +7,8 @@ import platform
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, one_of
 from fastbound.files import writing
 from fastbound.performance.profiling.profile import (
     describe_mode,
@@ -19,6 +18,7 @@ from fastbound.performance.profiling.profile import (
     write_trace,
 )
 from fastbound.performance.profiling.report import TRACE, Profile, flatness, table, write
+from fastbound.performance.progress import progress
 from fastbound.performance.shapes import parse_tokens
 from fastbound.version import versions
 
@@ -31,8 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     model = arguments.model_shape or ("llama-3-8b" if on_gpu else "gpt-neo-125m")
     rounds = (20 if on_gpu else 5) if arguments.rounds is None else arguments.rounds
-    if dtype not in dtypes:
-        raise InputError(f"--dtype is one of {', '.join(dtypes)}, got {dtype!r}")
+    one_of("--dtype", dtype, tuple(dtypes))
     if arguments.rank < 1:
         raise InputError(f"--rank must be >= 1, got {arguments.rank}")
     if rounds < 2:
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with writing(output):
         points = []
-        with tqdm(total=len(tokens) * len(chosen), unit="length") as bar:
+        with progress(len(tokens) * len(chosen), "profiling", "length") as bar:
 
             def step(doing: str) -> None:
                 bar.set_postfix_str(doing, refresh=False)
@@ -81,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _device(name: str) -> torch.device:
 
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device is auto, cpu or cuda, got {name!r}")
+    one_of("--device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; --device cpu takes small sizes")
     if name == "cpu" or not torch.cuda.is_available():

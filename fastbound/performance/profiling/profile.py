@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastbound
 from fastbound.dispatch.timing import interleaved, kernel_stopwatch, quartiles
+from fastbound.errors import did_you_mean
 from fastbound.files import replace_files
 from fastbound.performance.memory import peak_bytes, saved_bytes
 from fastbound.performance.profiling.baselines import inject_peft
@@ -89,7 +90,9 @@ def subjects(mode: str, model: str) -> list[Subject]:
     if mode == "step":
         place = f"{STACK} decoder layers"
         return [Subject(place, block.K, block.K, targets, partial(_stack, block), _run_stack)]
-    raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+    raise ValueError(
+        f"unknown mode {mode!r}; choose one of {', '.join(MODES)}{did_you_mean(mode, MODES)}"
+    )
 
 
 def describe_mode(mode: str) -> str:

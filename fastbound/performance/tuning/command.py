@@ -7,14 +7,14 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.plan import MAX_TRITON_RANK
 from fastbound.dispatch.tables import software, user_folder
-from fastbound.errors import InputError
+from fastbound.errors import InputError, one_of
 from fastbound.files import writing
 from fastbound.performance.prediction import datasheet_of
+from fastbound.performance.progress import progress
 from fastbound.performance.shapes import Block, Shape, block_of, linear_shapes, parse_tokens
 from fastbound.performance.tuning.bench import DeviceBench
 from fastbound.performance.tuning.candidates import Machine, points
@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     if not shapes:
         raise InputError("--shapes names no model")
-    if arguments.dtype not in ("bfloat16", "float16"):
-        raise InputError(f"--dtype is bfloat16 or float16, got {arguments.dtype!r}")
+    one_of("--dtype", arguments.dtype, ("bfloat16", "float16"))
     if not arguments.budget_minutes > 0:
         raise InputError(f"--budget-minutes must be positive, got {arguments.budget_minutes}")
     _require_gpu()
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{name}: {len(todo)} shapes, at most {arguments.budget_minutes:g} minutes, into {path}"
         )
-        with tqdm(total=sum(point.steps for point in todo), unit="step") as bar:
+        with progress(sum(point.steps for point in todo), "tuning", "step") as bar:
 
             def step(doing: str) -> None:
                 bar.set_postfix_str(doing, refresh=False)

@@ -1,9 +1,11 @@
-"""The whole story on one small model: it learns the rows, then forgets some, bounded and not."""
+"""The whole story on one small model: it learns all rows, then forgets some, bounded and not."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +13,10 @@ from typing import Any, Literal
 import torch
 
 from fastbound.errors import InputError
+from fastbound.figures import QUICK
 from fastbound.files import writing
 from fastbound.unlearning.config import UnlearnConfig
-from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import Row, check_disjoint
-from fastbound.unlearning.demo.cost import compare_cost
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
 from fastbound.unlearning.evaluation.examples import examples_of, lines_of
 from fastbound.unlearning.model import load_pretrained
@@ -23,9 +24,9 @@ from fastbound.unlearning.runs.folder import RESULT, check_free, read_json, writ
 from fastbound.unlearning.runs.report import EXAMPLES, Run, write_report
 from fastbound.unlearning.training.loop import unlearn
 
-_MARKER = "demo.json"
+MARKER = "demo.json"
 _MODEL = "model"
-FACTOR = 10.0  # the second learning rate is so many times the first
+FACTOR = 10.0  # the second learning rate over the first
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,16 @@ class Demonstration:
     """What is run: each adapter at `config.lr` and at ten times that, from the same model.
 
     Attributes:
-        config: of every run but for adapter and rate.
+        config: settings of every run, apart from the adapter and the rate.
         small: the small model.
         adapters: which adapters, in the order of the table.
-        cost_steps: steps timed for the comparison with PEFT's layer.
+        quick: a shortened demonstration, whose picture says so.
     """
 
     config: UnlearnConfig
     small: SmallModelConfig = field(default_factory=SmallModelConfig)
     adapters: Sequence[Literal["bounded", "lora"]] = ("bounded", "lora")
-    cost_steps: int = 15
+    quick: bool = False
 
     def runs(self) -> dict[str, UnlearnConfig]:
         """Folder name -> settings."""
@@ -53,8 +54,8 @@ class Demonstration:
         }
 
     def _config(self, adapter: Literal["bounded", "lora"]) -> UnlearnConfig:
-        """LoRA's without what only a bounded adapter has; alpha is then None, LoRA's own default,
-        where omega was given in its place."""
+        """For LoRA without what only a bounded adapter has. If omega was given in place of alpha,
+        alpha is then None, which is LoRA's own default."""
         if adapter == "bounded":
             return self.config
         return dataclasses.replace(self.config, adapter=adapter, form="factors", omega=None)
@@ -69,17 +70,17 @@ def demonstrate(
     resume: bool = False,
     progress: bool = True,
 ) -> str:
-    """Run it, write `report.json` and `curves.png` to `output`, and return the table.
+    """Run it, write `report.json` and `curves.png` to `output`, and return what to print.
 
-    A resumed demonstration keeps the model and the runs that are finished, and goes on with the
-    one that was interrupted.
+    On a CPU it runs on one thread. A resumed demonstration keeps the model and the runs that are
+    finished, and continues the one that was interrupted.
 
     Raises:
         InputError: rows, settings or output folder cannot be used.
         NonFiniteError: a run stopped; the others are kept.
     """
     check_disjoint(forget, retain)
-    with writing(output):
+    with writing(output), _one_thread(_device(demonstration.config)):
         return _demonstrate(forget, retain, demonstration, output, resume, progress)
 
 
@@ -91,7 +92,7 @@ def _demonstrate(
     resume: bool,
     progress: bool,
 ) -> str:
-    check_free(output, _MARKER, resume=resume)
+    check_free(output, MARKER, resume=resume)
     _begin(output, forget, retain, demonstration)
     config = demonstration.config
     learned = _learn([*forget, *retain], demonstration, output / _MODEL, progress)
@@ -100,7 +101,7 @@ def _demonstrate(
         folder = output / name
         if not (folder / RESULT).exists():
             if progress:
-                print(f"{name}:", flush=True)
+                print(f"{name}:", file=sys.stderr, flush=True)
             model, tokenizer = load_pretrained(str(output / _MODEL))
             result = unlearn(
                 model,
@@ -115,32 +116,46 @@ def _demonstrate(
             held = examples_of(result, tokenizer, forget, retain)
             write_json(folder / EXAMPLES, {"examples": held})
         runs.append(Run.read(folder))
-    model, tokenizer = load_pretrained(str(output / _MODEL))
-    model.to(_device(config))
-    encoded = {
-        side: encode_all(rows, tokenizer, max_length=config.max_length, template=config.template)
-        for side, rows in (("forget", forget), ("retain", retain))
-    }
-    cost = compare_cost(
-        model,
-        encoded["forget"],
-        encoded["retain"],
-        padding(tokenizer),
-        config,
-        steps=demonstration.cost_steps,
-    )
     about = {
         "model": {**asdict(demonstration.small), **learned},
         "rows": {"forget": len(forget), "retain": len(retain)},
     }
-    table = write_report(output, runs, about=about, cost=cost)
-    table += "\n".join(["", *lines_of(runs[0].examples)])
+    fastest = [run for run in runs if run.lr == FACTOR * config.lr]
+    told = write_report(
+        output,
+        runs,
+        about=about,
+        questions=lines_of({_after(run): run.examples for run in fastest}),
+        timed=False,
+        quick=demonstration.quick,
+    )
+    if demonstration.quick:
+        told = f"A {QUICK}.\n\n{told}"
     if learned["training_loss"] > demonstration.small.known_loss:
-        table += (
-            f"\n\nThe small model had not learned its rows when it stopped after "
-            f"{learned['epochs']} epochs (loss {learned['training_loss']:.3f})."
+        told = (
+            f"The small model had not learned its rows when it stopped after {learned['epochs']} "
+            f"epochs (loss {learned['training_loss']:.3f}), so what follows says little.\n\n{told}"
         )
-    return table
+    return told
+
+
+def _after(run: Run) -> str:
+    return f"after, {run.label.partition(',')[0]}"
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU: a model this small gains nothing from a second thread, which waits for a core.
+
+    With two busy neighbours on two cores, two threads take several times as long as one.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _begin(
@@ -152,7 +167,7 @@ def _begin(
         "adapters": list(demonstration.adapters),
         "rows": [[row.question, row.answer] for row in [*forget, *retain]],
     }
-    marker = output / _MARKER
+    marker = output / MARKER
     if not marker.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_json(marker, identity)

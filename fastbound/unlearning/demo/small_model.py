@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastbound.files import whole_folder
+from fastbound.performance.progress import progress as progress_of
 from fastbound.unlearning.data.encoding import TEMPLATE, collate, encode_all, padding
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.losses import answer_tokens
@@ -116,6 +117,15 @@ def make_model(tokenizer: Any, config: SmallModelConfig, max_length: int, seed: 
     )
 
 
+def shape_of(
+    rows: Sequence[Row], config: SmallModelConfig, max_length: int, template: str = TEMPLATE
+) -> tuple[nn.Module, Any]:
+    """The model that `learn` would train, on the meta device, and its tokenizer."""
+    tokenizer = train_tokenizer(rows, config.vocabulary, template)
+    with torch.device("meta"):
+        return make_model(tokenizer, config, max_length, seed=0), tokenizer
+
+
 def learn(
     rows: Sequence[Row],
     config: SmallModelConfig | None = None,
@@ -131,8 +141,6 @@ def learn(
     Raises:
         InputError: a row takes more than `max_length` tokens.
     """
-    from tqdm.auto import tqdm
-
     config = config or SmallModelConfig()
     start = time.perf_counter()
     tokenizer = train_tokenizer(rows, config.vocabulary, template)
@@ -143,36 +151,35 @@ def learn(
     generator = torch.Generator().manual_seed(seed)
     step, last, loss = 0, config.most_epochs, float("nan")
     known_at: int | None = None
-    bar = tqdm(disable=not progress, desc="learning", unit="epoch", dynamic_ncols=True)
     epoch = 0
-    while epoch < last:
-        order = torch.randperm(len(encoded), generator=generator).tolist()
-        losses = []
-        for first in range(0, len(order), config.batch_size):
-            batch = collate([encoded[i] for i in order[first : first + config.batch_size]], pad)
-            batch = batch.to(device)
-            step += 1
-            rate = config.lr * min(1.0, step / 50)
-            if known_at is not None:
-                done = first / len(order)
-                rate *= (last - epoch - done) / (last - known_at)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            tokens = answer_tokens(
-                forward(model, batch.input_ids, batch.attention_mask), batch.labels
-            )
-            mean = tokens.loss.mean()
-            mean.backward()
-            optimizer.step()
-            losses.append(mean.detach())
-        epoch += 1
-        loss = float(torch.stack(losses).mean())
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}")
-        if known_at is None and loss <= config.known_loss:
-            known_at, last = epoch, epoch + -(-epoch // 3)
-    bar.close()
+    with progress_of(None, "learning", "epoch", shown=progress) as bar:
+        while epoch < last:
+            order = torch.randperm(len(encoded), generator=generator).tolist()
+            losses = []
+            for first in range(0, len(order), config.batch_size):
+                batch = collate([encoded[i] for i in order[first : first + config.batch_size]], pad)
+                batch = batch.to(device)
+                step += 1
+                rate = config.lr * min(1.0, step / 50)
+                if known_at is not None:
+                    done = first / len(order)
+                    rate *= (last - epoch - done) / (last - known_at)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.zero_grad(set_to_none=True)
+                tokens = answer_tokens(
+                    forward(model, batch.input_ids, batch.attention_mask), batch.labels
+                )
+                mean = tokens.loss.mean()
+                mean.backward()
+                optimizer.step()
+                losses.append(mean.detach())
+            epoch += 1
+            loss = float(torch.stack(losses).mean())
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            if known_at is None and loss <= config.known_loss:
+                known_at, last = epoch, epoch + -(-epoch // 3)
     return Learned(model.eval(), tokenizer, epoch, loss, time.perf_counter() - start)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastbound.errors import InputError
+from fastbound.errors import one_of
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.evaluation import muse, tdec, tofu
 from fastbound.unlearning.evaluation.benchmark import Benchmark
@@ -35,6 +35,5 @@ def load(benchmark: str, split: str, data: str | Path | None = None) -> Sequence
 
 def benchmark_named(name: str) -> Benchmark:
     """One of `BENCHMARKS`; raises InputError for any other name."""
-    if name not in BENCHMARKS:
-        raise InputError(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {name!r}")
+    one_of("benchmark", name, tuple(BENCHMARKS))
     return BENCHMARKS[name]

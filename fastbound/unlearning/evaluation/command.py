@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-from fastbound.errors import DamageWarning, InputError, require
+from fastbound.errors import DamageWarning, InputError, one_of, require
 from fastbound.files import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
 from fastbound.unlearning.evaluation.attacks.command import check_flags
@@ -35,11 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         InputError, NonFiniteError: see `evaluate_benchmark` and `attacks.run.attack`.
     """
     require("evaluation", "fastbound evaluate", "scipy", "sklearn", "rouge_score")
-    for name, known in (("device", DEVICES), ("dtype", DTYPES)):
-        if getattr(arguments, name) not in known:
-            raise InputError(
-                f"{name} must be one of {', '.join(known)}; got {getattr(arguments, name)!r}"
-            )
+    one_of("device", arguments.device, DEVICES)
+    one_of("dtype", arguments.dtype, DTYPES)
     check_device(arguments.device)
     check_flags(arguments)
     if arguments.attack is not None:
@@ -58,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         membership=_attacks(arguments.membership),
     )
     output = Path(arguments.output)
-    with writing(output):
+    chosen = {**dataclasses.asdict(config), "membership": ",".join(config.membership) or None}
+    with writing(output), arguments.keeping_config(output, RUN, chosen):
         check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
         table, caught = _evaluate(arguments, config, output)
     for warning in caught:

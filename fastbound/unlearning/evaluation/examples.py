@@ -90,17 +90,24 @@ def examples(
     ]
 
 
-def lines_of(held: Sequence[Mapping[str, str]]) -> list[str]:
-    """For the terminal: each question, and below it the model's answers before and after."""
+def lines_of(runs: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+    """For the terminal: each question, and below it the model's answers before and after.
+
+    Args:
+        runs: examples of the same questions, by what to call the answers after a run.
+    """
     lines = []
-    for side in dict.fromkeys(each["side"] for each in held):
+    width = max(map(len, ("before", *runs))) + 2
+    for side in dict.fromkeys(each["side"] for held in runs.values() for each in held):
         lines += ["", f"{side.capitalize()} rows, answered by the model itself:"]
-        for each in (each for each in held if each["side"] == side):
-            lines.append(_short(f"  {each['question']}"))
-            lines += [_short(f"    {when:7}{each[when]}") for when in ("before", "after")]
+        sided = [[each for each in held if each["side"] == side] for held in runs.values()]
+        for of_each in zip(*sided, strict=True):
+            lines.append(_short("  ", of_each[0]["question"]))
+            said = {"before": of_each[0]["before"]}
+            said |= {name: each["after"] for name, each in zip(runs, of_each, strict=True)}
+            lines += [_short(f"    {name + ':':{width}}", text) for name, text in said.items()]
     return lines
 
 
-def _short(text: str) -> str:
-    indent = len(text) - len(text.lstrip())
-    return " " * indent + textwrap.shorten(text, _WIDTH - indent, placeholder=" ...")
+def _short(before: str, text: str) -> str:
+    return before + textwrap.shorten(text, _WIDTH - len(before), placeholder=" ...")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbound.errors import InputError, NonFiniteError
+from fastbound.errors import InputError, NonFiniteError, did_you_mean
 from fastbound.unlearning import metrics
 from fastbound.unlearning.data.encoding import IGNORED, Encoded, answer_length, collate
 from fastbound.unlearning.evaluation.benchmark import Log
@@ -31,6 +31,7 @@ def check_attacks(names: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise InputError(
             f"unknown membership attack {unknown[0]!r}: choose from {', '.join(ATTACKS)}"
+            f"{did_you_mean(unknown[0], ATTACKS)}"
         )
     return tuple(name for name in ATTACKS if name in names)
 

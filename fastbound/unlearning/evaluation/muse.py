@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, one_of
 from fastbound.unlearning import metrics
 from fastbound.unlearning.data.encoding import IGNORED, Encoded, beginning
 from fastbound.unlearning.data.files import SUFFIXES, read_text
@@ -134,8 +134,7 @@ def _row(record: Mapping[str, Any], config: str, where: str) -> Row:
 def prepare(settings: Settings, tokenizer: Any) -> Prepared:
     """All parts of one corpus, "news" or "books"."""
     corpus = str(settings.split)
-    if corpus not in CORPORA:
-        raise InputError(f"muse --split must be one of {', '.join(CORPORA)}; got {corpus!r}")
+    one_of("muse --split", corpus, tuple(CORPORA))
     end_of_text(tokenizer)
 
     def rows_of(split: str) -> list[Row]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastbound.errors import NonFiniteError
+from fastbound.performance.progress import progress
 from fastbound.unlearning.data.encoding import IGNORED, Encoded, collate, padding
 from fastbound.unlearning.evaluation.generation import continuations
 from fastbound.unlearning.evaluation.templates import end_of_text
@@ -82,15 +83,10 @@ class Session:
 
         Batches depend on the items only, so that a resumed run computes what one run would have.
         """
-        from tqdm.auto import tqdm
-
         size = batch_size or self.batch_size
         order = sorted(range(len(items)), key=lambda i: -length(items[i]))
         found: list[Any] = [None] * len(items)
-        bar = tqdm(
-            total=len(items), desc=name, disable=not self.progress, unit="row", dynamic_ncols=True
-        )
-        with bar:
+        with progress(len(items), name, "row", shown=self.progress) as bar:
             for batch, start in enumerate(range(0, len(items), size)):
                 places = order[start : start + size]
                 values = self.pieces.get(name, batch)

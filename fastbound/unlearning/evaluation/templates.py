@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, one_of
 from fastbound.unlearning.data.encoding import (
     IGNORED,
     Encoded,
@@ -44,8 +44,7 @@ DATE = "10 Apr 2025"
 
 def check_family(family: str) -> None:
     """Raise `InputError`, with the list, for a template family that is not known."""
-    if family not in (*FAMILIES, CHAT):
-        raise InputError(f"template must be one of {', '.join((*FAMILIES, CHAT))}; got {family!r}")
+    one_of("template", family, (*FAMILIES, CHAT))
 
 
 def encode_answer(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbound import FusedBoundedLinear
-from fastbound.errors import InputError, positive
+from fastbound.errors import InputError, did_you_mean, positive
 from fastbound.layers.bounds import bound_of_weight, weight_bound
 from fastbound.layers.conversion import swap
 from fastbound.models.targets import match
@@ -72,7 +72,9 @@ def parse_adapter(text: str) -> Adapter:
     adaptive = text.endswith(ADAPTIVE)
     kind, at, bound = text.removesuffix(ADAPTIVE).partition("@")
     if kind not in KINDS:
-        raise InputError(f"unknown adapter {text!r}: choose of {', '.join(KINDS)}")
+        raise InputError(
+            f"unknown adapter {text!r}; choose from {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        )
     if kind not in _BOUNDED:
         if at:
             raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")

@@ -15,6 +15,7 @@ from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.evaluation.tofu import load_public
 from fastbound.unlearning.lab.cell import CellConfig
 from fastbound.unlearning.lab.grid import (
+    MARKER,
     PRETRAINED_ADAPTERS,
     PRETRAINED_CELL,
     PRETRAINED_RATES,
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     forget = load_rows(arguments.forget or authors("forget"))
     retain = load_rows(arguments.retain or authors("retain"))
     output = Path(arguments.output)
-    with writing(output):
+    with writing(output), arguments.keeping_config(output, MARKER, _options(grid)):
         cells = run_grid(
             forget,
             retain,
@@ -131,6 +132,16 @@ def _grid(arguments: argparse.Namespace) -> Any:
         if getattr(arguments, name) is not None
     }
     return Grid(**{**given, "cell": dataclasses.replace(cell, **changed)})
+
+
+def _options(grid: Grid) -> dict[str, Any]:
+    """The grid as options by which `_grid` makes it again, whatever the defaults are then."""
+    lists = {"adapters": grid.adapters, "lr": grid.rates, "ranks": grid.ranks}
+    return {
+        **{name: ",".join(map(str, values)) for name, values in lists.items()},
+        "seeds": grid.seeds,
+        **dataclasses.asdict(grid.cell),
+    }
 
 
 def _list(flag: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from fastbound.errors import InputError, StoppedError
+from fastbound.errors import InputError, StoppedError, one_of
 from fastbound.files import writing
+from fastbound.performance.progress import progress as progress_of
 from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.limits import check_fits
@@ -124,8 +125,7 @@ class Grid:
             value = getattr(self.cell, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be >= 1, got {value}")
-        if self.cell.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {self.cell.dtype!r}")
+        one_of("dtype", self.cell.dtype, DTYPES)
 
     def cells(self) -> list[Cell]:
         """Every cell, whole seeds first."""
@@ -162,8 +162,6 @@ def run_grid(
         InputError: rows, settings or output folder cannot be used.
         StoppedError: a worker was killed; the finished cells are kept.
     """
-    from tqdm.auto import tqdm
-
     if workers is not None and workers < 1:
         raise InputError(f"workers must be >= 1, got {workers}")
     check_disjoint(forget, retain)
@@ -185,7 +183,7 @@ def run_grid(
             lines = _lines(output)
             with (
                 _workers(count) as pool,
-                tqdm(total=len(left), disable=not progress, unit="cell", dynamic_ncols=True) as bar,
+                progress_of(len(left), "mapping", "cell", shown=progress) as bar,
             ):
                 _make_models(pool, grid.model, output, sorted({cell.seed for cell in left}), bar)
                 running = [pool.submit(_run, str(output), cell) for cell in left]

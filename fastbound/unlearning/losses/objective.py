@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, did_you_mean
 from fastbound.unlearning.data.encoding import Batch
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.losses import formulas, hidden, logits
@@ -243,7 +243,10 @@ def check_losses(losses: Mapping[str, Weight]) -> dict[str, Weight]:
     checked: dict[str, Weight] = {}
     for name, given in losses.items():
         if name not in LOSSES:
-            raise InputError(f"unknown loss {name!r}: choose from {', '.join(LOSSES)}")
+            raise InputError(
+                f"unknown loss {name!r}; choose from {', '.join(LOSSES)}"
+                f"{did_you_mean(name, LOSSES)}"
+            )
         options = dict(given) if isinstance(given, Mapping) else {"weight": given}
         weight = options.pop("weight", 1.0)
         if not (_is_number(weight) and weight >= 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastbound.errors import InputError
+from fastbound.errors import one_of
 
 OPEN_UNLEARNING = "open-unlearning"
 TOFU = "tofu"
@@ -21,5 +21,4 @@ EPSILON = 1e-10  # what open-unlearning adds to its denominators
 
 def check_convention(convention: str, known: Sequence[str] = TOFU_CONVENTIONS) -> None:
     """Raise `InputError`, with the list, for a convention that is not known."""
-    if convention not in known:
-        raise InputError(f"convention must be one of {', '.join(known)}; got {convention!r}")
+    one_of("convention", convention, known)

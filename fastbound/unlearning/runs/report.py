@@ -1,15 +1,15 @@
-"""Runs side by side: a table for the terminal, `report.json`, and a picture of the curves."""
+"""Runs side by side: what came of them for the terminal, `report.json`, and their curves."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastbound.errors import InputError
-from fastbound.figures import new_figure, save_figure
+from fastbound.figures import adapter_colour, mark_quick, new_figure, save_figure
 from fastbound.models.ranks import RankAllocation
 from fastbound.unlearning.losses.objective import described
 from fastbound.unlearning.runs.environment import environment
@@ -18,39 +18,17 @@ from fastbound.unlearning.runs.folder import LOG, RESULT, read_json, write_json
 REPORT = "report.json"
 EXAMPLES = "examples.json"  # of a run: questions, with the model's answers before and after
 PICTURE = "curves.png"
-_COLOURS = {"bounded": "#0b6e99", "lora": "#c4511d"}
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """One step: forward, backward and update of A and B.
-
-    Attributes:
-        seconds: median.
-        saved_bytes: kept from forward for backward by the whole model, each storage once,
-            parameters left out. Exact on any device.
-        peak_bytes: most CUDA memory allocated during a step, weights included; None elsewhere.
-    """
-
-    seconds: float
-    saved_bytes: int
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The bounded adapter fused and unfused, on the same batch; steps were interleaved."""
-
-    fused: StepCost
-    unfused: StepCost
-    steps: int
-    rows: int
-    tokens: int
+_NAMES = {"bounded": "bounded", "lora": "LoRA"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run as its folder holds it: its result, the lines of its log, its examples."""
+    """One finished run as its folder holds it.
+
+    Attributes:
+        steps: the lines of its log that are about steps.
+        examples: questions with the model's answers before and after.
+    """
 
     folder: Path
     result: Mapping[str, Any]
@@ -59,7 +37,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Raises InputError where a file is damaged."""
+        """Raises InputError if a file is damaged."""
         try:
             lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
             steps = [line for line in map(json.loads, lines) if line["event"] == "step"]
@@ -80,6 +58,18 @@ class Run:
         return float(self.result["config"]["lr"])
 
     @property
+    def label(self) -> str:
+        """Its name for people, such as "LoRA, learning rate 0.003"."""
+        return f"{_NAMES.get(self.adapter, self.adapter)}, learning rate {self.lr:g}"
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the adapter that is kept has reached the forget target."""
+        return bool(
+            self.kept["step"] > 0 and self.kept["forget"]["loss"] >= self.result["forget_target"]
+        )
+
+    @property
     def kept(self) -> Mapping[str, Any]:
         """The evaluation whose adapter is kept."""
         history: Sequence[Mapping[str, Any]] = self.result["history"]
@@ -91,13 +81,20 @@ def write_report(
     runs: Sequence[Run],
     *,
     about: Mapping[str, Any],
-    cost: Comparison | None = None,
+    questions: Sequence[str] = (),
+    timed: bool = True,
+    quick: bool = False,
 ) -> str:
-    """Write `report.json` and `curves.png` to `folder`; the table to print is returned.
+    """Write `report.json` and `curves.png` to `folder`, and return what to print.
+
+    That begins with what was forgotten and what was kept, goes on with `questions`, and ends with
+    the table.
 
     Args:
         about: what the runs have in common (model, rows), kept as it is.
-        cost: a step fused and unfused, where it was measured.
+        questions: lines that show the model's answers.
+        timed: whether the time per step means anything; a model of a few layers is too small.
+        quick: the runs were shortened, which the picture says.
     """
     write_json(
         folder / REPORT,
@@ -107,27 +104,60 @@ def write_report(
                 {"name": run.folder.name, **run.result, "examples": list(run.examples)}
                 for run in runs
             ],
-            "step": None if cost is None else asdict(cost),
             "environment": environment(),
         },
     )
-    draw(folder / PICTURE, runs)
-    return "\n".join([*table(runs), *cost_lines(cost)])
+    draw(folder / PICTURE, runs, quick=quick)
+    return "\n".join([*outcome(runs), *questions, "", *table(runs, timed=timed)])
 
 
-def table(runs: Sequence[Run]) -> list[str]:
-    """Loss in nats a token and share of answer tokens right, before and after each run."""
+def outcome(runs: Sequence[Run]) -> list[str]:
+    """Was it forgotten, what was kept, and bounded against LoRA: in sentences."""
+    start = runs[0].result["history"][0]
+    width = max(len(run.label) for run in runs)
+    head = "answer tokens predicted:"
+    width = max(width, len(head) - 2)
+    lines = [
+        f"{head:{width + 2}}  {'forget rows':22}  retain rows",
+        f"  {'before':{width}}  {start['forget']['accuracy']:6.1%}{'':16}  "
+        f"{start['retain']['accuracy']:6.1%}",
+    ]
+    for run in runs:
+        said = "forgotten" if run.forgotten else "not forgotten"
+        lines.append(
+            f"  {run.label:{width}}  {run.kept['forget']['accuracy']:6.1%} {said:15}  "
+            f"{run.kept['retain']['accuracy']:6.1%}"
+        )
+    fastest = [run for run in runs if run.lr == max(each.lr for each in runs)]
+    if len({run.adapter for run in fastest}) > 1:
+        kept = [
+            f"the {run.adapter} adapter keeps {run.kept['retain']['accuracy']:.1%}"
+            if run.adapter == "bounded"
+            else f"{_NAMES.get(run.adapter, run.adapter)} {run.kept['retain']['accuracy']:.1%}"
+            for run in fastest
+        ]
+        lines += [
+            "",
+            f"At the learning rate {fastest[0].lr:g} {' and '.join(kept)} of the answer tokens of "
+            "the retain rows.",
+        ]
+    return lines
+
+
+def table(runs: Sequence[Run], *, timed: bool = True) -> list[str]:
+    """Loss in nats per token and share of answer tokens right, before and after each run."""
     lines = [
         f"{'':16} {'forget rows':>17}  {'retain rows':>17}",
         f"{'adapter':8} {'lr':>7} "
         + "  ".join([f"{'loss':>8} {'accuracy':>8}"] * 2)
-        + f"  {'max|ΔW|':>8} {'bound':>6} {'in use':>6} {'steps':>6} {'s/step':>7}",
+        + f"  {'max|ΔW|':>8} {'bound':>6} {'in use':>6} {'steps':>6}"
+        + (f" {'s/step':>7}" if timed else ""),
     ]
     lines.append("─" * len(lines[-1]))
     start: Mapping[str, Any] = {}
     for run in runs:
         result = run.result
-        if result["history"][0] != start:  # runs from the same model share one line
+        if result["history"][0] != start:  # runs that start from the same model share one line
             start = result["history"][0]
             lines.append(f"{'before':16} {_scores(start)}")
         share = result["bound_in_use"]
@@ -136,7 +166,8 @@ def table(runs: Sequence[Run]) -> list[str]:
         seconds = result["seconds_per_step"]
         line = f"{run.adapter:8} {run.lr:7g} {_scores(run.kept)}"
         line += f"  {result['largest_delta']:8.3g} {bound:>6} {used:>6} {result['kept']:6}"
-        line += " " + (f"{'-':>7}" if seconds is None else f"{seconds:7.3f}")
+        if timed:
+            line += " " + (f"{'-':>7}" if seconds is None else f"{seconds:7.3f}")
         lines.append(f"{line}  {_ending(run)}")
     seed = runs[0].result["config"]["seed"]
     lines.append(
@@ -144,8 +175,9 @@ def table(runs: Sequence[Run]) -> list[str]:
         f"{start['retain']['rows']} retain rows; loss in nats per token; one seed ({seed})."
     )
     lines.append(
-        "Steps: those of the adapter that is kept. Forgotten: a loss of "
-        f"{runs[0].result['forget_target']:.3g} or more."
+        "Steps: up to the evaluation whose adapter is kept. Forgotten: a loss of "
+        f"{runs[0].result['forget_target']:.3g} or more. In use: root mean square of ΔW over the "
+        "bound."
     )
     lines += _cross_entropies(runs)
     lines += [f"{run.adapter}: {each}" for run, each in _allocations(runs)]
@@ -166,7 +198,7 @@ def _ending(run: Run) -> str:
     }[result["stopped"]]
     if kept != last and result["stopped"] != "all steps":
         said += f" (step {kept} is the best)"
-    if kept > 0 and run.kept["forget"]["loss"] >= result["forget_target"]:
+    if run.forgotten:
         return said
     return f"{said}{', ' if said else ''}not forgotten"
 
@@ -197,38 +229,20 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
     return "  ".join(f"{side['loss']:8.3f} {side['accuracy']:8.1%}" for side in sides)
 
 
-def cost_lines(cost: Comparison | None) -> list[str]:
-    """A step of the bounded adapter, fused and unfused."""
-    if cost is None:
-        return []
-    lines = [
-        "",
-        f"One training step, bounded adapter, {cost.rows} rows, {cost.tokens} tokens with padding "
-        f"(medians of {cost.steps}, interleaved):",
-    ]
-    for name, step in (("fused", cost.fused), ("PEFT, unfused", cost.unfused)):
-        line = f"  {name:14} {step.seconds:7.4f} s"
-        line += f"   {step.saved_bytes / 1e6:7.2f} MB saved for backward"
-        if step.peak_bytes is not None:
-            line += f"   {step.peak_bytes / 1e6:8.1f} MB peak on the device"
-        lines.append(line)
-    return lines
+def draw(path: Path, runs: Sequence[Run], *, quick: bool = False) -> None:
+    """Three panels over the steps: forget loss, retain loss, and the largest |ΔW|.
 
-
-def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Three panels over steps: forget loss, retain loss, largest |ΔW| with each bound dotted.
-
-    A thin line is the loss of each step's batch, the marks are evaluations, the largest of them the
-    one that is kept.
+    A thin line is the loss of each step's batch, a dot an evaluation, and the large dot the
+    evaluation whose adapter is kept. Every adapter has its colour, and a higher rate is dashed.
     """
-    figure, (axes,) = new_figure(1, 3, (13.5, 4.4))
+    figure, (axes,) = new_figure(1, 3, (13.5, 4.6))
     slowest = min((run.lr for run in runs), default=0.0)
     for run in runs:
         style = {
-            "color": _COLOURS.get(run.adapter, "0.3"),
+            "color": adapter_colour(run.adapter),
             "linestyle": "-" if run.lr == slowest else (0, (4, 1.5)),
             "linewidth": 1.8,
-            "label": f"{run.adapter}, lr {run.lr:g}",
+            "label": run.label,
         }
         history = run.result["history"]
         at = [each["step"] for each in history]
@@ -236,28 +250,44 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
             axis.plot(
                 [line["step"] for line in run.steps],
                 [line[f"{side}_loss"] for line in run.steps],
-                **{**style, "linewidth": 0.7, "alpha": 0.55, "label": None},
+                **{**style, "linewidth": 0.6, "alpha": 0.4, "label": None},
             )
             axis.plot(at, [each[side]["loss"] for each in history], **style, marker=".")
             axis.plot(run.kept["step"], run.kept[side]["loss"], "o", color=style["color"])
         moved = [(li["step"], li["largest_delta"]) for li in run.steps if "largest_delta" in li]
         axes[2].plot([step for step, _ in moved], [delta for _, delta in moved], **style)
     for target in {run.result["forget_target"] for run in runs}:
-        axes[0].axhline(target, color="0.45", linestyle=":", linewidth=1.2)
-    bounds = {run.result["bound"] for run in runs} - {None}
-    for bound in sorted(bounds):
-        axes[2].axhline(bound, color="0.45", linestyle=":", linewidth=1.2)
-    if bounds:
-        axes[2].plot([], [], color="0.45", linestyle=":", label="bound")
+        _limit(axes[0], target, "above: forgotten")
+    bounds = sorted({run.result["bound"] for run in runs} - {None})
+    for bound in bounds:  # that of the layer that moved most, which may differ between runs
+        _limit(axes[2], bound, "bound of its layer" if bound == bounds[-1] else "")
     titles = (
-        ("Forget rows", "loss, nats per token (dotted: forgotten)"),
-        ("Retain rows", "loss, nats per token (lower: kept)"),
-        ("How far the weights moved", "largest |ΔW| of any entry"),
+        ("Rows to forget: their loss should rise", "loss, nats per token"),
+        ("Rows to keep: their loss should stay low", "loss, nats per token"),
+        ("How far the weights have moved", "largest |ΔW| of any entry"),
     )
     for axis, (title, label) in zip(axes, titles, strict=True):
         axis.set_title(title)
-        axis.set_xlabel("step")
+        axis.set_xlabel("step (large dot: the adapter that is kept)")
         axis.set_ylabel(label)
+    axes[2].set_xlabel("step")
     axes[2].set_yscale("log")
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    if quick:
+        mark_quick(figure)
     save_figure(figure, path)
+
+
+def _limit(axis: Any, height: float, said: str) -> None:
+    """A dotted line with its meaning beside it."""
+    axis.axhline(height, color="0.45", linestyle=":", linewidth=1.2)
+    axis.annotate(
+        said,
+        (1, height),
+        xycoords=axis.get_yaxis_transform(),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        color="0.35",
+        fontsize=8,
+    )

@@ -18,6 +18,7 @@ from torch import nn
 from fastbound.errors import InputError, NonFiniteError
 from fastbound.files import writing
 from fastbound.models.ranks import RankAllocation
+from fastbound.performance.progress import progress as progress_of
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.limits import check_fits
@@ -145,7 +146,7 @@ class _Run:
     def go(self) -> UnlearnResult:
         reset_peak_memory(self.training.device)
         self.training.model.train()
-        with _bar(self.steps, self.progress) as self.bar:
+        with progress_of(self.steps, "unlearning", "step", shown=self.progress) as self.bar:
             self.bar.update(self.step)
             if not self.history:
                 self._evaluate()
@@ -329,9 +330,3 @@ class _Run:
             Evaluation(each["step"], Score(**each["forget"]), Score(**each["retain"]))
             for each in state["history"]
         ]
-
-
-def _bar(steps: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=steps, disable=not shown, desc="unlearning", unit="step", dynamic_ncols=True)

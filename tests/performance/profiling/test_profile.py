@@ -242,12 +242,12 @@ def test_the_command_leaves_table_json_picture_and_trace(
     ("arguments", "message"),
     [
         (["--tokens", "many"], "tokens 'many': 'many' is no number of tokens; give 4096 or 4k"),
-        (["--model-shape", "llama-9"], "unknown model shape 'llama-9': choose from "),
-        (["--mode", "stp"], "unknown mode 'stp': choose one of linear, mlp, step"),
-        (["--dtype", "int8"], "--dtype is one of bfloat16, float16, float32, got 'int8'"),
+        (["--model-shape", "llama-9"], "unknown model shape 'llama-9'; choose from "),
+        (["--mode", "stp"], "unknown mode 'stp'; choose one of linear, mlp, step"),
+        (["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32; got 'int8'"),
         (["--rank", "0"], "--rank must be >= 1, got 0"),
         (["--rounds", "1"], "--rounds must be >= 2, got 1"),
-        (["--device", "tpu"], "--device is auto, cpu or cuda, got 'tpu'"),
+        (["--device", "tpu"], "--device must be one of auto, cpu, cuda; got 'tpu'"),
         (["--device", "cuda"], "torch sees no GPU here"),
     ],
 )

@@ -394,12 +394,12 @@ def test_the_real_bench_measures_and_checks_through_the_interpreter(
     ("arguments", "message"),
     [
         ([], "needs a GPU that torch sees"),
-        (["--shapes", "llama-9"], "unknown model shape 'llama-9': choose from gpt-neo-125m, phi"),
+        (["--shapes", "llama-9"], "unknown model shape 'llama-9'; choose from gpt-neo-125m, phi"),
         (["--shapes", ","], "--shapes names no model"),
         (["--tokens", "8q"], "tokens '8q': '8q' is no number of tokens"),
         (["--tokens", "8k:1k"], "runs backwards"),
         (["--ranks", "16,128"], "--ranks '16,128': give whole numbers from 1 to 64"),
-        (["--dtype", "float32"], "--dtype is bfloat16 or float16, got 'float32'"),
+        (["--dtype", "float32"], "--dtype must be one of bfloat16, float16; got 'float32'"),
         (["--budget-minutes", "0"], "--budget-minutes must be positive"),
     ],
 )

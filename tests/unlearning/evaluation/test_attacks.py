@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import fastbound
-from fastbound.cli import main
+from fastbound.cli import main, parse
 from fastbound.unlearning import InputError, UnlearnConfig, unlearn
+from fastbound.unlearning.evaluation.attacks.command import check_flags
 from fastbound.unlearning.evaluation.attacks.quantize import quantized
 from fastbound.unlearning.evaluation.attacks.run import attack
 from fastbound.unlearning.evaluation.attacks.subject import AttackConfig, recovered
@@ -95,6 +96,13 @@ def reported(command, attacked, model_folder, tmp_path_factory):
 def test_the_given_files_are_left_as_they_are(reported):
     before, after = reported[2]
     assert before == after and all(before)
+
+
+def test_the_config_of_an_attack_gives_its_options_again(reported, attacked):
+    again = parse(["evaluate", "--config", str(reported[1] / "config.yaml"), "--output", "again"])
+    check_flags(again)  # nothing in it belongs to a benchmark
+    assert (again.attack, again.steps, again.lr) == ("relearn,quantize,paraphrase", 5, 3e-3)
+    assert again.forget == str(attacked / "forget.jsonl") and again.weights == "all"
 
 
 def test_relearning_a_tenth_brings_the_other_rows_back_by_step(reported):
@@ -276,7 +284,7 @@ class TestRefusals:
             (("--attack", "relearn", "--lr", "-1"), "lr must be positive and finite, got -1.0"),
             (
                 ("--attack", "relearn", "--weights", "some"),
-                "weights must be all or lora, got 'some",
+                "weights must be one of all, lora; got 'some",
             ),
             (("--attack", "relearn", "--resume"), "nothing to --resume"),
             (("--attack", "relearn", "--template", "x"), "template must hold {question}"),

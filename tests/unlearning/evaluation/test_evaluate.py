@@ -64,6 +64,14 @@ def stirred(new_model, tmp_path):
     return tmp_path / "adapter"
 
 
+def test_the_config_of_an_evaluation_repeats_it(finished, tmp_path):
+    folder = finished("muse")[0]
+    again = ["evaluate", "--config", str(folder / "config.yaml"), "--output", str(tmp_path / "b")]
+    assert main(again) == 0
+    for name in ("run.json", "config.yaml", "muse_log.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 def test_tofu_from_the_command_line(finished):
     run, printed, _ = finished("tofu")
     log, summary = read(run / tofu.LOG), read(run / "summary.json")

@@ -38,10 +38,23 @@ def test_what_is_shown_is_each_question_with_both_answers(forget_rows, retain_ro
     held = examples(rows, before, after)
     assert [each["side"] for each in held] == ["forget", "forget", "retain"]
     assert held[0]["after"] == "I do not know" and held[0]["answer"] == forget_rows[0].answer
-    shown = lines_of(held)
+    shown = lines_of({"after": held})
     assert [line for line in shown if line.startswith("  W")]
     assert max(map(len, shown)) <= 100
-    assert sum("after" in line for line in shown) == 3
+    assert sum(line.startswith("    after:  ") for line in shown) == 3
+
+
+def test_answers_after_several_runs_stand_below_one_question(forget_rows):
+    rows = chosen(forget_rows[:2], [])
+    before = {"forget": ["b1", "b2"], "retain": []}
+    runs = {
+        name: examples(rows, before, {"forget": [f"{name} 1", f"{name} 2"], "retain": []})
+        for name in ("bounded", "LoRA")
+    }
+    said = [line.strip() for line in lines_of(runs)]
+    at = said.index("before:  b2")
+    assert said[at - 1].startswith(forget_rows[1].question[:20])
+    assert said[at + 1 : at + 3] == ["bounded: bounded 2", "LoRA:    LoRA 2"]
 
 
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
@@ -60,4 +73,4 @@ def test_rows_of_plain_text_are_not_asked(new_model, tokenizer):
     rows = chosen([Row(None, "A text.", "here")], [])
     assert rows == {"forget": [], "retain": []}
     assert answers(new_model(), tokenizer, rows, CONFIG) == {"forget": [], "retain": []}
-    assert lines_of(examples(rows, rows, rows)) == []
+    assert lines_of({"after": examples(rows, rows, rows)}) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from fastbound import FusedBoundedLinear
-from fastbound.cli import main
+from fastbound.cli import main, parse
 from fastbound.errors import InputError
 from fastbound.unlearning.data.rows import Row, authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig
@@ -24,6 +25,7 @@ from fastbound.unlearning.lab.adapters import (
     parse_adapter,
 )
 from fastbound.unlearning.lab.cell import CellConfig, utility_of
+from fastbound.unlearning.lab.command import _grid as grid_of
 from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
 from fastbound.unlearning.lab.plots import PICTURES, draw
 from fastbound.unlearning.lab.summary import Standard, kept_of, lines_of, ranges_of
@@ -273,3 +275,7 @@ def test_the_command_writes_summary_and_pictures(rows, tmp_path, capsys):
     assert summary["lines"][1]["mean"]["largest_delta"] > 0
     assert all((output / name).exists() for name in PICTURES)
     assert "| sine@1 |" in capsys.readouterr().out
+    # The config of the map gives the same grid again, with what was not given.
+    again = parse(["lab", "--config", str(output / "config.yaml"), "--output", "again"])
+    held = json.loads(json.dumps(dataclasses.asdict(grid_of(again))))
+    assert held == summary["grid"] and again.forget == str(tmp_path / "forget.jsonl")

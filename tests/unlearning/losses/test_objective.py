@@ -233,7 +233,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"losses": {"nop": 1.0}}, "unknown loss 'nop': choose from gradient_ascent, retain"),
+            ({"losses": {"nop": 1.0}}, "unknown loss 'nop'; choose from gradient_ascent, retain"),
             ({"losses": {}}, "losses is empty"),
             ({"losses": {"npo": math.inf}}, "weight of npo must be >= 0 and finite, got inf"),
             ({"losses": {"npo": -1.0}}, "weight of npo must be >= 0 and finite, got -1.0"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,16 +89,18 @@ def run(arguments: argparse.Namespace) -> int:
         models[REFERENCE] = loading(arguments.reference)
     for load in models.values():  # a name or an adapter that is wrong is refused before any work
         load()
-    table = attack(
-        models,
-        tokenizers[0],
-        arguments.forget,
-        config,
-        retain=arguments.retain,
-        unrelated=arguments.unrelated,
-        output=arguments.output,
-        about={n: getattr(arguments, n) for n in ("model", "adapter", "before", "reference")},
-    )
+    chosen = {**dataclasses.asdict(config), "attack": ",".join(config.attacks)}
+    with arguments.keeping_config(Path(arguments.output), RESULT, chosen):
+        table = attack(
+            models,
+            tokenizers[0],
+            arguments.forget,
+            config,
+            retain=arguments.retain,
+            unrelated=arguments.unrelated,
+            output=arguments.output,
+            about={n: getattr(arguments, n) for n in ("model", "adapter", "before", "reference")},
+        )
     print(f"{table}\n\nWritten to {arguments.output}: {RESULT}, {REPORT} and {PICTURE}")
     return 0
 

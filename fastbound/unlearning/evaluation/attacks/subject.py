@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastbound.errors import InputError, positive
+from fastbound.errors import InputError, did_you_mean, one_of, positive
 from fastbound.unlearning.data.encoding import (
     Encoded,
     check_template,
@@ -63,7 +63,8 @@ class AttackConfig:
         unknown = [name for name in self.attacks if name not in ATTACKS]
         if unknown or not self.attacks:
             got = repr(unknown[0]) if unknown else "none"
-            raise InputError(f"attack must be some of {', '.join(ATTACKS)}; got {got}")
+            near = did_you_mean(unknown[0], ATTACKS) if unknown else ""
+            raise InputError(f"attack must be some of {', '.join(ATTACKS)}; got {got}{near}")
         object.__setattr__(self, "attacks", tuple(n for n in ATTACKS if n in self.attacks))
         for name in ("steps", "max_length", "batch_size", "rows"):
             value = getattr(self, name)
@@ -74,8 +75,7 @@ class AttackConfig:
         positive("lr", self.lr)
         if not 0 < self.share < 1:
             raise InputError(f"share of the forget rows must lie between 0 and 1, got {self.share}")
-        if self.weights not in ("all", "lora"):
-            raise InputError(f"weights must be all or lora, got {self.weights!r}")
+        one_of("weights", self.weights, ("all", "lora"))
         check_template(self.text)
 
     @property

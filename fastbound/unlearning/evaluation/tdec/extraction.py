@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastbound.errors import NonFiniteError
+from fastbound.performance.progress import progress
 from fastbound.unlearning.data.encoding import Encoded, collate
 from fastbound.unlearning.evaluation.generation import continuations, stop_tokens
 from fastbound.unlearning.evaluation.session import Session
@@ -34,18 +35,10 @@ def prefix_continuations(
     Where the model's first choice is x_i itself, the continuation is x_i and then that of the next
     prefix: only prefixes that the model gets wrong are generated.
     """
-    from tqdm.auto import tqdm
-
     T = len(ids)
     wrong = [i for i in range(1, T) if predicted[i - 1] != ids[i]]
     generated: dict[int, list[int]] = {}
-    with tqdm(
-        total=len(wrong),
-        desc="prefixes",
-        disable=not session.progress,
-        leave=False,
-        dynamic_ncols=True,
-    ) as bar:
+    with progress(len(wrong), "prefixes", "prefix", shown=session.progress, nested=True) as bar:
         for start in range(0, len(wrong), session.batch_size):
             part = wrong[start : start + session.batch_size]
             prompts, most = [ids[:i] for i in part], [T - i for i in part]
