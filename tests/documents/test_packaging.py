@@ -297,13 +297,16 @@ RANGES = {
 }
 
 
-def test_the_readme_states_the_ranges_of_pyproject(requirements, repository):
+def test_the_installation_page_states_the_ranges_of_pyproject(requirements, repository):
     everything = " ".join(each for extra in requirements.values() for each in extra)
+    page = (repository / "docs" / "install.md").read_text()
     readme = " ".join((repository / "README.md").read_text().split())
     for name, package in RANGES.items():
         low, before = re.search(rf"\b{package}>=([\d.]+),<([\d.]+)", everything).groups()
         major, minor = before.split(".")
-        assert f"{name} {low} to {major}.{int(minor) - 1}" in readme
+        assert f"| {name} | {low} to {major}.{int(minor) - 1}" in page
+        stated = re.findall(rf"{name} (\d+\.\d+ to \d+\.\d+)", readme)
+        assert set(stated) <= {f"{low} to {major}.{int(minor) - 1}"}
 
 
 def test_every_extra_that_is_named_somewhere_exists(requirements, repository):

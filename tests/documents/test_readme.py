@@ -1,4 +1,4 @@
-"""Every command and every example of the README works, or this fails."""
+"""Examples of the README work, its commands and those of its results are run, or this fails."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+RESULTS = (REPOSITORY / "docs" / "results.md").read_text()
+
+
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """Language and text of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.M | re.S)
+
+
+BLOCKS = blocks_of(README)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     command.strip()
-    for language, lines in BLOCKS
+    for language, lines in [*BLOCKS, *blocks_of(RESULTS)]
     if language == "bash"
     for line in lines.splitlines()
     for command in line.split("&&")
@@ -21,11 +30,21 @@ COMMANDS = [
 
 # What runs each command of the README: a line of .ci/run, a test beside this one, or a test here.
 RUN_BY_CI = {
-    "fastbound unlearn": 'step fastbound unlearn --quick --output "$work/demo"',
+    **dict.fromkeys(
+        ("fastbound unlearn", "fastbound unlearn --seed 1 --output seed-1"),
+        'step fastbound unlearn --quick --output "$work/demo"',
+    ),
     'pip install -e ".[test]"': 'step pip install --quiet -e ".[test]"',
     "pytest": "step pytest --durations=10",
     "pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json": (
         'step pytest benchmarks/ --benchmark-only --smoke --benchmark-json "$work/benchmarks.json"'
+    ),
+    **dict.fromkeys(
+        (
+            'pytest benchmarks/bench_linear.py --benchmark-only -k "1k and 4x"',
+            "pytest benchmarks/bench_mlp.py --benchmark-only -k llama-1k --rounds 15",
+        ),
+        'step pytest benchmarks/ --benchmark-only --smoke --benchmark-json "$work/benchmarks.json"',
     ),
     "python -m benchmarks.report benchmarks.json": (
         'step python -m benchmarks.report "$work/benchmarks.json" --output "$work"'
@@ -89,3 +108,32 @@ def test_the_command_on_own_text_leaves_what_the_readme_says(user_folder):
     left = {path.relative_to("run").as_posix() for path in Path("run").rglob("*")}
     named = {"log.jsonl", "report.json", "curves.png", "adapter/adapter_model.safetensors"}
     assert named <= left
+
+
+def test_pictures_are_there_and_small(repository):
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (repository / picture).stat().st_size < 150_000, picture
+
+
+def test_links_lead_to_files_and_headings():
+    pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
+    broken = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text())
+        if not leads_somewhere(page, target)
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def leads_somewhere(page: Path, target: str) -> bool:
+    file, _, anchor = target.partition("#")
+    to = page.parent / file if file else page
+    if not to.exists():
+        return False
+    headings = re.findall(r"^#+ (.+)$", to.read_text(), flags=re.M) if anchor else []
+    return not anchor or anchor in {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
