@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from typing import SupportsFloat
@@ -26,6 +27,25 @@ class StoppedError(RuntimeError):
 
 class DamageWarning(UserWarning):
     """A file of a run was damaged and has been truncated, or cannot be locked; the run goes on."""
+
+
+def require(extra: str, what: str, *modules: str) -> None:
+    """Check that the optional packages that something needs are installed.
+
+    Args:
+        extra: the extra of fastbound that installs them, such as "evaluation".
+        what: what needs them; the message begins with it.
+        modules: the names by which the packages are imported.
+
+    Raises:
+        InputError: a package is missing; the message names it and the command that installs it.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{what} needs {' and '.join(missing)}, not installed here: "
+            f'pip install "fastbound[{extra}]"'
+        )
 
 
 def positive(name: str, value: object) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from pathlib import Path
 import pytest
 
 import fastbound
+from fastbound.cli import main
+from fastbound.errors import InputError, require
 
 
 def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
@@ -273,3 +277,86 @@ def test_public_names(repository):
     # A module of that name would take the function's place as soon as something imports it.
     parts = {path.stem for path in (repository / "fastbound").iterdir()}
     assert not parts & set(fastbound.__all__)
+
+
+@pytest.fixture(scope="module")
+def requirements(repository) -> dict[str, list[str]]:
+    """Lines of pyproject.toml: extra -> its requirements, the package's own under ""."""
+    text = (repository / "pyproject.toml").read_text()
+    lists = re.findall(r"^(\w+) = (\[\n.*?^\])", text, flags=re.M | re.S)
+    named = {name: ast.literal_eval(found) for name, found in lists}
+    found = {name: named[name] for name in ("evaluation", "quantized", "trl", "docs", "test")}
+    return {"": named["dependencies"], **found}
+
+
+RANGES = {
+    "PyTorch": "torch",
+    "Triton": "triton",
+    "transformers": "transformers",
+    "PEFT": "peft",
+}
+
+
+def test_the_installation_page_states_the_ranges_of_pyproject(requirements, repository):
+    everything = " ".join(each for extra in requirements.values() for each in extra)
+    page = (repository / "docs" / "install.md").read_text()
+    readme = " ".join((repository / "README.md").read_text().split())
+    for name, package in RANGES.items():
+        low, before = re.search(rf"\b{package}>=([\d.]+),<([\d.]+)", everything).groups()
+        major, minor = before.split(".")
+        assert f"| {name} | {low} to {major}.{int(minor) - 1}" in page
+        stated = re.findall(rf"{name} (\d+\.\d+ to \d+\.\d+)", readme)
+        assert set(stated) <= {f"{low} to {major}.{int(minor) - 1}"}
+
+
+def test_every_extra_that_is_named_somewhere_exists(requirements, repository):
+    pages = [*repository.glob("*.md"), *repository.glob("docs/*.md"), repository / "pyproject.toml"]
+    named = {
+        extra
+        for path in [*pages, *(repository / "fastbound").rglob("*.py")]
+        for extras in re.findall(r"(?:fastbound|\.)\[([a-z,]+)\]", path.read_text())
+        for extra in extras.split(",")
+    }
+    assert {"evaluation", "quantized", "trl", "test"} <= named <= set(requirements)
+
+
+def test_the_test_extra_brings_what_every_other_extra_has(requirements):
+    (own,) = (each for each in requirements["test"] if each.startswith("fastbound["))
+    assert set(own[len("fastbound[") : -1].split(",")) == set(requirements) - {"", "test"}
+
+
+def test_a_plain_install_leaves_out_what_only_some_commands_need(requirements):
+    plain = {re.match(r"[\w-]+", each).group() for each in requirements[""]}
+    assert not plain & {"triton", "scipy", "scikit-learn", "rouge-score", "torchao", "trl"}
+
+
+def test_a_missing_optional_package_is_named_with_the_extra_that_installs_it():
+    require("evaluation", "this", "torch")
+    command = (
+        r"this needs nowhere_1 and nowhere_2, not installed here: pip install \"fastbound\[x\]"
+    )
+    with pytest.raises(InputError, match=command):
+        require("x", "this", "nowhere_1", "torch", "nowhere_2")
+
+
+def test_evaluate_names_its_extra_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    arguments = ["evaluate", "--benchmark", "tofu", "--model", "none", "--output", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 2
+    assert 'rouge_score, not installed here: pip install "fastbound[evaluation]"' in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_api_page_shows_every_public_name_and_each_is_documented(repository):
+    page = (repository / "docs" / "api.md").read_text()
+    shown = re.findall(r"^::: fastbound\.(\w+)$", page, flags=re.M)
+    assert sorted(shown) == fastbound.__all__
+    undocumented = [name for name in shown if not getattr(fastbound, name).__doc__]
+    assert not undocumented
+
+
+def test_the_site_lists_every_guide(repository):
+    listed = re.findall(r"[\w-]+\.md", (repository / "mkdocs.yml").read_text().partition("nav:")[2])
+    assert sorted(listed) == sorted(path.name for path in (repository / "docs").glob("*.md"))

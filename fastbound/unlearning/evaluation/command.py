@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastbound.errors import DamageWarning, InputError, one_of
+from fastbound.errors import DamageWarning, InputError, one_of, require
 from fastbound.files import writing
 from fastbound.unlearning.config import DEVICES, DTYPES
 from fastbound.unlearning.evaluation.attacks.command import check_flags
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError, NonFiniteError: see `evaluate_benchmark` and `attacks.run.attack`.
     """
-
+    require("evaluation", "fastbound evaluate", "scipy", "sklearn", "rouge_score")
     one_of("device", arguments.device, DEVICES)
     one_of("dtype", arguments.dtype, DTYPES)
     check_device(arguments.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, require
 from fastbound.unlearning.metrics.conventions import (
     EPSILON,
     MUSE,
@@ -103,6 +103,7 @@ def membership_auc(forget: Any, holdout: Any, *, convention: str = OPEN_UNLEARNI
     Args:
         forget, holdout: attack scores such as `min_k`, low for a known text.
     """
+    require("evaluation", "membership_auc", "sklearn")
     from sklearn.metrics import roc_auc_score
 
     check_convention(convention, MUSE_CONVENTIONS)

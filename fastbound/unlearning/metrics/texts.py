@@ -8,6 +8,8 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from fastbound.errors import require
+
 
 class Rouge(NamedTuple):
     """ROUGE-1 recall, and ROUGE-L recall and F1."""
@@ -33,6 +35,7 @@ def rouge(expected: str, generated: str, *, stemmer: bool = True) -> Rouge:
 
 @lru_cache(maxsize=2)
 def _scorer(stemmer: bool) -> Any:
+    require("evaluation", "ROUGE", "rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, require
 from fastbound.unlearning.metrics.conventions import (
     EPSILON,
     OPEN_UNLEARNING,
@@ -139,6 +139,7 @@ def forget_quality(
     Warns:
         SameModelWarning: both logs hold the same losses.
     """
+    require("evaluation", "forget_quality", "scipy")
     from scipy.stats import ks_2samp
 
     check_convention(convention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,4 @@ def probability_among(answer: Any, wrong: Any, *, convention: str = OPEN_UNLEARN
 
 def harmonic_mean(values: Any) -> float:
     """Harmonic mean of values >= 0; one 0 makes it 0."""
-    from scipy.stats import hmean
-
-    return float(hmean(np.asarray(values, dtype=np.float64)))
+    return statistics.harmonic_mean(np.asarray(values, dtype=np.float64).ravel().tolist())

@@ -5,14 +5,13 @@ Zhang et al. 2024, "Catastrophic failure of LLM unlearning via quantization", ar
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, require
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.evaluation.attacks.subject import (
@@ -35,13 +34,8 @@ _INT4 = torch.int4  # type: ignore[attr-defined]
 
 
 def check_installed() -> None:
-    """Raise InputError without torchao."""
-    try:
-        importlib.metadata.version("torchao")
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            'attack quantize needs torchao: pip install "fastbound[quantize]", or leave it out'
-        ) from None
+    """Raise InputError if torchao is not installed."""
+    require("quantized", "The attack quantize", "torchao")
 
 
 def quantized(model: nn.Module, bits: int) -> nn.Module:
