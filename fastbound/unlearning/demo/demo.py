@@ -103,7 +103,6 @@ def _demonstrate(
 ) -> str:
     check_free(output, MARKER, resume=resume)
     _begin(output, forget, retain, demonstration)
-    config = demonstration.config
     learned = _learn([*forget, *retain], demonstration, output / _MODEL, progress)
     runs = []
     for name, each in demonstration.runs().items():
