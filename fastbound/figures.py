@@ -52,6 +52,7 @@ def label_ends(panel: Any) -> None:
 
     Call it last: it moves labels that would overlap apart, at the limits that the panel then has.
     """
+    panel.get_ylim()  # brings the limits up to date
     ends = []
     for line in panel.get_lines():
         values = line.get_ydata()

@@ -62,6 +62,9 @@ def _against_rate(cells: Cells, standard: Standard, target: float, path: Path) -
                     zorder=3,
                 )
         axis.set(xscale="log", xlabel="learning rate", ylabel=label, title=title)
+        rates = sorted({cell["lr"] for cell in cells})
+        axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
+        axis.minorticks_off()
     _threshold(axes[0][0], standard.least, "counts as kept")
     axes[0][0].set_ylim(bottom=0)
     if target:
@@ -77,8 +80,9 @@ def _threshold(axis: Any, height: float, text: str) -> None:
         text,
         (0.01, height),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
+        xytext=(0, -3),
         textcoords="offset points",
+        va="top",
         fontsize=8,
         color="0.35",
     )

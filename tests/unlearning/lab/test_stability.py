@@ -249,6 +249,16 @@ def test_marks_are_open_where_a_seed_did_not_forget(tmp_path, monkeypatch):
         assert "bounded, 4*rms" in [text.get_text() for text in panel.texts]
 
 
+def test_a_label_stands_at_the_end_of_its_line():
+    panel = new_figure(1, 1, (4, 3))[1][0, 0]
+    panel.plot([0, 1], [0, 140], label="high")
+    panel.plot([0, 1], [140, 20], label="low")
+    label_ends(panel)
+    low, high = panel.get_ylim()
+    for text, value in zip(panel.texts, (140, 20), strict=True):
+        assert text.get_position()[1] == pytest.approx((value - low) / (high - low))
+
+
 def test_labels_of_lines_that_end_close_together_do_not_overlap():
     panel = new_figure(1, 1, (4, 3))[1][0, 0]
     for i in range(8):
