@@ -1,4 +1,4 @@
-"""The ways a run ends that are not a bug, what is said on the way, and checks of single values."""
+"""The ways a run can end that are not a bug, its warnings, and checks of single values."""
 
 from __future__ import annotations
 
