@@ -1,4 +1,4 @@
-"""`python -m fastbound`: the same as the console script `fastbound`."""
+"""`python -m fastbound` does the same as the console script `fastbound`."""
 
 import sys
 

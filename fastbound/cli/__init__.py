@@ -33,8 +33,9 @@ _AsWritten = argparse.RawDescriptionHelpFormatter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 stopped on the way, 2 cannot be done as asked."""
-    for stream in (sys.stdout, sys.stderr):  # a name or a terminal that knows no such character
+    """Run one command and return its exit status: 0 if it is done, 1 if it was stopped on the way,
+    2 if it cannot be done as asked."""
+    for stream in (sys.stdout, sys.stderr):  # for terminals without some character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal shows ^C where the cursor was, so that the message needs a line of its own.
         start = "\n" if sys.stderr.isatty() else ""
         print(
-            f"{start}error: interrupted; --resume goes on with a run that has an output folder",
+            f"{start}error: interrupted; --resume continues a run from its last checkpoint",
             file=sys.stderr,
         )
         return 130
@@ -65,27 +66,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 _REMEDIES = {
     **dict.fromkeys(
         (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        "what was written before is whole: make room there, then go on with --resume",
+        "what was written before is intact: make room there, then continue with --resume",
     ),
     **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "give a place that may be written to"
+        (errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to"
     ),
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.ENOTDIR: "a file lies where a folder should: give another name",
+    errno.ENOTDIR: "there is a file where a folder should be: give another name",
 }
 
 
 def _told(error: OSError) -> str:
-    """What the system said, of which file, and what to do."""
+    """What the system said about which file, and what to do."""
     reason = error.strerror or str(error) or type(error).__name__
     where = "" if error.filename is None else f"{error.filename}: "
-    remedy = _REMEDIES.get(error.errno or 0, "put that right, then go on with --resume")
+    remedy = _REMEDIES.get(error.errno or 0, "correct that, then continue with --resume")
     return f"{where}{reason}; {remedy}"
 
 
 @contextlib.contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
-    """What the project itself warns of, without the place in its code."""
+    """Print warnings of the project itself as one line, without the place in the code."""
     honest = warnings.formatwarning
 
     def formatted(message: Any, category: type[Warning], *more: Any, **named: Any) -> str:

@@ -1,4 +1,4 @@
-"""`fastbound unlearn`: settings from its flags; the work is in `demo` and `training.loop`."""
+"""`fastbound unlearn`: its flags become settings; `demo` and `training.loop` do the work."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ from fastbound.unlearning.training.processes import end_processes, starts_first
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what was asked; the table goes to standard output.
+    """Do what the flags ask for, and print what came of it.
 
     Raises:
         InputError, NonFiniteError: see `unlearn` and `demonstrate`.
     """
 
     if arguments.model is not None and arguments.quick:
-        raise InputError("--quick shortens the demonstration, which takes no --model")
+        raise InputError(
+            "--quick shortens the demonstration, which has no --model: leave one of them out"
+        )
     for side, other in (("forget", "retain"), ("retain", "forget")):
         if getattr(arguments, side) is None and (getattr(arguments, other) or arguments.model):
             raise InputError(f"--{side} is missing: give the rows to {side}")
@@ -117,7 +119,8 @@ def _unlearn(
     arguments: argparse.Namespace, config: UnlearnConfig, forget: Any, retain: Any, output: Path
 ) -> str | None:
 
-    check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
+    # Before the model is loaded, which can take minutes.
+    check_free(output, RUN, resume=arguments.resume)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model, tokenizer = load_pretrained(
         arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
@@ -154,7 +157,9 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
     given = {n: v for n, v in vars(arguments).items() if n in names and v is not None}
     for name in ("bound", "form", "omega"):
         if name in given and given.get("adapter") == "lora":
-            raise InputError(f"--{name} is of the bounded adapter, and LoRA has none: leave it out")
+            raise InputError(
+                f"--{name} belongs to the bounded adapter, and LoRA has none: leave it out"
+            )
     if "bound" in given:
         given["bound"] = _bound(given["bound"])
     if "losses" in given:
@@ -175,9 +180,9 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
     return dataclasses.replace(config, epochs=steps * pairs / forget_rows)
 
 
-# The small model takes the same few short steps however many rows there are to forget.
-# Since it knows nothing but these rows, it has to move further to forget some of them than "auto"
-# lets a pretrained model move.
+# The small model takes the same number of short steps, however many rows it is to forget. Since it
+# knows nothing but these rows, it has to move further to forget some of them than "auto" lets a
+# pretrained model move.
 _DEMO = {"bound": "4*rms", "lr": 3e-3, "eval_every": 25, "log_every": 5}
 _DEMO_STEPS = 250
 _QUICK = {"eval_every": 10}
@@ -225,7 +230,7 @@ def _loss(text: str) -> tuple[str, Weight]:
 
 
 def _targets(text: str) -> str | tuple[str, ...]:
-    """Names with commas between, or one name, are suffixes; all else is for `fastbound.inject`."""
+    """One name, or names separated by commas, are suffixes; `fastbound.inject` reads the rest."""
     if text in ("mlp", "all-linear") or not re.fullmatch(r"[\w.\-]+(,[\w.\-]*)*", text):
         return text
     return tuple(filter(None, text.split(",")))

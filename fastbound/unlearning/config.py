@@ -1,4 +1,4 @@
-"""What a run of gradient difference is told, checked when it is made."""
+"""The settings of a gradient-difference run, checked when they are made."""
 
 from __future__ import annotations
 
@@ -29,50 +29,52 @@ class UnlearnConfig:
         adapter: "bounded" (`fastbound.inject`) or "lora" (PEFT's LoRA on the same layers, with the
             same rank and slope alpha / rank).
         rank, alpha, bound, form, omega, target_modules: as in `fastbound.inject`; `bound`, `form`
-            and `omega` act on "bounded".
-            `rank="auto"` spreads `rank_budget` by the cross-entropies of up to `RANK_ROWS` rows of
-            each side, for both adapters.
-        rank_budget: most elements of A and B for `rank="auto"`; None: as many as rank 8 takes.
+            and `omega` apply to "bounded" only.
+            `rank="auto"` distributes `rank_budget` by the gradients of the cross-entropies of up to
+            `RANK_ROWS` rows per side, for both adapters.
+        rank_budget: the most elements of all A and B for `rank="auto"`; None allows as many as rank
+            8 takes.
         lr: highest learning rate of AdamW, reached after warm-up. "auto" gives each layer the rate
-            that its bound calls for, see `fastbound.parameter_groups`, and LoRA 3e-3.
-        warmup: share of all steps with the rate rising from 0; it then falls linearly to 0.
-        weight_decay: of A and B. 0 by default: decay pulls ΔW back towards the model that knows.
-        clip: largest norm of the gradient over all A and B; None leaves it as it is.
+            that its bound calls for (`fastbound.parameter_groups`), and LoRA 3e-3.
+        warmup: share of all steps in which the rate rises from 0; it then falls linearly to 0.
+        weight_decay: of A and B; 0 by default, as it pulls ΔW back to the model that still knows.
+        clip: largest norm of the gradient over all A and B; None does not clip.
         epochs: passes over the forget rows.
-        batch_size: pairs of one forget and one retain row in a forward pass of one process.
-        accumulation: forward passes a step. A step's loss is the mean over all its answer tokens,
-            in however many passes and processes they come.
-        forget_weight, retain_weight: of the two cross-entropies, see `gradient_difference`.
-        losses: name -> weight, to minimise another sum than gradient difference; with options
-            name -> `{"weight": 1.0, "beta": 0.2}`. Names and options are those of
-            `fastbound.unlearning.losses.objective.LOSSES`; docs/losses.md has the formulas. None is
-            `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
-        max_length: the most tokens of a row; a longer row is an error.
+        batch_size: pairs of one forget and one retain row per forward pass of one process.
+        accumulation: forward passes per step. The loss of a step is the mean over all its answer
+            tokens, however many passes and processes they are spread over.
+        forget_weight, retain_weight: weights of the two cross-entropies, see `gradient_difference`.
+        losses: name -> weight, to minimise a sum other than gradient difference; a loss with
+            options is name -> `{"weight": 1.0, "beta": 0.2}`. Names and options are those of
+            `fastbound.unlearning.losses.objective.LOSSES`; docs/losses.md has the formulas. None
+            means `{"gradient_ascent": forget_weight, "retain": retain_weight}`.
+        max_length: the most tokens per row; a longer row is an error.
         template: see `fastbound.unlearning.encode`.
-        seed: of A's start, the order of rows and dropout.
+        seed: seed of A's initial values, the order of the rows, and dropout.
         device: "auto" takes the accelerator that `accelerate` finds.
         dtype: "bfloat16" runs the forward pass under autocast; A, B and the loss stay fp32.
-        cross_entropy: "whole" forms the logits of a batch whole, "chunked" those of 256 answer
-            tokens at a time, "liger" does so by liger-kernel, on a GPU; "auto" takes "liger", else
-            "chunked", where whole logits would be larger than 256 MiB and model and losses allow
-            it. See `fastbound.unlearning.losses.cross_entropy`; the result holds choice and reason.
-        shard: spread the frozen weights over the processes (`fastbound.shard`) where each would
-            otherwise hold a copy; needs several processes and the bounded adapter.
-        gradient_checkpointing: recompute activations in backward (non-reentrant).
-        eval_every: steps between evaluations; None: once an epoch. The first and the last step are
-            always evaluated.
-        eval_rows: evaluate at most so many rows of each side, spread evenly; None: all.
-        log_every: steps between lines of the log that hold the largest |ΔW|; the losses are in
-            the line of every step.
-        checkpoint_every: steps between checkpoints; None: with every evaluation.
+        cross_entropy: "whole" forms all logits of a batch at once, "chunked" those of 256 answer
+            tokens at a time, and "liger" does the same with liger-kernel on a GPU. If all logits
+            would take more than 256 MiB, and model and losses allow it, "auto" takes "liger", or
+            "chunked" without it. See `fastbound.unlearning.losses.cross_entropy`; the result holds
+            the choice and the reason.
+        shard: spread the frozen weights over the processes (`fastbound.shard`) instead of keeping a
+            copy in each; needs several processes and the bounded adapter.
+        gradient_checkpointing: recompute activations in the backward pass (non-reentrant).
+        eval_every: steps between evaluations; None evaluates once per epoch. The model is always
+            evaluated before the first step and after the last.
+        eval_rows: the most rows per side in an evaluation, spread evenly; None takes all.
+        log_every: steps between log lines that hold the largest |ΔW|; every step has a line with
+            its losses.
+        checkpoint_every: steps between checkpoints; None writes one with every evaluation.
         early_stop: end once the rows are forgotten and the others kept: the evaluated forget loss
-            has reached `forget_target` and the retain loss is at most `retain_slack` above where it
-            began. Either way the adapter of the best evaluation is kept: the lowest retain loss of
-            those that have reached the target, else the last.
-        forget_target: nats per token; None is that of a uniform guess, the logarithm of the
-            vocabulary.
-        retain_slack: nats per token.
-        retain_limit: give up once the evaluated retain loss has risen past this.
+            has reached `forget_target`, and the retain loss is at most `retain_slack` above where
+            it began. In any case the adapter of the best evaluation is kept: the one with the
+            lowest retain loss among those that have reached the target, or the last if none has.
+        forget_target: in nats per token; None takes the loss of a uniform guess, the logarithm of
+            the vocabulary's size.
+        retain_slack: in nats per token.
+        retain_limit: give up once the evaluated retain loss exceeds this, in nats per token.
     """
 
     adapter: Literal["bounded", "lora"] = "bounded"
@@ -118,10 +120,10 @@ class UnlearnConfig:
         one_of("form", self.form, ADAPTER_FORMS)
         if self.adapter == "lora" and (self.form != "factors" or self.omega is not None):
             name, value = ("omega", self.omega) if self.omega is not None else ("form", self.form)
-            raise InputError(f"{name} is of the bounded adapter, and LoRA has none, got {value!r}")
+            raise InputError(f"{name} belongs to the bounded adapter, LoRA has none; got {value!r}")
         if self.omega is not None and self.alpha is not None:
             raise InputError(
-                f"alpha={self.alpha!r} and omega={self.omega!r} say one thing twice: give one"
+                f"alpha={self.alpha!r} and omega={self.omega!r} set the same thing: give one"
             )
         if self.rank != "auto":
             _at_least_one("rank", self.rank)
@@ -164,26 +166,28 @@ class UnlearnConfig:
             taking = Objective(self.weighted_losses).whole_logits
             if taking:
                 raise InputError(
-                    f'cross_entropy "{self.cross_entropy}" forms no whole logits, which '
-                    f'{" and ".join(taking)} take: use "auto" or "whole"'
+                    f'cross_entropy "{self.cross_entropy}" never forms all logits at once, which '
+                    f'{" and ".join(taking)} need: use "auto" or "whole"'
                 )
         if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup is a share of all steps, 0 to 1, got {self.warmup}")
+            raise InputError(
+                f"warmup is a share of all steps and must lie between 0 and 1, got {self.warmup}"
+            )
         if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must lie in 0 .. 2**32 - 1, got {self.seed}")
+            raise InputError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         check_template(self.template)
 
     @property
     def weighted_losses(self) -> dict[str, Weight]:
-        """What is minimised: name -> weight."""
+        """What is minimised, by name with its weight."""
         if self.losses is not None:
             return dict(self.losses)
         return {"gradient_ascent": self.forget_weight, "retain": self.retain_weight}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back."""
+        """The settings as plain values, just as JSON returns them."""
         values = dataclasses.asdict(self)
         if not isinstance(self.target_modules, str):
             values["target_modules"] = list(self.target_modules)

@@ -24,7 +24,7 @@ from fastbound.version import versions
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises InputError for what cannot be done as asked."""
+    """Profile and print the table. Raises InputError for what cannot be done as asked."""
     device = _device(arguments.device)
     on_gpu = device.type == "cuda"
     dtypes = {str(d)[6:]: d for d in (torch.bfloat16, torch.float16, torch.float32)}

@@ -22,7 +22,7 @@ from fastbound.performance.tuning.tune import start_table, tune
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 where a shape failed; raises InputError for what cannot be done as asked."""
+    """Tune; returns 1 if a shape failed. Raises InputError for what cannot be done as asked."""
     try:
         names = [name.strip() for name in arguments.shapes.split(",") if name.strip()]
         shapes: list[Shape | Block] = []

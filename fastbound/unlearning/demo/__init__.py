@@ -1,4 +1,4 @@
-"""The demonstration: a small model learns rows and forgets some, bounded and not.
+"""The demonstration: a small model learns rows and forgets some, with a bound and without.
 
 Uses `training` and what is below it.
 """

@@ -1,4 +1,4 @@
-"""The whole story on one small model: it learns all rows, then forgets some, bounded and not."""
+"""One small model learns all rows and then forgets some, with a bounded adapter and with LoRA."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _begin(
 def _learn(
     rows: Sequence[Row], demonstration: Demonstration, folder: Path, progress: bool
 ) -> dict[str, Any]:
-    """Train the small model into `folder`, in one move, unless it is there; what it took."""
+    """Train the small model into `folder`, unless it is there; returns what that took."""
     if not folder.exists():
         config = demonstration.config
         learned = learn(
@@ -209,7 +209,7 @@ def _learn(
 
 
 def _device(config: UnlearnConfig) -> torch.device:
-    """Where the loop would run: on the accelerator if there is one and it is not refused."""
+    """Where the loop would run: on the accelerator, if there is one and it is allowed."""
     from accelerate import Accelerator
 
     return torch.device(Accelerator(cpu=config.device == "cpu", mixed_precision="no").device)

@@ -1,4 +1,4 @@
-"""A small language model made on the spot, trained until it knows the rows it is to forget."""
+"""A small language model, trained on the spot until it knows the rows that it is to forget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastbound.unlearning.losses import answer_tokens
 from fastbound.unlearning.model import forward, quiet
 from fastbound.unlearning.runs.folder import write_json
 
-LEARNED = "learned.json"  # beside the saved model: what it took
+LEARNED = "learned.json"  # beside the saved model: what the training took
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class SmallModelConfig:
     """The small model and its training.
 
     Attributes:
-        hidden_size, intermediate_size, layers, heads, vocabulary: of the Llama architecture, with
-            input and output embeddings tied.
-        lr: of AdamW, reached after 50 steps.
-        batch_size: rows a step.
-        known_loss: mean loss over an epoch, nats an answer token, at which the model knows its
-            rows; the rate then falls to 0 over another third of the epochs taken so far.
-        most_epochs: stop learning after so many, known or not.
+        hidden_size, intermediate_size, layers, heads, vocabulary: sizes of the Llama architecture,
+            whose input and output embeddings are tied.
+        lr: learning rate of AdamW, reached after 50 steps.
+        batch_size: rows per step.
+        known_loss: mean loss over an epoch, in nats per answer token, at which the model knows its
+            rows; the rate then falls to 0 over one third as many epochs again.
+        most_epochs: stop learning after this many epochs, whether the rows are known or not.
     """
 
     hidden_size: int = 128
@@ -49,11 +49,11 @@ class SmallModelConfig:
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained model with its tokenizer, and what it took.
+    """A trained model with its tokenizer, and what the training took.
 
     Attributes:
         epochs: passes over all rows.
-        loss: mean training loss of the last epoch, nats an answer token.
+        loss: mean training loss of the last epoch, in nats per answer token.
         seconds: wall time.
     """
 
@@ -64,7 +64,7 @@ class Learned:
     seconds: float
 
     def save(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Model, tokenizer and what it took into `folder`, in one move; `about` is added to it."""
+        """Save model, tokenizer, what the training took and `about` to `folder`, in one move."""
         with whole_folder(folder) as part:
             with quiet():
                 self.model.save_pretrained(part)
@@ -79,7 +79,7 @@ class Learned:
 
 
 def train_tokenizer(rows: Sequence[Row], vocabulary: int, template: str = TEMPLATE) -> Any:
-    """A byte-level BPE tokenizer of at most so many tokens, trained on the rows themselves."""
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens, trained on the rows themselves."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,7 +97,7 @@ def train_tokenizer(rows: Sequence[Row], vocabulary: int, template: str = TEMPLA
 
 
 def make_model(tokenizer: Any, config: SmallModelConfig, max_length: int, seed: int) -> nn.Module:
-    """An untrained Llama of the configured size, fp32 on the CPU."""
+    """An untrained Llama of the configured size, in fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def learn(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Learned:
-    """Train tokenizer and model from nothing until the model knows every answer in `rows`.
+    """Train a tokenizer and a model from scratch until the model knows every answer in `rows`.
 
     Raises:
         InputError: a row takes more than `max_length` tokens.

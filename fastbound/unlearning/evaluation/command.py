@@ -1,4 +1,4 @@
-"""`fastbound evaluate`: settings from its flags; the work is in `evaluation.run`."""
+"""`fastbound evaluate`: its flags become settings; `evaluation.run` does the work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastbound.unlearning.runs.folder import RUN, check_free
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what was asked; the table goes to standard output.
+    """Do what the flags ask for, and print the table.
 
     Raises:
         InputError, NonFiniteError: see `evaluate_benchmark` and `attacks.run.attack`.
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     chosen = {**dataclasses.asdict(config), "membership": ",".join(config.membership) or None}
     with writing(output), arguments.keeping_config(output, RUN, chosen):
-        check_free(output, RUN, resume=arguments.resume)  # before minutes of loading
+        # Before the model is loaded, which can take minutes.
+        check_free(output, RUN, resume=arguments.resume)
         table, caught = _evaluate(arguments, config, output)
     for warning in caught:
         if issubclass(warning.category, (DamageWarning, EmptyAnswerWarning, SameModelWarning)):
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _attacks(text: str | None) -> tuple[str, ...]:
-    """Names with commas between; "all" is every attack that needs no other model."""
+    """Names separated by commas; "all" is every attack that needs no other model."""
     names = [] if text is None else [name for name in text.split(",") if name]
     if "all" in names:
         names += [name for name in ATTACKS if name != "reference"]
@@ -78,7 +79,7 @@ def _attacks(text: str | None) -> tuple[str, ...]:
 def _evaluate(
     arguments: argparse.Namespace, config: EvaluationConfig, output: Path
 ) -> tuple[str, list[warnings.WarningMessage]]:
-    """The table, and what was warned of."""
+    """The table, and the warnings on the way."""
     retain = None if arguments.retain_log is None else read_log(arguments.retain_log)
     dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
     model, tokenizer = load_pretrained(
@@ -88,7 +89,7 @@ def _evaluate(
         model = load_adapter(model, arguments.adapter)
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     if "gradnorm" in config.membership:
-        model = merged(model)  # the weights under an adapter have no gradient
+        model = merged(model)  # the frozen weights under an adapter have no gradient
     reference = None
     if arguments.reference is not None:
         reference, _ = load_pretrained(

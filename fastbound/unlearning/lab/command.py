@@ -1,4 +1,4 @@
-"""`fastbound lab`: a grid from its flags; the work is in `grid`."""
+"""`fastbound lab`: its flags become a grid; `grid` does the work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _QUICK_STEPS = 150
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what was asked; the table goes to standard output.
+    """Do what the flags ask for, and print the table.
 
     Raises:
         InputError: rows, settings or output folder cannot be used.

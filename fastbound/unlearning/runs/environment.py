@@ -1,4 +1,4 @@
-"""What a run was made on."""
+"""The machine and the versions that a run was made with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastbound.version import versions
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Versions, cores, threads and GPU behind the figures of a run."""
     cuda = torch.cuda.is_available()
     return {
         **versions("fastbound", "torch"),

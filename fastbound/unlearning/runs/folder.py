@@ -1,8 +1,8 @@
 """The folder of a run: its settings, log, checkpoint, adapter and result.
 
 run.json          settings, digests of model, tokenizer and rows, steps; what `--resume` compares
-ranks.json        ranks by layer, where they are chosen by the run itself
-log.jsonl         one line a logged step or evaluation
+ranks.json        ranks by layer, if the run itself chose them
+log.jsonl         one line per step or evaluation
 checkpoint.pt     the last good state with a digest of itself, replaced in one move
 adapter/          the trained adapter
 result.json       written last: the run is finished
@@ -43,13 +43,14 @@ _REMEDIES = {
 
 
 class RunFolder:
-    """One run's files. Making one only checks that the folder is free; `begin` writes first.
+    """The files of one run. Making this object only checks that the folder is free; `begin` is the
+    first to write.
 
     Args:
         path: folder of this run; made if missing.
         identity: what makes it this run and no other (settings, digests, steps), as JSON values.
-        resume: go on with the run that the folder holds; a folder that holds none starts one.
-        writes: whether this process writes; in a run of several only the first does, within
+        resume: continue the run that the folder holds; if it holds none, a new one starts.
+        writes: whether this process writes; of several processes only the first does, within
             `fastbound.files.writing`.
 
     Raises:
@@ -69,19 +70,19 @@ class RunFolder:
             self._check_same()
 
     def begin(self) -> None:
-        """Make the folder and mark it as this run's."""
+        """Make the folder and mark it as that of this run."""
         if self.writes and not (self.path / RUN).exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN, self.identity)
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a file of JSON with its digest, once."""
+        """Write a JSON file with its digest, unless it is there."""
         if self.writes and not (self.path / name).exists():
             plain = json.loads(json.dumps(value))
             write_json(self.path / name, {**plain, "digest": digest(plain)})
 
     def kept(self, name: str) -> dict[str, Any] | None:
-        """What `keep` wrote, or None. Raises InputError where it is damaged."""
+        """What `keep` wrote, or None. Raises InputError if it is damaged."""
         path = self.path / name
         if not path.exists():
             return None
@@ -92,14 +93,14 @@ class RunFolder:
         return value
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to the log; it is on the disk with the next checkpoint."""
+        """Append one line to the log; the next checkpoint makes sure that it is on the disk."""
         if self.writes:
             append(self.path / LOG, f"{json.dumps(line)}\n".encode(), sync=False)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint in one move, after the log: at every moment there is a whole one.
+        """Replace the checkpoint in one move, after the log, so that there is always a whole one.
 
-        Raises OSError; the last checkpoint is then as it was.
+        Raises OSError, after which the last checkpoint is as it was.
         """
         if not self.writes:
             return
@@ -115,9 +116,9 @@ class RunFolder:
         replace_files({self.path / _CHECKPOINT: write})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None before the first; the log is cut back to where it was.
+        """The last checkpoint, or None before the first. The log is cut back to its state then.
 
-        Raises InputError for one that is damaged, or of another run.
+        Raises InputError if the checkpoint is damaged or belongs to another run.
         """
         path = self.path / _CHECKPOINT
         state = _read_checkpoint(path) if path.exists() else None
@@ -131,7 +132,7 @@ class RunFolder:
         return state
 
     def _cut_log(self, length: int, held: str) -> None:
-        """To what the checkpoint counts on; where that is damaged, to its sound lines."""
+        """Cut the log to what the checkpoint relies on; if that is damaged, to its sound lines."""
         path = self.path / LOG
         log = path.read_bytes() if path.exists() else b""
         kept = log[:length]
@@ -140,7 +141,7 @@ class RunFolder:
             sound = next((n for n, line in enumerate(lines) if not _is_object(line)), len(lines))
             kept = b"".join(lines[:sound])
             warnings.warn(
-                f"{path} is not the log that the checkpoint counts on: it is cut back to its first "
+                f"{path} is not the log that the checkpoint relies on: it is cut back to its first "
                 f"{sound} lines, and the run goes on; the report lacks the others",
                 DamageWarning,
                 stacklevel=3,
@@ -164,8 +165,8 @@ def check_free(path: Path, marker: str, *, resume: bool) -> None:
     """Raise `InputError` unless a run may be written to `path`.
 
     Args:
-        marker: the file by which a run in progress or finished is known.
-        resume: whether a folder with the marker is welcome.
+        marker: the file that shows that the folder holds a run, finished or not.
+        resume: whether a folder with the marker is accepted.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file: give a folder")
@@ -180,7 +181,7 @@ def check_free(path: Path, marker: str, *, resume: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of JSON that a run has written. Raises InputError where it is damaged."""
+    """A JSON file that a run has written. Raises InputError if it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -192,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # A name that is no text, as of a file, becomes JSON's own escape.
+    # What cannot be encoded, such as the name of a file, becomes an escape of JSON.
     replace_files({path: text.encode(errors="backslashreplace")})
 
 
@@ -202,7 +203,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         held = state.pop("digest")
     except OSError:
         raise
-    except Exception as error:  # pickle, zip and torch each raise their own, with advice of theirs
+    except Exception as error:  # pickle, zip and torch each raise errors of their own
         held, state = error, None
     if not isinstance(held, str) or digest(state) != held:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Digests by which a run knows its model, its tokenizer, its rows and its own state again."""
+"""Digests by which a run recognises its model, its tokenizer, its rows and its own state."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _OF_THE_FILES = (
 
 
 def digest(value: Any) -> str:
-    """Of plain values and tensors, however nested: types, names, shapes and every bit."""
+    """Digest of plain values and tensors, however nested: of types, names, shapes and every bit."""
     state = hashlib.blake2b(digest_size=16)
     _add(state, value)
     return state.hexdigest()
 
 
 def fingerprint(rows: Sequence[Encoded]) -> str:
-    """Hash of tokens and labels: the same for the same rows, template and tokenizer."""
+    """Hash of tokens and labels, the same for the same rows, template and tokenizer."""
     whole = hashlib.sha256()
     for row in rows:
         whole.update(json.dumps([row.ids, row.labels]).encode())
@@ -38,9 +38,9 @@ def fingerprint(rows: Sequence[Encoded]) -> str:
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
-    """`weights`: every bit of the state, adapters included; `architecture`: class and settings.
+    """`weights` covers every bit of the state with adapters, `architecture` class and settings.
 
-    Reads all weights once where they lie, at some gigabytes per second on one core of a CPU.
+    It reads all weights once on their own device, at some gigabytes per second on one CPU core.
     """
     config: Any = getattr(model, "config", None)
     settings = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
@@ -57,14 +57,14 @@ def model_identity(model: nn.Module) -> dict[str, str]:
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Of its words, its special tokens and its chat template."""
+    """Digest of its vocabulary, its special tokens and its chat template."""
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     words = sorted(tokenizer.get_vocab().items())
     return digest([words, special, str(getattr(tokenizer, "chat_template", None))])
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of PEFT: sets in an order, and not where the base was loaded from."""
+    """Settings of PEFT, with sets in a fixed order and without the place of the base model."""
     return {
         name: sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value
         for name, value in values.items()
@@ -93,10 +93,11 @@ def _add(state: Any, value: Any) -> None:
 
 @torch.no_grad()
 def _add_bits(state: Any, value: Tensor) -> None:
-    """The bits by a sum of 64-bit words with odd weights over each 512 KiB, on its own device.
+    """Add the bits as sums of 64-bit words with odd weights, one per 512 KiB, on their own device.
 
-    No single word can change without its sum, and more can by a chance of about 2**-63. Sums are
-    at memory speed, where hashing all bits takes 20 seconds of a core for 16 GB.
+    If a single word changes, so does its sum; if several do, it stays the same with a probability
+    of about 2**-63. Sums run at the speed of memory; hashing all bits takes 20 seconds of one core
+    for 16 GB.
     """
     raw = value.detach().contiguous().reshape(-1).view(torch.uint8)
     if raw.storage_offset() % 8:
@@ -110,7 +111,7 @@ def _add_bits(state: Any, value: Tensor) -> None:
 
 
 def _weights(device: torch.device) -> Tensor:
-    """Odd, with bits well mixed (the finaliser of splitmix64), and the same everywhere."""
+    """Odd weights with well-mixed bits (the finaliser of splitmix64), the same everywhere."""
     mixed = torch.arange(1, _WORDS + 1, device=device) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor

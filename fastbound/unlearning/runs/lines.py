@@ -1,4 +1,4 @@
-"""Files of finished parts, a line each: on the disk once written, and every line proves itself."""
+"""Files with one line per finished part: each is on the disk once written, and carries a check."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}\n')
 
 
 class CheckedLines:
-    """JSON objects of one run, appended; each line ends in a check of itself and of the run.
+    """JSON objects of one run, one per line, each with a check of itself and of the run.
 
     Args:
-        path: the file, made by the first line.
-        run: digest of the run they belong to; lines of another run are damage.
+        path: the file, which the first line makes.
+        run: digest of the run they belong to; lines of another run count as damaged.
     """
 
     def __init__(self, path: Path, run: str) -> None:
@@ -29,9 +29,9 @@ class CheckedLines:
         self._run = run.encode()
 
     def read(self) -> list[dict[str, Any]]:
-        """Every sound line. The others are taken out of the file, and a `DamageWarning` tells.
+        """Every sound line. The others are removed from the file, with a `DamageWarning`.
 
-        A last line that a kill has cut off goes without a word.
+        A last line that was cut off when the process was killed is removed without a warning.
         """
         if not self.path.exists():
             return []
@@ -53,7 +53,7 @@ class CheckedLines:
         return values
 
     def add(self, value: Mapping[str, Any]) -> None:
-        """Append one line, onto the disk. Raises OSError."""
+        """Append one line and write it to the disk. Raises OSError."""
         text = json.dumps(value).encode()[:-1]
         append(self.path, text + b', "check": "%s"}\n' % self._check(text))
 

@@ -1,4 +1,4 @@
-"""The most memory a run has held: on the device where it is CUDA, else of the process."""
+"""The most memory that a run has held: on the device if it is CUDA, else in the process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin anew, where that can be done."""
+    """Start counting again, on CUDA; the peak of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Bytes, and what they are of: "device memory" or "resident set"."""
+    """Bytes, and what they measure: "device memory" or "resident set"."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "device memory"
     unit = 1 if sys.platform == "darwin" else 1024

@@ -189,7 +189,7 @@ def table(runs: Sequence[Run], *, timed: bool = True) -> list[str]:
 
 
 def _ending(run: Run) -> str:
-    """Why the run ended, and whether its last step is the one that is kept."""
+    """Why the run ended, and whether the adapter of its last step is kept."""
     result, kept = run.result, run.kept["step"]
     last = result["history"][-1]["step"]
     said = {
@@ -205,7 +205,7 @@ def _ending(run: Run) -> str:
 
 
 def _cross_entropies(runs: Sequence[Run]) -> list[str]:
-    """Form, reason and size of the logits; runs that agree share a line."""
+    """Form, reason and size of the logits; runs that agree share one line."""
     lines = []
     for run in runs:
         held = run.result["cross_entropy"]
@@ -216,7 +216,7 @@ def _cross_entropies(runs: Sequence[Run]) -> list[str]:
 
 
 def _allocations(runs: Sequence[Run]) -> list[tuple[Run, RankAllocation]]:
-    """What `rank="auto"` chose; runs that agree share it."""
+    """What `rank="auto"` chose, once for all runs that agree."""
     found: dict[str, tuple[Run, RankAllocation]] = {}
     for run in runs:
         if run.result["ranks"] is not None:

@@ -24,9 +24,9 @@ Ranks = int | Mapping[str, int]
 
 
 class Delta(NamedTuple):
-    """The largest |ΔW_ij| of all adapted layers, and that layer's own bound (None for LoRA).
+    """The largest |ΔW_ij| in any adapted layer, and the bound of that layer (None for LoRA).
 
-    `in_use` is the root mean square of ΔW over the bound, a mean over layers.
+    `in_use` is the root mean square of ΔW divided by the bound, averaged over the layers.
     """
 
     largest: float
@@ -35,7 +35,7 @@ class Delta(NamedTuple):
 
 
 class Adapter(Protocol):
-    """An adapted model: what to train, how far it has moved, how to keep it."""
+    """An adapted model: what to train, how far it has moved, and how to save it."""
 
     model: nn.Module
 
@@ -92,7 +92,7 @@ class _Lora:
         alpha = rank if config.alpha is None else config.alpha
         settings = LoraConfig(
             r=round(rank),
-            lora_alpha=cast(int, alpha),  # any number will do: the slope is lora_alpha / r
+            lora_alpha=cast(int, alpha),  # any number works: the slope is lora_alpha / r
             target_modules=list(layers),
             lora_dropout=0.0,
             rank_pattern={} if isinstance(ranks, int) else dict(ranks),
@@ -127,13 +127,13 @@ def _one_group(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
 
 def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
-    """Put a new adapter on `model`, in place, drawing A from torch's generator; freeze the rest.
+    """Put a new adapter on `model` in place, draw A from torch's generator, and freeze the rest.
 
     Args:
-        ranks: of every layer, or by name.
+        ranks: one rank for every layer, or ranks by name.
 
     Raises:
-        InputError: the model has no layer that `target_modules` names.
+        InputError: `target_modules` names no layer of the model.
     """
     torch.manual_seed(config.seed)
     try:
@@ -145,7 +145,7 @@ def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
 
 
 def target_layers(model: nn.Module, config: UnlearnConfig) -> dict[str, tuple[int, int]]:
-    """Names and [N, K] of what `fastbound.inject` adapts; the model is left as it was."""
+    """Names and [N, K] of the layers that `fastbound.inject` adapts; the model stays as it was."""
     trained = [p for p in model.parameters() if p.requires_grad]
     names = fastbound.inject(
         model, 1, target_modules=config.target_modules, fuse_mlp=False

@@ -1,4 +1,4 @@
-"""When a run may end, and which of its evaluations it keeps."""
+"""When a run may end, and which of its evaluations it keeps the adapter of."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastbound.unlearning.training.result import Evaluation
 
 
 class Ending:
-    """The rule of one run.
+    """When one run ends.
 
-    A side is *forgotten* once its loss is `target`, by default that of a uniform guess, ln V: what
-    goes beyond it is damage to the model, not more forgetting. Retention falls first and comes back
-    while training goes on, so the run ends when the rows are forgotten **and** the retain loss is
-    within `retain_slack` of where it began.
+    The rows are *forgotten* once their loss reaches `target`, by default the loss of a uniform
+    guess, ln V: a higher loss is damage to the model, not more forgetting. Retention first falls
+    and recovers as training goes on, so the run ends when the rows are forgotten **and** the retain
+    loss is within `retain_slack` of where it began.
     """
 
     def __init__(self, config: UnlearnConfig, model: nn.Module, steps: int) -> None:
@@ -32,7 +32,7 @@ class Ending:
         return evaluation.step > 0 and evaluation.forget.loss >= self.target
 
     def reason(self, history: Sequence[Evaluation], step: int) -> str | None:
-        """Why the run ends after `step`, or None where it goes on."""
+        """Why the run ends after `step`, or None if it goes on."""
         first, last = history[0], history[-1]
         if last.step == step:
             kept = last.retain.loss <= first.retain.loss + self.config.retain_slack
@@ -44,22 +44,22 @@ class Ending:
         return "all steps" if step >= self.steps else None
 
     def best(self, history: Sequence[Evaluation]) -> Evaluation:
-        """The one to keep: the lowest retain loss of those that have forgotten, else the last."""
+        """Of those that have forgotten, the one with the lowest retain loss; else the last."""
         forgotten = [each for each in history if self.forgotten(each)]
         return min(forgotten, key=lambda each: each.retain.loss, default=history[-1])
 
 
 def uniform_loss(model: nn.Module) -> float:
-    """ln V, nats per token: the loss of a model that holds every token for equally likely.
+    """ln V in nats per token: the loss of a model that takes every token to be equally likely.
 
-    Raises InputError for a model that does not say how many tokens it has.
+    Raises InputError for a model whose config does not give the size of its vocabulary.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     if not size:
         raise InputError(
-            f"{type(model).__name__} has no config.vocab_size, which the default forget_target "
-            "(the loss of a uniform guess) is made of: give forget_target a number"
+            f"{type(model).__name__} has no config.vocab_size, from which the default "
+            "forget_target (the loss of a uniform guess) is computed: give forget_target a number"
         )
     return math.log(size)

@@ -1,4 +1,4 @@
-"""The training loop: gradient difference through an adapter, on one device or several."""
+"""The training loop: gradient difference through an adapter, on one or several devices."""
 
 from __future__ import annotations
 
@@ -64,23 +64,23 @@ def unlearn(
 ) -> UnlearnResult:
     """Make `model` forget some rows and keep others, by gradient difference through an adapter.
 
-    Minimises `retain_weight · CE(retain) − forget_weight · CE(forget)`, or the sum of
-    `config.losses`, over A and B with AdamW, linear warm-up and decay. Runs on the CPU, on one
-    GPU, or on several processes under `accelerate launch`.
+    It minimises `retain_weight · CE(retain) − forget_weight · CE(forget)`, or the sum of
+    `config.losses`, over A and B, by AdamW with a linear warm-up and decay. It runs on the CPU, on
+    one GPU, or in several processes under `accelerate launch`.
 
     Args:
         model: a causal language model of transformers, changed in place.
         tokenizer: its fast tokenizer.
-        forget, retain: rows, or what `load_rows` takes. They must not share a row.
-        config: settings; None for the defaults.
-        output: folder for log, checkpoints, adapter and result; None keeps nothing.
-        resume: go on from the checkpoint in `output`, to the bits of an uninterrupted run; `model`
-            must be the unadapted one, as for the first start.
-        progress: show a bar with both losses and max|ΔW|.
+        forget, retain: rows, or what `load_rows` takes. The two must not share a row.
+        config: settings; None takes the defaults.
+        output: folder for log, checkpoints, adapter and result; None writes nothing.
+        resume: continue from the checkpoint in `output`, which gives the same bits as a run without
+            interruption; `model` must be the unadapted one, as at the first start.
+        progress: show progress with both losses and max|ΔW|.
 
     Raises:
         InputError: rows, settings, model or output folder cannot be used; nothing was written.
-        NonFiniteError: loss or gradient stopped being finite. The step is not taken, the
+        NonFiniteError: loss or gradient stopped being finite. The step is not taken, and the
             checkpoint stays as it was.
     """
     config = config or UnlearnConfig()
@@ -94,7 +94,7 @@ def unlearn(
 
 
 class _Run:
-    """State of one run: what `unlearn` sets up, steps through and takes down."""
+    """State of one run: what `unlearn` sets up, steps through and finishes."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class _Run:
     ) -> RunFolder | None:
         if output is None:
             if resume:
-                raise InputError("resume needs the output folder of the run to go on with")
+                raise InputError("resume needs output, the folder of the run to continue")
             return None
         identity = {
             "config": self.config.as_dict(),
@@ -283,7 +283,10 @@ class _Run:
         )
 
     def _begin(self, resume: bool) -> dict[str, Any] | None:
-        """Mark the folder, once every process has found it free; the state to resume, if any."""
+        """Mark the folder as this run's once every process has found it free.
+
+        Returns the state to resume, if there is one.
+        """
         self.accelerator.wait_for_everyone()
         if not self.folder:
             return None
@@ -293,7 +296,7 @@ class _Run:
         return self.folder.load_checkpoint() if resume else None
 
     def _ranks(self, model: nn.Module, resume: bool) -> RankAllocation | None:
-        """For `rank="auto"`: those of the run to go on with, or new ones."""
+        """The ranks of `rank="auto"`: those of the run to continue, or newly chosen ones."""
         if self.config.rank != "auto":
             return None
         held = self.folder.kept(RANKS) if self.folder and resume else None

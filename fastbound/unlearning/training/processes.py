@@ -1,4 +1,6 @@
-"""The processes of a run: how they start, what each holds of the model, what each batch weighs."""
+"""The processes of a run: how they start, which part of the model each holds, and the weight of
+each batch.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ def start_processes(config: UnlearnConfig) -> Any:
     from accelerate import Accelerator
 
     check_device(config.device)
-    # Autocast is the loop's own: accelerate's would take all logits to fp32.
+    # The loop has its own autocast: that of accelerate would convert all logits to fp32.
     return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
 
 
 def starts_first() -> bool:
-    """Whether the launcher made this process the first, which alone writes; before it starts."""
+    """Whether the launcher made this process the first, the only one that writes; known at once."""
     from accelerate.utils import get_int_from_env
 
     launchers = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -37,21 +39,21 @@ def starts_first() -> bool:
 
 
 def end_processes() -> None:
-    """Take the process group down, if there is one: gloo's threads abort a process that ends."""
+    """Destroy the process group, if there is one: otherwise gloo's threads abort the process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def is_sharded(accelerator: Any, config: UnlearnConfig) -> bool:
-    """Whether the model is spread over the processes; refuses what neither copies nor spreads it.
+    """Whether the model is spread over the processes; it is refused if it is not copied either.
 
     Raises InputError.
     """
     from accelerate.utils import parse_flag_from_env
 
     kind = str(accelerator.distributed_type.value)
-    # On the CPU accelerate itself would pass over its FSDP settings.
+    # On the CPU, accelerate itself would ignore its FSDP settings.
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if fsdp and os.environ.get("FSDP_VERSION") != "2":
         kind = "FSDP1"
@@ -70,7 +72,7 @@ def is_sharded(accelerator: Any, config: UnlearnConfig) -> bool:
 
 
 def spread(model: nn.Module, accelerator: Any, sharded: bool) -> Any:
-    """The model as the processes hold it: each a copy, or each a part."""
+    """The model as this process holds it: a copy, or its part."""
     if sharded:
         return fastbound.shard(model.to(accelerator.device))
     return accelerator.prepare(model)
@@ -79,7 +81,7 @@ def spread(model: nn.Module, accelerator: Any, sharded: bool) -> Any:
 def gradients_travel(
     model: Any, accelerator: Any, sharded: bool, now: bool
 ) -> contextlib.AbstractContextManager[Any]:
-    """Around a backward pass: whether its gradients are summed over processes, once a step."""
+    """Around a backward pass: whether gradients are summed over processes `now`, once per step."""
     if sharded:
         model.set_requires_gradient_sync(now)
     elif not now:
@@ -94,16 +96,16 @@ def score_together(
     accelerator: Any,
     sharded: bool,
 ) -> Score:
-    """Score `rows`, each process its share of them.
+    """Score `rows`, of which each process takes its share.
 
     Args:
-        totals: sums over some rows, `batch_size` in a forward pass.
+        totals: gives the sums over some rows, `batch_size` of them per forward pass.
     """
     processes, process = accelerator.num_processes, accelerator.process_index
     parts = [rows[each::processes] for each in range(processes)]
     sums = totals(parts[process])
     if sharded:
-        # Each forward gathers weights from everyone: all make as many as the first.
+        # A forward pass gathers weights from all processes: all must make as many as the first.
         batches = [math.ceil(len(part) / batch_size) for part in parts]
         for _ in range(batches[0] - batches[process]):
             totals(rows[:1])
@@ -115,13 +117,14 @@ def score_together(
 def shares(
     pairing: Pairing, step: int, process: int, forget: Sequence[int], retain: Sequence[int]
 ) -> list[tuple[float, float]]:
-    """For each batch of a process in a step: the weights of its forget and of its retain mean.
+    """The weights of the forget mean and of the retain mean, for each batch of a process in a step.
 
-    Summed over its batches and averaged over processes, as gradients are, they make the mean over
-    all answer tokens of the step, whoever holds them. Without accumulation, in one process: 1.0.
+    Summed over batches and averaged over processes, as gradients are, the weighted means give the
+    mean over all answer tokens of the step, whichever process holds them. In one process without
+    accumulation both weights are 1.0.
 
     Args:
-        forget, retain: answer tokens of each row.
+        forget, retain: number of answer tokens in each row.
     """
     parts, processes = range(pairing.accumulation), range(pairing.processes)
     tokens = {}

@@ -1,4 +1,4 @@
-"""`rank="auto"` of a run: ranks by the cross-entropies of a sample of both sides."""
+"""`rank="auto"` of a run: ranks by the gradients of the losses of a sample of each side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def choose_ranks(
     """Ranks for the layers of an unadapted model, the same in every process.
 
     Raises:
-        InputError: no layer is named, or the budget does not do.
+        InputError: `target_modules` names no layer, or the budget is too small.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -61,7 +61,7 @@ def mean_loss(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Callable[[nn.Module], Iterator[Tensor]]:
-    """Parts that add up to the mean cross-entropy over all answer tokens, a batch at a time."""
+    """Losses of one batch each, which add up to the mean cross-entropy over all answer tokens."""
     tokens = sum(map(answer_length, rows))
 
     def parts(model: nn.Module) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""What a run of gradient difference gives back."""
+"""What a gradient-difference run returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastbound.unlearning.metrics.answers import Score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Both sides scored after `step` steps."""
+    """The scores of both sides after `step` steps."""
 
     step: int
     forget: Score
@@ -26,24 +26,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """What a run did; the model it was given now carries the trained adapter.
+    """What a run did. The model that it was given now carries the trained adapter.
 
     Attributes:
-        model: the adapted model (for LoRA PEFT's wrapper around the one given).
-        disabled: `with result.disabled():` the model computes what it did before the run.
-        history: every evaluation, the first before any step, the last after all.
+        model: the adapted model (for LoRA, PEFT's wrapper around the one given).
+        disabled: inside `with result.disabled():` the model computes what it did before the run.
+        history: every evaluation, from the one before the first step to the one after the last.
         kept: the step of the evaluation whose adapter is kept, see `UnlearnConfig.early_stop`.
         forget_target: the forget loss that counts as forgotten, nats per token.
         cross_entropy: whether the losses came from whole logits or in chunks, and why.
-        ranks: what `rank="auto"` chose and why; None for a rank that was given.
-        stopped: why it ended: "all steps", "forget_target" or "retain_limit".
+        ranks: what `rank="auto"` chose and why; None if the rank was given.
+        stopped: why the run ended: "all steps", "forget_target" or "retain_limit".
         lr: the highest learning rate of any layer.
-        largest_delta, bound: the largest |ΔW_ij| at the end and its layer's bound (None for LoRA).
-        bound_in_use: the root mean square of ΔW over the bound, a mean over layers: near 0 the
-            bound does not act, and the adapter behaves as LoRA; None for LoRA.
-        seconds_per_step: median, without evaluations; None for no step in this process.
-        peak_memory: bytes, by `peak_memory_kind`: "device memory" allocated during the steps on
-            CUDA, else the "resident set" of the whole process so far.
+        largest_delta, bound: the largest |ΔW_ij| at the end and the bound of its layer (None for
+            LoRA).
+        bound_in_use: the root mean square of ΔW divided by the bound, averaged over the layers.
+            Near 0 the bound does not act and the adapter behaves like LoRA. None for LoRA.
+        seconds_per_step: median, without evaluations; None if this process took no step.
+        peak_memory: in bytes. `peak_memory_kind` says of what: "device memory" that was allocated
+            during the steps on CUDA, or elsewhere the "resident set" of the whole process so far.
     """
 
     model: nn.Module
@@ -73,7 +74,7 @@ class UnlearnResult:
         return next(each for each in self.history if each.step == self.kept)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the model and its switch, as JSON values."""
+        """Everything except the model and `disabled`, as JSON values."""
         return {
             "config": self.config.as_dict(),
             "history": [asdict(each) for each in self.history],

@@ -1,4 +1,4 @@
-"""The encoded rows of a run: to forget, to retain, and "I don't know" where a loss asks for it."""
+"""The encoded rows of a run: to forget, to retain, and "I don't know" if a loss needs it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from fastbound.unlearning.data.encoding import (
 from fastbound.unlearning.data.rows import Row, check_disjoint, load_rows
 from fastbound.unlearning.losses.objective import refusals
 
-Pairs = tuple[Sequence[int], Sequence[int]]  # numbers of the forget and of the retain rows
+Pairs = tuple[Sequence[int], Sequence[int]]  # indices of the forget and of the retain rows
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Rows by side; `refused` answers the questions of `forget`, row by row, or is empty.
+    """The rows of each side.
 
     Attributes:
-        pad: token to pad with.
+        refused: for each row of `forget` its question with "I don't know", or empty.
+        pad: the token to pad with.
     """
 
     forget: Sequence[Encoded]
@@ -37,7 +38,7 @@ class Sides:
     pad: int
 
     def batch(self, pairs: Pairs) -> tuple[Batch, tuple[int, ...]]:
-        """Rows to forget, to retain and refusals, one after the other, and how many of each."""
+        """The rows to forget, to retain and to refuse in one batch, and how many of each."""
         parts = [[self.forget[i] for i in pairs[0]], [self.retain[i] for i in pairs[1]]]
         if self.refused:
             parts.append([self.refused[i] for i in pairs[0]])
@@ -45,19 +46,19 @@ class Sides:
         return collate(rows, self.pad), tuple(map(len, parts))
 
     def answer_lengths(self) -> tuple[list[int], list[int]]:
-        """Answer tokens of each row to forget and to retain."""
+        """The number of answer tokens in each row to forget and in each row to retain."""
         forget, retain = (
             [answer_length(row) for row in side] for side in (self.forget, self.retain)
         )
         return forget, retain
 
     def most_positions(self, batch_size: int) -> int:
-        """Tokens with padding of the largest batch of so many pairs."""
+        """Tokens, padding included, in the largest possible batch of that many pairs."""
         sides = [side for side in (self.forget, self.retain, self.refused) if side]
         return batch_size * len(sides) * max(len(row.ids) for side in sides for row in side)
 
     def where(self, batches: Iterable[Pairs]) -> list[str]:
-        """Files and numbers of the rows in some batches, those to forget first."""
+        """File and number of every row in some batches, those to forget first."""
         batches = list(batches)
         rows = [self.forget[i] for pairs in batches for i in pairs[0]]
         rows += [self.retain[i] for pairs in batches for i in pairs[1]]
@@ -72,7 +73,7 @@ def encode_sides(
     *,
     refuse: bool,
 ) -> Sides:
-    """Both sides as tokens; `refuse` adds an "I don't know" for each row to forget.
+    """Encode both sides; `refuse` adds an "I don't know" for each row to forget.
 
     Raises:
         InputError: a side is empty, they share a row, or a row cannot be used.

@@ -1,4 +1,4 @@
-"""What a step changes and how: the adapted model, its gradients, AdamW and its rate."""
+"""What a step changes, and how: the adapted model, its gradients, AdamW and its learning rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastbound.unlearning.training.sides import Sides
 
 
 class StepLosses(NamedTuple):
-    """Means over all answer tokens of a step, nats a token, and the norm before clipping."""
+    """Means over all answer tokens of a step, in nats per token, and the norm before clipping."""
 
     forget: float
     retain: float
@@ -33,10 +33,10 @@ class StepLosses(NamedTuple):
 
 
 class Training:
-    """The trained side of a run: `gradients` of a step, then `update`.
+    """What a run trains: a step is `gradients` followed by `update`.
 
     Args:
-        adapter: an adapted model; this process's part of it is made here.
+        adapter: an adapted model, of which this process takes its part.
         objective: what is minimised over the batches that `pairing` draws from `sides`.
         accelerator, sharded: the processes, and whether the model is spread over them.
     """
@@ -89,7 +89,7 @@ class Training:
         return {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
 
     def gradients(self, step: int) -> StepLosses:
-        """Leave the gradients of a step in the parameters, clipped, the same in every process."""
+        """Leave the clipped gradients of a step in the parameters, the same in every process."""
         config, process = self.config, self.accelerator.process_index
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(2, device=self.device)
@@ -115,12 +115,12 @@ class Training:
             )
             losses += means.to(losses)
         norm = nn.utils.clip_grad_norm_(self.trained().values(), config.clip or math.inf)
-        # Averaged over processes, so that all of them see the same and stop together.
+        # Averaged over processes, so that all see the same values and stop together.
         losses = self.accelerator.reduce(losses, reduction="mean")
         return StepLosses(*torch.stack([*losses, whole(norm).to(losses)]).tolist())
 
     def update(self, losses: StepLosses) -> float:
-        """Take the step that these are of; the rate it was taken at, the highest of any layer."""
+        """Take the step that these losses belong to; returns its highest learning rate."""
         rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
@@ -128,7 +128,7 @@ class Training:
         return rate
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, with whole tensors; all processes of a sharded model must call."""
+        """The state for a checkpoint, in whole tensors; if sharded, all processes must call it."""
         return {
             "adapter": self.factors(),
             "optimizer": tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
@@ -137,19 +137,21 @@ class Training:
         }
 
     def factors(self) -> dict[str, torch.Tensor]:
-        """A copy of all A and B, whole; all processes of a sharded model must call."""
+        """A copy of all A and B, whole; if sharded, all processes must call it."""
         return {name: whole(p.detach()).clone() for name, p in self.trained().items()}
 
     @torch.no_grad()
     def put_factors(self, factors: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `factors` gave, each process its part."""
+        """Restore what `factors` returned; each process takes its part."""
         for name, parameter in self.trained().items():
             parameter.copy_(like(factors[name], parameter))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Put back a `state`, each process its part. Raises InputError for another model's."""
+        """Restore a `state`; each process takes its part. Raises InputError for another model's."""
         if self.trained().keys() != state["adapter"].keys():
-            raise InputError("the checkpoint is of another model: give the one the run began with")
+            raise InputError(
+                "the checkpoint belongs to another model: give the one the run began with"
+            )
         self.put_factors(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         for owner, kept in self.optimizer.state.items():
@@ -161,7 +163,7 @@ class Training:
 
     @torch.no_grad()
     def _reference(self, batch: Batch) -> Answers | None:
-        """Of the model as it was, from the same weights: no second copy of them."""
+        """The answers of the model as it was, from the same weights, without a second copy."""
         if not self.objective.needs_reference:
             return None
         self.model.eval()
@@ -172,7 +174,7 @@ class Training:
 
 
 def rate_share(step: int, *, steps: int, warmup: float) -> float:
-    """Share of the highest rate: up over the warm-up, then down to 0 after the last step."""
+    """Share of the highest rate: it rises during warm-up, then falls to 0 after the last step."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return (step + 1) / (rising + 1)

@@ -70,7 +70,7 @@ def test_a_flipped_bit_of_a_checkpoint_never_changes_what_is_read(folder, seed):
 )
 def test_a_log_shorter_than_its_checkpoint_or_full_of_nul_is_cut_back_and_said(folder, log, kept):
     (folder.path / LOG).write_bytes(log)
-    with pytest.warns(DamageWarning, match="not the log that the checkpoint counts on"):
+    with pytest.warns(DamageWarning, match="not the log that the checkpoint relies on"):
         folder.load_checkpoint()
     assert steps(folder) == kept
 

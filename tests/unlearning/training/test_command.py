@@ -85,7 +85,7 @@ def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
             "--bound wide",
             'a positive multiple such as "0.5*spectral" or "2*rms", got',
         ),
-        ("--adapter lora --bound 0.1", "--bound is of the bounded adapter, and LoRA has none"),
+        ("--adapter lora --bound 0.1", "--bound belongs to the bounded adapter, and LoRA has none"),
         ("--adapter dora", "adapter must be one of bounded, lora; got 'dora'"),
         ("--device tpu", "device must be one of auto, cpu, cuda; got 'tpu'"),
         ("--target-modules up_porj,", "up_porj"),

@@ -239,7 +239,7 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0"),
-        ({"seed": -1}, "seed must lie in"),
+        ({"seed": -1}, "seed must lie between"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once(changes, message):
