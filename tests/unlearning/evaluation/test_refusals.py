@@ -52,7 +52,7 @@ def refused(evaluate_arguments, tmp_path, capsys):
         ("tofu", ("--benchmark", "tdec"), "tdec needs --split"),
         ("tofu", ("--device", "tpu"), "device must be one of"),
         ("tofu", ("--data", "nowhere"), "data nowhere is not a folder"),
-        ("tofu", ("--adapter", "nowhere"), "adapter nowhere is not there"),
+        ("tofu", ("--adapter", "nowhere"), "adapter nowhere does not exist"),
         ("tofu", ("--retain-log", "none.json"), "log none.json cannot be read"),
     ],
 )
