@@ -160,7 +160,7 @@ def test_two_active_peft_adapters_are_both_added(tiny_model) -> None:
     x = torch.randn(3, layer.in_features)
     deltas = sum(layer.get_delta_weight(name) for name in ("default", "second"))
     torch.testing.assert_close(layer(x), linear(x, layer.weight + deltas, layer.bias))
-    with pytest.raises(ValueError, match="no sine of a product"):
+    with pytest.raises(ValueError, match="not the sine of a product"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
 
 

@@ -65,7 +65,7 @@ def disable(model: nn.Module) -> None:
     ("change", "reason"),
     [
         (second, "its gate_proj has 2 active adapters"),
-        (hook, "its up_proj has hooks or a forward of its own on its base"),
+        (hook, "its up_proj has a base with hooks or a forward of its own"),
         (merge, "its gate_proj has 'default' merged into its weight"),
         (disable, "its gate_proj has its adapters disabled"),
     ],

@@ -81,12 +81,12 @@ def test_a_sum_is_inactive_and_can_be_trained(tiny_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"combination_type": "svd"}, "combination_type='svd' would not be the sum .* only"),
+        ({"combination_type": "svd"}, "combination_type='svd' does not give the sum .* only"),
         ({"adapters": ["default", "nope"]}, "Adapter 'nope' does not exist"),
-        ({"adapters": ["default", "default"]}, "names one twice"),
+        ({"adapters": ["default", "default"]}, "contains a name twice"),
         ({"weights": [1.0]}, "weights must be a finite number for each"),
         ({"weights": [1.0, math.inf]}, "weights must be a finite number for each"),
-        ({"adapter_name": "second"}, "'second' is there already"),
+        ({"adapter_name": "second"}, "'second' already exists"),
     ],
 )
 def test_sums_that_are_refused_leave_the_model(tiny_model, arguments, message):
