@@ -121,7 +121,10 @@ def test_a_quantised_looking_base_is_called_and_added_to(tiny_model):
     expected = 2 * (x @ layer.weight.t() + layer.bias) + x @ layer.get_delta_weight("default").t()
     torch.testing.assert_close(model(x), expected)
     (row,) = fastbound.explain(model)
-    assert "it wraps a Scaled, so the base layer runs and each adapter is added" in row.plan.reason
+    assert (
+        "it wraps a Scaled, so the base layer runs and each adapter's term is added"
+        in row.plan.reason
+    )
 
 
 def test_dropout_reaches_layers_with_two_adapters(tiny_model):

@@ -89,7 +89,7 @@ def test_what_it_does_not_have_is_named(settings, message):
 
 @pytest.mark.parametrize("text", ["pissa", "gaussian", "False", 1, None])
 def test_an_initialisation_that_there_is_not(text):
-    with pytest.raises(ValueError, match=r"init_weights must be True \\(B is zero .* or False"):
+    with pytest.raises(ValueError, match=r"init_weights must be True \(B is zero .* or False"):
         fastbound.BoundedConfig(init_lora_weights=text)
 
 
@@ -105,7 +105,9 @@ def test_all_linear_and_whole_names_choose_no_layers_by_index(tiny_model):
     config = fastbound.BoundedConfig(
         target_modules=["model.layers.0.mlp.up_proj"], layers_to_transform=[1]
     )
-    with pytest.raises(ValueError, match="layers_to_transform chooses among the layers of a suffix"):
+    with pytest.raises(
+        ValueError, match="layers_to_transform chooses among the layers of a suffix"
+    ):
         get_peft_model(tiny_model("llama"), config)
 
 
