@@ -1,4 +1,4 @@
-"""What of a model is adapted: its layers, the blocks that hold them, and which run fused."""
+"""The adapted layers of a model, the blocks that hold them, and which blocks run fused."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from fastbound.layers.mlp import FusedBoundedMLP, obstacle
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Name -> layer, as `injected_layers`, PEFT's bounded layers included."""
+    """Name -> layer, like `injected_layers` but including PEFT's bounded layers."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
 def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
-    """Name -> layer, for every `FusedBoundedLinear` of `model`; a shared one once, first name."""
+    """Name -> layer, for every `FusedBoundedLinear`; a shared layer once, by its first name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FusedBoundedLinear)}
 
 
 def fuse(model: nn.Module) -> None:
-    """Put a `FusedBoundedMLP` in the place of every block that can be one, inside `model`."""
+    """Replace every block inside `model` that can be fused by a `FusedBoundedMLP`."""
     blocks = [m for m in adapted_blocks(model).values() if not isinstance(m, FusedBoundedMLP)]
     swap(model, {m: FusedBoundedMLP(m) for m in blocks if m is not model and obstacle(m) is None})
 
 
 def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, for every module that holds an adapted layer as a direct part."""
+    """Name -> module, for every module that has an adapted layer as a direct child."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -36,10 +36,12 @@ def adapted_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfused_reason(name: str, block: nn.Module, gathered: bool = False) -> str | None:
-    """Why a module of `adapted_blocks` runs layer by layer, or None where it is one operator."""
+    """Why a module of `adapted_blocks` runs layer by layer, or None if it runs as one operator."""
     reason = obstacle(block, gathered)
     if reason is not None or isinstance(block, FusedBoundedMLP):
         return reason
     if not name:
-        return "is the model itself, which is not replaced in place: use FusedBoundedMLP.from_mlp"
+        return (
+            "is the model itself, which cannot be replaced in place: use FusedBoundedMLP.from_mlp"
+        )
     return "was injected with fuse_mlp=False"

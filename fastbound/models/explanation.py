@@ -1,4 +1,4 @@
-"""Which path each adapted layer and block takes, with which tiles, and why: nothing is silent."""
+"""`explain`: which path each adapted layer and block takes, with which tiles, and why."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from fastbound.operator.partition import GATHER, gathered_modules, partition
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer: its name, shape [N, K], rank, compute dtype, device, its plan and adapter's form.
+    """One layer: its name, shape [N, K], rank, compute dtype, device, plan and adapter form.
 
-    ``backward`` is the plan of the gradients where that is another. ``block`` names the fused block
-    that the layer runs in, under that block's plan; None where the layer runs by itself.
+    ``backward`` is the plan of the gradients if it differs from ``plan``. ``block`` names the fused
+    block that the layer runs in, whose plan it then has; None if the layer runs by itself.
     ``left_out`` says why the adapter does not always run: the module around the layer reads its
-    weight instead of calling it. `inject` leaves such layers alone.
+    weight instead of calling it. `inject` does not adapt such layers.
 
-    ``bound`` is the largest an entry of ΔW can be and ``bound_in_use`` the root mean square of ΔW
-    over it, at most 1: near 0 the bound does not act yet, and the adapter behaves as LoRA. Both are
-    None where no adapter is active, and the second where A and B are spread or without memory.
+    ``bound`` is the largest magnitude that an entry of ΔW can have, and ``bound_in_use`` is
+    RMS(ΔW) / bound, at most 1. Near 0 the bound has no effect yet, and the adapter behaves as LoRA.
+    Both are None if no adapter is active; ``bound_in_use`` is also None if A and B are sharded or
+    on the meta device.
     """
 
     layer: str
@@ -54,10 +55,11 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class BlockExplanation:
-    """One module that holds adapted layers: whether it runs as one operator, and why not.
+    """One module that holds adapted layers: whether it runs as one operator, and if not, why.
 
-    ``form`` is what a fused block computes, and ``reason`` why another runs layer by layer; one of
-    the two is None. ``whole`` says how a fused block came to be run as one operator.
+    ``form`` is what a fused block computes, and ``reason`` is why any other runs layer by layer;
+    one of the two is None. ``whole`` says why a fused block runs as one operator, if that was a
+    choice between measured alternatives.
     """
 
     block: str
@@ -69,7 +71,7 @@ class BlockExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The paths of a model's adapted layers at ``tokens`` rows; printable, and data."""
+    """The paths of a model's adapted layers at ``tokens`` rows per call; print it or read it."""
 
     tokens: int
     layers: tuple[LayerExplanation, ...]
@@ -82,7 +84,7 @@ class Explanation:
         return len(self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
+        """The same as plain numbers and strings, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -119,7 +121,7 @@ class Explanation:
             where = "in its block, " if in_block else ""
             lines.append(f"  {where}{plan.strategy}: {plan.reason}")
             if backward is not None:
-                lines.append(f"  its backward {backward.strategy}: {backward.reason}")
+                lines.append(f"  in backward, {backward.strategy}: {backward.reason}")
             shown = plan if backward is None else _more(plan, backward)
             lines += _tile_lines(shown, in_block, form == "product")
         return "\n".join(lines)
@@ -133,23 +135,25 @@ class Explanation:
         most, row = max(used, key=lambda each: each[0])
         said = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         mean = sum(share for share, _ in used) / len(used)
-        where = f", most in {row.layer} ({most:.0%})" if row.layer and most > 0 else ""
-        yield f"bound {said} per entry of ΔW, {mean:.0%} in use{where}"
+        where = f", highest in {row.layer} ({most:.0%})" if row.layer and most > 0 else ""
+        yield f"bound {said} per entry of ΔW, {mean:.0%} in use (RMS of ΔW / bound){where}"
 
 
 def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
-    """For each adapted layer: which path runs, with which tiles, and why; and its block.
+    """Explain for each adapted layer and its block which path runs, with which tiles, and why.
 
     Args:
         model_or_layer: a model, a block or one layer.
-        tokens: rows of x in one call (batch times sequence length).
+        tokens: rows of x in one call (batch size times sequence length).
 
-    The compute dtype is autocast's where autocast is on at the call, else the weight's. x is taken
-    to be contiguous; one whose address or strides TMA cannot take goes through pointers. What a
-    block does is looked up now: a hook set on one of its layers since then shows here. Over a base,
-    which computes x Wᵀ itself, the plan is that of the low-rank term, "split" or "torch": it is
-    accumulated into the base's output, into a new tensor under torch.compile and where the base
-    has hooks.
+    The compute dtype is autocast's if autocast is on when this is called, otherwise the weight's.
+    x is assumed to be contiguous; an x whose address or strides TMA cannot handle is read through
+    pointers. The state of a block is looked up at the time of the call, so that a hook added to one
+    of its layers since injection shows. For an adapter over a base layer, which computes x Wᵀ
+    itself, the plan is that of the low-rank term, "split" or "torch". The term is added to the
+    base's output in place, or into a new tensor under torch.compile or if the base has hooks.
+
+    Returns an :class:`Explanation`: print it, iterate over its layers, or call ``as_dict()``.
 
     Raises ValueError for tokens below 1 and for a model without bounded layers.
     """
@@ -226,7 +230,7 @@ def _explain_layer(
     backward: Plan | None,
 ) -> LayerExplanation:
     active = layer.running()
-    # x does not come in a quantised weight's dtype: take the bias's, else the adapter's.
+    # x never has a quantised weight's dtype: take the bias's dtype, or else the adapter's.
     tensors = (layer.weight, layer.bias, *(adapter.A for adapter in active))
     held = [t for t in tensors if t is not None and t.is_floating_point()]
     where = active[0].A.device if active else layer.weight.device
@@ -258,7 +262,7 @@ def _layer_plan(
     gathered: bool,
     part: str,
 ) -> Plan:
-    """The plan of a layer outside a block; "base" where its base layer runs without adapters."""
+    """The plan of a layer outside a block; "base" if its base layer runs without adapters."""
     active, obstacle = layer.running(), layer.obstacle(gathered)
     over_base = isinstance(layer, BoundedOverBase)
     injected = isinstance(layer, FusedBoundedLinear) and not over_base
@@ -274,7 +278,7 @@ def _layer_plan(
     if injected or (obstacle is None and not over_base):
         how["layout"] = "columns" if transposed(layer) else "rows"
         return route_for(*plan_key(device, *shape, **how)).explained()
-    reason = f"it {obstacle}, so the base layer runs and each adapter is added"
+    reason = f"it {obstacle}, so the base layer runs and each adapter's term is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
     plan = route_for(*plan_key(device, *shape, over_base=True, **how)).explained()
@@ -282,7 +286,7 @@ def _layer_plan(
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    # Autocast knows no meta device.
+    # Autocast does not support the meta device.
     if (
         dtype is torch.float64
         or device.type == "meta"
@@ -293,7 +297,7 @@ def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _more(plan: Plan, backward: Plan) -> Plan:
-    """The one whose tiles to print: fused before split before PyTorch, which has none."""
+    """The plan whose tiles are printed: fused before split before PyTorch, which has none."""
 
     def order(each: Plan) -> tuple[bool, bool]:
         return each.strategy == "fused", each.tiles is not None
@@ -315,9 +319,9 @@ def _tile_lines(plan: Plan, in_block: bool, product: bool) -> Iterator[str]:
 
 
 def _grouped(rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Each key once, with the first of its names and how many more there are."""
+    """Each key once, with the first of its names and the number of others."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, key in rows:
         groups.setdefault(key, []).append(name)
     for key, names in groups.items():
-        yield key, names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        yield key, names[0] + (f" and {len(names) - 1} more like it" if len(names) > 1 else "")

@@ -1,7 +1,7 @@
-"""The two files of an adapter, in PEFT's layout: what they hold, written whole and read checked.
+"""The two files of an adapter, in PEFT's layout: written atomically and checked when read.
 
-`adapter_model.safetensors` and `adapter_config.json` are the same files that the PEFT method writes
-and reads (`BoundedConfig`), in both directions.
+`adapter_model.safetensors` and `adapter_config.json` are the same files that the PEFT method
+(`BoundedConfig`) writes and reads, so that each side can load what the other saved.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fastbound.version import __version__
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PEFT_TYPE = "FASTBOUND"
-FORMAT_VERSIONS = {"factors": 1, "product": 2}  # earlier versions read 1, and know no form
+FORMAT_VERSIONS = {"factors": 1, "product": 2}  # earlier releases read only 1, without a form
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DISAGREE = "do not agree with the saved adapter"
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What the files say about one layer: enough to build it, nothing that depends on the base."""
+    """What the files say about one layer: enough to build it without reading the base's weight."""
 
     settings: AdapterSettings
     A: Tensor  # [r, K]
@@ -44,15 +44,15 @@ class SavedLayer:
 
 
 def read_adapter(folder: Path) -> dict[str, SavedLayer]:
-    """Both files, checked against each other.
+    """Read both files and check them against each other.
 
-    Raises InputError, which names the file, for whatever is not as it was written.
+    Raises InputError, which names the file, for anything that is not as it was written.
     """
     if os.path.isfile(folder):
         raise InputError(f"{folder} is a file: give the folder of a saved adapter")
     for path in (folder / CONFIG, folder / TENSORS):
-        if not os.path.exists(path):  # Path.exists() raises for a name too long
-            raise NotThereError(f"{path} is not there: {folder} does not hold a saved adapter")
+        if not os.path.exists(path):  # Path.exists() raises if the name is too long
+            raise NotThereError(f"{path} does not exist: {folder} does not hold a saved adapter")
     config = _read_config(folder / CONFIG)
     data = _read(folder / TENSORS)
     digest = hashlib.sha256(data).hexdigest()
@@ -89,13 +89,13 @@ def _saved_layer(
         bound = lookup(config["bound_pattern"], name, config["bound"])
     except re.error as error:
         raise InputError(
-            f"{folder / CONFIG}: a key of its patterns is no regular expression ({error}): copy "
+            f"{folder / CONFIG}: a key of its patterns is not a regular expression ({error}): copy "
             "the adapter's folder again"
         ) from error
     if isinstance(bound, str):
         raise InputError(
-            f'{folder / CONFIG}: bound of {name} is "{bound}", not the value it had: save the '
-            "adapter of a model that it was put on"
+            f'{folder / CONFIG}: bound of {name} is "{bound}", not the number that it stood for: '
+            "save the adapter from a model that holds it"
         )
     try:
         settings = adapter_settings(
@@ -123,11 +123,11 @@ def _read(path: Path) -> bytes:
 def _read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(data)
-    except Exception as error:  # its own, and Python's for a header of another kind
+    except Exception as error:  # safetensors' own, and Python's for a malformed header
         raise InputError(f"{path} is damaged ({error}): copy the adapter's folder again") from error
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise InputError(f"{path}: {key} is {tensor.dtype}, which no adapter is saved in")
+            raise InputError(f"{path}: {key} is {tensor.dtype}, a dtype that adapters do not have")
         if not torch.isfinite(tensor).all():
             raise InputError(
                 f"{path}: {key} holds a NaN or an infinity: go back to an adapter saved earlier"
@@ -136,7 +136,7 @@ def _read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An adapter's config of any method. Raises InputError where it is no JSON object."""
+    """Read an adapter config of any method. Raises InputError if it is not a JSON object."""
     data = _read(path)
     try:
         config = json.loads(data)
@@ -151,8 +151,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_config(path)
     if config.get("peft_type") != PEFT_TYPE:
         raise InputError(
-            f"{path}: peft_type must be {PEFT_TYPE!r}, got {config.get('peft_type')!r}: an adapter "
-            "of another method is loaded by PEFT"
+            f"{path}: peft_type must be {PEFT_TYPE!r}, got {config.get('peft_type')!r}: load an "
+            "adapter of another method with PEFT"
         )
     known = FORMAT_VERSIONS.values()
     if config.get("format_version") not in known:
@@ -173,8 +173,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     for field in ("bias", "modules_to_save", "trainable_token_indices"):
         if config.get(field) not in (None, "none"):
             raise InputError(
-                f"{path}: {field} is {config[field]!r}: what PEFT trained beside the adapter "
-                "cannot be loaded here; use PeftModel.from_pretrained"
+                f"{path}: {field} is {config[field]!r}, but weights that PEFT trained beside the "
+                "adapter cannot be loaded here; use PeftModel.from_pretrained"
             )
     for field in ("alpha_pattern", "bound_pattern"):
         for layer, value in config[field].items():
@@ -205,7 +205,7 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
         "use_rslora": bool | None,
         "form": str | None,
     }
-    if "tensors_sha256" in config:  # `save_adapter` wrote it, which names every layer everywhere
+    if "tensors_sha256" in config:  # written by `save_adapter`, which lists every layer everywhere
         fields |= {"target_modules": list | str, "tensors_sha256": str}
     for name, kind in fields.items():
         value = config.setdefault(name, None)
@@ -221,21 +221,21 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
 
 
 def tensor_key(name: str, factor: str) -> str:
-    """PEFT's form; for a model that is itself the layer the name is empty."""
+    """PEFT's key of a factor; the name is empty if the model is itself the layer."""
     return f"base_model.model.{name}.fastbound_ab.{factor}"
 
 
 def _names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The layers that the keys of A name."""
+    """The names of the layers, taken from the keys of A."""
     start, end = tensor_key("\0", "A").split("\0")
     return [k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end)]
 
 
 def model_fields(model: nn.Module) -> dict[str, str | None]:
-    """What both configs say of the model.
+    """The fields of both configs that describe the model.
 
-    ``task_type`` is PEFT's word for what it is, which its AutoPeftModelForCausalLM asks for;
-    ``base_model_name_or_path`` is what it was loaded from.
+    ``task_type`` is PEFT's name for the kind of model, which AutoPeftModelForCausalLM needs;
+    ``base_model_name_or_path`` is where the model was loaded from.
     """
     causal = type(model).__name__.endswith("ForCausalLM")
     name = getattr(getattr(model, "config", None), "name_or_path", None)
@@ -246,19 +246,22 @@ def model_fields(model: nn.Module) -> dict[str, str | None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without torch.compile's and DistributedDataParallel's shells, which change the names."""
+    """The model inside torch.compile's and DistributedDataParallel's wrappers.
+
+    Those change the names of its layers.
+    """
     from accelerate.utils import extract_model_from_parallel
 
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def encoded(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as a safetensors file."""
+    """The tensors as the bytes of a safetensors file."""
     return safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
 
 
 def write_adapter(folder: Path, tensors: bytes, config: Mapping[str, Any]) -> None:
-    """Both files, the folder made if need be; earlier ones are replaced only by whole ones."""
+    """Write both files atomically, creating the folder if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2).encode()
     replace_files({folder / TENSORS: tensors, folder / CONFIG: text})

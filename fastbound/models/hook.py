@@ -1,7 +1,7 @@
-"""Lets transformers' save_pretrained keep injected adapters, once transformers is imported.
+"""Makes transformers' save_pretrained keep injected adapters, once transformers is imported.
 
-The class has no entry point for it. An attribute of one model would not be asked when a part of it
-is saved, or a model around it.
+transformers offers no hook for this, so the method of the class is wrapped. Setting an attribute on
+one model would not cover saving a part of it, or a model around it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Into a model and out of it: its linear layers become `FusedBoundedLinear` in place, and back."""
+"""`inject`, `merge` and `disable_adapter`: adapt a model's linear layers in place, and undo it."""
 
 from __future__ import annotations
 
@@ -42,51 +42,58 @@ def inject(
     retain: Loss | None = None,
     budget: int | None = None,
 ) -> InjectionReport:
-    """Replace linear layers of `model` by `FusedBoundedLinear`, in place, and freeze all the rest.
+    """Replace linear layers of `model` by `FusedBoundedLinear` in place, and freeze all the rest.
 
-    Right after it the model computes what it did before: B is zero. Weights are shared with the
-    replaced layers, not copied. Everything is checked before the first layer is replaced: when this
-    raises, the model is as it was.
+    The model computes the same as before until it is trained, because B starts at zero. Weights are
+    shared with the replaced layers, not copied. Everything is checked before the first layer is
+    replaced: if this raises, the model is unchanged.
 
     Args:
         model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
-        rank: of each new layer; or the rank of each by name; or `"auto"`, which spreads `budget`
-            by the gradients of two losses (`fastbound.allocate_ranks`). docs/ranks.md
-            says where that helps.
-        alpha, bound, dropout, adapter_dtype, backend, form, omega: of each new layer, see
+        rank: the rank of each new layer; or a mapping from layer name to rank; or `"auto"`, which
+            distributes `budget` by the gradients of two losses (`fastbound.allocate_ranks`;
+            docs/ranks.md says when that helps).
+        alpha, bound, dropout, adapter_dtype, backend, form, omega: settings of each new layer, see
             `FusedBoundedLinear`.
-            Where ranks differ alpha does not: the slope alpha / rank is less where the rank is
-            more. None is then the rank that the same parameters buy everywhere.
-            A bound of `"auto"`, `"0.5*spectral"` or `"2*rms"` is worked out for each layer from its
+            If ranks differ, all layers still have the same alpha, so that the slope alpha / rank is
+            smaller in a layer of higher rank. `alpha=None` then means the uniform rank that has the
+            same number of parameters.
+            A bound of `"auto"`, `"0.5*spectral"` or `"2*rms"` is computed for each layer from its
             own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
-            ViT); or, with PEFT's meaning, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each
-            a whole dotted end of a name) or a regular expression for the whole name.
+            ViT); or, as in PEFT, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each of one or
+            more whole dotted parts) or a regular expression that matches the whole name.
         fuse_mlp: run each MLP block of a known form that holds replaced layers as one operator:
             it becomes a `FusedBoundedMLP`. Names, parameters and files are the same either way.
-        forget, retain: for `rank="auto"`: functions of the model that give the loss of a sample of
-            rows to forget and to retain, or several losses one after the other. Called once each.
-        budget: for `rank="auto"`: most elements of all A and B; None: as many as rank 8 takes.
+        forget, retain: for `rank="auto"`: functions that take the model and return the loss of a
+            sample of rows to forget and to retain, or an iterable of several losses. Each is
+            called once.
+        budget: for `rank="auto"`: the largest total number of elements of A and B; None means as
+            many as rank 8 everywhere has.
 
     Exact `nn.Linear` and `Conv1D` layers become `FusedBoundedLinear`. Quantised layers, other
     subclasses of `nn.Linear` and layers with forward or backward hooks, parametrizations or
     accelerate's offloading become `BoundedOverBase`, which calls the layer and adds to its result.
-    Sharded layers, layers with forward pre-hooks of the user's, layers tied to another module and
-    those whose owner reads their weight instead of calling them (`nn.MultiheadAttention`'s
-    out_proj, Mamba's dt_proj) are left alone. The report has the reason for each.
+    Some layers are not replaced: sharded layers, layers with user-defined forward pre-hooks, layers
+    tied to another module, and layers whose owner reads their weight instead of calling them
+    (`nn.MultiheadAttention`'s out_proj, Mamba's dt_proj). The report names the reason for each.
 
-    With gradient checkpointing: the non-reentrant form works as it is. The reentrant form finds no
-    gradient to keep when the input of a block needs none, as behind a frozen embedding;
-    transformers' `enable_input_require_grads()` mends that, and its own switch for checkpointing
-    calls it for language models.
+    Gradient checkpointing: the non-reentrant form works as it is. The reentrant form computes no
+    gradients if the input of a block requires none, as after a frozen embedding. In that case call
+    transformers' `enable_input_require_grads()`; `gradient_checkpointing_enable()` calls it for
+    language models.
+
+    Returns:
+        An `InjectionReport`, which lists what was replaced, fused and skipped; print it.
 
     Raises:
-        TypeError: `model` is itself a linear layer, or `target_modules` is of another type.
-        ValueError: the model already holds injected layers, `target_modules` matches nothing (near
-            misses are named) or nothing that can be replaced, a layer refuses its arguments, a rank
-            is out of proportion to its layer, ranks by name are not those of the layers,
-            `rank="auto"` lacks its losses, or `allocate_ranks` raises.
+        TypeError: `model` is itself a linear layer, or `target_modules` has the wrong type.
+        ValueError: the model already holds injected layers; `target_modules` matches nothing (near
+            misses are named) or nothing that can be replaced; a setting is out of range for a
+            layer; a rank is out of proportion to its layer; a mapping of ranks does not name
+            exactly the layers to replace; `rank="auto"` lacks its losses; or `allocate_ranks`
+            raises.
     """
     if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
         raise TypeError(
@@ -118,7 +125,7 @@ def inject(
     )
     allocation = None
     if isinstance(rank, str) and forget is not None and retain is not None:
-        settings(1, alpha)  # refused before the losses are asked
+        settings(1, alpha)  # raises for bad settings before the losses are computed
         allocation = allocate_ranks(model, shapes, forget, retain, budget=budget)
         rank = allocation.ranks
     if isinstance(rank, Mapping):
@@ -136,9 +143,9 @@ def inject(
 def _chosen(
     model: nn.Module, target_modules: str | Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """First names of the layers to replace; and name -> reason of those that cannot be.
+    """The (first) names of the layers to replace, and name -> reason for those that cannot be.
 
-    Raises ValueError where nothing can be replaced.
+    Raises ValueError if nothing can be replaced.
     """
     first = {module: name for name, module in model.named_modules()}
     names = match(model, target_modules)
@@ -159,32 +166,34 @@ def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: 
     given = {"forget": forget, "retain": retain, "budget": budget}
     if rank != "auto":
         if isinstance(rank, str):
-            raise ValueError(f'rank is a number, numbers by name, or "auto"; got {rank!r}')
+            raise ValueError(
+                f'rank must be an integer, ranks by layer name, or "auto", got {rank!r}'
+            )
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f'{name} is for rank="auto", and rank is {rank!r}')
+                raise ValueError(f'{name} can only be given with rank="auto", but rank is {rank!r}')
         return
     missing = [name for name in ("forget", "retain") if given[name] is None]
     if missing:
         raise ValueError(
-            f'rank="auto" spreads ranks by gradients: give {" and ".join(missing)}, a function of '
+            f'rank="auto" chooses ranks by gradients: give {" and ".join(missing)}, a function of '
             "the model that returns the loss of a sample"
         )
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Turn every `FusedBoundedLinear` back into its original class, with ΔW in the weight.
+    """Merge ΔW into the weights: W + ΔW, added in fp32 and rounded once.
 
-    So does every `FusedBoundedMLP`. ΔW is added in fp32 and rounded once. The work is done in
-    place, one layer at a time, and the merged layers stay frozen. A transformers model is no longer
-    the one that it was loaded from, and forgets that name, which an adapter put on it later would
-    give as its base. Returns the model, or the plain layer or block when `model` is itself a
-    `FusedBoundedLinear` or `FusedBoundedMLP`.
+    Every `FusedBoundedLinear` and `FusedBoundedMLP` becomes a module of its original class again.
+    This is done in place, one layer at a time, and the merged layers stay frozen. A transformers
+    model also forgets the name that it was loaded from, because it is a different model now and
+    adapters saved later must not name the original as their base. Returns the model, or the plain
+    layer or block if `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
-        ValueError: there is no such layer, an A or B holds a NaN or an infinity, W + ΔW would hold
-            one, a weight is spread over processes, or a layer is over a base whose weight cannot
-            take ΔW, such as a quantised one. Nothing is merged then.
+        ValueError: there is no such layer; A, B or W + ΔW is not finite; a weight is spread over
+            processes; or ΔW cannot be merged into the weight of a base layer, for example because
+            it is quantised. Nothing is merged then.
     """
     layers = injected_layers(model)
     if not layers:
@@ -193,8 +202,8 @@ def merge(model: nn.Module) -> nn.Module:
         spread = partition(layer.weight)
         if spread is not None:
             raise ValueError(
-                f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into a "
-                "whole model and merge it there"
+                f"the weight of {name or 'the layer'!r} {spread}: save the adapter, load it into "
+                "an unsharded model and merge there"
             )
         stands = layer.merge_obstacle()
         if stands is not None:
@@ -214,14 +223,14 @@ def merge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside it an injected model computes what its base does, from the same weights.
+    """Within this context an injected model computes what its base model computes.
 
-    The reference of NPO, DPO or a KL term without a second model. It holds for the thread or
-    asyncio task that enters it; others go on with their adapters, unless the model is compiled: a
-    compiled forward runs without them in all threads meanwhile. PEFT's models have a method of this
-    name, for all threads.
+    This gives the reference model of NPO, DPO or a KL term without a second copy of the weights. It
+    applies to the thread or asyncio task that enters it; others keep their adapters, unless the
+    model is compiled: a compiled forward meanwhile runs without adapters in all threads. For PEFT
+    models use their method of the same name, which applies to all threads.
 
-    Raises ValueError when `model` holds no `FusedBoundedLinear`.
+    Raises ValueError if `model` holds no `FusedBoundedLinear`.
     """
     layers = injected_layers(model)
     if not layers:

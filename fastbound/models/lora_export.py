@@ -1,4 +1,4 @@
-"""A bounded adapter as a plain LoRA adapter: exactly where ΔW has rank r, as LoRA's has."""
+"""Export of a bounded adapter as a plain LoRA adapter, exactly if ΔW has rank r as in LoRA."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastbound.models.files import encoded, model_fields, unwrapped, write_adapt
 from fastbound.models.names import exact_targets
 from fastbound.truth.formula import wide_dtype
 
-_EXACT = 1024  # smaller sides up to which the whole decomposition takes seconds
-_OVERSAMPLING, _ITERATIONS = 16, 8  # of the randomised one beyond
+_EXACT = 1024  # a full decomposition takes seconds if the smaller side is at most this
+_OVERSAMPLING, _ITERATIONS = 16, 8  # of the randomised decomposition of larger ones
 
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What `export_lora` wrote: printable, and as data.
+    """What `export_lora` wrote; print it or read its fields.
 
-    ``errors`` has ‖ΔW - BA‖_F / ‖ΔW‖_F of each layer by name: 0 where LoRA holds ΔW exactly.
+    ``errors`` has ‖ΔW - BA‖_F / ‖ΔW‖_F of each layer by name; it is 0 if LoRA equals ΔW exactly.
     """
 
     folder: str
@@ -38,7 +38,7 @@ class LoraExport:
         rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
         worst = max(self.errors, key=lambda name: self.errors[name])
         error = self.errors[worst]
-        said = f"at most {error:.1%} of ΔW away (most in {worst})" if error else "exactly ΔW"
+        said = f"error at most {error:.1%} of ΔW (in {worst})" if error else "exactly ΔW"
         return f"wrote {len(self.ranks)} layers as LoRA of {rank} to {self.folder}: {said}"
 
 
@@ -49,22 +49,23 @@ def export_lora(
 
         ΔW = s·sin(ωB) sin(ωA):     lora_A = sin(ωA)     lora_B = sin(ωB)     lora_alpha / r = s
 
-    so that lora_alpha is the layer's bound, in `alpha_pattern`. The sines are taken in fp64 and
-    stored as fp32 (fp64 for fp64 factors). `model` is an injected model or a PEFT model with one
-    active adapter. What is exported no longer has a bound: trained on, it is LoRA.
+    so that lora_alpha is the layer's bound, as written to `alpha_pattern`. The sines are computed
+    in fp64 and stored as fp32 (fp64 for fp64 factors). `model` is an injected model or a PEFT model
+    with one active adapter. The exported adapter no longer has a bound: further training trains it
+    as LoRA.
 
-    ΔW of the form "product" has full rank, and no LoRA is equal to it. With ``rank`` the nearest
-    LoRA of that rank is written instead, in either form: the largest singular values of ΔW and
-    their vectors (Eckart and Young 1936; above 1024 rows and columns by a randomised
-    decomposition). The report that is returned has its relative error in each layer.
+    ΔW of the form "product" has full rank, so that no LoRA of rank r equals it. With ``rank`` the
+    nearest LoRA of that rank is written instead, for either form: the largest singular values of ΔW
+    and their vectors (Eckart and Young 1936; if N and K are both above 1024 by a randomised
+    decomposition). The returned report has the relative error of each layer.
 
-    Raises InputError for an adapter of the form "product" without ``rank``, for a rank below 1 or
-    above a layer's smaller side, when the model holds no adapted layer, more than one adapter is
-    active, a factor is not finite, a layer hangs in the model under two names, or biases or whole
+    Raises InputError for an adapter of the form "product" without ``rank``; for a rank below 1 or
+    above a layer's smaller side; and if the model holds no adapted layer, more than one adapter is
+    active, a factor is not finite, the model holds a layer under two names, or biases or whole
     modules were trained beside the adapter.
     """
     base: Any = unwrapped(model)
-    if hasattr(base, "get_base_model"):  # a PeftModel, whose files name layers from the base on
+    if hasattr(base, "get_base_model"):  # a PeftModel's files name layers relative to its base
         base = base.get_base_model()
     model = base
     layers = adapted_layers(model)
@@ -86,7 +87,7 @@ def export_lora(
         for factor in "AB"
     }
     ranks = {name: lora.A.shape[0] for name, lora in made.items()}
-    # The longest names first: PEFT takes the first pattern that a name ends in.
+    # Longest names first: PEFT uses the first pattern that a name ends in.
     ordered = sorted(layers, key=len, reverse=True)
     first, layer = next(iter(layers.items()))
     config = {
@@ -107,7 +108,7 @@ def export_lora(
 
 
 def _check_whole(model: Any, layers: Iterable[Any]) -> None:
-    """Raise where what PEFT trained is more than ΔW."""
+    """Raise if PEFT trained more than ΔW."""
     active = {name for layer in layers for name in getattr(layer, "active_adapters", ())}
     for name in active:
         for field in ("bias", "modules_to_save", "trainable_token_indices"):
@@ -115,23 +116,23 @@ def _check_whole(model: Any, layers: Iterable[Any]) -> None:
             if value not in (None, "none"):
                 raise InputError(
                     f"{field}={value!r}: what was trained beside the adapter is not part of ΔW; "
-                    "use merge_and_unload() and save the whole model"
+                    "call merge_and_unload() and save the whole model"
                 )
 
 
 def _check_shared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
-    """Raise for a layer under several names: PEFT's LoRA puts an adapter on the first alone."""
+    """Raise for a layer under several names: PEFT's LoRA adapts only the first of them."""
     held = {layer: name for name, layer in layers.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Adapted) and held.get(module, name) != name:
             raise InputError(
                 f"{held[module]!r} is also {name!r}, one layer under two names, and PEFT's LoRA "
-                "adapts the first alone: use fastbound.save_adapter, or merge and save the model"
+                "adapts only the first: use fastbound.save_adapter, or merge and save the model"
             )
 
 
 class _Lora(NamedTuple):
-    """A [r, K] and B [N, r] of LoRA, whose ΔW is alpha / r · B A, and its relative error."""
+    """LoRA's A [r, K] and B [N, r], with ΔW = alpha / r · B A, and the relative error of that."""
 
     A: Tensor
     B: Tensor
@@ -148,14 +149,14 @@ def _lora_of(name: str, layer: Adapted, rank: int | None) -> _Lora:
         return _nearest(name, adapter.delta_weight().detach(), rank)
     if adapter.form == "product":
         raise InputError(
-            f'{name} is of form="product", whose ΔW = s·sin(ω·B A) has full rank: no LoRA is equal '
+            f'{name} has form="product", whose ΔW = s·sin(ω·B A) has full rank: no LoRA is equal '
             "to it. Give rank= for the nearest LoRA of that rank, or merge and save the model"
         )
     A, B = (
         torch.sin(adapter.omega * f.detach().double()).to(wide_dtype(f)).cpu().contiguous()
         for f in (adapter.A, adapter.B)
     )
-    # LoRA makes alpha / r its scaling: the bound, scaled as ΔW is.
+    # LoRA's scaling is alpha / r, so alpha is the bound, times the scale of ΔW.
     return _Lora(A, B, float(adapter.scaling * adapter.rank))
 
 

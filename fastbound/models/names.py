@@ -1,6 +1,6 @@
-"""Names of layers: two sets that must agree, and PEFT's patterns over them.
+"""Names of layers: comparing two sets of them, and PEFT's patterns over them.
 
-A pattern is `{end of a layer's name, as a regular expression: value}`, exact names first.
+A pattern is `{end of a layer's name, as a regular expression: value}`; exact names take precedence.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ T = TypeVar("T")
 
 
 def kind_of(name: str) -> str:
-    """The name with "*" for its numbers: `layers.0.mlp` and `layers.1.mlp` are of one kind."""
+    """The name with "*" for numbers, so that `layers.0.mlp` and `layers.1.mlp` are of one kind."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """The value for a layer: that of its whole name, else of the first key that it ends in."""
+    """The value for a layer: by its whole name, or else by the first key that its name ends in."""
     if name in patterns:
         return patterns[name]
     return next((value for key, value in patterns.items() if _matches(key, name)), default)
 
 
 def unmatched(patterns: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """The keys that fit none of the names."""
+    """The keys that match none of the names."""
     names = set(names)
     return [k for k in patterns if k not in names and not any(_matches(k, n) for n in names)]
 
 
 def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
-    """`target_modules` of these modules alone, for PEFT, which takes a listed name as an ending.
+    """`target_modules` that makes PEFT, which treats listed names as suffixes, match only these.
 
-    The names, or where another module's name ends in one of them, a regular expression.
+    This is the list of names, or a regular expression if another module's name ends in one of them.
     """
     wanted = list(names)
     endings = tuple(f".{name}" for name in wanted)
@@ -53,10 +53,10 @@ def _matches(key: str, name: str) -> bool:
 
 
 def renamed(names: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
-    """What each layer was called when it was saved, where a model has another name in the middle.
+    """Map each layer's name to its name when saved, for models whose names differ in a prefix.
 
-    A name that was saved stands for itself; each other one for the only saved name that shares the
-    longest end with it, of whole parts, if that makes one of each. Otherwise all are as they are.
+    A saved name maps to itself. Any other name maps to the one saved name that shares the longest
+    suffix of whole parts with it. If this is not one to one, every name maps to itself.
     """
     names, saved = list(names), set(saved)
     same = {name: name for name in names}
@@ -79,7 +79,7 @@ def _common_end(one: str, other: str) -> int:
 
 
 def check_same_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raise InputError, which begins with ``what``, unless both hold the same names."""
+    """Raise InputError, which begins with ``what``, unless both contain the same names."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
@@ -88,6 +88,6 @@ def check_same_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> 
 
 
 def some(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
+    """The first five names, and the number of others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(map(repr, names[:5])) or "none") + more

@@ -1,11 +1,11 @@
-"""Ranks spread over layers by what each layer's gradient of forgetting holds beyond retaining's.
+"""Choosing each layer's rank by how far its forget gradient exceeds its retain gradient.
 
-For each layer, G_f and G_r `[N, K]` are the gradients of the two losses by its weight. They are
-never formed: a backward pass meets x `[M, K]` and dy `[M, N]` of one layer at a time, and only
+For each layer, G_f and G_r `[N, K]` are the gradients of the two losses with respect to its weight.
+They are never formed: the backward pass sees x `[M, K]` and dy `[M, N]` of each layer, and only
 
     Y = G Ω = dyᵀ (x Ω)        Z = Ψ G = (Ψ dyᵀ) x        Ω [K, p], Ψ [q, N] Gaussian
 
-are kept, from which `G ≈ Q (Ψ Q)⁺ Z`, Q an orthonormal basis of Y: Tropp, Yurtsever, Udell and
+are kept. Then `G ≈ Q (Ψ Q)⁺ Z`, with Q an orthonormal basis of Y: Tropp, Yurtsever, Udell and
 Cevher 2017, "Practical sketching algorithms for low-rank matrix approximation", algorithm 4.
 """
 
@@ -23,7 +23,7 @@ from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.layers.settings import check_rank
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
-EVEN = 8  # the rank that the default budget buys everywhere
+EVEN = 8  # the default budget is that of this rank in every layer
 _OVERSAMPLING = 8
 
 
@@ -41,13 +41,13 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """How many parameters of a budget each layer gets.
+    """The rank that each layer gets out of a budget of parameters.
 
     Attributes:
-        ranks: rank by name of layer.
-        excess: share of all the layers' excess of forgetting that lies in each layer.
-        parameters: of all A and B at these ranks, at most `budget`.
-        budget: what was to be spent.
+        ranks: rank by layer name.
+        excess: by layer name, its share of the total excess of forget over retain gradients.
+        parameters: elements of all A and B at these ranks, at most `budget`.
+        budget: the number of parameters that could be spent.
     """
 
     ranks: Mapping[str, int]
@@ -57,7 +57,8 @@ class RankAllocation:
 
     def __str__(self) -> str:
         head = (
-            f"ranks for {self.parameters:,} of {self.budget:,} parameters, by excess of forgetting"
+            f"ranks by excess of forget over retain gradients, "
+            f"{self.parameters:,} of {self.budget:,} parameters used"
         )
         lines = [
             f"  {rank:3d} {self.excess[name]:6.1%}  {name}" for name, rank in self.ranks.items()
@@ -66,7 +67,7 @@ class RankAllocation:
 
 
 class _Sketch:
-    """Y and Z of one layer's gradient, added up over backward passes."""
+    """Y and Z of one layer's gradient, summed over backward passes."""
 
     def __init__(self, Omega: Tensor, Psi: Tensor) -> None:
         self.Omega, self.Psi = Omega, Psi
@@ -81,7 +82,10 @@ class _Sketch:
     def low_rank(self) -> LowRank:
         Y, Z, Psi = (t.cpu().double() for t in (self.Y, self.Z, self.Psi))
         if not (Y.isfinite().all() and Z.isfinite().all()):
-            raise ValueError("a gradient of the sample is not finite: ranks cannot be told from it")
+            raise ValueError(
+                "a gradient of the sample is not finite, so ranks cannot be chosen: give other "
+                "rows, or ranks as numbers"
+            )
         Q, _ = torch.linalg.qr(Y)
         return LowRank(Q, torch.linalg.lstsq(Psi @ Q, Z).solution)
 
@@ -96,33 +100,35 @@ def allocate_ranks(
     most: int = MAX_BLOCK_RANK,
     seed: int = 0,
 ) -> RankAllocation:
-    """Spend `budget` parameters on ranks, a rank of a layer [N, K] costing N + K.
+    """Spend `budget` parameters on ranks, where one rank of a layer [N, K] costs N + K.
 
     Component i of a layer's forget gradient, `σ_i u_i v_iᵀ`, is worth
 
         max(0, σ_i² / Σ‖G_f‖² − (u_iᵀ G_r v_i)² / Σ‖G_r‖²)        Σ over all layers
 
-    and the components worth most a parameter are taken. Every layer gets at least rank 1. The
-    passes are made in evaluation mode, and hold x of every layer besides what they hold anyway.
+    and the components with the highest worth per parameter are taken. Every layer gets at least
+    rank 1. The forward and backward passes run in evaluation mode and additionally keep x of every
+    layer in memory.
 
     Args:
-        model: holds the layers, none adapted yet; left as it was.
+        model: holds the layers, none of them adapted yet; it is left unchanged.
         layers: name -> [N, K] of the linear layers to be adapted.
-        forget, retain: called once with `model`; give a loss, or several one after the other (as
-            a generator does), whose gradients are added.
-        budget: None: what rank `EVEN` everywhere takes.
+        forget, retain: called once with `model`; return a loss, or yield several, whose gradients
+            are added.
+        budget: the largest number of parameters; None means that of rank `EVEN` everywhere.
         most: the largest rank of a layer; by default the largest that a block's kernels take.
+        seed: of the random sketches Ω and Ψ.
 
     Raises:
-        ValueError: the budget does not buy rank 1 for every layer, a gradient is not finite, or a
-            layer passes none on.
+        ValueError: the budget is too small for rank 1 in every layer, a gradient is not finite, or
+            a layer receives no gradient.
     """
     costs = {name: N + K for name, (N, K) in layers.items()}
     budget = EVEN * sum(costs.values()) if budget is None else budget
     if budget < sum(costs.values()):
         raise ValueError(
-            f"a budget of {budget:,} parameters does not give {len(layers)} layers rank 1: "
-            f"that takes {sum(costs.values()):,}"
+            f"a budget of {budget:,} parameters is too small for rank 1 in {len(layers)} layers, "
+            f"which takes {sum(costs.values()):,}"
         )
     forgotten, kept = (
         gradients(model, layers, loss, most + _OVERSAMPLING, seed) for loss in (forget, retain)
@@ -141,7 +147,7 @@ def allocate_ranks(
 def components(
     forgotten: Mapping[str, LowRank], kept: Mapping[str, LowRank], most: int
 ) -> dict[str, Tensor]:
-    """What each of a layer's leading components is worth, see :func:`allocate_ranks`."""
+    """The worth of each of a layer's leading components, see :func:`allocate_ranks`."""
     all_forgotten = sum(each.energy for each in forgotten.values())
     all_kept = sum(each.energy for each in kept.values())
     worth = {}
@@ -156,14 +162,14 @@ def components(
 
 
 def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Ranks: 1 for every layer, then the components worth most a parameter while they fit."""
+    """Ranks: 1 for every layer, then the components of highest worth per parameter that fit."""
     ranks = dict.fromkeys(worth, 1)
     left = budget - sum(costs.values())
     offers = sorted(
         (-value / costs[name], order, name)
         for name, values in worth.items()
         for order, value in enumerate(values.sort(descending=True).values.tolist())
-        if order  # the first is every layer's
+        if order  # every layer has its first component anyway
     )
     for _, _, name in offers:
         if costs[name] <= left:
@@ -173,13 +179,13 @@ def spend(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) ->
 
 
 def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> None:
-    """Raise InputError for a rank out of proportion to its layer [N, K], by the layer's name."""
+    """Raise InputError, which names the layer, for a rank out of proportion to its [N, K]."""
     for name, (N, K) in layers.items():
         check_rank(ranks[name], N, K, name)
 
 
 def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:
-    """The rank that the same parameters buy in every layer."""
+    """The uniform rank that has the same number of parameters."""
     costs = {name: N + K for name, (N, K) in layers.items()}
     return sum(ranks[name] * cost for name, cost in costs.items()) / sum(costs.values())
 
@@ -190,7 +196,7 @@ def gradients(
     drawn: dict[tuple[Any, ...], Tensor] = {}
 
     def draw(rows: int, columns: int, like: Tensor) -> Tensor:
-        """The same for layers of the same size: they need not be independent of one another."""
+        """Layers of the same size get the same matrix; they need not be independent."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = (rows, columns, like.device, dtype)
         if key not in drawn:
@@ -212,7 +218,7 @@ def gradients(
 
 @contextmanager
 def _sketching(model: nn.Module, sketches: Mapping[str, _Sketch]) -> Iterator[None]:
-    """Inside it, every backward pass through the layers adds to their sketches."""
+    """Within this context every backward pass through the layers adds to their sketches."""
 
     def tracked(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = inputs
@@ -221,7 +227,7 @@ def _sketching(model: nn.Module, sketches: Mapping[str, _Sketch]) -> Iterator[No
     def watch(name: str, sketch: _Sketch) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
             if not y.requires_grad:
-                raise ValueError(f"{name} passes no gradient on: give its rank as a number")
+                raise ValueError(f"{name} receives no gradient: give its rank as a number")
             x = inputs[0].detach()
             y.register_hook(lambda dy: sketch.add(x, dy))
 

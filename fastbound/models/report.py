@@ -1,4 +1,4 @@
-"""InjectionReport: what injecting or loading an adapter did to a model, printable and as data."""
+"""InjectionReport: what injecting or loading an adapter did to a model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from fastbound.operator.partition import gathered_modules
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject` did: printable, and as data.
+    """What `inject` or `load_adapter` did; print it or read its fields.
 
     Attributes:
-        replaced: dotted names of the layers that are now `FusedBoundedLinear`; a layer that the
-            model holds under several names stands here once, under the first.
-        trainable_parameters: elements of all A and B, which are all that still trains.
-        total_parameters: elements of all parameters, A and B included.
-        skipped: name -> reason, for what `target_modules` matched and could not be replaced.
-        over_base: name -> reason, for the replaced layers that call the layer they replace
-            (`BoundedOverBase`): a quantised one, one with hooks.
+        replaced: dotted names of the layers that are now `FusedBoundedLinear`. A layer that the
+            model holds under several names is listed once, under the first.
+        trainable_parameters: number of elements of all A and B, the only parameters that train.
+        total_parameters: number of elements of all parameters, including A and B.
+        skipped: name -> reason, for modules that `target_modules` matched but that could not be
+            replaced.
+        over_base: name -> reason, for replaced layers that still call the layer they replaced
+            (`BoundedOverBase`), for example because it is quantised or has hooks.
         fused: dotted names of the MLP blocks that run as one operator, see `FusedBoundedMLP`.
-        unfused: name -> reason, for every other module that holds replaced layers: these run layer
-            by layer.
+        unfused: name -> reason, for every other module that holds replaced layers; their layers run
+            one by one.
         ranks: rank of each replaced layer, by name.
-        allocation: what `rank="auto"` found, else None.
+        allocation: the result of `rank="auto"`, otherwise None.
     """
 
     replaced: tuple[str, ...]
@@ -46,13 +47,14 @@ class InjectionReport:
 
     def __str__(self) -> str:
         share = self.trainable_parameters / self.total_parameters
+        over, apart = _reasons(self.over_base), _reasons(self.unfused)
         lines = [
             f"replaced {len(self.replaced)} layers",
             *(f"  {count} x {kind}" for kind, count in _kinds(self.replaced).items()),
-            *(f"  over it, {r}: {c} x {k}" for r, k, c in _reasons(self.over_base)),
+            *(f"  still calling the base layer: {c} x {k}: {r}" for r, k, c in over),
             f"fused {len(self.fused)} MLP blocks",
             *(f"  {count} x {kind}" for kind, count in _kinds(self.fused).items()),
-            *(f"  not {c} x {k or 'the model'}: {r}" for r, k, c in _reasons(self.unfused)),
+            *(f"  not fused: {c} x {k or 'the model itself'}: {r}" for r, k, c in apart),
             f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
             f" ({share:.2%})",
             *(f"skipped {name}: {reason}" for name, reason in self.skipped.items()),
@@ -62,7 +64,7 @@ class InjectionReport:
 
 
 def injection_report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> InjectionReport:
-    """The report on an injected model."""
+    """The report on an injected model, as it is now."""
     inside = gathered_modules(model)
     blocks = adapted_blocks(model)
     reasons = {name: unfused_reason(name, m, m in inside) for name, m in blocks.items()}
@@ -85,7 +87,7 @@ def _kinds(names: Iterable[str]) -> Counter[str]:
 
 
 def _reasons(named: Mapping[str, str]) -> Iterable[tuple[str, str, int]]:
-    """Each reason with the kinds of names that it stands for, and how many."""
+    """Each reason with each kind of name that has it, and the number of such names."""
     for reason in dict.fromkeys(named.values()):
         for kind, count in _kinds(n for n, r in named.items() if r == reason).items():
             yield reason, kind, count

@@ -1,4 +1,4 @@
-"""transformers' save_pretrained of a model with injected layers: base and adapter in a folder."""
+"""transformers' save_pretrained of a model with injected layers: base and adapter in one folder."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ def save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """transformers' own, ``plain``, and for injected layers also the two files of `save_adapter`.
+    """transformers' method, ``plain``; with injected layers it also writes `save_adapter`'s files.
 
-    The folder is then what transformers calls a model with an embedded adapter: `from_pretrained`
-    loads the base and puts the adapter on it, or raises ``KeyError: 'FASTBOUND'`` where fastbound
-    is not imported. The weights hold A and B as well, which is what Trainer resumes from. A
-    ``state_dict`` without A and B is saved as it is, as the base alone.
+    The folder then holds what transformers calls a model with an embedded adapter:
+    `from_pretrained` loads the base model and the adapter onto it, or raises
+    ``KeyError: 'FASTBOUND'`` if fastbound is not imported. The weights file also contains A and B,
+    from which Trainer resumes. A ``state_dict`` without A and B is saved as it is, as the base
+    model alone.
 
     Raises InputError, before anything is written, for ``push_to_hub`` of an injected model (it
-    would upload the base), layers over an offloaded base, PEFT's adapters beside injected layers,
-    and for a model without injected layers and a folder with an adapter of fastbound, which
-    `from_pretrained` would put on that model.
+    would upload only the base), layers over an offloaded base, and PEFT adapters beside injected
+    layers; also for a model without injected layers if the folder holds an adapter of fastbound,
+    which `from_pretrained` would load onto that model.
     """
     folder, peft = Path(save_directory), getattr(model, "_hf_peft_config_loaded", False)
     layers = injected_layers(model)
@@ -48,8 +49,8 @@ def save_pretrained(
     if not layers:
         if not peft and _holds_adapter(folder):
             raise InputError(
-                f"{folder} holds an adapter of fastbound, which from_pretrained would put on the "
-                f"{type(model).__name__} saved there: save to another folder, or remove {CONFIG}"
+                f"{folder} holds an adapter of fastbound, which from_pretrained would load onto "
+                f"the {type(model).__name__} saved there: use another folder, or remove {CONFIG}"
             )
         return plain(
             model, save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs
@@ -58,7 +59,7 @@ def save_pretrained(
     if state_dict is None or is_main_process:
         data, config = adapter_files(model, layers, state_dict)
         if any(p.requires_grad for n, p in model.named_parameters() if ".adapter." not in n):
-            config["base_model_name_or_path"] = None  # what was trained is in this folder alone
+            config["base_model_name_or_path"] = None  # the trained base exists only in this folder
         if is_main_process:
             write_adapter(folder, data, config)
     if state_dict is not None:
@@ -76,8 +77,8 @@ def save_pretrained(
 def _check(model: nn.Module, layers: dict[str, Any], peft: bool, push_to_hub: bool) -> None:
     if peft:
         raise InputError(
-            f"{type(model).__name__} holds adapters of PEFT beside injected layers, and "
-            "save_pretrained keeps PEFT's alone: use fastbound.save_adapter for the injected ones"
+            f"{type(model).__name__} holds PEFT adapters beside injected layers, and "
+            "save_pretrained keeps only PEFT's: use fastbound.save_adapter for the injected ones"
         )
     if push_to_hub:
         raise InputError(
@@ -87,13 +88,13 @@ def _check(model: nn.Module, layers: dict[str, Any], peft: bool, push_to_hub: bo
     for name, layer in layers.items():
         if isinstance(layer, BoundedOverBase) and offloaded(layer.base_layer):
             raise InputError(
-                f"the base of {name} is offloaded: save the adapter alone, with "
+                f"the base of {name} is offloaded: save only the adapter, with "
                 "fastbound.save_adapter(model, folder)"
             )
 
 
 def _with_names_of_the_base(model: nn.Module, state: dict[str, Any]) -> None:
-    """Rename the weights of layers over a base, in place, to what the model calls them without."""
+    """Rename the weights of layers over a base, in place, to their names in the base model."""
     over = [
         f"{name}.base_layer."
         for name, module in model.named_modules(remove_duplicate=False)

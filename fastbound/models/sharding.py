@@ -1,4 +1,4 @@
-"""FSDP2 over an adapted model: what its units are, and what must hold before they are made."""
+"""FSDP2 for an adapted model: its units, and the checks before they are made."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 def shard(
     model: nn.Module, mesh: DeviceMesh | None = None, *, reshard_after_forward: bool = True
 ) -> nn.Module:
-    """Spread the parameters of an adapted model over the processes of `mesh`, in place (FSDP2).
+    """Shard the parameters of an adapted model over the processes of `mesh`, in place (FSDP2).
 
-    Units of `fully_shard` are the decoder layers (transformers' `_no_split_modules`), in another
-    model the modules that hold adapted layers, and then the model itself. So a fused block runs as
-    one operator: it reads W, A and B of all its projections in its own forward, and the unit around
-    it has gathered them by then.
+    `fully_shard` is applied to each decoder layer (transformers' `_no_split_modules`; in other
+    models to each module that holds adapted layers) and then to the model itself. A fused block
+    still runs as one operator: it reads W, A and B of all its projections in its own forward, when
+    the unit around it has gathered them.
 
-    Parameters are gathered in the dtype they are stored in: the frozen weights as the model was
-    loaded, A and B as fp32 unless `adapter_dtype` said otherwise. There is no `param_dtype` here: a
-    `MixedPrecisionPolicy` with one would round A and B to it before the sine is taken. To compute
-    in bf16, load the model in bf16 or use autocast. Gradients are summed in the dtype of A and B.
+    Parameters are gathered in the dtype in which they are stored: the frozen weights as the model
+    was loaded, A and B as fp32 unless `adapter_dtype` said otherwise. There is no `param_dtype`
+    argument, because a `MixedPrecisionPolicy` with one would round A and B before the sine is
+    taken. To compute in bf16, load the model in bf16 or use autocast. Gradients are reduced in the
+    dtype of A and B.
 
-    The parameters are new objects afterwards: make the optimizer from those. `save_adapter` and
-    `load_adapter` take the result when all processes call them.
+    The parameters are new objects afterwards, so create the optimizer after this call.
+    `save_adapter` and `load_adapter` accept the result if all processes call them.
 
     Args:
-        mesh: of one dimension, or of two to shard within groups and copy across; None: all
-            processes in one dimension.
-        reshard_after_forward: drop a layer's gathered parameters after its forward and gather them
-            again in backward; False keeps them: more memory, less traffic.
+        mesh: one-dimensional, or two-dimensional to shard within groups and replicate across them;
+            None means all processes in one dimension.
+        reshard_after_forward: free a layer's gathered parameters after its forward and gather them
+            again in backward. False keeps them, which takes more memory and less communication.
 
     Returns:
         The model itself.
 
     Raises ValueError, before anything is changed, for a model without adapters, with parameters
-    that are spread over processes already or on the meta device, or with trained parameters of
-    several dtypes.
+    that are already sharded or on the meta device, or with trained parameters of several dtypes.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -52,13 +52,15 @@ def shard(
     for name, parameter in model.named_parameters():
         spread = partition(parameter)
         if spread is not None:
-            raise ValueError(f"{name} {spread} already: shard a model once, while it is whole")
+            raise ValueError(f"{name} {spread} already: call shard once, on an unsharded model")
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model before sharding it")
     trained = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
     if len(trained) > 1:
         found = " and ".join(f"{name} in {dtype}" for dtype, name in trained.items())
-        raise ValueError(f"FSDP2 wants trained parameters of one dtype, got {found}: cast them")
+        raise ValueError(
+            f"FSDP2 needs all trained parameters to have one dtype, got {found}: cast them"
+        )
     for unit in _units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
@@ -66,7 +68,7 @@ def shard(
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
-    """Without the model itself; an inner one before the one around it."""
+    """The units inside the model, without the model itself; inner modules before outer ones."""
     layers = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in layers]
     if not found:

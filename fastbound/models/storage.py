@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: a model's factors and bounds to files, and back into a model."""
+"""save_adapter and load_adapter: write a model's factors and bounds to files, and read them."""
 
 from __future__ import annotations
 
@@ -40,22 +40,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     `adapter_model.safetensors` holds `base_model.model.<layer>.fastbound_ab.A` [r, K] and `.B`
     [N, r] bit for bit, in their own dtype; a layer that the model holds under several names is
-    written once. `adapter_config.json` holds the numbers: each layer's rank, alpha and bound as
-    they are, so that `bound="auto"` comes back as the value it had, whatever the base is then. PEFT
-    loads the folder, too (`PeftModel.from_pretrained`), where fastbound is imported.
+    written once. `adapter_config.json` holds each layer's rank, alpha and bound as numbers, so that
+    `bound="auto"` is restored as the value that it had, whatever the base model then is. PEFT loads
+    the folder, too (`PeftModel.from_pretrained`), if fastbound is imported.
 
-    The folder is made if need be, and files of an earlier save are replaced only by whole ones.
+    The folder is created if it does not exist, and files of an earlier save are replaced
+    atomically. If the model is sharded by FSDP2, the factors are gathered: all processes must call
+    this, the first one writes, and the files exist when it returns.
 
-    Of a model sharded by FSDP2 the factors are gathered: all processes must call this, the first
-    writes, and the files are there when it returns.
-
-    Raises InputError when the model holds no such layer, or a factor is not finite or is sharded
-    in another way.
+    Raises InputError if the model holds no such layer, if a factor is not finite, or if a factor is
+    sharded in another way.
     """
     model = unwrapped(model)
     layers = injected_layers(model)
     if len(adapted_layers(model)) > len(layers):
-        raise InputError("the adapters are PEFT's: save them with model.save_pretrained(folder)")
+        raise InputError("the model holds PEFT adapters: use model.save_pretrained(folder)")
     if not layers:
         raise InputError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to save")
     data, config = adapter_files(model, layers)
@@ -71,7 +70,7 @@ def adapter_files(
     layers: Mapping[str, FusedBoundedLinear],
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
-    """The contents of both files; of factors in a whole ``state_dict`` of the model, if given."""
+    """The contents of both files; the factors come from a full ``state_dict`` if one is given."""
     tensors = {
         tensor_key(name, factor): _whole(name, factor, layer, state_dict)
         for name, layer in layers.items()
@@ -104,8 +103,8 @@ def _form(layers: Mapping[str, FusedBoundedLinear]) -> str:
     for name, layer in layers.items():
         if layer.form != one.form:
             raise InputError(
-                f"{first} is of form={one.form!r} and {name} of form={layer.form!r}: a folder "
-                "holds adapters of one form"
+                f"{first} has form={one.form!r} and {name} has form={layer.form!r}: a folder "
+                "can only hold adapters of one form"
             )
     return one.form
 
@@ -113,24 +112,25 @@ def _form(layers: Mapping[str, FusedBoundedLinear]) -> str:
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, fuse_mlp: bool = True
 ) -> InjectionReport:
-    """Load what `save_adapter`, or a PEFT model's `save_pretrained`, wrote into `model`, in place.
+    """Load an adapter, written by `save_adapter` or a PEFT model's `save_pretrained`, into `model`.
 
-    A plain model gets exactly the saved layers, as `inject` would make them, and the rest frozen;
-    `fuse_mlp` as there.
-    An injected model must hold the same layers at the same rank and dtype; its A, B, alpha and
-    bound are overwritten. Everything is checked before anything is changed.
+    In a plain model exactly the saved layers are replaced, as by `inject`, and everything else is
+    frozen; `fuse_mlp` has the same meaning as there. An injected model must hold the same layers
+    with the same rank and dtype; its A, B, alpha and bound are overwritten. The model is changed in
+    place, and everything is checked before anything is changed.
 
     Returns the same report as `inject`.
 
     Raises:
-        NotThereError: one of the two files is not there; a FileNotFoundError, and an InputError.
-        InputError: the files are damaged or do not belong together, hold a NaN or an infinity, are
-            of another method or format version, or are for another model, shape, rank or dtype; or
-            `model` holds adapters of PEFT's, which loads its own.
+        NotThereError: one of the two files does not exist. It is both a FileNotFoundError and an
+            InputError.
+        InputError: the files are damaged or do not belong together, contain a NaN or an infinity,
+            have another method or format version, or are for another model, shape, rank or dtype;
+            or `model` holds PEFT adapters, which PEFT loads itself.
     """
     model = unwrapped(model)
     if len(adapted_layers(model)) > len(injected_layers(model)):
-        raise InputError("the model's adapters are PEFT's: use model.load_adapter(folder, name)")
+        raise InputError("the model holds PEFT adapters: use model.load_adapter(folder, name)")
     saved = read_adapter(Path(folder))
     layers = injected_layers(model)
     if layers:
@@ -156,7 +156,7 @@ def _check_injected(layers: dict[str, FusedBoundedLinear], saved: dict[str, Save
         adapter = layers[name].adapter
         if adapter.form != entry.settings.form:
             raise InputError(
-                f"{name} is of form={adapter.form!r} in the model and of "
+                f"{name} has form={adapter.form!r} in the model and "
                 f"form={entry.settings.form!r} in the file: inject with that form, or load into a "
                 "plain model"
             )
@@ -181,7 +181,7 @@ def _check_plain(model: nn.Module, saved: dict[str, SavedLayer]) -> None:
     for name, entry in saved.items():
         reason = refusal(model, name)
         if reason is not None:
-            raise InputError(f"the adapter does not fit on {name}: it {reason}")
+            raise InputError(f"the adapter cannot be put on {name}: it {reason}")
         stored = [entry.B.shape[0], entry.A.shape[1]]
         here = list(features(modules[name]))
         if here != stored:
@@ -201,7 +201,9 @@ def _whole(
     if state_dict is not None:
         key = f"{name}.adapter.{factor}"
         if key not in state_dict:
-            raise InputError(f"the state dict lacks {key!r}, and holds other factors: give all")
+            raise InputError(
+                f"the state dict holds some factors but not {key!r}: give all of them or none"
+            )
         tensor = state_dict[key]
     r, N, K = layer.rank, layer.out_features, layer.in_features
     shape = (r, K) if factor == "A" else (N, r)
@@ -209,7 +211,7 @@ def _whole(
     if type(tensor) is not Tensor or tensor.shape != shape:
         raise InputError(
             f"adapter.{factor} of {name} is a {type(tensor).__name__} {list(tensor.shape)}, "
-            f"not a whole tensor {list(shape)}: gather the sharded model's parameters first"
+            f"not a full tensor {list(shape)}: gather the sharded model's parameters first"
         )
     if not torch.isfinite(tensor).all():
         raise InputError(f"adapter.{factor} of {name} holds a NaN or an infinity: nothing is saved")

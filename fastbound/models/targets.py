@@ -1,4 +1,4 @@
-"""Which modules `target_modules` names: the MLP projections of known models, suffixes, patterns."""
+"""Resolving `target_modules`: the MLP projections of known models, suffixes and patterns."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 from fastbound.layers.base import Adapted, is_adaptable
 
 _GATED = r"mlp\.(gate_proj|up_proj|down_proj)"
-_FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`: GPT-2's attention has a c_proj too
+_FC = r"mlp\.(c_fc|c_proj)"  # with `mlp.`, because GPT-2's attention also has a c_proj
 
-# The MLP projections by `config.model_type`: the end of a layer's dotted name, from a dot on.
+# The MLP projections by `config.model_type`: the end of a layer's dotted name, after a dot.
 _MLP = {
     "gemma": _GATED,
     "gemma2": _GATED,
-    "gemma3": _GATED,  # with images: the language model's; the vision tower has fc1 and fc2
+    "gemma3": _GATED,  # with images: only the language model; the vision tower has fc1 and fc2
     "gemma3_text": _GATED,
     "gpt2": _FC,
     "gpt_neo": _FC,
@@ -35,7 +35,7 @@ _MLP = {
 
 
 def match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
-    """The names of modules that `target_modules` means, in the model's order."""
+    """The names of the modules that `target_modules` selects, in the model's order."""
     if target_modules == "all-linear":
         return _all_linear(model)
     if isinstance(target_modules, str):
@@ -55,7 +55,7 @@ def match(model: nn.Module, target_modules: str | Collection[str]) -> list[str]:
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """Every linear layer but the output layer of a language model, as PEFT has it."""
+    """Every linear layer except the output layer of a language model, as in PEFT."""
     found: list[Any] = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
     heads = [module.get_output_embeddings() for module in found]
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -83,7 +83,7 @@ def _match_pattern(model: nn.Module, target_modules: str) -> list[str]:
         raise ValueError(
             f"target_modules={target_modules!r} matches no module's whole name; "
             f"{near_misses(model, target_modules)}; "
-            "to match the end of a name give a list of suffixes"
+            "to match the end of a name, give a list of suffixes"
         )
     return found
 
@@ -106,7 +106,7 @@ def has_mlp_suffixes(model: nn.Module) -> bool:
 
 
 def mlp_suffixes(model: nn.Module) -> set[str]:
-    """The MLP projections of a known model as suffixes; ValueError where the model is unknown."""
+    """The MLP projections of a known model as suffixes. Raises ValueError for an unknown model."""
     found = (name.split(".") for name in _match_pattern(model, "mlp"))
     return {".".join(p[-1:] if p[-2].isdigit() else p[-2:]) for p in found}
 
@@ -129,11 +129,11 @@ def _suffixes(model: nn.Module) -> list[str]:
 
 
 def near_misses(model: nn.Module, target: str) -> str:
-    """The names that a misspelt target may have meant, or what there is."""
+    """Names that a misspelt target may have meant, or else the names there are."""
     near = difflib.get_close_matches(target, _suffixes(model), n=3, cutoff=0.5)
     return f"near misses: {', '.join(near)}" if near else _linear_kinds(model)
 
 
 def _linear_kinds(model: nn.Module) -> str:
     ends = [end for end in _suffixes(model) if "." not in end]
-    return f"its linear layers end in: {', '.join(ends) or '(numbers only, or there is none)'}"
+    return f"its linear layers end in: {', '.join(ends) or '(only numbers, or it has none)'}"

@@ -1,4 +1,4 @@
-"""What a config asks of a model, checked before anything is changed: is it there, does it fit."""
+"""Checks of a config against a model, made before anything is changed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ except ImportError:  # PEFT 0.20
 
 
 def plain_name(name: str) -> str:
-    """Without what torch.compile puts before the names of a model."""
+    """The name without the prefix that torch.compile adds."""
     return name.removeprefix("_orig_mod.")
 
 
 def bare_name(name: str) -> str:
-    """A name inside the base model, whatever wraps it: PEFT, torch.compile, FSDP."""
+    """The name inside the base model, without the prefixes of PEFT, torch.compile and FSDP."""
     for shell in ("_fsdp_wrapped_module.", "_orig_mod."):
         name = name.replace(shell, "")
     return name.removeprefix("base_model.model.")
@@ -41,12 +41,12 @@ def no_match(model: nn.Module, config: Any) -> str:
     }
     given = "".join(f", {name}={value!r}" for name, value in limits.items() if value is not None)
     stacked = any(p.dim() == 3 and ".experts." in name for name, p in model.named_parameters())
-    experts = ", and experts that are kept as 3-D parameters get no adapter" if stacked else ""
+    experts = ", and experts stored as 3-D parameters cannot be adapted" if stacked else ""
     return f"target_modules={wanted!r}{given} matches no module{experts}; {near_misses(model, one)}"
 
 
 def no_default(model: nn.Module, model_config: Mapping[str, Any]) -> str:
-    """Why there are no targets for a model where the config names none."""
+    """The message for a config without targets and a model that has no default."""
     kind = model_config.get("model_type")
     what = f"is of type {kind!r}, which has no default"
     if kind in (None, "custom"):
@@ -58,13 +58,14 @@ def no_default(model: nn.Module, model_config: Mapping[str, Any]) -> str:
 
 
 def check_each_is_there(model: nn.Module, config: Any) -> None:
-    """Raise for a suffix that names nothing, and for a whole name where layers are to be chosen."""
+    """Raise for a suffix that matches nothing, and for a whole name with layers_to_transform."""
     names = {plain_name(name) for name, _ in model.named_modules()}
     for target in sorted(config.target_modules):
         if target in names and config.layers_to_transform is not None:
             raise ValueError(
-                f"layers_to_transform chooses among layers of one suffix, and {target!r} in "
-                "target_modules is a whole name: give the end of it, or leave layers_to_transform"
+                f"layers_to_transform chooses among the layers of a suffix, but {target!r} in "
+                "target_modules is a whole name: give its last part, or leave out "
+                "layers_to_transform"
             )
         if target not in names and not any(name.endswith(f".{target}") for name in names):
             raise NoMatchingPeftModuleError(
@@ -73,7 +74,7 @@ def check_each_is_there(model: nn.Module, config: Any) -> None:
 
 
 def check_tokens(model: Any, config: Any) -> None:
-    """Raise for rows that the embeddings which are to be trained do not have."""
+    """Raise for token rows that the embeddings to be trained do not have."""
     wanted = config.trainable_token_indices
     if wanted is None:
         return
@@ -99,13 +100,13 @@ def check_tokens(model: Any, config: Any) -> None:
 
 
 def refusal(model: nn.Module, name: str, module: nn.Module, adapter_name: str) -> str | None:
-    """Why a module cannot get an adapter of that name, or None when it can."""
+    """Why a module cannot get an adapter of that name, or None if it can."""
     if isinstance(module, BoundedLayer):
         held = adapter_name in module.fastbound_ab
         if held:
             return (
-                f"already has an adapter named {adapter_name!r}: give another adapter_name, or "
-                "delete that one first"
+                f"already has an adapter named {adapter_name!r}: use another adapter_name, or "
+                "delete that adapter first"
             )
         return None
     if isinstance(module, BaseTunerLayer):
@@ -121,7 +122,7 @@ def refusal(model: nn.Module, name: str, module: nn.Module, adapter_name: str) -
 
 
 def _not_linear(module: nn.Module) -> str:
-    """What to do about a module that is no linear layer."""
+    """What to do about a module that is not a linear layer."""
     only = "and only linear layers (nn.Linear, its subclasses and Conv1D) can be adapted: "
     if isinstance(module, nn.Embedding):
         return f"{only}train it with modules_to_save, or rows of it with trainable_token_indices"

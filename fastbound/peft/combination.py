@@ -1,4 +1,4 @@
-"""A weighted sum of bounded adapters as one, exactly: their factors side by side."""
+"""An exact weighted sum of bounded adapters as one adapter, with their factors concatenated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastbound.truth.formula import wide_dtype
 
 @dataclass(frozen=True)
 class Combination:
-    """ΔW = s·sin(B) sin(A), which has ω = 1: alpha = bound = s·rank."""
+    """ΔW = s·sin(B) sin(A), that is ω = 1 and alpha = bound = s·rank."""
 
     A: Tensor  # [R, K]
     B: Tensor  # [N, R]
@@ -34,12 +34,12 @@ def combined(adapters: Sequence[NamedAdapter], weights: Sequence[float]) -> Comb
 
         A = [± ω_i A_i]  the sign of weight_i       B = [arcsin(c_i·sin(ω_i B_i))]
 
-    The sines are taken in fp64. No entry of this sum exceeds Σ |weight_i|·bound_i; the form that it
-    is kept in bounds whatever is trained on from here by s·R, which is that where all
-    |weight_i|·bound_i / r_i are equal, and more elsewhere.
+    The sines are computed in fp64. No entry of the sum exceeds Σ |weight_i|·bound_i. If the result
+    is trained further, its bound is s·R instead: the same number if all |weight_i|·bound_i / r_i
+    are equal, and a larger one otherwise.
     """
     scalings = [weight * adapter.scaling for adapter, weight in zip(adapters, weights, strict=True)]
-    # Weights of zero alone leave a sum of nothing, which any s can be the form of.
+    # If all weights are zero, the sum is zero for any s.
     s = max(map(abs, scalings)) or max(adapter.bound / adapter.rank for adapter in adapters)
     A, B = [], []
     for adapter, scaling in zip(adapters, scalings, strict=True):

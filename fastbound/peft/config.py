@@ -1,4 +1,4 @@
-"""BoundedConfig: what a PEFT user asks of bounded adapters, under PEFT's own names."""
+"""BoundedConfig: the settings of bounded adapters under PEFT's names."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from fastbound.models.names import lookup
 
 BIAS = ("none", "all", "fastbound_only")
 
-# LoRA's names of the same things, which BoundedConfig takes and has, too.
+# LoRA's names for the same settings, which BoundedConfig also accepts and provides.
 LORA_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "init_lora_weights": "init_weights",
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern", "bound_pattern")
-# What to do without one of LoRA's options; those that are not here get the last sentence.
+# What to do instead of using one of LoRA's options; all others get `_NO_SUCH`.
 _INSTEAD = {
     "target_parameters": "adapters are for linear layers, not for parameters such as the 3-D "
     "weights of experts: name linear layers in target_modules",
     "layer_replication": "replicate the layers of the model before it is adapted",
-    "loftq_config": "quantise the base by itself, as docs/quantised.md says",
+    "loftq_config": "quantise the base on its own, as docs/quantised.md shows",
 }
 _NO_SUCH = "leave it out, or use LoraConfig in a model of its own"
 
 
 def _taking_lora_names(cls: type[Any]) -> type[Any]:
-    """Let the constructor take LoRA's names, and LoRA's own options where they ask for nothing."""
+    """Let the constructor accept LoRA's names, and LoRA's other options at their defaults."""
     init: Callable[..., None] = cls.__init__
     ours = inspect.signature(init)
     defaults = {f.name: _default(f) for f in dataclasses.fields(LoraConfig)}
@@ -50,7 +50,7 @@ def _taking_lora_names(cls: type[Any]) -> type[Any]:
                 if kwargs.get(name, value) != value:
                     raise ValueError(
                         f"{theirs}={value!r} and {name}={kwargs[name]!r} are two names of one "
-                        "thing with two values: give one of them"
+                        "setting with different values: give one of them"
                     )
                 kwargs[name] = value
         kwargs.pop("fan_in_fan_out", None)  # read of each layer itself
@@ -93,37 +93,37 @@ class BoundedConfig(PeftConfig):
 
     Args:
         r: rank of ΔW.
-        target_modules: PEFT's: a list of name suffixes, a regular expression for the whole name, or
-            "all-linear". "mlp": the MLP projections of a known `config.model_type`. None: "mlp", or
-            for other types what PEFT's own table names.
-        exclude_modules: PEFT's: suffixes or a regular expression of what not to adapt.
+        target_modules: as in PEFT, a list of name suffixes, a regular expression for the whole
+            name, or "all-linear". Also "mlp", the MLP projections of a known `config.model_type`.
+            None means "mlp", or for other model types the defaults of PEFT's own table.
+        exclude_modules: as in PEFT, suffixes or a regular expression for modules not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW; "0.5*spectral" half of σ₁(W) / sqrt(NK) of
-            each layer's weight, and so any multiple, also of its root mean square ("2*rms");
-            "auto" means "0.5*spectral"; None means alpha.
-        form: "factors", whose ΔW has rank r, or "product", whose ΔW has full rank and which takes
-            no dropout.
-        omega: ω in alpha's place, 100 in the paper; `bound` None then means 1.
+        bound: the largest magnitude of an entry of ΔW. "0.5*spectral" means half of σ₁(W) / sqrt(NK)
+            of each layer's weight; "2*rms" means twice the weight's root mean square; other
+            multiples work alike; "auto" means "0.5*spectral"; None means alpha.
+        form: "factors", whose ΔW has rank r, or "product", whose ΔW has full rank and which does
+            not support dropout.
+        omega: ω instead of alpha (100 in the paper); `bound=None` then means 1.
         rank_pattern, alpha_pattern, bound_pattern: {suffix or regular expression: value} for layers
-            that differ from `r`, `alpha` and `bound`. :meth:`to_dict` of a config that was put on a
-            model, and so the file, has the number that each layer got as its bound.
-        use_rslora: LoRA's: alpha·sqrt(r) is taken for alpha, so that the slope is alpha / sqrt(r).
-            A `bound` that is given stays; with None the bound is alpha·sqrt(r), too.
-        dropout: LoRA's `lora_dropout`, on what enters the low-rank term.
-        bias: biases to train: "none", "all", or "fastbound_only" (of adapted layers), which may be
-            called "lora_only".
+            that differ from `r`, `alpha` and `bound`. Once the config has been applied to a model,
+            :meth:`to_dict`, and so the file, holds each layer's bound as a number.
+        use_rslora: as in LoRA, use alpha·sqrt(r) as alpha, so that the slope is alpha / sqrt(r). A
+            given `bound` is not changed; None then means alpha·sqrt(r).
+        dropout: LoRA's `lora_dropout`, applied to the input of the low-rank term.
+        bias: biases to train: "none", "all", or "fastbound_only" (those of adapted layers), for
+            which "lora_only" is accepted, too.
         modules_to_save: other modules to train and to save whole.
-        trainable_token_indices: PEFT's: rows of the embedding to train beside the adapter.
-        ensure_weight_tying: PEFT's: what `modules_to_save` trains of tied embeddings stays tied.
-        layers_to_transform: indices of the layers to adapt, of those that `target_modules` names.
-        layers_pattern: name of the list of layers that these indices count in.
-        init_weights: LoRA's `init_lora_weights`. True: B starts at zero and the model is unchanged.
-            False: B is random, which is for tests.
-        shapes: [N, K] of each adapted layer, which the file has; compared when it is loaded.
+        trainable_token_indices: as in PEFT, rows of the embedding to train beside the adapter.
+        ensure_weight_tying: as in PEFT, keep tied embeddings tied if `modules_to_save` trains them.
+        layers_to_transform: indices of the layers to adapt, among those of `target_modules`.
+        layers_pattern: name of the list of layers that these indices refer to.
+        init_weights: LoRA's `init_lora_weights`. True: B starts at zero, so that the model is
+            unchanged. False: B is random, which is meant for tests.
+        shapes: [N, K] of each adapted layer, from the file; checked when it is loaded.
 
-    LoRA's own names, `lora_alpha`, `lora_dropout` and `init_lora_weights`, are taken for the same
-    things; other options of LoRA are taken where they ask for nothing, and refused by name where
-    they do.
+    LoRA's own names, `lora_alpha`, `lora_dropout` and `init_lora_weights`, are accepted for the
+    same settings. Other options of LoRA are accepted at values that have no effect, and refused by
+    name otherwise.
 
     Raises ValueError for settings that are out of range or contradict each other, and TypeError for
     a name that is none of these.
@@ -150,13 +150,13 @@ class BoundedConfig(PeftConfig):
     init_weights: bool = True
     shapes: dict[str, list[int]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSIONS["factors"]
-    # What `fastbound.save_adapter` writes beside these; they describe one file, not the adapter.
+    # Also written by `fastbound.save_adapter`; they describe one file, not the adapter.
     fastbound_version: InitVar[str | None] = None
     tensors_sha256: InitVar[str | None] = None
 
-    # bound_pattern and shapes of the layers that the config was put on.
+    # bound_pattern and shapes of the layers that the config has been applied to.
     worked_out = None
-    # LoRA's, which PEFT and others read: no parameter is adapted by itself.
+    # LoRA's attribute, read by PEFT and others: no single parameters are adapted.
     target_parameters = None
 
     def __post_init__(self, fastbound_version: str | None, tensors_sha256: str | None) -> None:
@@ -184,12 +184,12 @@ class BoundedConfig(PeftConfig):
         for name in _PATTERNS:
             setattr(self, name, {k: _plain(v) for k, v in getattr(self, name).items()})
         for name, meaning in (
-            ("init_weights", "True, B is zero and the model unchanged, or False, B is random"),
+            ("init_weights", "True (B is zero and the model unchanged) or False (B is random)"),
             ("use_rslora", "True or False"),
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
-                    f"{name} must be {meaning}: bounded adapters have no other, "
+                    f"{name} must be {meaning}: bounded adapters support nothing else, "
                     f"got {getattr(self, name)!r}"
                 )
         number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
@@ -200,7 +200,7 @@ class BoundedConfig(PeftConfig):
         if self.omega is not None and (self.alpha_pattern or self.use_rslora):
             name = "alpha_pattern" if self.alpha_pattern else "use_rslora"
             raise ValueError(
-                f"omega={self.omega!r} stands in alpha's place, which {name} changes: give alpha, "
+                f"omega={self.omega!r} replaces alpha, which {name} changes: give alpha, "
                 f"or leave {name} out"
             )
         self._settings(self.r, self.alpha, self.bound)
@@ -215,7 +215,7 @@ class BoundedConfig(PeftConfig):
     def _settings(
         self, rank: int, alpha: float | None, bound: float | str | None
     ) -> AdapterSettings:
-        """A layer's, of these numbers and of what all layers share."""
+        """The settings of one layer: these numbers, and what all layers share."""
         return adapter_settings(rank, alpha, bound, self.dropout, form=self.form, omega=self.omega)
 
     def _check_names(self) -> None:
@@ -257,8 +257,8 @@ class BoundedConfig(PeftConfig):
         for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
             if tokens is not None and not (rows and _are_indices(rows)):
                 raise TypeError(
-                    "trainable_token_indices must be a list of rows of the embedding, or such a "
-                    f"list by the name of each layer, got {tokens!r}"
+                    "trainable_token_indices must be a list of rows of the embedding, or a dict "
+                    f"from layer names to such lists, got {tokens!r}"
                 )
 
     def _check_mappings(self) -> None:
@@ -273,11 +273,11 @@ class BoundedConfig(PeftConfig):
                 raise ValueError(f"shapes of {layer} must be [N, K], got {shape!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's, with the bounds and shapes of the layers of the model that the config is on."""
+        """PEFT's dict, with the bounds and shapes of the layers that the config was applied to."""
         return {**super().to_dict(), **(self.worked_out or {})}
 
     def of_layer(self, name: str, base: nn.Module) -> AdapterSettings:
-        """The settings of the layer of that name, the bound a number; a text reads base.weight."""
+        """The settings of the named layer, with the bound as a number; may read base.weight."""
         rank = lookup(self.rank_pattern, name, self.r)
         alpha = lookup(self.alpha_pattern, name, self.alpha)
         if self.use_rslora:
@@ -288,7 +288,7 @@ class BoundedConfig(PeftConfig):
         if isinstance(settings.bound, str) and not weight.is_floating_point():
             raise ValueError(
                 f'bound="{settings.bound}" cannot read the quantised weight of {name}: give a '
-                "number, or load an adapter whose bounds were worked out on the unquantised model"
+                "number, or load an adapter whose bounds were computed on the unquantised model"
             )
         try:
             return settings.for_weight(weight)
@@ -297,8 +297,8 @@ class BoundedConfig(PeftConfig):
 
     def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
         raise TypeError(
-            "custom modules are LoRA's: bounded adapters are for nn.Linear, its subclasses and "
-            f"Conv1D alone, got {', '.join(kind.__name__ for kind in mapping)}"
+            "only LoRA supports custom modules: bounded adapters are for nn.Linear, its subclasses "
+            f"and Conv1D, got {', '.join(kind.__name__ for kind in mapping)}"
         )
 
 
@@ -316,6 +316,6 @@ def _are_indices(values: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's, which JSON can hold; anything else as it is."""
+    """A numpy or torch number as a Python number, for JSON; anything else as it is."""
     single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     return value.item() if single else value

@@ -1,7 +1,7 @@
 """Registers the PEFT method as soon as both fastbound and PEFT are imported, in either order.
 
-PEFT has no entry point for methods of others: a method exists once something has put it into PEFT's
-tables. Importing PEFT here would cost seconds and pull in torch: the method waits for its import.
+PEFT has no entry point for third-party methods: a method exists once it has been put into PEFT's
+tables. Importing PEFT here would take seconds and import torch, so we wait until someone else does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fastbound.hook import after_import
 
 
 def register_with_peft() -> None:
-    """Register now where PEFT is imported, else when it is."""
+    """Register now if PEFT is already imported, otherwise right after its import."""
     after_import("peft", _register)
 
 

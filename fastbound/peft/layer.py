@@ -26,7 +26,7 @@ from fastbound.layers.settings import AdapterSettings
 
 
 class _Scalings(Mapping[str, float]):
-    """s by the adapter's name, as it is when it is read."""
+    """s by adapter name, computed when it is read."""
 
     def __init__(self, adapters: Any) -> None:
         self._adapters = adapters
@@ -41,16 +41,16 @@ class _Scalings(Mapping[str, float]):
         return len(self._adapters)
 
 
-BASE_ROWS = "__base__"  # PEFT's name for rows of a batch that get no adapter
+BASE_ROWS = "__base__"  # PEFT's name for rows of a batch that use no adapter
 
 
 class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     """``base_layer(x)`` plus the active adapters' ``x ΔWᵀ``.
 
-    One active adapter over a plain ``nn.Linear`` or ``Conv1D`` is one call of the operator, the
-    same as `FusedBoundedLinear` makes. Everything else, several adapters at once, a quantised base,
-    one with hooks or offloading, lets the base layer run and adds each adapter to its result;
-    :meth:`obstacle` names the reason.
+    With one active adapter on a plain ``nn.Linear`` or ``Conv1D`` this is one call of the operator,
+    as in `FusedBoundedLinear`. In all other cases (several active adapters, a base that is
+    quantised, offloaded or has hooks) the base layer runs and each adapter's term is added to its
+    result; :meth:`obstacle` names the reason.
 
     A and B live in ``fastbound_ab.<adapter>`` and are fp32 whatever the base is.
     """
@@ -58,7 +58,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     adapter_layer_names = ("fastbound_ab",)
     # For PEFT's `disable_input_dtype_casting`: x is never cast.
     cast_input_dtype_enabled = False
-    # Inherited from BaseTunerLayer, whose types nn.Module's hide.
+    # Inherited from BaseTunerLayer; repeated because nn.Module hides their types.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
 
@@ -72,7 +72,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         self.out_features, self.in_features = features(base_layer)
 
     def add_adapter(self, name: str, settings: AdapterSettings, *, zero: bool = True) -> None:
-        """A new adapter of that name; ``zero=False`` draws B, too."""
+        """Add an adapter of that name; with ``zero=False`` B is random, too."""
         adapter = NamedAdapter(
             self.in_features, self.out_features, device=self.weight.device, **vars(settings)
         )
@@ -83,19 +83,19 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
 
     @property
     def adapter(self) -> BoundedAdapter | None:
-        """The one adapter that is active, or None where there is none or more than one."""
+        """The active adapter, or None if there is none or more than one."""
         active = self.running()
         return active[0] if len(active) == 1 else None
 
     def running(self) -> list[BoundedAdapter]:
-        """The adapters whose terms a forward adds, in the order they were activated."""
+        """The adapters whose terms the forward adds, in the order in which they were activated."""
         if self.disable_adapters or self.merged:
             return []
         adapters: Any = self.fastbound_ab
         return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def obstacle(self, gathered: bool = False) -> str | None:
-        """Why the base layer runs by itself, or None where base and adapter are one operator."""
+        """Why the base layer runs by itself, or None if base and adapter run as one operator."""
         if self.disable_adapters:
             return "has its adapters disabled"
         if self.merged:
@@ -106,7 +106,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return _base_obstacle(self.base_layer, gathered)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] -> [..., N]; ``adapter_names``: the adapter of each row, or BASE_ROWS."""
+        """x [..., K] -> [..., N]; ``adapter_names`` names each row's adapter, or `BASE_ROWS`."""
         names = kwargs.pop("adapter_names", None)
         if names is not None and not self.disable_adapters:
             return self._mixed(x, names, *args, **kwargs)
@@ -131,7 +131,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return result
 
     def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Each row of the batch with the adapter of its name, as it is in LoRA."""
+        """Run each row of the batch with the adapter named for it, as LoRA does."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
@@ -141,8 +141,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         if len(x) != len(names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(x)}: give a name for each row; a layer that is handed the "
-                "rows of a batch as one, as OPT's fc1 is, must not hold an adapter"
+                f"{len(names)} and {len(x)}: give a name for each row; a layer whose input merges "
+                "the rows of a batch, such as OPT's fc1, cannot be used with adapter_names"
             )
         result: Tensor = self.base_layer(x, *args, **kwargs)
         adapters: Any = self.fastbound_ab
@@ -158,9 +158,9 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return _Scalings(self.fastbound_ab)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """ΔW times ``scale``, counted from what it is at first; the bound is |scale|·bound then.
+        """Multiply the original ΔW by ``scale``; its bound then is |scale|·bound.
 
-        As LoRA's: nothing happens where the layer has no such adapter, and nothing of it is saved.
+        As in LoRA, this does nothing if the layer has no such adapter, and the scale is not saved.
         Raises ValueError for a scale that is not finite and for an adapter that is merged.
         """
         adapters: Any = self.fastbound_ab
@@ -173,13 +173,13 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         adapters[adapter].scale = float(scale)
 
     def scale_layer(self, scale: float) -> None:
-        """The scale of the active adapters times ``scale``, see :meth:`set_scale`."""
+        """Multiply the scale of the active adapters by ``scale``, see :meth:`set_scale`."""
         self._rescale(lambda now: now * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """The scale of the active adapters divided by ``scale``; None sets it back to 1."""
+        """Divide the scale of the active adapters by ``scale``; None sets it back to 1."""
         if scale == 0:
-            raise ValueError("scale must not be 0, by which nothing is divided: None sets it to 1")
+            raise ValueError("scale must not be 0; give None to set the scale back to 1")
         self._rescale(lambda now: 1.0 if scale is None else now / scale)
 
     def _rescale(self, change: Callable[[float], float]) -> None:
@@ -190,10 +190,10 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW of the adapters to the base weight, in fp32 and rounded once for each.
+        """Add ΔW of the adapters to the base weight, in fp32 and rounded once per adapter.
 
-        Raises ValueError, before the weight is changed, where the sum is not finite; ``safe_merge``
-        is PEFT's word for what is done always.
+        Raises ValueError, before the weight is changed, if the sum is not finite. PEFT's
+        ``safe_merge`` asks for this check, which is always made here.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.fastbound_ab:
@@ -209,7 +209,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the merged adapters' ΔW out again: the base weight, to one rounding for each."""
+        """Subtract the merged adapters' ΔW again: the base weight, up to one rounding for each."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.fastbound_ab:
@@ -224,7 +224,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return True
 
     def check_mergeable(self, name: str) -> None:
-        """Raise TypeError, which says ``name``, where the base's weight cannot take a ΔW."""
+        """Raise TypeError, which mentions ``name``, if ΔW cannot be merged into the base weight."""
         weight = self.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise TypeError(
@@ -242,11 +242,11 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
 
 
 def _base_obstacle(base: Any, gathered: bool = False) -> str | None:
-    """Why the operator cannot take the base's place: asked in every forward, so kept cheap."""
+    """Why the operator cannot replace the base's call; cheap, because every forward asks."""
     if not is_linear(base):
         return f"wraps a {type(base).__name__}"
     if is_watched(base):
-        return "has hooks or a forward of its own on its base, which must be called"
+        return "has a base with hooks or a forward of its own, which must be called"
     if hooked_everywhere():
         return "has a base that must be called: hooks are set on all modules"
     return tensor_obstacle({"weight": base.weight, "bias": base.bias}, gathered)

@@ -1,6 +1,6 @@
 """The PEFT method `fastbound`: BoundedModel puts BoundedLayers into a model, PEFT does the rest.
 
-Importing this module registers the method; `fastbound.peft.hook` does so once PEFT is imported.
+Importing this module registers the method; `fastbound.peft.hook` imports it once PEFT is imported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fastbound.peft.optimizers import correct_optimizers
 
 
 def _add_peft_type(name: str) -> None:
-    """Add a member to PEFT's enumeration: its tables and `register_peft_method` take no other."""
+    """Add a member to PEFT's enumeration, which its tables and `register_peft_method` require."""
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member.__objclass__ = PeftType
@@ -54,7 +54,7 @@ def _add_peft_type(name: str) -> None:
 if PEFT_TYPE not in PeftType.__members__:
     _add_peft_type(PEFT_TYPE)
 
-# After the enumeration knows the name.
+# These imports need the new member of the enumeration.
 from fastbound.peft.checks import (  # noqa: E402
     NoMatchingPeftModuleError,
     bare_name,
@@ -74,7 +74,7 @@ __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# Where no MLP is known: what PEFT adapts by default, LoRA's own table first.
+# For models without known MLP projections: PEFT's default targets, LoRA's own table first.
 DEFAULT_TARGETS: Mapping[str, list[str] | str] = ChainMap(
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
@@ -83,11 +83,11 @@ DEFAULT_TARGETS: Mapping[str, list[str] | str] = ChainMap(
 
 
 class BoundedModel(BaseTuner):
-    """PEFT's tuner for `BoundedConfig`. Users meet it through `get_peft_model`.
+    """PEFT's tuner for `BoundedConfig`; users create it with `get_peft_model`.
 
-    Everything is checked before the first layer is replaced: when adding an adapter raises, the
-    model is as it was. MLP blocks of a known form run as one operator (`FusedBoundedMLP`) whenever
-    their layers have one active adapter; names and files do not depend on it.
+    Everything is checked before the first layer is replaced: if adding an adapter raises, the model
+    is unchanged. MLP blocks of a known form run as one operator (`FusedBoundedMLP`) whenever their
+    layers have one active adapter; names and files are the same either way.
     """
 
     prefix = "fastbound_"
@@ -97,10 +97,10 @@ class BoundedModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: Any = None, **kwargs: Any
     ) -> None:
-        """BaseTuner's, with the config's values for each layer worked out and checked first."""
+        """BaseTuner's method, after computing and checking the config's values for each layer."""
         config: Any = self.peft_config[adapter_name]
         if config.worked_out is not None and not hasattr(BaseTuner, "_get_adapter_state_dict"):
-            # PEFT 0.20 does not say whose config it saves: this one is another adapter's already.
+            # PEFT 0.20 does not tell whose config it saves: here it already is another adapter's.
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         before = dict(vars(config))
         as_it_was = _Snapshot(model)
@@ -113,7 +113,7 @@ class BoundedModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             as_it_was.put_back(adapter_name)
             raise
-        # PEFT replaces a module under its first name alone.
+        # PEFT replaces a module only under its first name.
         swap(model, {m.base_layer: m for m in model.modules() if isinstance(m, BoundedLayer)})
         fuse(model)
 
@@ -127,14 +127,14 @@ class BoundedModel(BaseTuner):
     ) -> None:
         """Add Σ weight_i·ΔW_i of the named adapters as a new one, exactly; weights of any sign.
 
-        Its rank is the sum of their ranks; no entry of it exceeds Σ |weight_i|·bound_i. Its own
+        Its rank is the sum of their ranks, and no entry of it exceeds Σ |weight_i|·bound_i. Its own
         bound, which holds for further training, is max_i(|weight_i|·bound_i / r_i) times its rank:
-        the same where the adapters are alike and their weights equal, else more. It is not active
-        until `set_adapter`.
+        the same number if adapters and weights are alike, and a larger one otherwise. Call
+        `set_adapter` to activate it.
 
-        Raises ValueError for adapters that are not there, a name that is, adapters of the form
-        "product", whose sum is none, adapters that trained more than ΔW, and LoRA's other ways to
-        combine; LoRA's further arguments are for those.
+        Raises ValueError for adapters that do not exist, a new name that does, adapters of the form
+        "product" (their sum does not have that form), adapters that trained more than ΔW, and
+        combination types other than "cat". LoRA's other arguments belong to those and are ignored.
         """
         _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         held: dict[str, BoundedLayer] = {
@@ -172,9 +172,9 @@ class BoundedModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's: the `adapter_names` of a call or of `generate` reach the layers, row by row."""
+        """PEFT's hooks: pass the `adapter_names` of a call or of `generate` on to the layers."""
         if kwargs.get("alora_offsets") is not None:
-            raise ValueError("alora_offsets: activated LoRA is LoRA's alone, leave them out")
+            raise ValueError("alora_offsets: only LoRA supports activated LoRA, leave them out")
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -184,7 +184,7 @@ class BoundedModel(BaseTuner):
                 "Cannot pass `adapter_names` when the model is in training mode. Call model.eval()"
             )
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"adapter_names must be a list of names, one for a row, got {names!r}")
+            raise TypeError(f"adapter_names must be a list of names, one per row, got {names!r}")
         layers = [m for m in self.modules() if isinstance(m, BoundedLayer)]
         known = {name for layer in layers for name in layer.fastbound_ab}
         unknown = sorted(set(names) - known - {BASE_ROWS})
@@ -214,7 +214,7 @@ class BoundedModel(BaseTuner):
     def _add_modules_to_save_to_tie(
         self, peft_config: Any, tied_weight_keys: Iterable[str]
     ) -> None:
-        """For `ensure_weight_tying`: the embedding is trained, and what is tied to it follows."""
+        """For `ensure_weight_tying`: train the embedding, and tie the other weights to it."""
         followers = set(tied_weight_keys)
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.named_modules() if m is embedding)
@@ -223,7 +223,7 @@ class BoundedModel(BaseTuner):
         peft_config.modules_to_save = [*own, *([] if name in own else [name])]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """BaseTuner's; without the cast to fp32, A and B take the dtype of a half base."""
+        """BaseTuner's method; without the cast to fp32, A and B get the dtype of a 16-bit base."""
         for module in self.model.modules():
             held = isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
             if held and not autocast_adapter_dtype and module.weight.dtype in _HALF:
@@ -231,7 +231,7 @@ class BoundedModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
-        """BaseTuner's, and that all bases can take a ΔW: no model is left merged in part."""
+        """BaseTuner's check, and that every base can be merged: no model is merged in part."""
         super()._check_merge_allowed()
         for name, module in self.model.named_modules():
             if isinstance(module, BoundedLayer):
@@ -240,7 +240,7 @@ class BoundedModel(BaseTuner):
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(child, BoundedLayer) or isinstance(new_module, BoundedLayer):
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # another of PEFT's wrappers, whose module stands by itself
+        else:  # another wrapper of PEFT's, which is complete by itself
             setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -253,16 +253,16 @@ class BoundedModel(BaseTuner):
             super()._prepare_adapter_config(peft_config, model_config)
         elif str(peft_config.target_modules).lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, self.model)
-            # PEFT tells them by a class that has "Linear" in its name.
+            # PEFT recognises them by "Linear" in the name of their class.
             held = {n for n, m in self.model.named_modules() if isinstance(m, BoundedLayer)}
             peft_config.target_modules |= held
         return peft_config
 
     def _work_out(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any) -> None:
-        """Give the config the bound and shape of every layer that it will adapt.
+        """Set the config's bound and shape for every layer that it will adapt.
 
-        Raises ValueError for layers that cannot be adapted, names and patterns that fit none, and
-        shapes that are not those of the saved adapter.
+        Raises ValueError for layers that cannot be adapted, for names and patterns that match none,
+        and for shapes that differ from the saved adapter's.
         """
         asked = config.target_modules
         self._prepare_adapter_config(config, self.get_model_config(model))
@@ -278,7 +278,7 @@ class BoundedModel(BaseTuner):
                 raise ValueError(f"cannot adapt {name}: {it}{reason}")
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(
-                f"bias={config.bias!r} needs PEFT 0.21: earlier ones do not save biases"
+                f"bias={config.bias!r} needs PEFT 0.21: earlier versions do not save biases"
             )
         check_tokens(model, config)
         names = renamed(targets, config.shapes)
@@ -286,7 +286,7 @@ class BoundedModel(BaseTuner):
             left = unmatched(getattr(config, field), names.values()) if targets else []
             if left:
                 raise ValueError(
-                    f"{field}: {', '.join(map(repr, left[:5]))} fits none of the {len(targets)} "
+                    f"{field}: {', '.join(map(repr, left[:5]))} matches none of the {len(targets)} "
                     f"layers that are adapted (first: {next(iter(targets))!r})"
                 )
         alphas, bounds, shapes = {}, {}, {}
@@ -306,7 +306,7 @@ class BoundedModel(BaseTuner):
         self._names = names
 
     def _targets(self, model: nn.Module, config: Any, state_dict: Any) -> dict[str, nn.Module]:
-        """The modules that BaseTuner is going to hand over, by name."""
+        """The modules that BaseTuner is going to pass to `_create_and_replace`, by name."""
         saved = None
         if state_dict is not None:
             saved = {plain_name(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
@@ -329,9 +329,9 @@ class BoundedModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """BaseTuner's; the config, which PEFT saves next, gets the numbers of this model's layers.
+        """BaseTuner's method; also writes the numbers of this model's layers into the config.
 
-        It may have been put on other models since.
+        PEFT saves the config next, and it may have been applied to other models since.
         """
         found: dict[str, Any] = {
             bare_name(name): module
@@ -348,8 +348,8 @@ class BoundedModel(BaseTuner):
         }
         if any(m.fastbound_ab[adapter_name].scale != 1 for m in found.values()):
             warnings.warn(
-                f"the scale of {adapter_name!r} (set_scale, scale_layer) is not part of a saved "
-                "adapter, which is the one at scale 1",
+                f"the scale of {adapter_name!r} (set_scale, scale_layer) is not saved: the saved "
+                "adapter has scale 1",
                 stacklevel=2,
             )
         state: dict[str, Any] = super()._get_adapter_state_dict(
@@ -389,14 +389,14 @@ class BoundedModel(BaseTuner):
 
 
 class _Snapshot:
-    """What an injection may change of a model: its modules, and which parameters are trained."""
+    """What an injection may change in a model: its modules, and which parameters are trained."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.trained = {p: p.requires_grad for p in model.parameters()}
 
     def put_back(self, adapter_name: str) -> None:
-        """The model as it was, without the adapter of that name."""
+        """Restore the model, without the adapter of that name."""
         for name, module in self.modules.items():
             parent, _, child = name.rpartition(".")
             if name and self.modules[parent]._modules.get(child) is not module:
@@ -416,7 +416,7 @@ def _with_names(names: list[str], _: nn.Module, args: Any, kwargs: Any) -> tuple
 def _numbers(
     config: BoundedConfig, alphas: dict[str, Any], bounds: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the file has as numbers: each layer's bound, and alpha where omega was given for it."""
+    """The numbers in the file: each layer's bound, and its alpha if omega was given instead."""
     if config.omega is None:
         return {"bound_pattern": bounds}
     return {"bound_pattern": bounds, "alpha_pattern": alphas, "omega": None}
@@ -435,8 +435,8 @@ def _check_combination(
 ) -> None:
     if combination_type != "cat":
         raise ValueError(
-            f"combination_type={combination_type!r} would not be the sum of bounded adapters: only "
-            'combination_type="cat" is, exactly, at the sum of their ranks'
+            f"combination_type={combination_type!r} does not give the sum of bounded adapters: "
+            'only combination_type="cat" does, exactly, with the sum of their ranks'
         )
     missing = [name for name in adapters if name not in configs]
     if missing or not adapters:
@@ -445,22 +445,25 @@ def _check_combination(
             f"{', '.join(configs)}"
         )
     if len(set(adapters)) < len(adapters):
-        raise ValueError(f"adapters names one twice: add up its weights, got {adapters}")
+        raise ValueError(f"adapters contains a name twice: add up its weights, got {adapters}")
     if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights must be a finite number for each of {adapters}, got {weights}")
+        raise ValueError(f"weights must have a finite number for each of {adapters}, got {weights}")
     if adapter_name in configs:
-        raise ValueError(f"{adapter_name!r} is there already: delete_adapter() it, or name another")
+        raise ValueError(
+            f"an adapter {adapter_name!r} already exists: call delete_adapter() first, or give "
+            "another name"
+        )
     for name in adapters:
         if configs[name].form == "product":
             raise ValueError(
-                f'{name!r} is of form="product": a sum of sines of products is no sine of a '
+                f'{name!r} has form="product": a sum of sines of products is not the sine of a '
                 "product. Activate the adapters together, or merge them one after the other"
             )
         for field in ("bias", "modules_to_save", "trainable_token_indices"):
             value = getattr(configs[name], field)
             if value not in (None, "none"):
                 raise ValueError(
-                    f"{field}={value!r} of {name!r}: what was trained beside ΔW cannot be added up"
+                    f"{field}={value!r} of {name!r}: weights trained beside ΔW cannot be combined"
                 )
 
 

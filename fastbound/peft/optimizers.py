@@ -1,4 +1,4 @@
-"""PEFT's optimizers that tell A from B by LoRA's names: LoRA+ is made right, LoRA-FA refused."""
+"""PEFT's optimizers that recognise A and B by LoRA's names: LoRA+ is adapted, LoRA-FA refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastbound.layers.adapter import BoundedAdapter
 
 
 def correct_optimizers() -> None:
-    """Once `peft.optimizers` is imported: put these in the place of those that they call."""
+    """Once `peft.optimizers` is imported, replace its functions by those below."""
     package: Any = sys.modules["peft.optimizers"]
     for name, around in (
         ("create_loraplus_optimizer", _with_B_apart),
@@ -30,7 +30,7 @@ def correct_optimizers() -> None:
 def _with_B_apart(
     theirs: Callable[..., Optimizer], model: nn.Module, *args: Any, **kwargs: Any
 ) -> Optimizer:
-    """LoRA+ with every B in the group of the higher rate, as LoRA's B is."""
+    """LoRA+ with every B in the group of the higher learning rate, as for LoRA's B."""
     optimizer = theirs(model, *args, **kwargs)
     factors = {adapter.B for adapter in _adapters(model)}
     # In PEFT's order: A, embeddings, B, and B without weight decay.
@@ -45,8 +45,8 @@ def _refused(
 ) -> Optimizer:
     if _adapters(model):
         raise ValueError(
-            "create_lorafa_optimizer corrects the gradient of LoRA's B for a frozen A, which is "
-            "not that of sin(ωB): use another optimizer for bounded adapters"
+            "create_lorafa_optimizer corrects the gradient of LoRA's B for a frozen A, which does "
+            "not hold for sin(ωB): use another optimizer for bounded adapters"
         )
     return theirs(model, *args, **kwargs)
 

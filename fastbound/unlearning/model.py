@@ -107,7 +107,7 @@ def check_place(name: str) -> None:
         raise InputError(f"model {name!r} is a file: give a folder made by save_pretrained")
     elif not _is_id(name) or ("/" in name and os.path.isdir(os.path.dirname(name))):
         raise InputError(
-            f"model {name!r} is not there: give a folder made by save_pretrained, or a model id"
+            f"model {name!r} does not exist: give a folder made by save_pretrained, or a model id"
             f"{_near_folder(name)}"
         )
     else:
@@ -196,7 +196,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     path = Path(folder)
     if not os.path.isdir(path):  # which a name too long is not; Path.is_dir() raises for it
-        what = "is a file" if os.path.exists(path) else "is not there"
+        what = "is a file" if os.path.exists(path) else "does not exist"
         raise InputError(f"adapter {folder} {what}: give the folder of an adapter")
     if not (path / ADAPTER_CONFIG).exists():
         raise InputError(f"adapter {folder} has no {ADAPTER_CONFIG}: give an adapter's folder")

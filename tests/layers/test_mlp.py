@@ -67,7 +67,7 @@ def test_the_report_says_why_a_block_is_not_fused(tiny_model):
             "is a OPTDecoderLayer, which has a __call__ of its own",  # in older transformers
         )
     )
-    assert f"  not 2 x model.decoder.layers.*: {reason}" in str(report)
+    assert f"  not fused: 2 x model.decoder.layers.*: {reason}" in str(report)
     off = fastbound.inject(tiny_model("llama"), 2, fuse_mlp=False)
     assert set(off.unfused.values()) == {"was injected with fuse_mlp=False"}
 

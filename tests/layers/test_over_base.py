@@ -98,7 +98,9 @@ def test_report_and_explanation_say_why_the_base_is_called(build):
     model = injected(build)
     report, reason = model.report, BASES[build]
     assert report.replaced == ("mlp.up", "mlp.down") and report.over_base == {"mlp.up": reason}
-    assert not report.skipped and f"  over it, {reason}: 1 x mlp.up" in str(report)
+    assert not report.skipped and f"  still calling the base layer: 1 x mlp.up: {reason}" in str(
+        report
+    )
     assert report.unfused == {"mlp": f"its up is adapted over its base: {reason}"}
     explanation = fastbound.explain(model, tokens=64)
     row = next(row for row in explanation if row.layer == "mlp.up")

@@ -115,14 +115,14 @@ def layer(value: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "is not there"),
+    "no folder": (shutil.rmtree, "does not exist"),
     "a file for the folder": (as_file, "is a file"),
     "no config": (lambda f: (f / CONFIG).unlink(), CONFIG),
-    "no tensors": (lambda f: (f / TENSORS).unlink(), "is not there"),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), "does not exist"),
     "a folder for the config": (as_folder(CONFIG), "cannot be read: Is a directory"),
     "a folder for the tensors": (as_folder(TENSORS), "cannot be read: Is a directory"),
     "a dangling link for the config": (dangling(CONFIG), CONFIG),
-    "a dangling link for the tensors": (dangling(TENSORS), "is not there"),
+    "a dangling link for the tensors": (dangling(TENSORS), "does not exist"),
     "empty config": (text(""), "is damaged"),
     "half a config": (text('{"peft_type": "FASTBOUND", "r'), "is damaged"),
     "config of zeros": (text(bytes(200)), "is damaged"),
@@ -189,9 +189,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "transposed": (tensor(lambda A: A.t()), r"A of up is torch.float32 \[4, 2\]"),
     "a vector": (tensor(lambda A: A[0]), "must be matrices"),
     "a scalar": (tensor(lambda A: A[0, 0]), "must be matrices"),
-    "integers": (tensor(lambda A: A.int()), "torch.int32, which no adapter is saved in"),
-    "complex": (tensor(lambda A: A.cfloat()), "torch.complex64, which no adapter is saved in"),
-    "float8": (tensor(lambda A: A.to(torch.float8_e4m3fn)), "which no adapter is saved in"),
+    "integers": (tensor(lambda A: A.int()), "torch.int32, a dtype that adapters do not have"),
+    "complex": (tensor(lambda A: A.cfloat()), "torch.complex64, a dtype that adapters do not have"),
+    "float8": (tensor(lambda A: A.to(torch.float8_e4m3fn)), "a dtype that adapters do not have"),
     "two dtypes": (tensor(lambda A: A.half()), "of one dtype"),
 }
 

@@ -259,8 +259,8 @@ def _wide(tensors: dict[str, torch.Tensor]) -> None:
 
 
 SPOILED = [
-    (lambda f: (f / TENSORS).unlink(), FileNotFoundError, "safetensors is not there"),
-    (lambda f: (f / CONFIG).unlink(), FileNotFoundError, "json is not there"),
+    (lambda f: (f / TENSORS).unlink(), FileNotFoundError, "safetensors does not exist"),
+    (lambda f: (f / CONFIG).unlink(), FileNotFoundError, "json does not exist"),
     (_truncate, ValueError, "is not the file that adapter_config.json was written with"),
     (lambda f: (f / CONFIG).write_text("{"), ValueError, "adapter_config.json is damaged"),
     (lambda f: (f / CONFIG).write_bytes(b"\xff"), ValueError, "adapter_config.json is damaged"),
@@ -314,7 +314,7 @@ def test_another_model_is_refused(tiny_model, saved):
 
     hooked = tiny_model("llama")
     hooked.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: None)
-    message = "does not fit on model.layers.1.mlp.down_proj: it has forward pre-hooks"
+    message = "cannot be put on model.layers.1.mlp.down_proj: it has forward pre-hooks"
     _refused(hooked, folder, ValueError, message, injected=False)
 
 

@@ -65,7 +65,7 @@ def disable(model: nn.Module) -> None:
     ("change", "reason"),
     [
         (second, "its gate_proj has 2 active adapters"),
-        (hook, "its up_proj has hooks or a forward of its own on its base"),
+        (hook, "its up_proj has a base with hooks or a forward of its own"),
         (merge, "its gate_proj has 'default' merged into its weight"),
         (disable, "its gate_proj has its adapters disabled"),
     ],
@@ -121,7 +121,10 @@ def test_a_quantised_looking_base_is_called_and_added_to(tiny_model):
     expected = 2 * (x @ layer.weight.t() + layer.bias) + x @ layer.get_delta_weight("default").t()
     torch.testing.assert_close(model(x), expected)
     (row,) = fastbound.explain(model)
-    assert "it wraps a Scaled, so the base layer runs and each adapter is added" in row.plan.reason
+    assert (
+        "it wraps a Scaled, so the base layer runs and each adapter's term is added"
+        in row.plan.reason
+    )
 
 
 def test_dropout_reaches_layers_with_two_adapters(tiny_model):

@@ -23,7 +23,7 @@ SELECTED = "(TestPeftCustomModel and Vanilla) or TestMultipleActiveAdapters or T
 REFUSED = [
     "and only linear layers",
     "init_weights must be True",
-    'only combination_type="cat" is',
+    'only combination_type="cat" does',
 ]
 
 

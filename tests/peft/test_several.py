@@ -81,12 +81,12 @@ def test_a_sum_is_inactive_and_can_be_trained(tiny_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"combination_type": "svd"}, "combination_type='svd' would not be the sum .* only"),
+        ({"combination_type": "svd"}, "combination_type='svd' does not give the sum .* only"),
         ({"adapters": ["default", "nope"]}, "Adapter 'nope' does not exist"),
-        ({"adapters": ["default", "default"]}, "names one twice"),
-        ({"weights": [1.0]}, "weights must be a finite number for each"),
-        ({"weights": [1.0, math.inf]}, "weights must be a finite number for each"),
-        ({"adapter_name": "second"}, "'second' is there already"),
+        ({"adapters": ["default", "default"]}, "contains a name twice"),
+        ({"weights": [1.0]}, "weights must have a finite number for each"),
+        ({"weights": [1.0, math.inf]}, "weights must have a finite number for each"),
+        ({"adapter_name": "second"}, "'second' already exists"),
     ],
 )
 def test_sums_that_are_refused_leave_the_model(tiny_model, arguments, message):
@@ -101,7 +101,7 @@ def test_sums_that_are_refused_leave_the_model(tiny_model, arguments, message):
 
 def test_what_was_trained_beside_an_adapter_is_in_no_sum(tiny_model):
     model = adapted(tiny_model("vit"), modules_to_save=["classifier"])
-    with pytest.raises(ValueError, match=r"modules_to_save=.* of 'default': what was trained"):
+    with pytest.raises(ValueError, match=r"modules_to_save=.* of 'default': weights trained"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
@@ -194,7 +194,7 @@ def test_a_scale_is_exported_but_not_saved(tiny_model, tmp_path):
     torch.testing.assert_close(logits(exported), y, rtol=1e-5, atol=1e-6)
     if Version(peft.__version__) < Version("0.21"):  # which does not ask the method when it saves
         return
-    with pytest.warns(UserWarning, match=r"the scale of 'default' .* is not part of a saved"):
+    with pytest.warns(UserWarning, match=r"the scale of 'default' .* is not saved"):
         model.save_pretrained(tmp_path / "one")
     bounds = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["bound_pattern"]
     assert set(bounds.values()) == {m.fastbound_ab["default"].bound for m in layers(model).values()}

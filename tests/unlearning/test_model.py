@@ -94,7 +94,7 @@ def test_a_path_that_is_not_there_is_no_id(user_folder, monkeypatch, name):
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
-    with pytest.raises(InputError, match="is not there: give a folder"):
+    with pytest.raises(InputError, match="does not exist: give a folder"):
         load_pretrained(name)
 
 
@@ -131,7 +131,7 @@ def test_a_file_and_nothing_are_no_model(user_folder):
     with pytest.raises(InputError, match="model is empty: give a folder"):
         load_pretrained("")
     for load in (load_adapter, fastbound.load_adapter):
-        with pytest.raises(InputError, match="is not there"):
+        with pytest.raises(InputError, match="does not exist"):
             load(torch.nn.Linear(2, 2), "x" * 5000)
     with pytest.raises(InputError, match=r"'forget\.jsonl' is a file"):
         load_pretrained("forget.jsonl")

@@ -110,5 +110,5 @@ def test_requests_that_cannot_be_carried_out(
 
 
 def test_an_adapter_that_is_not_there_is_named(new_model, tmp_path):
-    with pytest.raises(InputError, match=r"request-4/adapter is not there"):
+    with pytest.raises(InputError, match=r"request-4/adapter does not exist"):
         apply_requests(new_model(), tmp_path, [4])

@@ -1,4 +1,4 @@
-"""Rows to forget and to retain: read, checked, encoded and drawn.
+"""Rows to forget and to retain: reading, checking, encoding and sampling them.
 
-Uses `fastbound.errors` alone.
+Uses only `fastbound.errors`.
 """

@@ -1,4 +1,4 @@
-"""Rows to tokens: the template, which tokens are labelled, and the padded batch."""
+"""From rows to tokens: the template, which tokens are labelled, and padded batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from fastbound.errors import InputError
 from fastbound.unlearning.data.rows import Row, as_text
 
-IGNORED = -100  # the label that cross-entropy leaves out, here and in transformers
-_CHARACTERS = 64  # a token seldom holds as many
+IGNORED = -100  # the label that cross-entropy ignores, here and in transformers
+_CHARACTERS = 64  # few tokens have this many characters
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
 
 
@@ -23,8 +23,8 @@ class Encoded:
 
     Attributes:
         ids: tokens of prompt, answer and end of text.
-        labels: as `ids` over answer and end of text, `IGNORED` over the prompt.
-        where: the row's file and number.
+        labels: the same as `ids` for answer and end of text, `IGNORED` for the prompt.
+        where: file and number of the row, for messages.
     """
 
     ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Batch:
 
 
 def check_template(template: str) -> None:
-    """Raise `InputError` unless it is "chat" or has {question} and, at its end, {answer}."""
+    """Raise `InputError` unless it is "chat" or contains {question} and ends in {answer}."""
     if template == "chat":
         return
     if template.count("{question}") != 1 or template.count("{answer}") != 1:
@@ -58,26 +58,26 @@ def check_template(template: str) -> None:
 def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = TEMPLATE) -> Encoded:
     """Tokens and labels of one row: question tokens are `IGNORED`, the end of text is labelled.
 
-    The whole text is tokenised at once, so that no merge is lost at the boundary; a token that
-    holds part of the answer counts as answer. In a row of plain text every token is labelled.
+    The whole text is tokenised at once, so that tokens may span the boundary; a token that contains
+    part of the answer counts as answer. In a row of plain text every token is labelled.
 
     Args:
-        row: what to encode.
+        row: the row to encode.
         tokenizer: a fast tokenizer of transformers with an end-of-text token.
-        max_length: the most tokens a row may take.
+        max_length: the largest number of tokens that a row may have.
         template: text with `{question}` and `{answer}`, or `"chat"` for the tokenizer's own
-            chat template (user asks, assistant answers).
+            chat template (the user asks, the assistant answers).
 
     Raises:
-        InputError: the row takes more than `max_length` tokens or the tokenizer makes none of its
-            answer; its text is none that a tokenizer takes; the tokenizer cannot do this.
+        InputError: the row has more than `max_length` tokens, or its answer none; its text cannot
+            be tokenised; or the tokenizer lacks character offsets or an end-of-text token.
     """
     as_text(row.answer, "the answer", row.where)
     if row.question is not None:
         as_text(row.question, "the question", row.where)
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} gives no character offsets: use the fast tokenizer"
+            f"{type(tokenizer).__name__} has no character offsets: use the fast tokenizer"
         )
     end = tokenizer.eos_token_id
     if end is None:
@@ -117,7 +117,7 @@ def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = T
 def encode_all(
     rows: Sequence[Row], tokenizer: Any, *, max_length: int = 256, template: str = TEMPLATE
 ) -> list[Encoded]:
-    """`encode` for every row; the first that does not fit is named."""
+    """`encode` every row. Raises InputError, which names the first row that does not fit."""
     check_template(template)
     return [encode(row, tokenizer, max_length=max_length, template=template) for row in rows]
 
@@ -137,13 +137,13 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
 
 
 def padding(tokenizer: Any) -> int:
-    """The token to pad with: the tokenizer's own, else end of text (masked either way)."""
+    """The token to pad with: the tokenizer's own, or else end of text; it is masked either way."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
 
 
 def _prompt(row: Row, tokenizer: Any, template: str) -> tuple[str, bool]:
-    """Text before the answer, and whether special tokens are still to be added."""
+    """The text before the answer, and whether special tokens have yet to be added."""
     if row.question is None:
         return "", True
     if template != "chat":
@@ -160,37 +160,39 @@ def chat_text(
 
     Args:
         where: file and row, for messages.
-        settings: of `apply_chat_template`.
+        settings: passed on to `apply_chat_template`.
 
     Raises:
-        InputError: there is no template, it fails, or it leaves out what user or assistant say.
+        InputError: there is no template, it fails, or it omits what the user or assistant says.
     """
-    remedy = "give a template of text, or mend the tokenizer's chat_template"
+    remedy = "give a text template, or correct the tokenizer's chat_template"
     if not tokenizer.chat_template:
-        raise InputError('template "chat": the tokenizer has no chat template; give one of text')
+        raise InputError(
+            'template "chat": the tokenizer has no chat template; give a text template'
+        )
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, **settings)
-    except Exception as error:  # of Jinja, or whatever an expression of the template raises
+    except Exception as error:  # Jinja's, or whatever an expression in the template raises
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f'{where}: template "chat": the tokenizer\'s own fails ({type(error).__name__}: '
+            f'{where}: template "chat": the tokenizer\'s template fails ({type(error).__name__}: '
             f"{reason}); {remedy}"
         ) from error
     for turn in turns:
         if turn["role"] != "system" and turn["content"].strip() not in text:
             raise InputError(
-                f'{where}: template "chat": the tokenizer\'s own leaves out or changes what the '
+                f'{where}: template "chat": the tokenizer\'s template omits or changes what the '
                 f"{turn['role']} says; {remedy}"
             )
     return str(text)
 
 
 def beginning(text: str, tokenizer: Any, most: int) -> str:
-    """`text`, or of one far too long a beginning that takes more than twice `most` tokens.
+    """`text`, or the beginning of a very long one, with more than twice `most` tokens.
 
-    A tokenizer takes 270 times the memory of a text. So a long one is not tokenised whole to find
-    that it does not fit, or to keep its first tokens: what comes later changes tokens near the cut
-    alone.
+    A tokenizer takes 270 times the memory of the text. A long text is therefore not tokenised as a
+    whole only to find that it does not fit, or to keep its first tokens; the rest of it affects
+    only the tokens near the cut.
     """
     size = _CHARACTERS * most
     while size < len(text):
@@ -201,5 +203,5 @@ def beginning(text: str, tokenizer: Any, most: int) -> str:
 
 
 def answer_length(row: Encoded) -> int:
-    """How many tokens of the row are to be predicted: the labelled ones after the first."""
+    """The number of tokens to predict: all labelled tokens except a row's very first token."""
     return sum(label != IGNORED for label in row.labels[1:])

@@ -1,4 +1,4 @@
-"""The records that a file of rows holds, read as what the end of its name says it is."""
+"""Reading the records of a file of rows, in the format that its suffix names."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*LINES, *TABLES, ".parquet", *(f"{plain}.gz" for plain in (*LINES, *TABLES)))
 _BARE_RETURN = re.compile(r"\r(?!\n)")
 _STAND_IN = "\ufdd0"  # Unicode reserves it for use inside programs
-_DIGITS = 4300  # the most that Python makes an integer of
-# What a file that is no UTF-8 text begins with.
+_DIGITS = 4300  # Python does not convert longer numerals to an integer
+# How files that are not UTF-8 text begin.
 _BEGINNINGS = {
-    b"\x1f\x8b": "is packed by gzip: give its name the end .gz",
-    b"PAR1": "is a parquet file: give its name the end .parquet",
-    b"PK\x03\x04": "is a zip archive or a spreadsheet: save its rows as one of the other forms",
+    b"\x1f\x8b": "is compressed by gzip: its name must end in .gz",
+    b"PAR1": "is a parquet file: its name must end in .parquet",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: save its rows in one of the other formats",
     b"\xff\xfe": "is UTF-16 or UTF-32: save it as UTF-8",
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run git lfs pull",
@@ -36,19 +36,20 @@ _BEGINNINGS = {
 
 
 def suffix_of(path: Path) -> str | None:
-    """The one of `SUFFIXES` that the name ends in, in capitals or not."""
+    """The one of `SUFFIXES` that the name ends in, ignoring case; None if there is none."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def file_records(path: Path) -> Iterable[tuple[int, Record]]:
-    """Every record with its number: of a table and an array its place, else its line, from 1.
+    """Every record with its number from 1: the row in a table or array, otherwise the line.
 
     Raises:
-        InputError: the file is missing, or is not what its name says; the place is named.
+        InputError: the file is missing or does not have the format of its suffix; the message names
+            the place.
     """
     suffix = suffix_of(path)
-    if not os.path.isfile(path):  # unlike the path's own, False for a name that cannot be
+    if not os.path.isfile(path):  # unlike Path.is_file(), False for an impossible name
         kind = "is a folder: name a file in it" if os.path.isdir(path) else "does not exist"
         raise InputError(f"{path} {kind}")
     if suffix is None:
@@ -65,7 +66,7 @@ def file_records(path: Path) -> Iterable[tuple[int, Record]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, unpacked from .gz, its line ends as they are, or `InputError`."""
+    """The text of a UTF-8 file, decompressed if .gz, with its line ends. Raises `InputError`."""
     packed = path.name.lower().endswith(".gz")
     try:
         content = path.read_bytes()
@@ -82,7 +83,7 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise InputError(
-            f"{path}, line {line}: holds NUL characters, so it is UTF-16 or was cut off; "
+            f"{path}, line {line}: contains NUL characters, so it is UTF-16 or was cut off; "
             "save it as UTF-8"
         )
     return text
@@ -92,13 +93,13 @@ def parse_json(text: str, where: str, remedy: str, *, lines: bool = False) -> An
     """The value of a JSON text.
 
     Args:
-        where: what holds it, for messages.
+        where: where the text comes from, for messages.
         remedy: what to do about text that is not JSON.
-        lines: the line goes into the message, too.
+        lines: whether messages also name the line.
 
     Raises:
-        InputError: it is not JSON, or holds what no row can: a name twice in an object, an integer
-            of thousands of digits, thousands of levels.
+        InputError: it is not JSON, or has something no row can have: a name twice in one object, an
+            integer of thousands of digits, thousands of nested levels.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def parse_json(text: str, where: str, remedy: str, *, lines: bool = False) -> An
         for name, value in pairs:
             if value is _LONG:
                 raise InputError(
-                    f"{where}: field {name!r} holds an integer of more than {_DIGITS} digits; "
+                    f"{where}: field {name!r} is an integer of more than {_DIGITS} digits; "
                     "write it as text or leave it out"
                 )
         return record
@@ -135,12 +136,12 @@ def _integer(digits: str) -> Any:
 
 
 def _array_records(path: Path, text: str) -> Iterator[tuple[int, Record]]:
-    """One array, as MUSE's own folder has it: objects, or texts without a field's name."""
-    values = parse_json(text, str(path), "write one array, or one object a line", lines=True)
+    """One array, as in MUSE's own folder: of objects, or of texts without a field name."""
+    values = parse_json(text, str(path), "write one array, or one object per line", lines=True)
     for number, value in enumerate(values, start=1):
         if not isinstance(value, (str, dict)):
             raise InputError(
-                f"{path}, row {number}: an object or a text was expected in the array, "
+                f"{path}, row {number}: expected an object or a text in the array, "
                 f"got {type(value).__name__}"
             )
         yield number, {"text": value} if isinstance(value, str) else value
@@ -148,36 +149,36 @@ def _array_records(path: Path, text: str) -> Iterator[tuple[int, Record]]:
 
 def _json_records(path: Path, text: str) -> Iterator[tuple[int, Record]]:
     if _over_lines(text):
-        yield 1, parse_json(text, str(path), "write one array, or one object a line", lines=True)
+        yield 1, parse_json(text, str(path), "write one array, or one object per line", lines=True)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        record = parse_json(line, f"{path}, row {number}", "write one object a line")
+        record = parse_json(line, f"{path}, row {number}", "write one object per line")
         if not isinstance(record, dict):
             raise InputError(
-                f"{path}, row {number}: a JSON object was expected, got {type(record).__name__}; "
-                "write one object a line"
+                f"{path}, row {number}: expected a JSON object, got {type(record).__name__}; "
+                "write one object per line"
             )
         yield number, record
 
 
 def _over_lines(text: str) -> bool:
-    """Whether the text is one object, written over several lines."""
+    """Whether the text is a single object that is written over several lines."""
     first = text.lstrip().partition("\n")[0].rstrip()
     return first.startswith("{") and first.endswith(("{", "[", ",", ":"))
 
 
 def _table_records(path: Path, text: str, delimiter: str) -> list[tuple[int, Record]]:
     if "\n" in text:
-        # A bare carriage return then stands in a text, quoted or not, as TDEC's own code reads its
+        # A bare carriage return is then part of a text, quoted or not, as TDEC's own code reads its
         # files; Python's reader would end the row there.
         text = _BARE_RETURN.sub(_STAND_IN, text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(len(text) + 1)
     header: list[str] = []
     found: list[tuple[int, Record]] = []
-    done = 0  # lines of the rows that were read
+    done = 0  # lines of the rows read so far
     try:
         for values in reader:
             done = reader.line_num
@@ -188,11 +189,11 @@ def _table_records(path: Path, text: str, delimiter: str) -> list[tuple[int, Rec
                 continue
             if len(values) > len(header):
                 raise InputError(
-                    f"{path}, row {len(found) + 1}: more fields than the header; quote what "
-                    "separates them where it is in a text"
+                    f"{path}, row {len(found) + 1}: more fields than the header; quote texts "
+                    "that contain the separator"
                 )
             values = [value.replace(_STAND_IN, "\r") for value in values]
-            # A row that ends early lacks the other fields.
+            # A short row lacks the remaining fields.
             found.append((len(found) + 1, dict(zip(header, values, strict=False))))
     except csv.Error as error:
         lines = f"line {done + 1}"
@@ -222,5 +223,5 @@ def _parquet_records(path: Path) -> list[tuple[int, Record]]:
         rows = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow's own kinds, OSError, and what its decoders raise
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} is not a parquet file that can be read: {reason}") from None
+        raise InputError(f"{path} is not a readable parquet file: {reason}") from None
     return list(enumerate(rows, start=1))

@@ -1,4 +1,4 @@
-"""What a model can take of rows: its positions, and the tokens that it embeds."""
+"""Whether rows fit a model: its number of positions, and the tokens that it embeds."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fastbound.unlearning.data.encoding import Encoded, padding
 def check_fits(
     model: nn.Module, tokenizer: Any, rows: Iterable[Encoded], new: Iterable[int] | None = None
 ) -> None:
-    """Raise `InputError` for the first row that the model has no positions or no embeddings for.
+    """Raise `InputError` for the first row with too many tokens or a token without embedding.
 
-    A row beyond the positions that the model's config states is refused whatever they are made of.
-    Tokens that the model adds count only where positions are looked up in a table, as GPT-2's:
-    rotary ones go on.
+    A row longer than the number of positions in the model's config is refused whatever their kind.
+    Tokens that the model generates count only if positions are looked up in a table, as in GPT-2;
+    rotary positions can exceed the number.
 
     Args:
-        new: the most tokens that the model adds to each row; None: none.
+        new: for each row, the largest number of tokens that the model generates; None means none.
     """
     limit, rotary = _positions(model), _is_rotary(model)
     known = _embedded(model)
     if known is not None:
         _check_token(padding(tokenizer), "the padding token", tokenizer, known)
     for row, most in zip(rows, repeat(0) if new is None else new, strict=False):
-        # What comes after the last token needs no position of its own.
+        # The last token that is generated needs no position.
         adding = 0 if rotary else max(0, most - 1)
         if limit is not None and len(row.ids) + adding > limit:
             and_new = f" and up to {most} new ones" if adding else ""
@@ -53,7 +53,7 @@ def _check_token(token: int, where: str, tokenizer: Any, known: int) -> None:
 
 
 def _embedded(model: nn.Module) -> int | None:
-    """How many tokens the model can read and say; None where it does not tell."""
+    """The number of tokens that the model can both read and predict; None if unknown."""
     known = []
     for find, size in (
         ("get_input_embeddings", "num_embeddings"),
@@ -67,7 +67,7 @@ def _embedded(model: nn.Module) -> int | None:
 
 
 def _positions(model: nn.Module) -> int | None:
-    """How many positions the model's config states, stretched as it says; None where none."""
+    """The number of positions in the model's config, with its RoPE scaling; None if not given."""
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "alibi", False):
         return None

@@ -1,4 +1,4 @@
-"""Where the records of a split come from: a file of a folder, or the hub."""
+"""The records of a benchmark's split, from a file in a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Records = list[tuple[str, Mapping[str, Any]]]
 
 
 def check_split(benchmark: str, split: str, known: Sequence[str]) -> None:
-    """Raise `InputError`, with the list, for a split that the benchmark does not have."""
+    """Raise `InputError`, which lists the splits, if the benchmark does not have this one."""
     if split not in known:
         raise InputError(f"{benchmark} has no split {split!r}; it has {', '.join(known)}")
 
@@ -23,15 +23,15 @@ def records(benchmark: str, split: str, data: str | Path | None, hub: str) -> Re
     """Every record of `split` with its file and row number.
 
     Args:
-        data: folder that holds `split` with one of the suffixes of `load_rows`, a "/" of the split
-            being a subfolder; None takes `hub`.
+        data: folder with a file `split` that has one of the suffixes of `load_rows`; a "/" in the
+            split is a subfolder. None means `hub`.
         hub: id:config:split.
     """
     return read_records(hub if data is None else file_of(benchmark, split, data, SUFFIXES))
 
 
 def file_of(benchmark: str, split: str, data: str | Path, suffixes: Sequence[str]) -> Path:
-    """The file of `split` in the folder `data`, or `InputError` with what the folder holds."""
+    """The file of `split` in the folder `data`. Raises `InputError`, which lists the folder."""
     folder = Path(data)
     if not folder.is_dir():
         raise InputError(f"data {folder} is not a folder: give the folder of {benchmark}'s files")

@@ -21,9 +21,9 @@ class Row:
     """One question with its answer, or one text (`question` is None, `answer` holds the text).
 
     Attributes:
-        question: what the model is given; None for a row of plain text.
-        answer: what the loss is taken over.
-        where: file and row number, 1-based, for messages.
+        question: the prompt; None for a row of plain text.
+        answer: the text over which the loss is taken.
+        where: file and row number, from 1, for messages.
     """
 
     question: str | None
@@ -32,38 +32,38 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes two rows the same: their words, whatever the white space between them."""
+        """Rows with the same key count as the same: equal up to white space."""
         return " ".join((self.question or "").split()), " ".join(self.answer.split())
 
 
 class RepeatedRowsWarning(UserWarning):
-    """A source gives some rows more than once; each counts as often as it stands there."""
+    """A source contains some rows more than once; each counts as often as it occurs."""
 
 
 def load_rows(source: str | Path) -> list[Row]:
     """Read and check every row of `source`.
 
     Args:
-        source: a `.jsonl`, `.ndjson` or `.json` file (one JSON object a line, or one array of
-            objects or of texts), a `.csv` or `.tsv` file with a header, any of these packed as
+        source: a `.jsonl`, `.ndjson` or `.json` file (one JSON object per line, or one array of
+            objects or of texts), a `.csv` or `.tsv` file with a header, any of these compressed as
             `.gz`, a `.parquet` file, or `id:config:split` of a data set on the Hugging Face hub or
-            in a local folder (`id::split` where it has a single config). Each row has `question`
-            and `answer`, or `text`; other fields are left alone.
+            in a local folder (`id::split` if it has a single config). Each row has `question` and
+            `answer`, or `text`; other fields are ignored.
 
     Raises:
-        InputError: the source is missing, empty or malformed, or a row lacks a field, has an
-            empty one or one that no tokenizer takes; row and field are named.
+        InputError: the source is missing, empty or malformed, or a row lacks a field, or has one
+            that is empty or cannot be tokenised; the message names row and field.
 
     Warns:
-        RepeatedRowsWarning: rows are given more than once.
+        RepeatedRowsWarning: some rows occur more than once.
     """
     rows = [_row(record, where) for where, record in read_records(source)]
     places: dict[tuple[str, str], str] = {}
     again = [row for row in rows if places.setdefault(row.key, row.where) != row.where]
     if again:
         warnings.warn(
-            f"{source}: {len(again)} of {len(rows)} rows are given more than once "
-            f"({again[0].where} is {places[again[0].key]}); each counts as often as it is given",
+            f"{source}: {len(again)} of {len(rows)} rows repeat an earlier one "
+            f"({again[0].where} is {places[again[0].key]}); each counts as often as it occurs",
             RepeatedRowsWarning,
             stacklevel=2,
         )
@@ -71,7 +71,7 @@ def load_rows(source: str | Path) -> list[Row]:
 
 
 def read_records(source: str | Path) -> list[tuple[str, Record]]:
-    """Every record of what `load_rows` takes, whatever its fields, with file and row number.
+    """Every record of a source of `load_rows`, with any fields, and its file and row number.
 
     Raises:
         InputError: the source is missing, empty or malformed.
@@ -92,7 +92,7 @@ def read_records(source: str | Path) -> list[tuple[str, Record]]:
 
 
 def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
-    """Raise `InputError` where a row is to be both forgotten and retained, naming both places."""
+    """Raise `InputError`, which names both places, if a row is both to forget and to retain."""
     places = {row.key: row.where for row in retain}
     shared = [(row.where, places[row.key]) for row in forget if row.key in places]
     if shared:
@@ -104,7 +104,7 @@ def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
 
 
 def authors(split: str) -> Path:
-    """The shipped fictitious authors: path of the `"forget"` or the `"retain"` file."""
+    """The path of the `"forget"` or `"retain"` file of the fictitious authors shipped with us."""
     return Path(__file__).with_name(f"authors_{split}.jsonl")
 
 
@@ -114,7 +114,7 @@ def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Record
     source = f"{id}:{config}:{split}"
     try:
         rows = datasets.load_dataset(id, config or None, split=split)
-    except Exception as error:  # its loaders raise whatever the network and the parsers raise
+    except Exception as error:  # its loaders pass on whatever network and parsers raise
         raise InputError(
             f"cannot load {source}: {type(error).__name__}: {error}; check id, config, split "
             "and the network, or give a file"
@@ -123,7 +123,7 @@ def _hub_records(id: str, config: str, split: str) -> Iterator[tuple[int, Record
 
 
 def _row(record: Record, where: str) -> Row:
-    # A table has every column in every row: what is null there is not given.
+    # A table has every column in every row: a null means that the field is not given.
     given = {name for name in ("question", "answer", "text") if record.get(name) is not None}
     if given & {"question", "answer"} or (not given and {"question", "answer"} & record.keys()):
         return Row(
@@ -136,14 +136,14 @@ def _row(record: Record, where: str) -> Row:
 
 
 def text_field(record: Record, name: str, where: str) -> str:
-    """A field that must hold text, or `InputError` with row and field."""
+    """A field that must be a text. Raises `InputError`, which names row and field."""
     if name not in record:
         raise InputError(f"{where}: field {name!r} is missing; found {_found(record)}")
     return as_text(record[name], f"field {name!r}", where)
 
 
 def texts_field(record: Record, name: str, where: str) -> list[str]:
-    """A field that must hold a list of texts, or `InputError` with row, field and item."""
+    """A field that must be a list of texts. Raises `InputError`: row, field and item."""
     if name not in record:
         raise InputError(f"{where}: field {name!r} is missing; found {_found(record)}")
     values = record[name]
@@ -157,7 +157,7 @@ def texts_field(record: Record, name: str, where: str) -> list[str]:
 
 
 def as_text(value: object, what: str, where: str) -> str:
-    """`value` where it is text that a tokenizer takes; else `InputError` with its place.
+    """`value`, if it is a text that can be tokenised. Raises `InputError`, which names its place.
 
     Args:
         what: the field, for the message.
@@ -173,7 +173,7 @@ def as_text(value: object, what: str, where: str) -> str:
         kind = "a NUL" if broken.group() == "\0" else "half of a surrogate pair"
         raise InputError(
             f"{where}: {what} holds {kind} ({broken.group()!a}) as character "
-            f"{broken.start() + 1}, which no tokenizer takes; remove it or mend the text"
+            f"{broken.start() + 1}, which cannot be tokenised; remove it or correct the text"
         )
     return value
 
@@ -184,7 +184,7 @@ def _found(record: Record) -> str:
 
 
 def _inside(record: Record) -> str:
-    """Where the rows may be, in a record that is none."""
+    """A hint where the rows may be, for a record that is not a row."""
     holding = [name for name, value in record.items() if isinstance(value, (list, Mapping))]
     if not holding:
         return ""

@@ -1,4 +1,4 @@
-"""Which rows a step sees: a pure function of seed and step, so a resumed run needs no state."""
+"""Which rows a step uses: a pure function of seed and step, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Item = TypeVar("Item")
 class Pairing:
     """Forget rows in a new order each epoch, each paired with a retain row.
 
-    Both sides are endless streams of shuffled passes: every row comes up before any comes again.
-    An epoch is one pass over the forget rows; retain rows go on through their own passes.
+    Both sides are endless streams of shuffled passes: every row is used once before any is used
+    again. An epoch is one pass over the forget rows; retain rows continue through passes of their
+    own.
 
     Attributes:
-        forget, retain: how many rows each side has.
-        batch_size: pairs in a batch of one process.
-        accumulation: batches a step in each process.
-        processes: how many processes take batches side by side.
+        forget, retain: number of rows of each side.
+        batch_size: pairs per batch of one process.
+        accumulation: batches per step in each process.
+        processes: number of processes that take batches in parallel.
         seed: of both shuffles.
     """
 
@@ -37,7 +38,7 @@ class Pairing:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Kept per object: a step asks for few passes, in order.
+        # A cache per object: a step asks for few passes, in order.
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
     @property
@@ -45,17 +46,17 @@ class Pairing:
         return self.batch_size * self.accumulation * self.processes
 
     def steps(self, epochs: float) -> int:
-        """Steps that take every forget row `epochs` times, rounded up."""
+        """Number of steps that use every forget row `epochs` times, rounded up."""
         steps = epochs * self.forget / self.pairs_per_step
         return max(1, math.ceil(steps - 1e-9))  # epochs may be a rounded quotient
 
     def batch(self, step: int, part: int, process: int = 0) -> tuple[list[int], list[int]]:
-        """Indices of forget and of retain rows of one batch.
+        """Indices of the forget rows and of the retain rows of one batch.
 
         Args:
             step: from 0.
             part: which batch of the step, 0 to `accumulation` - 1.
-            process: rank of the process that takes it.
+            process: rank of the process that uses it.
         """
         first = ((step * self.accumulation + part) * self.processes + process) * self.batch_size
         places = range(first, first + self.batch_size)
@@ -69,13 +70,13 @@ class Pairing:
         return self._order(rows, side, round_)[index]
 
     def _shuffled(self, rows: int, side: int, round_: int) -> list[int]:
-        # Its own seed for each pass and side, whatever was drawn before it.
+        # Each pass of each side has its own seed, independent of what was drawn before.
         generator = torch.Generator().manual_seed((2 * self.seed + side) * 1_000_003 + round_)
         return torch.randperm(rows, generator=generator).tolist()
 
 
 def evenly(rows: Sequence[Item], most: int | None) -> Sequence[Item]:
-    """At most so many of `rows`, evenly spaced."""
+    """At most `most` of `rows`, evenly spaced; None means all."""
     if most is None or len(rows) <= most:
         return rows
     return [rows[i * len(rows) // most] for i in range(most)]

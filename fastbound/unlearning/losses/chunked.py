@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states: the logits of a long batch are never whole in memory."""
+"""Cross-entropy from hidden states, without ever holding all logits of a batch in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbound.unlearning.losses.formulas import AnswerTokens, answer_positions
 
-CHUNK = 256  # answer tokens at a time: 131 MB of fp32 logits for a vocabulary of 128 thousand
+CHUNK = 256  # answer tokens per chunk: 131 MB of fp32 logits for a vocabulary of 128 thousand
 
 
 def chunked_answer_tokens(
@@ -20,17 +20,17 @@ def chunked_answer_tokens(
     *,
     chunk: int = CHUNK,
 ) -> AnswerTokens:
-    """What `answer_tokens(hidden @ weight.T + bias, labels)` gives, `chunk` tokens at a time.
+    """Compute `answer_tokens(hidden @ weight.T + bias, labels)`, `chunk` tokens at a time.
 
-    Only labelled positions meet the head. Their logits are dropped after each chunk and computed
-    anew in the backward pass, so at most `chunk · vocabulary` of them exist at once, and what is
-    saved is their hidden states.
+    The head is applied only to labelled positions. Their logits are freed after each chunk and
+    computed again in the backward pass, so that at most `chunk · vocabulary` of them exist at once,
+    and only their hidden states are saved.
 
     Args:
-        hidden: `[rows, length, width]`, what the head takes.
+        hidden: `[rows, length, width]`, the input of the head.
         weight, bias: of the head, `[vocabulary, width]` and `[vocabulary]`.
         labels: int64 `[rows, length]`, `IGNORED` where there is nothing to predict.
-        chunk: labelled tokens at a time.
+        chunk: labelled tokens per chunk.
 
     Raises:
         ValueError: `chunk` is below 1.

@@ -1,11 +1,12 @@
-"""Losses of answer tokens from whole logits or in chunks: chosen once a run, with the reason.
+"""Losses of answer tokens from whole logits or in chunks: chosen once per run, with the reason.
 
-Of P positions in a pass, padding and questions included, T are answer tokens. With a vocabulary V
-and width K, whole logits take P·V numbers and the products with the head 4·P·V·K FLOPs, forward and
-backward. Chunks take `CHUNK`·V numbers and 6·T·V·K FLOPs: the logits of a chunk are made again in
-the backward pass, and only answer tokens meet the head. So chunks cost more time where more than
-two thirds of the positions are answer tokens, and less below. liger-kernel does the same work with
-fewer passes over a chunk's logits; its chunks have logits about as large as the hidden states.
+Of P positions in a pass, including padding and questions, T are answer tokens. With vocabulary V
+and width K, whole logits take P·V numbers, and the products with the head take 4·P·V·K FLOPs in
+forward and backward. Chunks take `CHUNK`·V numbers and 6·T·V·K FLOPs, because the logits of a chunk
+are computed again in the backward pass and the head is applied only to answer tokens. Chunks
+therefore take more time if more than two thirds of the positions are answer tokens, and less
+otherwise. liger-kernel does the same work with fewer passes over a chunk's logits; its chunks have
+logits about as large as the hidden states.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from fastbound.unlearning.losses.liger import liger_answer_tokens, liger_chunk, 
 from fastbound.unlearning.losses.objective import Answers
 from fastbound.unlearning.model import autocast, evaluating, forward
 
-WHOLE_BYTES = 2**28  # "auto" forms logits up to this size whole
+WHOLE_BYTES = 2**28  # "auto" computes logits up to this size whole
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """How the losses of answer tokens are formed.
+    """How the losses of answer tokens are computed.
 
     Attributes:
-        form: "whole", "chunked" or "liger", which is chunked by liger-kernel.
-        reason: why.
-        logits_bytes: of the largest tensor of logits in any pass, in the dtype that the head
+        form: "whole", "chunked", or "liger" (chunked by liger-kernel).
+        reason: why this form was chosen.
+        logits_bytes: size of the largest tensor of logits in any pass, in the dtype that the head
             returns; None for a head without float weights.
-        head: the output embedding, where it is made to return losses.
-        layer: the one whose hidden states go with the answers; None: none.
+        head: the output embedding, if it is made to return losses instead of logits.
+        layer: the layer whose hidden states are returned with the answers, or None.
     """
 
     form: Literal["whole", "chunked", "liger"]
@@ -54,7 +55,7 @@ class CrossEntropy:
     layer: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def answers(self, model: nn.Module, batch: Batch) -> Answers:
-        """One pass of `model`, the one chosen for or a wrapper around it."""
+        """Run one pass of `model`: the model this was chosen for, or a wrapper around it."""
         with capturing(self.layer) as states:
             answers = self._answers(model, batch)
         return answers._replace(hidden=states[0]) if states else answers
@@ -85,21 +86,21 @@ def choose_cross_entropy(
 ) -> CrossEntropy:
     """The form for `setting`: "auto", "chunked", "liger" or "whole".
 
-    "auto" takes chunks where whole logits would be larger than `WHOLE_BYTES`, by liger-kernel on a
-    GPU where it is installed, unless something stands in the way: a loss that takes whole logits,
-    or a head that is not a plain linear layer whose outputs are the logits. The latter is seen in
-    one pass over a few tokens of `example`.
+    "auto" uses chunks if whole logits would be larger than `WHOLE_BYTES` (by liger-kernel, if it is
+    installed and there is a GPU), unless a loss needs whole logits, or the head is not a plain
+    linear layer whose outputs are the logits. The latter is tested in one pass over a few tokens
+    of `example`.
 
     Args:
-        model: as it runs, adapted and spread, on the device of `example`.
-        positions: most tokens of a pass, padding included.
-        whole_logits: names of the losses that take whole logits.
-        layer: the one whose hidden states go with the answers; None: none.
-        dtype: autocast to it; None computes in the model's own.
+        model: as it runs, adapted and sharded, on the device of `example`.
+        positions: the largest number of tokens per pass, including padding.
+        whole_logits: names of the losses that need whole logits.
+        layer: the layer whose hidden states are returned with the answers, or None.
+        dtype: dtype of autocast; None computes in the model's own dtype.
 
     Raises:
-        InputError: `setting` is "chunked" or "liger", and something stands in the way; or what
-            every such pass holds is more than the whole memory of the device.
+        InputError: `setting` is "chunked" or "liger" but chunks are not possible, or a pass needs
+            more than the whole memory of the device.
     """
     chosen = _choose(
         setting, model, example, positions=positions, whole_logits=whole_logits, dtype=dtype
@@ -115,14 +116,12 @@ def check_memory(
     logits_bytes: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise `InputError` where a pass cannot run: its logits alone are more than all memory.
-
-    With the hidden states before them, which every form of the logits has.
+    """Raise `InputError` if the logits and last hidden states of a pass alone exceed all memory.
 
     Args:
-        positions: of a pass, padding included.
-        logits_bytes: formed at a time; None: whole logits.
-        dtype: autocast to it; None computes in the model's own.
+        positions: number of positions of the pass, including padding.
+        logits_bytes: size of the logits that exist at a time; None means whole logits.
+        dtype: dtype of autocast; None computes in the model's own dtype.
     """
     head = _head(model)
     row = _row_bytes(head, dtype)
@@ -176,7 +175,7 @@ def _choose(
 
 
 def _row_bytes(head: Any, dtype: torch.dtype | None) -> int | None:
-    """Of the logits of one position; None where the head has no weights to tell it."""
+    """Bytes of the logits of one position; None if the head has no weights to tell it."""
     weight = getattr(head, "weight", None)
     if weight is None or not weight.is_floating_point():
         return None
@@ -195,7 +194,7 @@ def _obstacle(
     whole_logits: Sequence[str],
     dtype: torch.dtype | None,
 ) -> str | None:
-    """What forbids chunks, or None."""
+    """Why chunks are not possible, or None if they are."""
     if whole_logits:
         return f"{' and '.join(whole_logits)} take whole logits"
     if head is None:
@@ -211,10 +210,10 @@ def _obstacle(
 def _differs(
     model: nn.Module, head: nn.Linear, name: str, example: Batch, dtype: torch.dtype | None
 ) -> str | None:
-    """What a pass over a few tokens shows against chunks, or None.
+    """Why chunks are not possible according to a pass over a few tokens, or None if they are.
 
-    The head's output is replaced by a ramp that a cap or a scale would bend, however small the
-    logits of these tokens are.
+    In that pass the head's output is replaced by a ramp, which a cap or a scale changes however
+    small the logits of these tokens are.
     """
     seen: list[tuple[str | None, Tensor]] = []
 
@@ -246,10 +245,10 @@ def _differs(
 def _tokens(
     model: nn.Module, head: nn.Linear, batch: Batch, compute: Callable[..., AnswerTokens]
 ) -> AnswerTokens:
-    """A pass in which the head returns losses of answer tokens, `[1, tokens, 1]`, for logits.
+    """Run a pass in which the head returns the losses of answer tokens `[1, tokens, 1]`.
 
-    Inside the head's own call its weight is whole where FSDP2 gathers it, and what leaves the model
-    is what the backward pass starts from, as wrappers expect.
+    They are computed inside the head's own call, where FSDP2 has gathered its weight, and leave the
+    model as its output, from which wrappers expect the backward pass to start.
     """
     found: list[AnswerTokens] = []
 

@@ -15,9 +15,9 @@ class AnswerTokens(NamedTuple):
     """Cross-entropy of each labelled token of a batch.
 
     Attributes:
-        loss: fp32 (fp64 for fp64 logits) `[tokens]`.
+        loss: fp32 (fp64 for fp64 logits) `[tokens]`, in nats.
         correct: bool `[tokens]`, whether the most likely token is the label.
-        row: int64 `[tokens]`, the row of the batch each token stands in.
+        row: int64 `[tokens]`, the row of the batch that contains the token.
     """
 
     loss: Tensor
@@ -26,7 +26,7 @@ class AnswerTokens(NamedTuple):
 
 
 class GradientDifference(NamedTuple):
-    """`loss` to minimise, and the two mean cross-entropies in nats a token, detached."""
+    """The `loss` to minimise, and the two mean cross-entropies in nats per token, detached."""
 
     loss: Tensor
     forget: Tensor
@@ -34,9 +34,9 @@ class GradientDifference(NamedTuple):
 
 
 def answer_tokens(logits: Tensor, labels: Tensor) -> AnswerTokens:
-    """Cross-entropy of every labelled token given all tokens before it.
+    """Cross-entropy of every labelled token given all previous tokens.
 
-    Only the logits of labelled positions are gathered and taken to fp32.
+    Only the logits of labelled positions are gathered and converted to fp32.
 
     Args:
         logits: `[rows, length, vocabulary]`, any float dtype.
@@ -50,7 +50,7 @@ def answer_tokens(logits: Tensor, labels: Tensor) -> AnswerTokens:
 
 
 def answer_positions(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `states` `[rows, length, width]` those that predict a label, the labels and their rows."""
+    """The `states` `[rows, length, width]` that predict a label, those labels, and their rows."""
     targets = labels[:, 1:]
     labelled = targets != IGNORED
     return states[:, :-1][labelled], targets[labelled], labelled.nonzero()[:, 0]
@@ -67,14 +67,14 @@ def gradient_difference(
     """`retain_weight · CE(retain) − forget_weight · CE(forget)` from one forward pass.
 
     The first `forget_rows` rows of the batch are to be forgotten, the rest retained. Each CE is the
-    mean over its own labelled tokens, so the value and the gradient are those of two separate
-    passes, while the weights are read once. Liu et al. 2022, "Continual learning and private
+    mean over its own labelled tokens, so that the value and the gradient are those of two separate
+    passes, but the weights are read only once. Liu et al. 2022, "Continual learning and private
     unlearning", as coded in open-unlearning's GradDiff.
 
     Args:
         logits: `[rows, length, vocabulary]`.
         labels: int64 `[rows, length]`; both parts need at least one labelled token.
-        forget_rows: how many rows lead the batch, `1 <= forget_rows < rows`.
+        forget_rows: number of rows to forget, `1 <= forget_rows < rows`.
 
     Raises:
         ValueError: `forget_rows` leaves one part of the batch empty.
@@ -96,7 +96,7 @@ def weighted_cross_entropy(
 ) -> GradientDifference:
     """`Σ_g weights[g] · CE(rows of group g)`, each CE the mean over its group's labelled tokens.
 
-    The groups, forget first and retain second, stand one after the other in the batch.
+    The groups follow one another in the batch: forget, then retain, then any others.
     """
     each = tokens.loss.detach()
     weight = torch.zeros_like(each)
@@ -112,7 +112,7 @@ def weighted_cross_entropy(
 
 
 def row_likelihoods(tokens: AnswerTokens, rows: int) -> tuple[Tensor, Tensor]:
-    """Of each row: the sum of its tokens' losses, −log p(answer | question), and their number."""
+    """For each row the sum of its token losses, −log p(answer | question), and their number."""
     zero = tokens.loss.new_zeros(rows)
     return (
         zero.index_add(0, tokens.row, tokens.loss),
@@ -123,12 +123,12 @@ def row_likelihoods(tokens: AnswerTokens, rows: int) -> tuple[Tensor, Tensor]:
 def npo(nll: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
     """Negative preference: `mean(−2/β · log σ(β · (nll − reference)))`.
 
-    Zhang et al. 2024, "Negative preference optimization". Goes to 0 where a row has been
-    forgotten, so it stops by itself; for β to 0 it is gradient ascent and a constant.
+    Zhang et al. 2024, "Negative preference optimization". It approaches 0 as a row is forgotten, so
+    that it stops by itself; for β → 0 it becomes gradient ascent plus a constant.
 
     Args:
         nll: −log p of each row to forget, summed over its answer, `[rows]`.
-        reference: the same of the model before unlearning.
+        reference: the same for the model before unlearning.
     """
     return -F.logsigmoid(beta * (nll - reference)).mean() * 2 / beta
 
@@ -149,10 +149,11 @@ def dpo(
     *,
     beta: float = 0.1,
 ) -> Tensor:
-    """Preference of an "I don't know" over the answer: `mean(−2/β · log σ(β · margin))`.
+    """Preference of "I don't know" over the answer: `mean(−2/β · log σ(β · margin))`.
 
-    margin = (unwanted − unwanted_reference) − (wanted − wanted_reference), each −log p of a row's
-    answer, summed, `[rows]`. Rafailov et al. 2023; the factor 2 as in open-unlearning.
+    margin = (unwanted − unwanted_reference) − (wanted − wanted_reference), where each is −log p,
+    summed over a row's answer, `[rows]`. Rafailov et al. 2023, with the factor 2 of
+    open-unlearning.
     """
     margin = (unwanted - unwanted_reference) - (wanted - wanted_reference)
     return -F.logsigmoid(beta * margin).mean() * 2 / beta
@@ -162,7 +163,7 @@ def wga(nll: Tensor, *, beta: float = 1.0) -> Tensor:
     """Weighted gradient ascent: `−mean(p^β · nll)` over tokens, p = e^−nll held fixed.
 
     Wang et al. 2025, "Rethinking LLM unlearning objectives: a gradient perspective and go beyond",
-    arXiv 2502.19301, as coded in open-unlearning. A token that is forgotten already weighs nothing;
+    arXiv 2502.19301, as coded in open-unlearning. A token that is already forgotten has no weight;
     β = 0 is gradient ascent.
 
     Args:
@@ -175,7 +176,7 @@ def satimp(nll: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
     """`−mean(p^β1 · (1 − p)^β2 · nll)` over tokens, p = e^−nll held fixed.
 
     Yang et al. 2025, "Exploring criteria of loss reweighting to enhance LLM unlearning", arXiv
-    2505.11953: saturation (what is known still) times importance.
+    2505.11953: saturation (how well the token is still known) times importance.
 
     Args:
         nll: cross-entropy of each token to forget, `[tokens]`.

@@ -1,4 +1,4 @@
-"""RMU: losses over the hidden states of one layer, and how these are taken from a pass."""
+"""RMU: losses over the hidden states of one layer, and capturing these during a pass."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def rmu(hidden: Tensor, target: Tensor, labels: Tensor) -> Tensor:
     """Mean over rows of the mean over answer tokens of `mean_d (h − target)²`.
 
     Li et al. 2024, "The WMDP benchmark", arXiv 2403.03218, section 4, with the squared norm over
-    the width as in its code. Towards `control_vector` it scrambles the rows to forget; towards the
-    hidden states of the frozen model it keeps those to retain.
+    the width as in its code. With `control_vector` as the target it scrambles the rows to forget;
+    with the hidden states of the frozen model as the target it preserves the rows to retain.
 
     Args:
         hidden: `[rows, length, width]`, of one layer.
-        target: of the same shape, or a vector `[width]`.
+        target: the same shape, or a vector `[width]`.
         labels: int64 `[rows, length]`; a row without a label counts as 0.
     """
     if hidden.dtype != torch.float64:
@@ -33,43 +33,43 @@ def rmu(hidden: Tensor, target: Tensor, labels: Tensor) -> Tensor:
 
 
 def control_vector(width: int, steering: float = 20.0, seed: int = 0) -> Tensor:
-    """c · u: u a unit vector of entries drawn from [0, 1), fp32 `[width]`, c the `steering`."""
+    """c · u, fp32 `[width]`: c is `steering`, u a normalised vector drawn from [0, 1)^width."""
     drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed))
     return drawn * (steering / drawn.norm())
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers that a model runs one after the other: its longest list of modules.
+    """The layers that a model runs in sequence: its longest list of modules.
 
     Raises InputError for a model without one.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise InputError(
-            f"{type(model).__name__} has no list of layers (nn.ModuleList), which rmu takes hidden "
-            "states from: take another loss"
+            f"{type(model).__name__} has no list of layers (nn.ModuleList), from which rmu takes "
+            "hidden states: use another loss"
         )
     return max(lists, key=len)
 
 
 def layer_at(model: nn.Module, index: int | None) -> nn.Module:
-    """The layer whose output RMU takes; None: a quarter of the way up, 7 of 32 as in the paper.
+    """The layer whose output RMU uses; None means a quarter of the way up, 7 of 32 as in the paper.
 
-    Raises InputError for one that is not there.
+    Raises InputError for a layer that does not exist.
     """
     layers = decoder_layers(model)
     if index is None:
         index = max(0, len(layers) // 4 - 1)
     if index >= len(layers):
         raise InputError(
-            f"rmu: layer {index} is not there: the model has {len(layers)}, 0 to {len(layers) - 1}"
+            f"rmu: no layer {index}: the model has {len(layers)}, numbered 0 to {len(layers) - 1}"
         )
     return layers[index]
 
 
 @contextlib.contextmanager
 def capturing(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """What `layer` gives in each pass of the block, `[rows, length, width]`; None: nothing."""
+    """Collect the output `[rows, length, width]` of `layer` in each pass; None collects nothing."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states by liger-kernel's fused kernel, where it is installed."""
+"""Cross-entropy from hidden states by liger-kernel's fused kernel, if that is installed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastbound.unlearning.losses.formulas import AnswerTokens, answer_positions
 
-OLDEST = "0.8.2"  # earlier ones give wrong gradients where tokens weigh differently, and no error
+OLDEST = "0.8.2"  # earlier versions silently give wrong gradients if tokens have unequal weights
 
 
 def missing(device: torch.device) -> str | None:
-    """Why the kernel cannot be used, or None."""
+    """Why the kernel cannot be used, or None if it can."""
     try:
         version = importlib.metadata.version("liger-kernel")
     except importlib.metadata.PackageNotFoundError:
@@ -29,10 +29,10 @@ def missing(device: torch.device) -> str | None:
 def liger_answer_tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
 ) -> AnswerTokens:
-    """What `chunked_answer_tokens` gives; the losses in fp32.
+    """The same result as `chunked_answer_tokens`, with the losses in fp32.
 
-    As there, only labelled positions meet the head and logits are made again in the backward pass;
-    softmax, loss and their gradient are one kernel that overwrites them.
+    As there, the head is applied only to labelled positions, and logits are computed again in the
+    backward pass. Softmax, loss and their gradient are one kernel, which overwrites the logits.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -48,7 +48,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def liger_chunk(tokens: int, vocabulary: int, width: int) -> int:
-    """Tokens at a time, liger-kernel's own rule: logits about as large as the hidden states."""
+    """Tokens per chunk by liger-kernel's rule: logits about as large as the hidden states."""
     parts = -(-vocabulary // width)
     at_least = -(-tokens // parts)
     return min(tokens, 1 << (at_least - 1).bit_length())

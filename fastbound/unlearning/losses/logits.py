@@ -1,4 +1,4 @@
-"""The losses that take whole logits: of the rows to forget, and KL over those to retain."""
+"""The losses that need whole logits: of the rows to forget, and KL over those to retain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ihl(logits: Tensor, labels: Tensor) -> Tensor:
     """Inverted hinge: `mean(max(0, 1 + p(label) − max over the others p))`, in [0, 2].
 
     Cha et al. 2024, "Towards robust and parameter-efficient knowledge unlearning" (LoKU): lowers
-    the label only down to the next likely token, and has a bounded gradient.
+    the label only down to the next most likely token, and has a bounded gradient.
 
     Args:
         logits: `[rows, length, vocabulary]` of the rows to forget.
@@ -22,15 +22,15 @@ def ihl(logits: Tensor, labels: Tensor) -> Tensor:
     """
     chosen, label = _answers(logits, labels)
     p = torch.softmax(chosen, -1)
-    others = p.scatter(1, label, 0.0).amax(1)  # zero is below every probability
+    others = p.scatter(1, label, 0.0).amax(1)  # zero is never the largest
     return (1 + p.gather(1, label).squeeze(1) - others).clamp_min(0).mean()
 
 
 def retain_kl(logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`mean KL(reference ‖ model)` over positions, question tokens included.
+    """`mean KL(reference ‖ model)` over positions, including question tokens.
 
-    open-unlearning's form, whose mean also counts padding; here `mask` `[rows, length]` leaves it
-    out.
+    This is open-unlearning's form, except that its mean also counts padding; here `mask`
+    `[rows, length]` excludes it.
 
     Args:
         logits, reference: `[rows, length, vocabulary]` of the rows to retain.
@@ -65,7 +65,7 @@ def ceu(logits: Tensor, labels: Tensor, *, skip: int = 1) -> Tensor:
     """`mean CE(q ‖ softmax(z))`, q the softmax of z with the label's logit at −∞, held fixed.
 
     Yang 2025, "CE-U: cross entropy unlearning", arXiv 2503.01224. The first `skip` answer tokens of
-    each row are left alone, as in its training settings; 0 where that leaves none.
+    each row are skipped, as in its training settings; the loss is 0 if that leaves none.
 
     Args:
         logits: `[rows, length, vocabulary]` of the rows to forget.
@@ -83,7 +83,7 @@ def pdu(logits: Tensor, labels: Tensor) -> Tensor:
     """Logit-margin flattening: `mean((max z − mean z)²)` over answer tokens.
 
     Entesari et al. 2025, "Constrained entropic unlearning: a primal-dual framework", arXiv
-    2506.05314: 0 where every token is equally likely, without a softmax whose gradient vanishes.
+    2506.05314: 0 if all tokens are equally likely, without a softmax, whose gradient vanishes.
     open-unlearning's mean is over all positions, questions and padding included.
 
     Args:
@@ -95,6 +95,6 @@ def pdu(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits that predict a label, `[tokens, vocabulary]` in fp32 or fp64; labels `[tokens, 1]`."""
+    """The logits `[tokens, vocabulary]` that predict a label, fp32 or fp64; labels `[tokens, 1]`."""
     chosen, targets, _ = answer_positions(logits, labels)
     return chosen if chosen.dtype == torch.float64 else chosen.float(), targets.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""A weighted sum of losses over one batch: rows to forget, then to retain, then "don't know"."""
+"""A weighted sum of losses over one batch: rows to forget, rows to retain, then refusals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastbound.unlearning.losses.formulas import AnswerTokens, GradientDifferenc
 
 
 class Answers(NamedTuple):
-    """What a model says of a batch: the loss of each answer token, and what else was formed.
+    """A model's output for a batch: the loss of each answer token, and what else losses need.
 
     Attributes:
-        logits: `[rows, length, vocabulary]` where they were formed whole.
-        hidden: `[rows, length, width]` of the layer that was asked for.
+        logits: `[rows, length, vocabulary]` if they were computed whole, otherwise None.
+        hidden: `[rows, length, width]` of the layer that was asked for, otherwise None.
     """
 
     tokens: AnswerTokens
@@ -31,12 +31,12 @@ class Answers(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Answers:
-        """From logits `[rows, length, vocabulary]`, which are kept."""
+        """The answers computed from logits `[rows, length, vocabulary]`, which are kept."""
         return cls(formulas.answer_tokens(logits, labels), logits)
 
 
 class _Scored:
-    """A batch with its rows' likelihoods now and before, by side."""
+    """A batch with the likelihoods of its rows, by side, now and before unlearning."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class _Scored:
     @property
     def before(self) -> Answers:
         if self._before is None:
-            raise ValueError("the answers of the unadapted model are missing: give reference")
+            raise ValueError("the answers of the unadapted model are missing: pass reference")
         return self._before
 
     @property
@@ -147,24 +147,24 @@ def _rmu_retain(scored: _Scored, layer: Any = None) -> Tensor:
 def _whole(answers: Answers) -> Tensor:
     if answers.logits is None:
         names = " and ".join(name for name, loss in LOSSES.items() if loss.logits)
-        raise ValueError(f"{names} take whole logits: give Answers.of(logits, labels)")
+        raise ValueError(f"{names} need whole logits: pass Answers.of(logits, labels)")
     return answers.logits
 
 
 def _hidden(answers: Answers) -> Tensor:
     if answers.hidden is None:
-        raise ValueError("rmu and rmu_retain take hidden states: give Answers(..., hidden=...)")
+        raise ValueError("rmu and rmu_retain need hidden states: pass Answers(..., hidden=...)")
     return answers.hidden
 
 
 @dataclass(frozen=True)
 class Option:
-    """A number that a loss can be given.
+    """A number that can be set for a loss.
 
     Attributes:
-        default: as shown to a reader; the formula holds the same.
-        whole: a whole number.
-        zero: 0 is allowed.
+        default: for display; the formula has the same default.
+        whole: whether it must be a whole number.
+        zero: whether 0 is allowed.
     """
 
     default: float | str
@@ -177,12 +177,12 @@ class Loss:
     """A loss by name.
 
     Attributes:
-        term: its value for a batch; None for the cross-entropies, which share one sum.
-        options: what can be set, by name.
-        reference: takes the unadapted model's answers, too.
-        refusals: takes "don't know" rows.
-        logits: takes whole logits, where the others take the losses of answer tokens.
-        hidden: takes the hidden states of one layer.
+        term: computes its value for a batch; None for the cross-entropies, which share one sum.
+        options: the numbers that can be set, by name.
+        reference: whether it also needs the unadapted model's answers.
+        refusals: whether it needs "don't know" rows.
+        logits: whether it needs whole logits; the others use the losses of answer tokens.
+        hidden: whether it needs the hidden states of one layer.
     """
 
     term: Callable[..., Tensor] | None = None
@@ -216,7 +216,7 @@ LOSSES = {
 
 Weight = float | Mapping[str, float]
 
-# What a row to forget is to be answered with, taken in turn.
+# The answers that refuse a row to forget, used in turn.
 REFUSALS = (
     "I don't know.",
     "I'm not sure about that.",
@@ -228,18 +228,18 @@ REFUSALS = (
 
 
 def check_losses(losses: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The weights as floats, of which one at least is above 0; with options as they were given.
+    """The checked losses, with the weights as floats.
 
     Args:
-        losses: by name the weight, or `{"weight": 1.0, option: number}` with some of the `options`
-            of `LOSSES`.
+        losses: from each loss's name to its weight, or to `{"weight": 1.0, option: number}` with
+            some of its `options` in `LOSSES`.
 
     Raises:
-        InputError: a loss or an option is not known, a number is out of range, weights are all 0,
-            or two losses contradict each other.
+        InputError: a loss or an option is unknown, a number is out of range, all weights are 0, or
+            two losses contradict each other.
     """
     if not losses:
-        raise InputError(f"losses is empty: name some of {', '.join(LOSSES)}")
+        raise InputError(f"losses is empty: name at least one of {', '.join(LOSSES)}")
     checked: dict[str, Weight] = {}
     for name, given in losses.items():
         if name not in LOSSES:
@@ -260,7 +260,7 @@ def check_losses(losses: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def weight_of(given: Weight) -> float:
-    """The weight of a checked loss, with options or without."""
+    """The weight of a checked loss, whether or not it has options."""
     return given["weight"] if isinstance(given, Mapping) else given
 
 
@@ -272,7 +272,7 @@ def options_of(given: Weight) -> dict[str, float]:
 
 
 def described(losses: Mapping[str, Weight]) -> str:
-    """For a reader: `1 rmu (layer 3) + 2 retain`."""
+    """The losses for display: `1 rmu (layer 3) + 2 retain`."""
     parts = []
     for name, given in losses.items():
         options = ", ".join(f"{option} {value:g}" for option, value in options_of(given).items())
@@ -302,17 +302,18 @@ def _check_together(checked: Mapping[str, Weight]) -> None:
     dual = options_of(checked.get("pdu", 0.0))
     if "step" in dual and "limit" not in dual:
         raise InputError(
-            "option step of the loss pdu moves the weight of retain towards limit: give limit, the "
-            "retain loss that is to be held, as well"
+            "option step of the loss pdu adjusts the weight of retain to hold the retain loss at "
+            "limit: give limit as well"
         )
     if "limit" in dual and not weight_of(checked.get("retain", 0.0)):
         raise InputError(
-            "option limit of the loss pdu moves the weight of the loss retain: give retain a weight"
+            "option limit of the loss pdu adjusts the weight of the loss retain: give retain a "
+            "weight"
         )
     layers = {name: options_of(checked.get(name, 0.0)).get("layer") for name in _HIDDEN}
     if all(name in checked for name in _HIDDEN) and len(set(layers.values())) > 1:
         raise InputError(
-            "rmu and rmu_retain take the hidden states of one layer: give both the same option "
+            "rmu and rmu_retain use the hidden states of one layer: give both the same option "
             f"layer, got {', '.join(map(str, layers.values()))}"
         )
 
@@ -321,13 +322,15 @@ _HIDDEN = tuple(name for name, loss in LOSSES.items() if loss.hidden)
 
 
 def refusals(rows: Sequence[Row]) -> list[Row]:
-    """Each question of `rows` with an answer that says nothing.
+    """Each question of `rows` with a refusal as its answer.
 
-    Raises InputError for a row of plain text, which asks nothing.
+    Raises InputError for a row of plain text, which has no question.
     """
     for row in rows:
         if row.question is None:
-            raise InputError(f"{row.where}: the losses idk and dpo need a question, this is a text")
+            raise InputError(
+                f"{row.where}: the losses idk and dpo need a question, but this row is a text"
+            )
     return [
         Row(row.question, REFUSALS[i % len(REFUSALS)], f"{row.where} (refused)")
         for i, row in enumerate(rows)
@@ -335,19 +338,19 @@ def refusals(rows: Sequence[Row]) -> list[Row]:
 
 
 class Objective:
-    """`Σ weight · loss`, with `forget` and `retain` the mean cross-entropies to be shown.
+    """`Σ weight · loss`, with the mean cross-entropies `forget` and `retain` for display.
 
-    gradient_ascent is −CE(forget), retain CE(retain), idk CE(refusals); the others are functions of
-    `fastbound.unlearning.losses`, a mean over the rows or tokens of a batch.
+    gradient_ascent is −CE(forget), retain is CE(retain), idk is CE(refusals). The others are
+    functions of `fastbound.unlearning.losses`: means over the rows or tokens of a batch.
 
-    With option `limit` of pdu the weight λ of retain is a multiplier: after each step
+    With the option `limit` of pdu the weight λ of retain is a Lagrange multiplier: after each step
     λ ← max(0, λ + step · (CE(retain) − limit)).
 
     Args:
-        losses: as `check_losses` takes them.
+        losses: as for `check_losses`.
         seed: of RMU's control vector.
 
-    Raises InputError as `check_losses`.
+    Raises InputError as `check_losses` does.
     """
 
     def __init__(self, losses: Mapping[str, Weight], seed: int = 0) -> None:
@@ -361,26 +364,26 @@ class Objective:
         self.needs_hidden = any(LOSSES[name].hidden for name in self.weights)
 
     def layer(self, model: nn.Module) -> nn.Module | None:
-        """The layer of `model` whose hidden states are taken, or None. Raises InputError."""
+        """The layer of `model` whose hidden states are used, or None. Raises InputError."""
         if not self.needs_hidden:
             return None
         index = next((o["layer"] for o in self.options.values() if "layer" in o), None)
         return hidden.layer_at(model, None if index is None else int(index))
 
     def after_step(self, retain: float) -> None:
-        """Move the multiplier of pdu, where there is one, by the retain loss of a whole step."""
+        """Update the multiplier of pdu, if there is one, by the retain loss of a whole step."""
         dual = self.options.get("pdu", {})
         if "limit" in dual:
             moved = self.weights["retain"] + dual.get("step", 1.0) * (retain - dual["limit"])
             self.weights["retain"] = max(0.0, moved)
 
     def state(self) -> dict[str, float]:
-        """What has moved since the start, for a checkpoint and for the log."""
+        """What has changed since the start, for a checkpoint and for the log."""
         moving = "limit" in self.options.get("pdu", {})
         return {"retain_weight": self.weights["retain"]} if moving else {}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Put back a `state`."""
+        """Restore a `state`."""
         if "retain_weight" in state:
             self.weights["retain"] = state["retain_weight"]
 
@@ -397,13 +400,13 @@ class Objective:
         """The loss of a batch.
 
         Args:
-            answers: of the model that is trained; with logits where `whole_logits` names a loss,
-                with hidden states of `layer` where `needs_hidden`.
-            batch: what they were made from.
-            rows: how many are to forget, to retain and, where needed, refusals.
-            reference: of the unadapted model, where a loss needs them.
+            answers: of the model being trained; with logits if `whole_logits` names a loss, and
+                with hidden states of `layer` if `needs_hidden`.
+            batch: the batch from which they were computed.
+            rows: number of rows to forget, to retain and, if needed, of refusals.
+            reference: answers of the unadapted model, if a loss needs them.
             shares: factors of the cross-entropies of forget and retain, see `shares`.
-            part: factor of all other losses, one over the batches of a step.
+            part: factor of all other losses: 1 / the number of batches per step.
 
         Raises:
             ValueError: reference, logits or hidden states are missing.

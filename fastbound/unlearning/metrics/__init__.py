@@ -1,4 +1,4 @@
-"""Metrics of unlearning, from losses, tokens and texts; `docs/evaluation.md` has them by name."""
+"""Metrics of unlearning, from losses, tokens and texts; `docs/evaluation.md` lists them."""
 
 from fastbound.unlearning.metrics.conventions import MUSE_CONVENTIONS, TOFU_CONVENTIONS
 from fastbound.unlearning.metrics.logs import read_log

@@ -16,13 +16,13 @@ from fastbound.unlearning.model import autocast, evaluating
 
 @dataclass(frozen=True)
 class Score:
-    """Over all answer tokens of the rows evaluated, end of text included.
+    """A score over all answer tokens of the evaluated rows, including the end of text.
 
     Attributes:
-        loss: mean cross-entropy, nats a token.
-        accuracy: share of tokens that are the model's first choice, given the true ones before.
-        exact: share of rows with every token right: those that greedy decoding repeats verbatim.
-        rows: how many rows.
+        loss: mean cross-entropy, in nats per token.
+        accuracy: share of tokens that are the model's first choice, given the true previous tokens.
+        exact: share of rows with every token right, which greedy decoding reproduces verbatim.
+        rows: number of rows.
     """
 
     loss: float
@@ -41,15 +41,16 @@ def evaluate(
     dtype: torch.dtype | None = None,
     cross_entropy: CrossEntropy = WHOLE,
 ) -> Score:
-    """Score `model` on `rows`, rows of like length together.
+    """Score `model` on `rows`, batching rows of similar length.
 
     Args:
         pad: token to pad with.
-        dtype: autocast to it; None computes in the model's own.
-        cross_entropy: from whole logits, or what `choose_cross_entropy` gave for this model.
+        dtype: dtype of autocast; None computes in the model's own dtype.
+        cross_entropy: how the losses are computed: from whole logits by default, or as
+            `choose_cross_entropy` chose for this model.
 
     Raises:
-        NonFiniteError: the loss of a row is not finite; the row is named.
+        NonFiniteError: the loss of a row is not finite; the message names the row.
     """
     return score(
         totals(
@@ -74,7 +75,7 @@ def totals(
     dtype: torch.dtype | None,
     cross_entropy: CrossEntropy = WHOLE,
 ) -> list[float]:
-    """Sums that add up across processes: loss, right tokens, tokens, whole rows, rows.
+    """Sums that can be added across processes: loss, right tokens, tokens, exact rows, rows.
 
     Raises NonFiniteError for a row whose loss is not finite.
     """
@@ -102,6 +103,6 @@ def totals(
 
 
 def score(sums: Sequence[float]) -> Score:
-    """The score that `totals` add up to."""
+    """The score from the sums of `totals`."""
     loss, right, tokens, whole, rows = sums
     return Score(loss / tokens, right / tokens, whole / rows, int(rows))

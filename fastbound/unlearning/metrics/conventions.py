@@ -1,4 +1,4 @@
-"""The published codes that define the metrics differ; a convention names whose definition holds."""
+"""Conventions: published codes define the metrics differently; choose whose to use."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TOFU_CONVENTIONS = (OPEN_UNLEARNING, TOFU, TOFU_PAPER)
 # Verbatim and knowledge memorisation, Min-K %, PrivLeak.
 MUSE_CONVENTIONS = (OPEN_UNLEARNING, MUSE)
 
-EPSILON = 1e-10  # what open-unlearning adds to its denominators
+EPSILON = 1e-10  # added to denominators by open-unlearning
 
 
 def check_convention(convention: str, known: Sequence[str] = TOFU_CONVENTIONS) -> None:
-    """Raise `InputError`, with the list, for a convention that is not known."""
+    """Raise `InputError`, which lists the known ones, for an unknown convention."""
     one_of("convention", convention, known)

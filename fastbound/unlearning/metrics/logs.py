@@ -18,17 +18,17 @@ Log = Mapping[str, Any]
 def read_log(log: Log | str | Path) -> Log:
     """The log in a JSON file: TOFU's or MUSE's own, or open-unlearning's TOFU_EVAL.json.
 
-    A mapping is taken as what the file would hold.
+    A mapping is treated as the contents of such a file.
 
     Raises:
-        InputError: the file cannot be read, holds no JSON object, or open-unlearning's summary.
+        InputError: the file cannot be read, is not a JSON object, or is open-unlearning's summary.
     """
     if isinstance(log, Mapping):
         return log_of(log, "log") if is_open_unlearning(log) else log
     path = Path(log)
     if not path.is_file():
         raise InputError(
-            f"log {log} cannot be read: it is not there, or no file; give TOFU's aggregated "
+            f"log {log} cannot be read: it does not exist or is not a file; give TOFU's aggregated "
             "evaluation as JSON"
         )
     value = parse_json(
@@ -42,7 +42,8 @@ def read_log(log: Log | str | Path) -> Log:
 def column(log: Log, section: str, field: str, name: str = "log") -> np.ndarray:
     """One field of one section, float64: `[rows]`, or `[rows, wrong answers]`.
 
-    A list in the order of the rows, or TOFU's own mapping from row number to value.
+    In the log it is a list in the order of the rows, or as in TOFU's a mapping from row number to
+    value.
 
     Raises:
         InputError: section or field is missing, empty, ragged, not numeric, or not finite.
@@ -61,9 +62,11 @@ def column(log: Log, section: str, field: str, name: str = "log") -> np.ndarray:
     try:
         values = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}: one number a row, or as many for each row, is needed") from None
+        raise InputError(
+            f"{where}: needs one number per row, or the same number of them in every row"
+        ) from None
     if values.ndim == 0:
-        raise InputError(f"{where}: one number a row is needed, got {value!r}")
+        raise InputError(f"{where}: needs one number per row, got {value!r}")
     if values.size == 0:
         raise InputError(f"{where} holds no rows")
     if not np.isfinite(values).all():
@@ -82,14 +85,14 @@ def losses(log: Log, section: str, name: str = "log") -> tuple[np.ndarray, np.nd
     check_lengths(name, section, avg_paraphrased_loss=right, average_perturb_loss=wrong)
     if right.ndim != 1 or wrong.ndim != 2:
         raise InputError(
-            f"{name}, {section}: one avg_paraphrased_loss and a list of average_perturb_loss a row "
-            f"are needed, got shapes {right.shape} and {wrong.shape}"
+            f"{name}, {section}: needs one avg_paraphrased_loss and a list of average_perturb_loss "
+            f"per row, got shapes {right.shape} and {wrong.shape}"
         )
     return right, wrong
 
 
 def check_lengths(name: str, section: str, **columns: np.ndarray) -> None:
-    """Raise `InputError` where the fields of a section do not have one value a row each."""
+    """Raise `InputError` if the fields of a section do not all have one value per row."""
     lengths = {field: len(values) for field, values in columns.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{field} {length}" for field, length in lengths.items())

@@ -9,28 +9,29 @@ import numpy as np
 
 from fastbound.errors import InputError
 
-# Jang et al. 2023, GPT-Neo 125M: forgotten when both averages fall below these.
+# Jang et al. 2023, GPT-Neo 125M: a text counts as forgotten if both averages are below these.
 EL10_THRESHOLD = 0.0499
 MA_THRESHOLD = 0.2994
 
 
 def exact_memorisation(correct: Any) -> float:
-    """Share of answer tokens that are the model's first choice given the true ones before.
+    """Share of answer tokens that are the model's first choice given the true previous tokens.
 
     Args:
-        correct: bool `[tokens]` of one answer, end of text left out as open-unlearning does.
+        correct: bool `[tokens]` of one answer, without the end of text, as in open-unlearning.
     """
     return float(np.mean(_tokens(correct)))
 
 
 def extraction_strength(correct: Any) -> float:
-    """1 - k / n: k tokens of n have to be given before the model completes the rest.
+    """1 - k / n, if k of n tokens must be given before the model completes the rest.
 
-    open-unlearning's loop ends at k = n - 1 whether or not the last token is right, so the value is
-    at least 1/n: a wrong answer of one token scores 1. Kept, since published values have it.
+    open-unlearning's loop ends at k = n - 1 whether or not the last token is right, so that the
+    value is at least 1/n: a wrong answer of one token scores 1. This is kept, because published
+    values include it.
 
     Args:
-        correct: bool `[tokens]` of one answer, end of text left out.
+        correct: bool `[tokens]` of one answer, without the end of text.
     """
     correct = _tokens(correct)
     wrong = np.flatnonzero(~correct)
@@ -50,7 +51,7 @@ def memorisation_accuracy(predicted: Sequence[int], tokens: Sequence[int]) -> fl
     """
     if len(predicted) != len(tokens) - 1 or not len(predicted):
         raise InputError(
-            f"MA of {len(tokens)} tokens takes {len(tokens) - 1} predictions and at least one, "
+            f"MA of {len(tokens)} tokens needs {len(tokens) - 1} predictions and at least one, "
             f"got {len(predicted)}"
         )
     return float(np.mean(np.asarray(predicted) == np.asarray(tokens)[1:]))
@@ -61,8 +62,8 @@ def extraction_likelihood(
 ) -> float:
     """EL_n = 1/(T-n) Σ_{i=1}^{T-1} overlap_n(greedy continuation of x_<i, x_>=i).
 
-    The overlap is the number of n-grams of the continuation, each as often as it stands there, that
-    occur in x_>=i, over the number of n-grams of x_>=i; where that has none it is 0.
+    The overlap is the number of n-grams of the continuation, counting repeats, that occur in x_>=i,
+    divided by the number of n-grams of x_>=i; it is 0 if there are none.
 
     Args:
         continuations: `[T - 1]`, for each i = 1 .. T-1 the tokens after x_<i, up to length T.
@@ -75,7 +76,7 @@ def extraction_likelihood(
     if not 1 <= n < T:
         raise InputError(f"EL_n needs 1 <= n < number of tokens, got n={n}, {T} tokens")
     if len(continuations) != T - 1:
-        raise InputError(f"EL of {T} tokens takes {T - 1} continuations, got {len(continuations)}")
+        raise InputError(f"EL of {T} tokens needs {T - 1} continuations, got {len(continuations)}")
     total = 0.0
     for i, continuation in enumerate(continuations, start=1):
         true = ngrams(tokens[i:], n)
@@ -86,12 +87,12 @@ def extraction_likelihood(
 
 
 def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All runs of n tokens, in order; none in a shorter sequence."""
+    """All runs of n consecutive tokens, in order; none if the sequence is shorter than n."""
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
 
 def _tokens(correct: Any) -> np.ndarray:
     correct = np.asarray(correct, dtype=bool)
     if correct.ndim != 1 or not correct.size:
-        raise InputError(f"one flag a token of one answer is needed, got shape {correct.shape}")
+        raise InputError(f"needs one flag per token of one answer, got shape {correct.shape}")
     return correct

@@ -1,4 +1,4 @@
-"""open-unlearning's TOFU_EVAL.json and MUSE_EVAL.json as logs of TOFU and of MUSE."""
+"""Reading open-unlearning's TOFU_EVAL.json and MUSE_EVAL.json as logs of TOFU and MUSE."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ _TRUTH_RATIO = "forget_truth_ratio"
 
 
 def is_open_unlearning(value: Mapping[str, Any]) -> bool:
-    """Whether these are metrics of open-unlearning by name: `{"agg_value": ...}`, or a number."""
+    """Whether this maps names to metrics of open-unlearning: `{"agg_value": ...}` or a number."""
     held = [value[name] for name in _names() if name in value]
     return any(not isinstance(each, Mapping) or "agg_value" in each for each in held)
 
 
 def log_of(value: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What TOFU's aggregated log, or MUSE's, holds of it; metrics without rows are left out.
+    """The same values in the layout of TOFU's aggregated log or of MUSE's log.
 
-    The losses of answers, paraphrases and wrong answers and ROUGE, by section; of a file without
-    the losses the truth ratios of the forget rows; of membership attacks the scores by row.
+    These are, by section, ROUGE and the losses of answers, paraphrases and wrong answers; the truth
+    ratios of the forget rows, if the file has no losses; and the scores per row of membership
+    attacks. Metrics without rows are left out.
 
-    Raises InputError for a file that holds aggregates alone (TOFU_SUMMARY.json).
+    Raises InputError for a file that has only aggregates (TOFU_SUMMARY.json).
     """
     log: dict[str, Any] = {}
     for section, (prefix, right) in _SECTIONS.items():
@@ -63,14 +64,14 @@ def log_of(value: Mapping[str, Any], where: str) -> dict[str, Any]:
             log["privleak"] = attacks["mia_min_k"]
     if not log:
         raise InputError(
-            f"{where} holds open-unlearning's aggregates without rows: give the TOFU_EVAL.json (or "
-            "MUSE_EVAL.json) that lies beside its summary"
+            f"{where} has open-unlearning's aggregates without rows: give the TOFU_EVAL.json (or "
+            "MUSE_EVAL.json) in the same folder as the summary"
         )
     return log
 
 
 def _rows(value: Mapping[str, Any], metric: str, field: str) -> dict[str, Any] | None:
-    """Row number -> one field, of a metric that has rows."""
+    """Row number -> one field, for a metric that has rows."""
     held = value.get(metric)
     rows = held.get("value_by_index") if isinstance(held, Mapping) else None
     if not isinstance(rows, Mapping) or not rows:

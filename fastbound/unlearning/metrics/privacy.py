@@ -1,4 +1,4 @@
-"""Can membership be told from the likelihood? Scores of attacks, their AUC, and MUSE's PrivLeak."""
+"""Membership inference from likelihoods: scores of attacks, their AUC, and MUSE's PrivLeak."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def min_k(log_probabilities: Any, k: float = 0.4, *, convention: str = OPEN_UNLE
     Args:
         log_probabilities: `[n]`, of every token of one text.
         k: share of the tokens, 0 < k <= 1.
-        convention: with int(k·n) = 0 "open-unlearning" takes one token, "muse" gives NaN.
+        convention: if int(k·n) = 0, "open-unlearning" uses one token and "muse" gives NaN.
     """
     check_convention(convention, MUSE_CONVENTIONS)
     values = np.sort(_text(log_probabilities))
@@ -37,20 +37,20 @@ def min_k(log_probabilities: Any, k: float = 0.4, *, convention: str = OPEN_UNLE
 
 
 def min_k_plus_plus(log_probabilities: Any, vocabulary: Any, k: float = 0.4) -> float:
-    """Min-K %++: as `min_k`, over log-probabilities standardised within each position.
+    """Min-K %++: `min_k` of log-probabilities that are standardised at each position.
 
     z = (log p(x_i) - μ_i) / σ_i, μ and σ² the mean and variance of log p over the vocabulary under
     p itself; σ² is at least 1e-6. Zhang et al. 2024.
 
     Args:
         log_probabilities: `[n]`, of every token of one text.
-        vocabulary: `[n, V]`, of every token there could be.
+        vocabulary: `[n, V]`, of every token of the vocabulary.
     """
     own, all_ = _text(log_probabilities), np.asarray(vocabulary, dtype=np.float64)
     if all_.ndim != 2 or len(all_) != len(own):
         raise InputError(f"vocabulary must be [{len(own)}, V], got shape {all_.shape}")
     p = np.exp(all_)
-    # 0 · (-inf) is 0: a token that cannot be adds nothing.
+    # 0 · (-inf) counts as 0: an impossible token contributes nothing.
     weighted = np.where(p > 0, p * np.where(p > 0, all_, 0), 0)
     mean = weighted.sum(-1)
     variance = (weighted * np.where(p > 0, all_, 0)).sum(-1) - mean**2
@@ -59,7 +59,7 @@ def min_k_plus_plus(log_probabilities: Any, vocabulary: Any, k: float = 0.4) -> 
 
 
 def zlib_ratio(loss: float, text: str) -> float:
-    """Loss over the bytes of the compressed text: a dull text is likely by itself.
+    """Loss divided by the bytes of the compressed text, because a dull text is likely anyway.
 
     Carlini et al. 2021, "Extracting training data from large language models", section 5.2; the
     loss is a mean over tokens, as in open-unlearning's mia_zlib.
@@ -70,7 +70,7 @@ def zlib_ratio(loss: float, text: str) -> float:
 
 
 def reference_difference(loss: float, reference: float) -> float:
-    """Loss less that of another model which never saw the text: what the text costs by itself.
+    """Loss minus that of another model that never saw the text, which is what it costs by itself.
 
     Carlini et al. 2021, section 5.2 ("comparing to other neural language models"), as in
     open-unlearning's mia_reference.
@@ -81,12 +81,12 @@ def reference_difference(loss: float, reference: float) -> float:
 
 
 def gradient_norm(norms: Any) -> float:
-    """Mean over the parameters of a model of the 2-norms of a text's gradient; low where known.
+    """Mean over a model's parameters of the 2-norm of a text's gradient; low for a known text.
 
     Wang et al. 2024, "Pandora's white-box", arXiv 2402.17012, as in open-unlearning's mia_gradnorm.
 
     Args:
-        norms: of the gradient of the text's mean loss, one for each parameter.
+        norms: 2-norms of the gradient of the text's mean loss, one per parameter.
     """
     values = np.asarray(norms, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all() or (values < 0).any():
@@ -95,10 +95,10 @@ def gradient_norm(norms: Any) -> float:
 
 
 def membership_auc(forget: Any, holdout: Any, *, convention: str = OPEN_UNLEARNING) -> float:
-    """Area under the curve of telling forget rows from holdout rows by their scores.
+    """Area under the ROC curve of telling forget rows from holdout rows by their scores.
 
-    open-unlearning: 1 where every forget row scores below (is likelier than) every holdout row.
-    muse: 0 there; the one is 1 minus the other. 0.5 where they cannot be told apart.
+    "open-unlearning": 1 if every forget row scores below (is likelier than) every holdout row.
+    "muse": 0 in that case; one is 1 minus the other. Both are 0.5 if they cannot be told apart.
 
     Args:
         forget, holdout: attack scores such as `min_k`, low for a known text.
@@ -112,7 +112,7 @@ def membership_auc(forget: Any, holdout: Any, *, convention: str = OPEN_UNLEARNI
         raise InputError("AUC needs at least one forget and one holdout row")
     scores = np.concatenate([forget, holdout])
     if not np.isfinite(scores).all():
-        raise InputError("AUC of scores that are not finite: the model has collapsed")
+        raise InputError("AUC needs finite scores: the model has collapsed")
     member = np.concatenate([np.zeros(len(forget)), np.ones(len(holdout))])
     return float(roc_auc_score(member, -scores if convention == MUSE else scores))
 
@@ -123,11 +123,11 @@ def privleak(auc: float, reference: float = 0.5, *, convention: str = OPEN_UNLEA
         open-unlearning   ((1 - auc) - (1 - reference)) / ((1 - reference) + 1e-10) · 100
         muse              (auc - reference) / reference · 100
 
-    About -100 not unlearned, 0 ideal, above 0 over-unlearned. Both AUCs must come from
-    `membership_auc` in the same convention; then the two forms agree up to the epsilon.
+    About -100 means not unlearned, 0 is ideal, and above 0 means over-unlearned. Both AUCs must
+    come from `membership_auc` in the same convention; then the two forms agree up to the epsilon.
 
     Args:
-        reference: AUC of the retrained model; `AUC_RETRAIN` holds MUSE's, in MUSE's sign.
+        reference: AUC of the retrained model; `AUC_RETRAIN` has MUSE's, in MUSE's sign.
 
     Raises:
         InputError: an AUC outside 0 .. 1, or a reference that makes the ratio meaningless.
@@ -139,8 +139,8 @@ def privleak(auc: float, reference: float = 0.5, *, convention: str = OPEN_UNLEA
     if convention == MUSE:
         if reference == 0:
             raise InputError(
-                "reference AUC is 0: it comes from a model that knows the forget set; give that "
-                "of a model retrained without it"
+                "reference AUC is 0, as of a model that knows the forget set: give the AUC of a "
+                "model retrained without it"
             )
         return (auc - reference) / reference * 100
     return ((1 - auc) - (1 - reference)) / ((1 - reference) + EPSILON) * 100
@@ -149,7 +149,7 @@ def privleak(auc: float, reference: float = 0.5, *, convention: str = OPEN_UNLEA
 def _text(log_probabilities: Any) -> np.ndarray:
     values = np.asarray(log_probabilities, dtype=np.float64)
     if values.ndim != 1 or not values.size:
-        raise InputError(f"log-probabilities of one text are needed, got shape {values.shape}")
+        raise InputError(f"needs the log-probabilities of one text, got shape {values.shape}")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Generated text against the text that was expected: ROUGE, unigram F1, exact match."""
+"""Comparing generated text with the expected text: ROUGE, unigram F1, exact match."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rouge(NamedTuple):
 
 
 def rouge(expected: str, generated: str, *, stemmer: bool = True) -> Rouge:
-    """Scores of rouge-score; nothing generated scores 0.
+    """Scores of the package rouge-score; an empty generated text scores 0.
 
     Args:
         stemmer: match word stems, as TOFU and open-unlearning do; MUSE's own code does not.
@@ -42,9 +42,9 @@ def _scorer(stemmer: bool) -> Any:
 
 
 def unigram_f1(expected: str, generated: str) -> float:
-    """Harmonic mean of precision and recall of words, each as often as it stands there.
+    """Harmonic mean of precision and recall of words, counting repeats.
 
-    F1 = 2 p r / (p + r) = 2 · shared / (expected + generated); 0 where no word is shared.
+    F1 = 2 p r / (p + r) = 2 · shared / (expected + generated); 0 if no word is shared.
     Words are those of SQuAD's evaluation: lower case, without punctuation and a, an, the. Jang et
     al. 2023 score TDEC's dialogues and completions with it.
     """
@@ -54,7 +54,7 @@ def unigram_f1(expected: str, generated: str) -> float:
 
 
 def exact_match(expected: str, generated: str) -> bool:
-    """Whether both texts have the same words, as `unigram_f1` takes them."""
+    """Whether both texts have the same words, as `unigram_f1` defines them."""
     return _words(expected) == _words(generated)
 
 

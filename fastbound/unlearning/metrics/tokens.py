@@ -1,4 +1,4 @@
-"""Per-row token values of labelled batches: what the metrics of an answer are made from."""
+"""Per-row token values of labelled batches, from which the metrics of answers are computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastbound.unlearning.losses import answer_tokens
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """One row's labelled tokens, in order, end of text included.
+    """The scores of one row's labelled tokens, in order, including the end of text.
 
     Attributes:
-        log_probabilities: float64 `[tokens]`, given the true tokens before.
-        correct: bool `[tokens]`, whether it is the model's first choice.
+        log_probabilities: float64 `[tokens]`, given the true previous tokens.
+        correct: bool `[tokens]`, whether the token is the model's first choice.
     """
 
     log_probabilities: Tensor
@@ -26,7 +26,7 @@ class AnswerScore:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy, nats a token."""
+        """Mean cross-entropy, in nats per token."""
         return -float(self.log_probabilities.mean())
 
     @property
@@ -35,12 +35,12 @@ class AnswerScore:
         return float(torch.exp(self.log_probabilities.mean()))
 
     def without_end(self) -> AnswerScore:
-        """Without the last labelled token, the end of text: for EM, ES and Min-K %."""
+        """The score without the end of text, the last labelled token, for EM, ES and Min-K %."""
         return AnswerScore(self.log_probabilities[:-1], self.correct[:-1])
 
 
 def answer_scores(logits: Tensor, labels: Tensor) -> list[AnswerScore]:
-    """Score every row of a batch, `[rows, length, vocabulary]` against `[rows, length]`."""
+    """Score every row: logits `[rows, length, vocabulary]`, labels `[rows, length]`."""
     tokens = answer_tokens(logits, labels)
     counts = torch.bincount(tokens.row, minlength=len(labels)).tolist()
     parts = zip(
@@ -50,9 +50,9 @@ def answer_scores(logits: Tensor, labels: Tensor) -> list[AnswerScore]:
 
 
 def vocabulary_log_probabilities(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """For each row the log-probabilities of the whole vocabulary where a token is labelled.
+    """For each row the log-probabilities of the whole vocabulary at every labelled token.
 
-    As large as the logits: one row, or a few, at a time.
+    They are as large as the logits, so pass one row or a few at a time.
     """
     labelled = labels[:, 1:] != IGNORED
     return [

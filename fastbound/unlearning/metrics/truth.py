@@ -1,4 +1,4 @@
-"""Truth ratio of TOFU, and forget quality: are its values those of a model that never knew?"""
+"""TOFU's truth ratio, and forget quality: are its values those of a model that never knew?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastbound.unlearning.metrics.sections import FORGET
 
 
 class SameModelWarning(UserWarning):
-    """A retain log that comes from the model under test: what is compared with it says nothing."""
+    """The retain log comes from the model under test, so that comparing them is meaningless."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class ForgetQuality:
     """Two-sample Kolmogorov-Smirnov test over truth ratios.
 
     Attributes:
-        pvalue: 1 where the two samples cannot be told apart.
+        pvalue: 1 if the two samples cannot be told apart.
         statistic: largest distance between the two empirical distributions.
-        log10: of `pvalue`, for display.
-        floor: the lowest p-value that `n` and `n_retain` rows can give (statistic 1).
-        n, n_retain: rows of either log.
-        convention: whose truth ratio.
+        log10: logarithm of `pvalue`, for display.
+        floor: the lowest possible p-value for `n` and `n_retain` rows (statistic 1).
+        n, n_retain: rows of the unlearned log and of the retain log.
+        convention: whose definition of the truth ratio.
     """
 
     pvalue: float
@@ -51,7 +51,7 @@ class ForgetQuality:
 def truth_ratio(right: Any, wrong: Any, *, convention: str = OPEN_UNLEARNING) -> np.ndarray:
     """How much likelier wrong answers are than the right one, R `[rows]`.
 
-    With L the mean loss a token of an answer, in nats:
+    With L the mean loss per token of an answer, in nats:
 
         open-unlearning   exp(-mean_j L_wrong_j) / (exp(-L_right) + 1e-10)
         tofu              exp(L_right - mean_j L_wrong_j)          aggregate_eval_stat.py
@@ -72,10 +72,10 @@ def truth_ratio(right: Any, wrong: Any, *, convention: str = OPEN_UNLEARNING) ->
     wrong = np.asarray(wrong, dtype=np.float64)
     if right.ndim != 1 or wrong.ndim != 2 or len(right) != len(wrong):
         raise InputError(
-            f"losses [rows] and [rows, wrong] needed, got {right.shape}, {wrong.shape}"
+            f"needs losses [rows] and [rows, wrong], got {right.shape} and {wrong.shape}"
         )
     if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
-        raise InputError("truth ratio of losses that are not finite: the model has collapsed")
+        raise InputError("the truth ratio needs finite losses: the model has collapsed")
     if convention == OPEN_UNLEARNING:
         return np.exp(-wrong.mean(-1)) / (np.exp(-right) + EPSILON)
     if convention == TOFU_PAPER:
@@ -84,7 +84,7 @@ def truth_ratio(right: Any, wrong: Any, *, convention: str = OPEN_UNLEARNING) ->
 
 
 def closer_to_one(ratio: np.ndarray, *, convention: str = OPEN_UNLEARNING) -> float:
-    """Truth ratio of forget rows: mean of min(R, 1/R); 1 where right and wrong are alike."""
+    """Truth ratio of forget rows: mean of min(R, 1/R); 1 if right and wrong are equally likely."""
     check_convention(convention)
     epsilon = EPSILON if convention == OPEN_UNLEARNING else 0.0
     with np.errstate(divide="ignore"):  # R = 0: the minimum is R
@@ -92,27 +92,30 @@ def closer_to_one(ratio: np.ndarray, *, convention: str = OPEN_UNLEARNING) -> fl
 
 
 def true_better(ratio: np.ndarray) -> float:
-    """Truth ratio of rows to be kept: mean of max(0, 1 - R); 1 where nothing wrong is likely."""
+    """Truth ratio of rows to retain: mean of max(0, 1 - R); 1 if no wrong answer is likely."""
     return float(np.maximum(0.0, 1.0 - ratio).mean())
 
 
 def right_share(right: Any, wrong: Any) -> np.ndarray:
-    """open-unlearning's `prob_mean`, c / (c + w + 1e-10): c right, w geometric mean of wrong."""
+    """open-unlearning's `prob_mean`, c / (c + w + 1e-10).
+
+    c is the probability of the right answer and w the geometric mean of the wrong ones.
+    """
     c = np.exp(-np.asarray(right, dtype=np.float64))
     w = np.exp(-np.asarray(wrong, dtype=np.float64).mean(-1))
     return c / (c + w + EPSILON)
 
 
 def forget_ratios(log: Log, *, convention: str = OPEN_UNLEARNING, name: str = "log") -> np.ndarray:
-    """R of the forget rows of a log, `[rows]`: from their losses, or as open-unlearning gives it.
+    """R `[rows]` of a log's forget rows: from their losses, or as open-unlearning's file has it.
 
-    Raises InputError for a log that holds neither, or R alone where another convention is asked.
+    Raises InputError for a log with neither, or with only R if another convention is asked for.
     """
     section = log.get(FORGET)
     if isinstance(section, Mapping) and "avg_paraphrased_loss" not in section:
         if "truth_ratio" in section and convention != OPEN_UNLEARNING:
             raise InputError(
-                f"{name} holds truth ratios without their losses, which are open-unlearning's own: "
+                f"{name} has truth ratios in open-unlearning's convention, without the losses: "
                 f"convention {convention!r} needs forget_Q_A_PARA_Prob and forget_Q_A_PERT_Prob"
             )
         if "truth_ratio" in section:
@@ -130,7 +133,7 @@ def forget_quality(
 
     Args:
         unlearned_log: TOFU's aggregated evaluation of the unlearned model, or its file.
-        retain_log: of a model trained on the retain rows only.
+        retain_log: the same of a model trained only on the retain rows.
 
     Raises:
         InputError: a field is missing or not finite, the logs cover different numbers of rows, or
@@ -169,15 +172,15 @@ def forget_quality(
 
 
 def ks_floor(n: int, m: int) -> float:
-    """The exact two-sided p-value at statistic 1: 2 of all C(n + m, n) orders; 1e-239 for 400."""
-    # By logarithms: from n = 512 on the count no longer fits a float.
+    """The exact two-sided p-value at statistic 1, 2 / C(n + m, n): 1e-239 for n = m = 400."""
+    # By logarithms, because from n = 512 on the count exceeds a float.
     return math.exp(math.log(2) + math.lgamma(n + 1) + math.lgamma(m + 1) - math.lgamma(n + m + 1))
 
 
 def warn_same_model(metric: str) -> None:
     """Warn that `metric` compares a model with itself."""
     warnings.warn(
-        f"the retain log holds the same losses as the log under test: {metric} compares a model "
+        f"the retain log has the same losses as the log under test: {metric} compares a model "
         "with itself and is meaningless; give the log of a model trained without the forget rows",
         SameModelWarning,
         stacklevel=3,

@@ -1,4 +1,4 @@
-"""Model utility of TOFU: what is left of everything that should have been kept."""
+"""TOFU's model utility: how much of what should be kept has been kept."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class SectionScore:
 
 @dataclass(frozen=True)
 class ModelUtility:
-    """Harmonic mean of nine components, three for each of three sections; 0 where one is 0.
+    """Harmonic mean of nine components, three for each of three sections; 0 if any is 0.
 
     Attributes:
         value: the harmonic mean.
         components: "retain_probability", "retain_rouge", "retain_truth_ratio", and the same for
             "real_authors" and "world_facts".
-        convention: whose definitions.
+        convention: whose definitions are used.
     """
 
     value: float
@@ -73,9 +73,9 @@ def model_utility(log: Log | str | Path, *, convention: str = OPEN_UNLEARNING) -
 def section_score(log: Log, section: str, *, convention: str = OPEN_UNLEARNING) -> SectionScore:
     """Probability, ROUGE-L recall and truth ratio of one section.
 
-    Of authors' rows the probability is that of the answer, e^-loss; of real authors and world facts
-    its share among the answers offered. The truth ratio is `closer_to_one` for the forget section
-    and `true_better` for the others.
+    For the forget and retain sections the probability is that of the answer, e^-loss; for real
+    authors and world facts it is its share among the offered answers. The truth ratio is
+    `closer_to_one` for the forget section and `true_better` for the others.
     """
     check_convention(convention)
     answer = column(log, section, "avg_gt_loss")
@@ -101,12 +101,12 @@ def probability_among(answer: Any, wrong: Any, *, convention: str = OPEN_UNLEARN
         share = p / (p + p_wrong + epsilon)
     if not np.isfinite(share).all():
         raise InputError(
-            "every answer has probability 0 in float64: without epsilon its share is undefined; "
-            "use convention 'open-unlearning'"
+            "every answer has probability 0 in float64, so that its share is undefined without "
+            "epsilon: use convention 'open-unlearning'"
         )
     return share
 
 
 def harmonic_mean(values: Any) -> float:
-    """Harmonic mean of values >= 0; one 0 makes it 0."""
+    """Harmonic mean of values >= 0; it is 0 if any value is."""
     return statistics.harmonic_mean(np.asarray(values, dtype=np.float64).ravel().tolist())

@@ -78,12 +78,12 @@ def test_reads_a_data_set_by_id_config_and_split(tmp_path: Path):
         ("r.jsonl", '{"question": "Q", "answer": 3}\n', "row 1: field 'answer' must be text"),
         ("r.jsonl", '{"question": "Q", "answer": " "}\n', "row 1: field 'answer' is empty"),
         ("r.jsonl", '{"prompt": "Q"}\n', "row 1: needs 'question' and 'answer', or 'text'; found"),
-        ("r.jsonl", '{"text": "T"}\n{"text": \n', "row 2: not JSON .*one object a line"),
-        ("r.jsonl", "3\n", "row 1: a JSON object was expected, got int"),
+        ("r.jsonl", '{"text": "T"}\n{"text": \n', "row 2: not JSON .*one object per line"),
+        ("r.jsonl", "3\n", "row 1: expected a JSON object, got int"),
         ("r.json", "[]", "holds no rows"),
-        ("r.json", '[{"text": "T"}, 3]', "row 2: an object or a text was expected .*, got int"),
+        ("r.json", '[{"text": "T"}, 3]', "row 2: expected an object or a text .*, got int"),
         ("r.json", '["T", " "]', "row 2: field 'text' is empty"),
-        ("r.json", '["T",\n "U"', "line 2: not JSON .*write one array, or one object a line"),
+        ("r.json", '["T",\n "U"', "line 2: not JSON .*write one array, or one object per line"),
         ("r.csv", "question,answer\n", "holds no rows"),
         ("r.csv", "question,answer\nQ\n", "row 1: field 'answer' is missing"),
         ("r.csv", "question,answer\nQ,A,B\n", "row 1: more fields than the header"),
@@ -148,8 +148,8 @@ BROKEN_CHATS = {
     "{{ raise_exception('System role not supported') }}": r"fails \(TemplateError: System role",
     "{{ messages[0].content + 1 }}": r"fails \(TypeError: ",
     "{{ messages[7].content.strip() }}": r"fails \(UndefinedError: ",
-    "<user>:": "leaves out or changes what the user says",
-    "{{ messages[0].content | upper }}": "leaves out or changes what the user says",
+    "<user>:": "omits or changes what the user says",
+    "{{ messages[0].content | upper }}": "omits or changes what the user says",
 }
 
 
@@ -158,9 +158,8 @@ def test_names_the_row_at_which_a_chat_template_fails(tokenizer, chat):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = chat
     rows = [Row(None, "T", "f, row 1"), Row("Q, you?", "A.", "f, row 2")]
-    said = (
-        f'f, row 2: template "chat": the tokenizer\'s own {BROKEN_CHATS[chat]}.*; give a template'
-    )
+        f'f, row 2: template "chat": the tokenizer\'s template {BROKEN_CHATS[chat]}.*; '
+        "give a text template"
     with pytest.raises(InputError, match=said):
         encode_all(rows, tokenizer, template="chat")
 

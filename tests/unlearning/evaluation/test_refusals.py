@@ -52,7 +52,7 @@ def refused(evaluate_arguments, tmp_path, capsys):
         ("tofu", ("--benchmark", "tdec"), "tdec needs --split"),
         ("tofu", ("--device", "tpu"), "device must be one of"),
         ("tofu", ("--data", "nowhere"), "data nowhere is not a folder"),
-        ("tofu", ("--adapter", "nowhere"), "adapter nowhere is not there"),
+        ("tofu", ("--adapter", "nowhere"), "adapter nowhere does not exist"),
         ("tofu", ("--retain-log", "none.json"), "log none.json cannot be read"),
     ],
 )
@@ -71,7 +71,7 @@ def test_wrong_flags(refused, which, flags, message):
         ('{"a": 1, "a": 2}', "field 'a' is given more than once"),
         (
             f'{{"{FORGET}": {{"avg_paraphrased_loss": [{"9" * 400}]}}}}',
-            "one number a row, or as many for each row, is needed",
+            "needs one number per row, or the same number of them in every row",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_bad_validation_set_of_tdec(refused, evaluation_data, tmp_path):
             "{% endif %}",
             "fails (TemplateError: No system role)",
         ),
-        ("{{ messages[1].content }}:", "leaves out or changes what the assistant says"),
+        ("{{ messages[1].content }}:", "omits or changes what the assistant says"),
         (
             "{% for m in messages %}{{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<think>{% endif %}",

@@ -117,7 +117,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_written(given, tmp
         str(missing) if each == str(given / "model") else each for each in flags(given, output)
     ]
     assert main(arguments) == 2
-    assert f"model {str(missing)!r} is not there" in capsys.readouterr().err
+    assert f"model {str(missing)!r} does not exist" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -185,8 +185,11 @@ class TestOptions:
             ({"rmu": {"layer": 1.5}}, "layer of the loss rmu must be a whole number >= 0, got 1.5"),
             ({"rmu": {"layer": -1}}, "layer of the loss rmu must be a whole number >= 0, got -1"),
             ({"rmu": {"weight": "much"}}, "the weight of rmu must be >= 0 and finite, got 'much'"),
-            ({"pdu": {"step": 1.0}, "retain": 1.0}, "give limit, the retain loss"),
-            ({"pdu": {"limit": 0.1}}, "moves the weight of the loss retain: give retain a weight"),
+            ({"pdu": {"step": 1.0}, "retain": 1.0}, "give limit as well"),
+            (
+                {"pdu": {"limit": 0.1}},
+                "adjusts the weight of the loss retain: give retain a weight",
+            ),
             (
                 {"rmu": {"layer": 1}, "rmu_retain": 1.0},
                 "give both the same option layer, got 1, No",
@@ -214,7 +217,7 @@ class TestOptions:
             ("wga=1,beta", "OPTION=NUMBER after commas; got 'wga=1,beta'"),
             ("wga=1,beta=1,beta=2", "--loss names an option twice: wga=1,beta=1,beta=2"),
             ("wga=1,layer=1", "the loss wga has no option 'layer': it has beta"),
-            ("rmu=1,layer=2", "layer 2 is not there: the model has 2, 0 to 1"),
+            ("rmu=1,layer=2", "no layer 2: the model has 2, numbered 0 to 1"),
         ],
     )
     def test_the_command_refuses_before_any_work(self, user_folder, capsys, flag, message):

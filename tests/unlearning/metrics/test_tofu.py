@@ -188,7 +188,7 @@ def _empty(log):
         (_missing_field, r"field 'avg_paraphrased_loss' is missing; found avg_gt_loss"),
         (_short, r"different lengths \(avg_paraphrased_loss 3, average_perturb_loss 4\)"),
         (_nan, r"average_perturb_loss, row 2: .* is not finite"),
-        (_ragged, r"as many for each row"),
+        (_ragged, r"the same number of them in every row"),
         (_empty, r"holds no rows"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_bad_log_is_refused_by_section_and_field(spoil, message):
         (lambda part: part.pop("rougeL_recall"), "field 'rougeL_recall' is missing; found avg_gt"),
         (lambda part: part["rougeL_recall"].pop(), "different lengths .*rougeL_recall 3"),
         (lambda part: part["avg_gt_loss"].__setitem__(1, math.nan), "avg_gt_loss, row 1: nan is n"),
-        (lambda part: part["avg_gt_loss"].__setitem__(0, "low"), "one number a row"),
+        (lambda part: part["avg_gt_loss"].__setitem__(0, "low"), "one number per row"),
     ],
 )
 def test_utility_refuses_a_bad_section(section, spoil, message):

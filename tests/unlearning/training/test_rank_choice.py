@@ -64,7 +64,7 @@ def test_the_command_prints_the_choice(
         *("--epochs", "1", "--device", "cpu", "--rank", "auto", "--rank-budget", str(BUDGET)),
     ]) == 0  # fmt: skip
     said = capsys.readouterr().out
-    assert f"ranks for {BUDGET:,} of {BUDGET:,} parameters" in said
+    assert f"{BUDGET:,} of {BUDGET:,} parameters used" in said
     assert said.count("model.layers.0.mlp.down_proj") == 1
 
 
@@ -75,6 +75,6 @@ def test_bad_budgets(unlearn_rows, tmp_path):
         UnlearnConfig(rank="auto", rank_budget=0)
     with pytest.raises(InputError, match="rank must be a whole number"):
         UnlearnConfig(rank="most")
-    with pytest.raises(InputError, match="does not give 6 layers rank 1: that takes 480"):
+    with pytest.raises(InputError, match="is too small for rank 1 in 6 layers, which takes 480"):
         unlearn_rows(config(rank_budget=479), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
