@@ -41,7 +41,5 @@ def unfused_reason(name: str, block: nn.Module, gathered: bool = False) -> str |
     if reason is not None or isinstance(block, FusedBoundedMLP):
         return reason
     if not name:
-        return (
-            "is the model itself, which cannot be replaced in place: use FusedBoundedMLP.from_mlp"
-        )
+        return "it cannot be replaced in place: use FusedBoundedMLP.from_mlp"
     return "was injected with fuse_mlp=False"

@@ -98,7 +98,7 @@ class BoundedConfig(PeftConfig):
             None means "mlp", or for other model types the defaults of PEFT's own table.
         exclude_modules: as in PEFT, suffixes or a regular expression for modules not to adapt.
         alpha: LoRA's `lora_alpha`: alpha / r is the slope of ΔW at zero. None means r.
-        bound: the largest magnitude of an entry of ΔW. "0.5*spectral" means half of σ₁(W) / sqrt(NK)
+        bound: the largest magnitude of an entry of ΔW. "0.5*spectral" means 0.5 σ₁(W) / sqrt(NK)
             of each layer's weight; "2*rms" means twice the weight's root mean square; other
             multiples work alike; "auto" means "0.5*spectral"; None means alpha.
         form: "factors", whose ΔW has rank r, or "product", whose ΔW has full rank and which does

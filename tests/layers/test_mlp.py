@@ -267,5 +267,5 @@ def test_a_block_compiled_in_place_is_left_compiled():
 def test_the_model_itself_is_left_in_place():
     block = Gated()
     report = fastbound.inject(block, 2, target_modules=["up"])
-    assert report.unfused[""].startswith("is the model itself")
-    assert "not 1 x the model: is the model itself" in str(report)
+    assert report.unfused[""].startswith("it cannot be replaced in place")
+    assert "not fused: 1 x the model itself: it cannot be replaced in place" in str(report)

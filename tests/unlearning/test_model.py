@@ -123,7 +123,7 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(
 
 
 def test_a_path_that_is_not_there_names_the_folder_beside_it(user_folder):
-    with pytest.raises(InputError, match=r"is not there.*did you mean \./my-model\?"):
+    with pytest.raises(InputError, match=r"does not exist.*did you mean \./my-model\?"):
         load_pretrained("./my-modl")
 
 

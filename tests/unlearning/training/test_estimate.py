@@ -154,7 +154,7 @@ def test_the_command_tells_of_the_demonstration(tmp_path, monkeypatch, capsys):
         ("--model nowhere", "there is no such folder"),
         ("--resume --output file.txt", "output file.txt is a file"),
         ("--output other", "output folder other is not empty and holds no run"),
-        ("--loss rmu=1,layer=9", "layer 9 is not there"),
+        ("--loss rmu=1,layer=9", "rmu: no layer 9"),
     ],
 )
 def test_the_command_refuses_what_a_run_refuses(
