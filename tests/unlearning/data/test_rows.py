@@ -158,8 +158,10 @@ def test_names_the_row_at_which_a_chat_template_fails(tokenizer, chat):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = chat
     rows = [Row(None, "T", "f, row 1"), Row("Q, you?", "A.", "f, row 2")]
+    said = (
         f'f, row 2: template "chat": the tokenizer\'s template {BROKEN_CHATS[chat]}.*; '
         "give a text template"
+    )
     with pytest.raises(InputError, match=said):
         encode_all(rows, tokenizer, template="chat")
 
