@@ -1,4 +1,4 @@
-"""A causal language model of transformers: loading it, a pass of it, and the autocast around."""
+"""Causal language models of transformers: loading them, their forward pass, and autocast."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def load_pretrained(
     """Model (weights in `dtype`) and fast tokenizer.
 
     Args:
-        name: folder written by `save_pretrained`, or id on the hub.
-        trust_remote_code: run the code that the model brings with it; without, one that needs its
-            own is refused, and nobody is asked on standard input.
+        name: folder written by `save_pretrained`, or model id on the hub.
+        trust_remote_code: run the code that the model brings with it. Otherwise a model that needs
+            code of its own is refused, without a prompt on standard input.
 
     Raises:
         InputError: it cannot be loaded, for transformers' own reason; its files lack weights, which
@@ -78,8 +78,8 @@ def _refusing(name: str) -> Iterator[None]:
     except Exception as error:  # hub, files and configurations each raise their own
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"model {name!r} brings code of its own, which is not run unasked: read it, then "
-                "give --trust-remote-code (trust_remote_code=True)"
+                f"model {name!r} brings code of its own, which is not run unless you ask for it: "
+                "read it, then give --trust-remote-code (trust_remote_code=True)"
             ) from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(
@@ -156,15 +156,15 @@ def _check_complete(name: str, model: nn.Module, loading: Mapping[str, Any]) -> 
     lacking = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
     if lacking:
         raise InputError(
-            f"model {name!r}: its files lack {some(lacking)}, which would be drawn at random: its "
-            "config.json and its weights do not belong together; copy the whole folder again"
+            f"model {name!r}: its files lack {some(lacking)}, which would be random: config.json "
+            "and weights do not belong together; copy the whole folder again"
         )
     unused = sorted(loading["unexpected_keys"])
     adapters = [key for key in unused if re.search(r"\.adapter\.[AB]$", key)]
     if adapters and not _holds_adapter(model):
         raise InputError(
             f"model {name!r}: its files hold {some(adapters)}, an adapter of fastbound that "
-            "would be left out: save the model with this version, or merged (fastbound.merge)"
+            "would be ignored: save the model with this version, or merged (fastbound.merge)"
         )
     kinds = {kind_of(key) for key in model.state_dict()}
     layers = [key for key in unused if key not in adapters and kind_of(key) in kinds]
@@ -180,7 +180,7 @@ def _holds_adapter(model: nn.Module) -> bool:
 
 
 def check_plain(model: nn.Module, name: str) -> None:
-    """Raise InputError for a model that came with an adapter of its own."""
+    """Raise InputError for a model that was loaded with an adapter."""
     if getattr(model, "peft_config", None):
         raise InputError(
             f"model {name!r} comes with an adapter: merge it first (from_pretrained, then "
@@ -189,13 +189,13 @@ def check_plain(model: nn.Module, name: str) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """`model` with an adapter that `fastbound.save_adapter` or PEFT wrote.
+    """Load an adapter, written by `fastbound.save_adapter` or PEFT, into `model` and return it.
 
     Raises:
         InputError: the folder holds no adapter, a damaged one, or one for another model.
     """
     path = Path(folder)
-    if not os.path.isdir(path):  # which a name too long is not; Path.is_dir() raises for it
+    if not os.path.isdir(path):  # unlike Path.is_dir(), does not raise if the name is too long
         what = "is a file" if os.path.exists(path) else "does not exist"
         raise InputError(f"adapter {folder} {what}: give the folder of an adapter")
     if not (path / ADAPTER_CONFIG).exists():
@@ -220,7 +220,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         return _load_with_peft(model, path)
     except InputError:
         raise
-    except Exception as error:  # PEFT, safetensors and pickle each raise their own
+    except Exception as error:  # PEFT, safetensors and pickle each raise their own types
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"adapter {folder} cannot be loaded ({type(error).__name__}: {reason}): give a folder "
@@ -229,7 +229,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """Raises InputError where PEFT would only warn: tensors that it lacks or passes over."""
+    """Raises InputError where PEFT only warns, for missing and unexpected tensors."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     saved = load_peft_weights(str(folder), device="cpu")
@@ -237,7 +237,7 @@ def _load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
         if not torch.isfinite(tensor).all():
             raise InputError(f"adapter {folder}: {key} holds a NaN or an infinity")
     with quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # raised for below
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # we raise for them below
         adapted = PeftModel.from_pretrained(model, str(folder))
     held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     missing = [key for key in held if key not in saved]
@@ -245,23 +245,23 @@ def _load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
     unknown = [key for key in saved if key not in known]
     if missing or unknown:
         raise InputError(
-            f"adapter {folder}: its tensors are not those of its config on this model: missing "
+            f"adapter {folder}: its tensors do not match its config and this model: missing "
             f"{some(missing)}, unexpected {some(unknown)}; give the adapter of this model"
         )
     return cast(nn.Module, adapted)
 
 
 def adapter_of(model: nn.Module) -> str | None:
-    """Whose adapter a model carries: "fastbound", "PEFT" (of either method), or None."""
+    """Which library's adapter a model holds: "fastbound", "PEFT" (any method) or None."""
     if getattr(model, "peft_config", None):
         return "PEFT"
     return "fastbound" if injected_layers(model) else None
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The plain model with its adapter's ΔW in the weights, in place; one without is given back.
+    """Merge the adapter's ΔW into the weights in place; a model without adapter is unchanged.
 
-    Raises InputError where a weight cannot take it, such as a quantised one.
+    Raises InputError if ΔW cannot be merged into a weight, for example a quantised one.
     """
     kind = adapter_of(model)
     try:
@@ -273,14 +273,14 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def check_device(device: str) -> None:
-    """Raise InputError for a GPU that is not there."""
+    """Raise InputError if a GPU is asked for and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError('device "cuda": this torch sees no CUDA device; use "auto" or "cpu"')
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of transformers, the run has its own, and no warning that is PEFT's to mend."""
+    """Hide transformers' progress bars (the run has its own) and a warning about PEFT's code."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -310,14 +310,14 @@ def forward(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
 
 
 def autocast_dtype(name: str) -> torch.dtype | None:
-    """What `autocast` takes for a setting's `dtype`: None for float32."""
+    """The dtype to pass to `autocast` for a `dtype` setting: None for float32."""
     return torch.bfloat16 if name == "bfloat16" else None
 
 
 def autocast(
     device: torch.device | str, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype`, or nothing at all for None."""
+    """Autocast to `dtype`; no autocast for None."""
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
@@ -325,7 +325,7 @@ def autocast(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; then in the mode it was in."""
+    """Within this context the model is in eval mode, and gradients are off."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Adapters for open-unlearning's trainers: two handlers for its model registry.
+"""Bounded adapters and LoRA in open-unlearning: two handlers for its model registry.
 
 `import fastbound.unlearning.open_unlearning`, in its `src/train.py`, registers `BoundedCausalLM`
 and `LoraCausalLM`; its config then names one as `model_handler`: docs/open_unlearning.md.
@@ -41,14 +41,14 @@ class BoundedCausalLM:
         target_modules: str | Iterable[str] = "mlp",
         **kwargs: Any,
     ) -> nn.Module:
-        """The model of transformers with its weights frozen; only A and B are trained.
+        """The transformers model with its weights frozen; only A and B are trained.
 
-        `save_pretrained` of it writes the merged weights under their own names, which every code
-        loads, and the adapter into a folder `adapter` beside them.
+        Its `save_pretrained` writes the merged weights under their usual names, which any code can
+        load, and the adapter into a subfolder `adapter`.
 
         Args:
-            rank, alpha, bound, target_modules: as in `fastbound.inject`.
-            kwargs: for transformers' own `from_pretrained`.
+            rank, alpha, bound, target_modules: as for `fastbound.inject`.
+            kwargs: passed on to transformers' `from_pretrained`.
 
         Raises:
             ValueError: the model has no layer of that name, or a number is out of range.
@@ -74,10 +74,10 @@ class LoraCausalLM:
         target_modules: str | Iterable[str] = "mlp",
         **kwargs: Any,
     ) -> nn.Module:
-        """As `BoundedCausalLM`, with LoRA of slope alpha / rank (None: 1) on the same layers.
+        """As `BoundedCausalLM`, with LoRA of slope alpha / rank (1 if alpha is None).
 
-        The model keeps its class and the names of its modules, as regular expressions of trainers
-        expect; no adapter is written beside the merged weights.
+        The model keeps its class and its modules' names, which regular expressions in trainers rely
+        on. Only the merged weights are saved, without an adapter.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -99,20 +99,20 @@ HANDLERS = (BoundedCausalLM, LoraCausalLM)
 
 
 def register(registry: MutableMapping[str, Any]) -> None:
-    """Put both handlers into open-unlearning's `MODEL_REGISTRY`, by the names of their classes."""
+    """Add both handlers to open-unlearning's `MODEL_REGISTRY` under their class names."""
     registry.update({handler.__name__: handler for handler in HANDLERS})
 
 
 def merged_state(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The state of `model` without its adapters, W + ΔW in their place, by the base's own names.
+    """The state dict of `model` with its adapters merged, under the names of the base model.
 
     ΔW is added in fp32 and rounded once.
 
     Args:
         model: with bounded adapters (`fastbound.inject`) or LoRA layers.
-        state_dict: whole tensors where the model's own are spread over processes.
+        state_dict: full tensors, if the model's own are sharded over processes.
 
     Raises ValueError for a factor or a sum that is not finite.
     """
@@ -132,7 +132,7 @@ def merged_state(
 
 
 class _SavesMerged:
-    """Mixed into the class of a loaded model: what it saves is a plain model."""
+    """Mixed into the class of a loaded model, so that it saves a plain model."""
 
     def save_pretrained(
         self,
@@ -142,7 +142,7 @@ class _SavesMerged:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """transformers' own, of the merged weights; bounded factors go into `adapter` as well."""
+        """Save the merged weights as transformers does, and bounded factors in `adapter`."""
         model = cast(nn.Module, self)
         if state_dict is None and is_main_process and _bounded(model):
             fastbound.save_adapter(model, Path(save_directory) / ADAPTER)
@@ -162,12 +162,12 @@ def _load(name: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _names(target_modules: str | Iterable[str]) -> str | tuple[str, ...]:
-    """Also of a list of OmegaConf, which is no list."""
+    """Accepts OmegaConf's lists, too, which are not `list` instances."""
     return target_modules if isinstance(target_modules, str) else tuple(map(str, target_modules))
 
 
 def _ready(model: Any) -> nn.Module:
-    """Gradients reach the adapters under checkpointing, and saving merges."""
+    """Let gradients reach the adapters under checkpointing, and let saving merge."""
     model.enable_input_require_grads()
     kind = type(model)
     # The name stays: transformers writes it into config.json and chooses the loss by it.
@@ -186,7 +186,7 @@ def _lora(model: nn.Module) -> dict[str, Any]:
 
 
 def _bounded_sum(layer: Any, name: str, state: Mapping[str, Tensor]) -> Tensor:
-    """By the layer's own rule, over the tensors of `state`."""
+    """W + ΔW by the layer's own rule, from the tensors of `state`."""
     holder, adapter = copy.copy(layer), copy.copy(layer.adapter)
     vars(holder)["_parameters"] = {
         key: None if tensor is None else nn.Parameter(state[f"{name}.{key}"], requires_grad=False)
@@ -212,14 +212,14 @@ def _lora_sum(layer: Any, name: str, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _parents(key: str) -> Iterable[str]:
-    """Every module that a tensor of a state dict can lie in, the innermost first."""
+    """The names of all modules around a tensor of a state dict, innermost first."""
     while "." in key:
         key = key.rpartition(".")[0]
         yield key
 
 
 def _register_where_it_runs() -> None:
-    """Into the registry of the open-unlearning that this process runs in, if it is one."""
+    """Register the handlers if this process runs open-unlearning."""
     module = sys.modules.get("model")
     if module is None:
         found = importlib.util.find_spec("model")

@@ -1,7 +1,7 @@
-"""Requests to forget that come one after the other, each with an adapter that can be taken back.
+"""Successive requests to forget, each with an adapter of its own that can be rolled back.
 
 request-1/ ...     the run of each request, with its adapter
-requests.json      every model after so many requests: what it still knows
+requests.json      what the model still knows after each number of requests
 requests.png       the same as curves
 """
 
@@ -33,13 +33,14 @@ Source = str | Path | Sequence[Row]
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is left after so many requests; 0 is the model before the first.
+    """What the model knows after a number of requests; 0 is the model before the first.
 
     Attributes:
-        requests: how many have been carried out.
-        forget: of the rows of every request, those that are still to come included.
-        retain, general: of the rows to keep, and of those that no request had to do with.
-        kept, stopped: step and end of the last request's run; None before the first.
+        requests: number of requests carried out.
+        forget: score of each request's rows, including requests that are still to come.
+        retain, general: scores of the rows to keep, and of rows unrelated to any request.
+        kept, stopped: the step kept by the last request's run, and how that run ended; None before
+            the first request.
     """
 
     requests: int
@@ -62,30 +63,31 @@ def unlearn_requests(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Knowledge, ...]:
-    """Carry out requests in order: each trains a new adapter over the model that the others left.
+    """Carry out requests in order: each trains a new adapter on the model left by earlier ones.
 
     W + ΔW_1 + ... + ΔW_k-1 is frozen while ΔW_k is trained, so that every adapter is small and
-    whole by itself; `apply_requests` puts any of them on the base, which is the roll back. Each
-    |ΔW_ij| is at most its bound, and the sum of k at most k times that.
+    complete in itself. `apply_requests` merges any selection of them into the base model, so that
+    leaving one out rolls it back. Each |ΔW_ij| is at most its bound, and the sum of k adapters at
+    most k times that.
 
     Args:
-        load: loads the model before the first request, anew for each.
-        requests: rows of each, as `load_rows` takes them. No two share a row.
-        retain: rows to keep in all of them.
-        config: of every run; the seed of request k is `config.seed + k - 1`.
+        load: loads the model before the first request; called anew for each request.
+        requests: the rows of each request, as for `load_rows`. No two requests share a row.
+        retain: rows to keep in all requests.
+        config: settings of every run; the seed of request k is `config.seed + k - 1`.
         output: folder for the runs and the report.
-        general: rows to be measured besides.
-        resume: go on where the folder's last run stopped.
+        general: further rows to measure.
+        resume: continue where the folder's last run stopped.
 
     Raises:
         InputError: rows, settings, model or folder cannot be used.
-        NonFiniteError: a loss stopped being finite; the requests before are whole.
+        NonFiniteError: a loss is no longer finite; the requests before it are complete.
     """
     config = config or UnlearnConfig()
     folder = Path(output)
     forget, kept = [_rows(each) for each in requests], _rows(retain)
     if not forget or not all([*forget, kept]):
-        raise InputError("give one request at least, and rows for every request and for retain")
+        raise InputError("give at least one request, and rows for every request and for retain")
     for number, rows in enumerate(forget, start=1):
         check_disjoint(rows, kept)
         for other in forget[number:]:
@@ -128,16 +130,16 @@ def unlearn_requests(
 def apply_requests(
     model: nn.Module, folder: str | Path, requests: Iterable[int] | None = None
 ) -> nn.Module:
-    """The model before the first request with the changes of some in its weights, in place.
+    """Merge the adapters of some requests into `model`, the one before the first, in place.
 
-    Leaving one out is its roll back: what it was to forget comes back, as far as the later ones,
-    which were trained on top of it, do not change it as well.
+    Leaving a request out rolls it back: the model knows its rows again, except as far as later
+    requests, which were trained on top of it, affect them as well.
 
     Args:
-        folder: what `unlearn_requests` wrote.
-        requests: numbers from 1, in the order in which they are added; None: all there are.
+        folder: the output folder of `unlearn_requests`.
+        requests: numbers from 1, in the order in which they are added; None means all.
 
-    Raises InputError for a request whose adapter is not there.
+    Raises InputError for a request whose adapter does not exist.
     """
     path = Path(folder)
     if requests is None:

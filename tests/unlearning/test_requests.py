@@ -95,7 +95,7 @@ def test_a_finished_series_is_taken_up_again_with_the_same_curve(carried_out, re
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([], "give one request at least"),
+        ([], "give at least one request"),
         ([[0, 1], [1, 2]], "share 1 row"),
         ([[0], []], "and rows for every request"),
     ],

@@ -1,4 +1,4 @@
-"""What each benchmark is to the evaluation: one module with these names."""
+"""The interface of a benchmark: one module with these names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Summary: TypeAlias = dict[str, Any]
 
 
 class Settings(Protocol):
-    """What a benchmark reads of an evaluation's settings; see `run.EvaluationConfig`."""
+    """The settings of an evaluation that a benchmark reads; see `run.EvaluationConfig`."""
 
     @property
     def split(self) -> str | None: ...
@@ -34,13 +34,13 @@ class Settings(Protocol):
 
 
 class Prepared(Protocol):
-    """Everything that is asked of the model, as tokens."""
+    """All inputs of the model, as tokens."""
 
     @property
     def encoded(self) -> Sequence[Encoded]: ...
     @property
     def continued(self) -> Sequence[tuple[Encoded, int]]:
-        """Each prompt, with the most tokens that the model adds to it."""
+        """Each prompt with the largest number of tokens that the model generates for it."""
 
 
 class Benchmark(Protocol):
@@ -49,27 +49,27 @@ class Benchmark(Protocol):
     LOG: str
     """The file of its log."""
     CONVENTIONS: tuple[str, ...]
-    """Whose definitions it can follow, its default first."""
+    """The conventions that it supports, its default first."""
     DEFAULT_SPLIT: str | None
-    """None where a split must be named."""
+    """None if a split must be named."""
 
     def load(self, split: str, data: str | Path | None = None) -> Sequence[Row]:
         """The rows of one split, from a folder or the hub."""
 
     def prepare(self, settings: Settings, tokenizer: Any) -> Any:
-        """Load and encode all that is scored; the first row that cannot be used is named."""
+        """Load and encode all rows. Raises InputError, which names the first unusable row."""
 
     def compared(self, retain: Log, prepared: Any) -> Mapping[str, tuple[int, int]]:
-        """Rows of a retain log and of ours, by the part in which they must agree.
+        """The numbers of rows, by part, in a retain log and in this evaluation; they must agree.
 
-        Raises InputError for a log that cannot be compared with.
+        Raises InputError for a log that cannot be compared.
         """
 
     def score(self, session: Session, prepared: Any, settings: Settings) -> dict[str, Any]:
         """The log."""
 
     def summarise(self, log: Log, retain: Log | None, settings: Settings) -> Summary:
-        """The figures of a log, beside those of a model trained without the forget rows."""
+        """The metrics of a log, and those relative to a model trained without the forget rows."""
 
     def table(self, summary: Summary) -> list[str]:
         """The lines for a terminal."""

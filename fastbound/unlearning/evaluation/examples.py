@@ -22,7 +22,7 @@ _WIDTH = 100
 
 
 def chosen(forget: Sequence[Row], retain: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows shown: up to `SHOWN` of each side that have a question, spread evenly."""
+    """The rows to show: up to `SHOWN` per side that have a question, evenly spaced."""
     sides = {"forget": forget, "retain": retain}
     asked = {side: [row for row in rows if row.question] for side, rows in sides.items()}
     return {side: list(evenly(rows, SHOWN)) for side, rows in asked.items()}
@@ -31,7 +31,7 @@ def chosen(forget: Sequence[Row], retain: Sequence[Row]) -> dict[str, list[Row]]
 def answers(
     model: nn.Module, tokenizer: Any, rows: Mapping[str, Sequence[Row]], config: UnlearnConfig
 ) -> dict[str, list[str]]:
-    """What the model answers by itself, greedily, in as many tokens as the right answer takes.
+    """The model's own greedy answers, with as many tokens as the right answer has.
 
     Raises InputError for a row that does not fit the model, or `config.max_length`.
     """
@@ -61,9 +61,9 @@ def answers(
 def examples_of(
     result: UnlearnResult, tokenizer: Any, forget: Sequence[Row], retain: Sequence[Row]
 ) -> list[dict[str, str]]:
-    """The rows shown with both answers, from the weights where the run left them.
+    """The rows to show with both answers, computed with the run's final weights.
 
-    All processes of a run must call: the weights may be spread over them.
+    All processes of a run must call this, because the weights may be sharded over them.
     """
     rows = chosen(forget, retain)
     with result.disabled():
@@ -91,10 +91,10 @@ def examples(
 
 
 def lines_of(runs: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
-    """For the terminal: each question, and below it the model's answers before and after.
+    """The lines for a terminal: each question, followed by the answers before and after.
 
     Args:
-        runs: examples of the same questions, by what to call the answers after a run.
+        runs: examples of the same questions, by the name for the answers after a run.
     """
     lines = []
     width = max(map(len, ("before", *runs))) + 2

@@ -1,4 +1,4 @@
-"""Greedy continuations in batches: padded on the left, so that every row ends where it goes on."""
+"""Greedy continuations in batches, padded on the left so that generation continues every row."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def continuations(
     pad: int,
     end: int,
 ) -> list[list[int]]:
-    """What the model adds to each prompt by itself, without its end of text: argmax, each token.
+    """The model's greedy continuation of each prompt (argmax per token), without the end of text.
 
-    Of the model's own generation settings its end of text alone counts: whatever else they hold, a
-    repetition penalty, blocked n-grams, stop strings, sampling, is left out. Padding is masked, so
-    a row continues as it does alone. The keys and values of earlier tokens are cached.
+    Of the model's generation settings only the end of text is used; all others, such as a
+    repetition penalty, blocked n-grams, stop strings and sampling, are ignored. Padding is masked,
+    so that a row continues as it does alone. Keys and values of earlier tokens are cached.
 
     Args:
-        prompts: token ids, at least one each.
-        most: how many tokens to add at most, for each prompt; at least one.
+        prompts: token ids, at least one per prompt.
+        most: the largest number of tokens to generate for each prompt, at least one.
         pad: token to pad with.
-        end: end of text, where the model's generation settings name none.
+        end: end-of-text token, if the model's generation settings name none.
     """
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), pad)
@@ -61,7 +61,7 @@ def until(text: str, stops: Sequence[str]) -> str:
 
 
 def stop_tokens(model: Any, end: int) -> set[int]:
-    """The tokens that end a text: those of the model's generation settings, else `end`."""
+    """The tokens that end a text: those of the model's generation settings, or else `end`."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if isinstance(ends, int):
         return {ends}
@@ -70,7 +70,7 @@ def stop_tokens(model: Any, end: int) -> set[int]:
 
 @contextlib.contextmanager
 def _only(settings: Any, model: nn.Module) -> Iterator[None]:
-    """With no generation settings of the model's own: `generate` fills with them what is unset."""
+    """Use only `settings`: `generate` would fill unset ones with the model's own settings."""
     held = [(m, vars(m)["generation_config"]) for m in model.modules() if _has_settings(m)]
     for module, _ in held:
         module.generation_config = settings

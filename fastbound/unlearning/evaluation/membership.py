@@ -26,7 +26,7 @@ SIDES = ("forget", "holdout")
 
 
 def check_attacks(names: Sequence[str]) -> tuple[str, ...]:
-    """The attacks in their order, without repeats. Raises InputError for an unknown one."""
+    """The attacks in the order of `ATTACKS`, each once. Raises InputError for an unknown one."""
     unknown = [name for name in names if name not in ATTACKS]
     if unknown:
         raise InputError(
@@ -37,12 +37,12 @@ def check_attacks(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_texts(rows: Sequence[Encoded]) -> None:
-    """Raise InputError for a row of fewer than two labelled tokens: the last is left out."""
+    """Raise InputError for a row with fewer than two labelled tokens: the last is not scored."""
     for row in rows:
         if answer_length(row) < 2:
             raise InputError(
                 f"{row.where}: an answer of {answer_length(row)} token is too short for a "
-                "membership attack: leave the row out, or take another --template"
+                "membership attack: leave the row out, or use another --template"
             )
 
 
@@ -103,7 +103,7 @@ def _of_likelihoods(
         if "min_k" in attacks:
             values["min_k"] = metrics.min_k(inner.log_probabilities, K, convention=convention)
         if "min_k_plus_plus" in attacks:
-            one = slice(place, place + 1)  # as large as the logits of one row
+            one = slice(place, place + 1)  # one row, as the result is as large as its logits
             whole = vocabulary_log_probabilities(logits[one], labels[one])[0]
             values["min_k_plus_plus"] = metrics.min_k_plus_plus(
                 inner.log_probabilities, whole[: len(inner.correct)].cpu(), K
@@ -115,7 +115,7 @@ def _of_likelihoods(
 
 
 def _gradient_norm(session: Session, row: Encoded, convention: str) -> float:
-    """Of the mean loss of one row, over all weights of the model."""
+    """The score for one row: from the gradient of its mean loss by all weights of the model."""
     model = session.model
     weights = [p for p in model.parameters() if p.is_floating_point()]
     trained = [p.requires_grad for p in weights]
@@ -149,9 +149,9 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def summary_of(log: Log, retain: Log | None, convention: str) -> dict[str, Any]:
-    """By `mia_NAME` the AUC, that of the retain model where its log has it, and PrivLeak of Min-K.
+    """By `mia_NAME` the AUC, the retain model's AUC if its log has it, and PrivLeak for Min-K.
 
-    Without a retain log PrivLeak is against an AUC of 0.5.
+    Without a retain log, PrivLeak is relative to an AUC of 0.5.
     """
     attacks: dict[str, Any] = {}
     for name in log.get(MEMBERSHIP, {}):
@@ -169,12 +169,12 @@ def _auc(log: Any, name: str, where: str, convention: str) -> float:
     sides = {side: column(log[MEMBERSHIP], name, side, where) for side in SIDES}
     for side, values in sides.items():
         if values.ndim != 1:
-            raise InputError(f"{where}, {name}, {side}: one number a row is needed, got lists")
+            raise InputError(f"{where}, {name}, {side}: needs one number per row, got lists")
     return metrics.membership_auc(**sides, convention=convention)
 
 
 def lines_of(attacks: Mapping[str, Mapping[str, Any]], convention: str) -> list[str]:
-    """For the terminal."""
+    """The lines for a terminal."""
     if not attacks:
         return []
     known = 0 if convention == MUSE else 1

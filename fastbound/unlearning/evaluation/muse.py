@@ -39,7 +39,7 @@ VERBATIM_TOKENS = 128
 ANSWER_TOKENS = 32
 MAX_LENGTH = 2048
 K = 0.4
-# What ends an answer: the model goes on with a question of its own.
+# An answer ends where the model continues with a question of its own.
 _STOPS = ("\n\n", "\nQuestion", "Question:")
 
 HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
@@ -65,7 +65,7 @@ SPLITS = tuple(
 
 @dataclass(frozen=True)
 class Prompted:
-    """Prompts with what a model that remembers adds to them."""
+    """Prompts, and the continuations that a model which remembers them generates."""
 
     prompts: Sequence[Encoded]
     expected: Sequence[str]
@@ -75,7 +75,7 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is asked of the model."""
+    """All inputs of the model."""
 
     prompted: dict[str, Prompted]
     texts: dict[str, Sequence[Encoded]]
@@ -98,7 +98,7 @@ def load(split: str, data: str | Path | None = None) -> list[Row]:
     Args:
         data: folder of one corpus, or one that holds `news` and `books`, with `config/split.jsonl`
             and the like, or MUSE's own files: arrays in `config/split.json`, `raw/split.txt`. A
-            .txt is one row, for it does not say where a text ends; None takes the hub.
+            .txt file is one row, because nothing in it marks the end of a text. None means the hub.
 
     Raises:
         InputError: an unknown split, a missing file, or a row without the split's fields.
@@ -168,7 +168,7 @@ def prepare(settings: Settings, tokenizer: Any) -> Prepared:
 
 
 def compared(retain: Log, prepared: Prepared) -> dict[str, tuple[int, int]]:
-    """Of the texts whose membership is asked."""
+    """The numbers of texts whose membership is attacked."""
     return {
         f"privleak, {side}": (len(scores), len(prepared.texts[side]))
         for side, scores in membership_scores(retain, "retain log").items()
@@ -176,7 +176,7 @@ def compared(retain: Log, prepared: Prepared) -> dict[str, tuple[int, int]]:
 
 
 def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str, Any]:
-    """A log: ROUGE-L F1 and text for each prompt, Min-40 % score for each text."""
+    """A log: ROUGE-L F1 and text for each prompt, and a Min-40 % score for each text."""
     convention = str(settings.convention)
     log: dict[str, Any] = {}
     for name, part in prepared.prompted.items():
@@ -201,15 +201,15 @@ def score(session: Session, prepared: Prepared, settings: Settings) -> dict[str,
 
 
 def membership_scores(log: Mapping[str, Any], name: str) -> dict[str, list[float]]:
-    """Min-40 % of the forget and the holdout texts of MUSE's log.
+    """The Min-40 % scores of the forget and the holdout texts in MUSE's log.
 
     Raises:
-        InputError: one is missing, empty, or holds what is no finite number.
+        InputError: one of the two is missing, empty, or has a value that is not a finite number.
     """
     scores = {side: column(log, "privleak", side, name) for side in ("forget", "holdout")}
     for side, values in scores.items():
         if values.ndim != 1:
-            raise InputError(f"{name}, privleak, {side}: one number a row is needed, got lists")
+            raise InputError(f"{name}, privleak, {side}: needs one number per row, got lists")
     return {side: values.tolist() for side, values in scores.items()}
 
 
@@ -227,7 +227,7 @@ def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:
     elif convention == MUSE:
         reference, source = metrics.AUC_RETRAIN[corpus], "MUSE's constant"
     else:
-        reference, source = 0.5, "chance, for want of --retain-log"
+        reference, source = 0.5, "chance, as there is no --retain-log"
     return {
         "convention": convention,
         **{
@@ -270,7 +270,7 @@ def draw(path: Path, log: Log, retain: Log | None, summary: Summary) -> None:
         for side, colour in (("forget", RED), ("holdout", GREY)):
             curve.ecdf(log["privleak"][side], color=colour, label=side)
         curve.set_title(f"Min-40 %, PrivLeak {summary['privleak']:.1f}")
-        curve.set_xlabel("score, nats a token (low: known)")
+        curve.set_xlabel("score, nats per token (low: known)")
         curve.set_ylabel("share of texts up to it")
         curve.legend(loc="lower right", fontsize="small")
 

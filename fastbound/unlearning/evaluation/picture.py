@@ -1,4 +1,4 @@
-"""The picture of an evaluation: two panels beside each other."""
+"""The picture of an evaluation: two panels side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEGEND: dict[str, Any] = {
 
 @contextlib.contextmanager
 def picture(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Two panels to draw on; what stands on them at the end is written to `path`."""
+    """Yield two panels to draw on, and write them to `path` at the end."""
     figure, (panels,) = new_figure(1, 2, (10, 4))
     for panel in panels:
         panel.set_axisbelow(True)

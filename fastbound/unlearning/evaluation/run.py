@@ -1,4 +1,4 @@
-"""Evaluate one model on one benchmark into a folder, and go on after an interruption.
+"""Evaluate one model on one benchmark into a folder, resuming after an interruption.
 
 run.json                   what is evaluated; what `--resume` compares
 pieces.jsonl               values of every finished batch
@@ -42,19 +42,20 @@ PIECES = "pieces.jsonl"
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated, and how; whatever is out of range raises `InputError` at once.
+    """What is evaluated, and how. Raises `InputError` for a setting that is out of range.
 
     Attributes:
         benchmark: "tofu", "muse" or "tdec".
         split: TOFU's forget split (forget10), MUSE's corpus (news), the name of TDEC's file.
-        data: folder of the benchmark's files; None takes the hub.
-        convention: whose definitions; None takes the benchmark's first.
+        data: folder of the benchmark's files; None means the hub.
+        convention: whose definitions to use; None means the benchmark's first.
         template: family of question and answer templates, for TOFU.
-        batch_size: rows a batch.
-        rows: the first so many of each set; None takes all. TOFU's own code takes 300.
-        n: of EL_n, for TDEC.
-        membership: attacks of `membership.ATTACKS` to score as well, for TOFU (whose holdout split
-            is then needed) and MUSE.
+        batch_size: rows per batch.
+        rows: use only this many rows at the start of each set; None means all. TOFU's own code uses
+            300.
+        n: the n of EL_n, for TDEC.
+        membership: attacks of `membership.ATTACKS` to score as well, for TOFU (which then needs its
+            holdout split) and MUSE.
     """
 
     benchmark: Literal["tofu", "muse", "tdec"]
@@ -104,15 +105,15 @@ def evaluate_benchmark(
     resume: bool = False,
     progress: bool = True,
 ) -> str:
-    """Evaluate `model` as it stands, write the files above, and return the table to print.
+    """Evaluate `model` as it is, write the files above, and return the table to print.
 
-    Everything that can be refused is refused before the model runs. A resumed evaluation computes
-    only the batches that are not on disk, the same as one run would have.
+    All input is checked before the model runs. A resumed evaluation computes only the batches that
+    are not on disk, with the same values as an uninterrupted one.
 
     Args:
-        retain_log: the log of a model trained without the forget rows: for forget quality, and for
+        retain_log: the log of a model trained without the forget rows, for forget quality and as
             the reference of PrivLeak.
-        reference: a model that never saw the forget rows, for the membership attack of that name.
+        reference: a model that never saw the forget rows, for the membership attack "reference".
         about: names of model and adapter, compared by `resume` and kept in the summary.
 
     Raises:
@@ -137,7 +138,7 @@ def evaluate_benchmark(
     check_memory(model, next(model.parameters()).device, rows * longest)
     continued = prepared.continued
     check_fits(model, tokenizer, [row for row, _ in continued], [most for _, most in continued])
-    if retain is not None:  # refused before minutes of evaluation
+    if retain is not None:  # checked before minutes of evaluation
         for part, (theirs, ours) in chosen.compared(retain, prepared).items():
             if theirs != ours:
                 raise InputError(
@@ -166,14 +167,14 @@ def evaluate_benchmark(
 
 
 def _settings(config: EvaluationConfig) -> dict[str, Any]:
-    """Settings that change a value; the data is compared by its tokens."""
+    """The settings that affect values; the data is compared by its tokens."""
     settings = {name: value for name, value in vars(config).items() if name != "data"}
     attacks = list(settings.pop("membership"))
     return {**settings, **({"membership": attacks} if attacks else {})}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: log10 of a p-value of 0 becomes null."""
+    """The value with infinities as None, since JSON has none: log10 of a p-value of 0 is null."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

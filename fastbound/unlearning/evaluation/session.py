@@ -1,4 +1,4 @@
-"""One evaluation of one model: batches, progress, and pieces on disk that a killed run keeps."""
+"""One evaluation of one model: batches, progress, and pieces on disk that survive a killed run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 class Pieces:
-    """Values of finished batches.
+    """The values of finished batches.
 
     Args:
-        lines: where they are kept; None keeps nothing.
+        lines: the file in which they are kept; None keeps them nowhere.
     """
 
     def __init__(self, lines: CheckedLines | None = None) -> None:
@@ -53,10 +53,10 @@ class Session:
     Attributes:
         model: causal language model of transformers, in eval mode, on its device.
         tokenizer: its tokenizer.
-        batch_size: rows a batch.
-        pieces: what is finished already.
-        progress: show a bar for each part.
-        reference: another model, for the membership attack of that name.
+        batch_size: rows per batch.
+        pieces: the values that are already computed.
+        progress: whether to show a bar for each part.
+        reference: another model, for the membership attack "reference".
     """
 
     model: Any
@@ -79,9 +79,9 @@ class Session:
         length: Callable[[T], int],
         batch_size: int | None = None,
     ) -> list[Any]:
-        """`compute` over batches of items of like length, longest first; values in item order.
+        """Apply `compute` to batches of similar length, longest first; values in item order.
 
-        Batches depend on the items only, so that a resumed run computes what one run would have.
+        Batches depend only on the items, so that a resumed run computes the same values.
         """
         size = batch_size or self.batch_size
         order = sorted(range(len(items)), key=lambda i: -length(items[i]))
@@ -110,7 +110,7 @@ class Session:
     def first_choices(self, name: str, rows: Sequence[Encoded]) -> list[dict[str, Any]]:
         """For each row its mean loss, labelled tokens, and the model's first choices for them.
 
-        `correct` says whether all of those are the labels, `text` is what they read as.
+        `correct` says whether all choices equal the labels; `text` is the choices as text.
         """
 
         def compute(part: list[Encoded]) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ class Session:
     def attacks(
         self, name: str, rows: Sequence[Encoded], *, k: float, convention: str
     ) -> list[float]:
-        """For each row its Min-K % score; open-unlearning leaves the last token out."""
+        """For each row its Min-K % score; open-unlearning's convention omits the last token."""
 
         def compute(part: list[Encoded]) -> list[float]:
             scores = self._scores(part)
@@ -165,10 +165,10 @@ class Session:
     def scored(
         self, rows: Sequence[Encoded], model: Any = None
     ) -> tuple[list[AnswerScore], Tensor, Tensor]:
-        """Scores, logits and labels of a batch; a loss that is not finite is an error.
+        """Scores, logits and labels of a batch. Raises NonFiniteError if a loss is not finite.
 
         Args:
-            model: another than the one under evaluation.
+            model: the model to use instead of the one under evaluation.
         """
         model = self.model if model is None else model
         batch = collate(rows, self.pad).to(model.device)
@@ -188,7 +188,7 @@ def _answer(score: AnswerScore) -> dict[str, Any]:
     return {
         "loss": score.loss,
         "tokens": len(score.correct),
-        # An answer that is nothing but its end of text has no token to repeat.
+        # An answer that consists only of its end of text has no token to repeat.
         "exact_memorisation": exact_memorisation(inner) if len(inner) else None,
         "extraction_strength": extraction_strength(inner) if len(inner) else None,
     }

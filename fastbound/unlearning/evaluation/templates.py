@@ -1,4 +1,4 @@
-"""Question and answer to tokens and labels, as each benchmark's own code does it."""
+"""From question and answer to tokens and labels, as in each benchmark's own code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbound.unlearning.metrics.conventions import OPEN_UNLEARNING
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around a question and before its answer."""
+    """The text around a question and before its answer."""
 
     question_start: str
     question_end: str
@@ -36,14 +36,14 @@ FAMILIES = {
 }
 CHAT = "chat"  # the tokenizer's own template
 MAX_LENGTH = 500
-_MOST = 2**16  # tokens of a chat, which is not cut
-# open-unlearning fixes both, so that tokens do not depend on the day.
+_MOST = 2**16  # largest number of tokens of a chat, which is never truncated
+# open-unlearning fixes both, so that tokens do not depend on the current date.
 SYSTEM = "You are a helpful assistant."
 DATE = "10 Apr 2025"
 
 
 def check_family(family: str) -> None:
-    """Raise `InputError`, with the list, for a template family that is not known."""
+    """Raise `InputError`, which lists the known ones, for an unknown template family."""
     one_of("template", family, (*FAMILIES, CHAT))
 
 
@@ -59,12 +59,13 @@ def encode_answer(
 ) -> Encoded:
     """Tokens with the answer and one end of text labelled.
 
-    The prompt is left out by its own number of tokens, special ones included, as both codes do:
+    As in both codes, as many tokens are unlabelled as the prompt has, including special tokens:
 
         open-unlearning   the prompt ends with the tag before the answer ("Answer: ")
         tofu              it ends with the question, so that tag is labelled like the answer
 
-    A text cut at `max_length` has no end of text in TOFU's code and has one in open-unlearning's.
+    A text truncated at `max_length` has no end of text in TOFU's code, but has one in
+    open-unlearning's.
 
     Raises:
         InputError: the tokenizer has no end of text, or no label is left after masking.
@@ -95,7 +96,7 @@ def encode_answer(
     if cut or all(label == IGNORED for label in labels[1:]):
         raise InputError(
             f"{where}: no token of the answer is left to score: its {len(ids)} tokens are all "
-            f"prompt (max_length {max_length}); raise max_length or mend the row"
+            f"prompt (max_length {max_length}); raise max_length or shorten the question"
         )
     return Encoded(tuple(ids), tuple(labels), where)
 
@@ -108,7 +109,7 @@ def encode_prompt(
     convention: str = OPEN_UNLEARNING,
     max_length: int = MAX_LENGTH,
 ) -> list[int]:
-    """Tokens after which the model is to answer: all that `encode_answer` leaves unlabelled."""
+    """The prompt's tokens: all those that `encode_answer` leaves unlabelled."""
     if family == CHAT:
         where = f"question {question[:60]!r}"
         return _chat_tokens(tokenizer, _chat(question, None, where, tokenizer))
@@ -116,24 +117,24 @@ def encode_prompt(
 
 
 class EmptyAnswerWarning(UserWarning):
-    """Answers of which masking leaves the end of text alone: their losses are of that token."""
+    """Some answers have only their end of text labelled, so that their loss is of that token."""
 
 
 def warn_of_empty_answers(name: str, rows: Sequence[Encoded], end: int) -> None:
-    """Warn where only the end of text of an answer is labelled, with the number and the first."""
+    """Warn if some answers have only their end of text labelled: how many, and the first."""
     empty = [row for row in rows if answer_length(row) == 1 and row.labels[-1] == end]
     if empty:
         warnings.warn(
             f"{len(empty)} of {len(rows)} answers of {name} are nothing but their end of text "
             f"after masking (first: {empty[0].where}): the tokenizer joins the blank that ends "
-            "the prompt to the answer; take another --template",
+            "the prompt to the answer; use another --template",
             EmptyAnswerWarning,
             stacklevel=2,
         )
 
 
 def end_of_text(tokenizer: Any) -> int:
-    """The end-of-text token, or `InputError` where the tokenizer has none."""
+    """The end-of-text token. Raises `InputError` if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
     return int(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""TOFU: questions about fictitious authors, and paraphrased and wrong answers to score against.
+"""TOFU: questions about fictitious authors, with paraphrased and wrong answers to compare.
 
 Maini et al. 2024, `locuslab/TOFU` on the hub. Its log has the layout of TOFU's aggregated one.
 """
@@ -48,10 +48,10 @@ LOG = "eval_log_aggregated.json"
 CONVENTIONS: tuple[str, ...] = TOFU_CONVENTIONS
 DEFAULT_SPLIT: str | None = "forget10"
 
-GENERATED = 200  # open-unlearning: new tokens; TOFU: tokens with the prompt
+GENERATED = 200  # open-unlearning counts new tokens, TOFU's code the prompt's, too
 
 HUB = "locuslab/TOFU"
-# Each forget split with the rows that stay.
+# Each forget split with its retain split.
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 PLAIN = (
     "full",
@@ -70,10 +70,10 @@ SPLITS = (*PLAIN, *AUTHORS_PERTURBED, *PUBLIC_PERTURBED)
 
 @dataclass(frozen=True)
 class TofuRow(Row):
-    """A question and its answer; in a perturbed split also other wordings and wrong answers.
+    """A question and its answer; in a perturbed split also a paraphrase and wrong answers.
 
     Attributes:
-        paraphrased: the right answer in other words; None where the split has none.
+        paraphrased: the right answer in other words; None if the split has none.
         perturbed: wrong answers of the same form.
     """
 
@@ -86,9 +86,9 @@ class Section:
     """One section's rows as tokens.
 
     Attributes:
-        paraphrased: the answers themselves where the rows have no other wording.
-        perturbed: wrong answers, all of a row after all of the row before.
-        most: tokens that are generated after each prompt, at most.
+        paraphrased: the paraphrased answers, or the answers themselves if there are none.
+        perturbed: wrong answers, row after row.
+        most: the largest number of tokens generated for each prompt.
     """
 
     rows: Sequence[TofuRow]
@@ -122,14 +122,14 @@ def load(split: str, data: str | Path | None = None) -> list[TofuRow]:
         for row in rows:
             if len(row.perturbed) != wrong:
                 raise InputError(
-                    f"{row.where}: field 'perturbed_answer' has {len(row.perturbed)} answers, the "
-                    f"first row {wrong}: give each row the same number"
+                    f"{row.where}: field 'perturbed_answer' has {len(row.perturbed)} answers, but "
+                    f"the first row has {wrong}: give each row the same number"
                 )
     return rows
 
 
 def load_public(source: str | Path) -> list[TofuRow]:
-    """Rows of a file with wrong answers, as those of `PUBLIC_PERTURBED`. Raises `InputError`."""
+    """Rows of a file with wrong answers, like those of `PUBLIC_PERTURBED`. Raises `InputError`."""
     return [_row(record, PUBLIC_PERTURBED[0], where) for where, record in read_records(source)]
 
 
@@ -148,7 +148,7 @@ def _row(record: Mapping[str, Any], split: str, where: str) -> TofuRow:
 
 @dataclass(frozen=True)
 class Sections:
-    """All four sections by their name in the log; `holdout` where membership is attacked."""
+    """All four sections by their names in the log; `holdout` if membership is attacked."""
 
     parts: dict[str, Section]
     holdout: Sequence[Encoded] = ()
@@ -167,10 +167,10 @@ class Sections:
 
 
 def prepare(settings: Settings, tokenizer: Any) -> Sections:
-    """All four sections; `settings.rows` is the first so many of each, TOFU's own code takes 300.
+    """All four sections, each with at most `settings.rows` rows; TOFU's own code uses 300.
 
     Raises:
-        InputError: a split that is none of "forget01", "forget05" and "forget10", or as `load`.
+        InputError: the split is not "forget01", "forget05" or "forget10", or as for `load`.
     """
     split, family = str(settings.split), settings.template
     convention = str(settings.convention)
@@ -216,13 +216,13 @@ def prepare(settings: Settings, tokenizer: Any) -> Sections:
 
 
 def compared(retain: Log, prepared: Sections) -> dict[str, tuple[int, int]]:
-    """Of the forget rows."""
+    """The numbers of forget rows."""
     theirs = forget_ratios(retain, name="retain log")
     return {FORGET: (len(theirs), len(prepared.parts[FORGET].rows))}
 
 
 def score(session: Session, prepared: Sections, settings: Settings) -> dict[str, Any]:
-    """TOFU's aggregated log: per row losses, tokens, ROUGE and text, with EM and ES added."""
+    """TOFU's aggregated log: losses, tokens, ROUGE and text per row, with EM and ES added."""
     log: dict[str, Any] = {}
     for section, part in prepared.parts.items():
         name = SECTIONS[section]
@@ -256,7 +256,7 @@ def score(session: Session, prepared: Sections, settings: Settings) -> dict[str,
 
 
 def summarise(log: Log, retain: Log | None, settings: Settings) -> Summary:
-    """Section scores, model utility, and forget quality where a retain log is given."""
+    """Section scores, model utility, and forget quality if a retain log is given."""
     convention = str(settings.convention)
     sections = {}
     for section, name in SECTIONS.items():

@@ -95,6 +95,6 @@ def pdu(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `[tokens, vocabulary]` that predict a label, fp32 or fp64; labels `[tokens, 1]`."""
+    """The logits `[tokens, vocabulary]` of labelled tokens, fp32 or fp64; labels `[tokens, 1]`."""
     chosen, targets, _ = answer_positions(logits, labels)
     return chosen if chosen.dtype == torch.float64 else chosen.float(), targets.unsqueeze(1)

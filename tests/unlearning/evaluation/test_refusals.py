@@ -104,13 +104,13 @@ def test_a_retain_log_that_cannot_be_read(refused, tmp_path, text, message):
         (
             "tofu",
             {FORGET: {"avg_paraphrased_loss": 1, "average_perturb_loss": 2}},
-            "avg_paraphrased_loss: one number a row is needed, got 1",
+            "avg_paraphrased_loss: needs one number per row, got 1",
         ),
         ("muse", {}, "retain log: section 'privleak' is missing"),
         (
             "muse",
             {"privleak": {"forget": [[1.0]] * 4, "holdout": [1.0] * 3}},
-            "privleak, forget: one number a row is needed, got lists",
+            "privleak, forget: needs one number per row, got lists",
         ),
         ("muse", {"privleak": {"forget": [1.0]}}, "privleak: field 'holdout' is missing"),
         (
