@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def adapter_colour(name: str, lighter: float = 0.0) -> str:
 def mark_quick(figure: Any) -> None:
     """Write above the panels of a figure that its data come from a shortened run."""
     figure.suptitle(QUICK, fontsize=9, color="#AA0000")
+
+
+def within_reach(values: Sequence[float], times: float = 3.0) -> float:
+    """The largest of the values that is at most `times` their median.
+
+    An axis that ends there is not set by one outlier; a picture names what lies beyond it.
+    """
+    middle = statistics.median(values)
+    return max(value for value in values if value <= max(times * middle, min(values)))
 
 
 def new_figure(
