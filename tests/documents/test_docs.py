@@ -56,8 +56,13 @@ MODULES = sorted({words[2] for _, words in COMMANDS if words[:2] == ["python", "
 
 
 @pytest.mark.parametrize("arguments", OURS)
-def test_every_command_has_the_flags_that_a_page_shows(arguments, monkeypatch):
+def test_every_command_has_the_flags_that_a_page_shows(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(pkgutil, "resolve_name", lambda name: lambda arguments: 0)
+    monkeypatch.chdir(tmp_path)
+    if "--config" in arguments:  # the settings of an earlier run
+        config = Path(arguments[arguments.index("--config") + 1])
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text("seed: 0\n")
     assert main(arguments) == 0
 
 
