@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,15 @@ def label_ends(panel: Any) -> None:
         highest = height - _LINE
         style = {"color": line.get_color(), "va": "center", "fontsize": 9}
         panel.text(1.02, height, line.get_label(), transform=panel.transAxes, **style)
+
+
+def within_reach(values: Sequence[float], times: float = 3.0) -> float:
+    """The largest of the values that is at most `times` their median.
+
+    An axis that ends there is not set by one outlier; a picture names what lies beyond it.
+    """
+    middle = statistics.median(values)
+    return max(value for value in values if value <= max(times * middle, min(values)))
 
 
 def new_figure(

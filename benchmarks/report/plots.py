@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.rows import MIB, BenchmarkRow
-from fastbound.figures import new_figure, save_figure
-from fastbound.performance.profiling.report import COLOURS as PROFILED
+from fastbound.figures import new_figure, save_figure, within_reach
+from fastbound.performance.profiling.report import NAMES, colour
 
-COLOURS = {
-    **PROFILED,
-    "split": "#E69F00",
-    "addmm": "#009E73",
-    "per_layer": "#F0E442",
-    "compiled": "#CC79A7",
-}
-OTHER = "#999999"
+SMOKE = "smoke run on tiny sizes: it shows that the benchmarks run, and compares nothing"
 
 
 def draw(device: str, rows: Sequence[BenchmarkRow], output: Path, stem: str) -> list[Path]:
@@ -67,10 +60,16 @@ def _time_over_floor(device: str, rows: Sequence[BenchmarkRow], path: Path) -> N
             found, names = axes.get_legend_handles_labels()
             handles.update(zip(names, found, strict=True))
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+            handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8
         )
-    figure.suptitle(f"Time over the frozen layer, {device}")
+    _entitle(figure, f"Time over that of the frozen layer or block, {device}", rows)
     save_figure(figure, path)
+
+
+def _entitle(figure: Any, title: str, rows: Sequence[BenchmarkRow]) -> None:
+    """The title, which says so when the sizes are those of a smoke run."""
+    smoke = all(row.model.startswith("tiny") for row in rows)
+    figure.suptitle(f"{title}\n{SMOKE}" if smoke else title, fontsize=10)
 
 
 def _lines_over_tokens(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
@@ -80,13 +79,36 @@ def _lines_over_tokens(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int,
         ratios = [row.median / floor[row.M] for row in points]
         below = [(row.median - row.q1) / floor[row.M] for row in points]
         above = [(row.q3 - row.median) / floor[row.M] for row in points]
-        colour = COLOURS.get(name, OTHER)
         axes.errorbar(
-            tokens, ratios, (below, above), color=colour, label=name, marker="o", ms=3, lw=1.4
+            tokens,
+            ratios,
+            (below, above),
+            color=colour(name),
+            label=NAMES.get(name, name),
+            marker="o",
+            ms=3,
+            lw=1.4,
         )
-    # From the medians: one disturbed quartile must not flatten every line.
+    # From the medians: neither a disturbed quartile nor one slow competitor flattens every line.
     ratios = [row.median / floor[row.M] for row in rows]
-    axes.set_ylim(0.95 * min(ratios), 1.05 * max(ratios))
+    low, high = min(ratios), within_reach(ratios)
+    top = high + 0.2 * (high - low) + 0.02
+    axes.set_ylim(low - 0.1 * (high - low) - 0.02, top)
+    beyond: dict[int, int] = {}
+    for row in rows:
+        if row.median / floor[row.M] > top:
+            depth = beyond[row.M] = beyond.get(row.M, -1) + 1
+            axes.annotate(
+                f"↑ {row.median / floor[row.M]:.1f}",
+                (row.M, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, -2 - 9 * depth),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                color=colour(row.competitor),
+                fontsize=8,
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(floor), [str(M) for M in sorted(floor)])
     axes.minorticks_off()
@@ -96,18 +118,26 @@ def _lines_over_tokens(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int,
 
 
 def _bars(axes: Any, rows: Sequence[BenchmarkRow], floor: dict[int, float]) -> None:
-    names = [row.competitor for row in rows]
+    names = [NAMES.get(row.competitor, row.competitor) for row in rows]
     ratios = [row.median / floor[row.M] for row in rows]
     below = [(row.median - row.q1) / floor[row.M] for row in rows]
     above = [(row.q3 - row.median) / floor[row.M] for row in rows]
-    colours = [COLOURS.get(name, OTHER) for name in names]
-    bars = axes.barh(
-        names, ratios, color=colours, xerr=(below, above), error_kw={"ecolor": "#555555"}
-    )
-    labels = [f"{row.median / floor[row.M]:.2f}  ({row.median * 1e3:.1f} ms)" for row in rows]
-    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    colours = [colour(row.competitor) for row in rows]
+    end = within_reach([r + a for r, a in zip(ratios, above, strict=True)])
+    axes.barh(names, ratios, color=colours, xerr=(below, above), error_kw={"ecolor": "#555555"})
+    for place, (row, ratio, more) in enumerate(zip(rows, ratios, above, strict=True)):
+        cut = ratio + more > end
+        axes.annotate(
+            f"{'→ ' if ratio > end else ''}{ratio:.2f}  ({row.median * 1e3:.2f} ms)",
+            (end * 1.02 if cut else ratio + more, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if cut else None,
+        )
     axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.set_xlim(0, max(r + a for r, a in zip(ratios, above, strict=True)) * 1.4)
+    axes.set_xlim(0, end * 1.65)
     axes.invert_yaxis()
     axes.set_xlabel("time / frozen")
 
@@ -120,12 +150,12 @@ def _saved_bytes(device: str, rows: Sequence[BenchmarkRow], path: Path) -> None:
         members = [row for row in rows if row.shape == shape]
         M = max(row.M for row in members)
         saved = {row.competitor: row.saved_bytes for row in members if row.M == M}
-        colours = [COLOURS.get(name, OTHER) for name in saved]
-        bars = axes.barh(list(saved), [n / MIB for n in saved.values()], color=colours)
-        axes.bar_label(bars, [f"{n / MIB:.2f}" for n in saved.values()], padding=4, fontsize=8)
+        names = [NAMES.get(name, name) for name in saved]
+        bars = axes.barh(names, [n / MIB for n in saved.values()], color=list(map(colour, saved)))
+        axes.bar_label(bars, [f"{n / MIB:.3g}" for n in saved.values()], padding=4, fontsize=8)
         axes.set_xlim(0, max(max(saved.values()), 1) / MIB * 1.15)
         axes.invert_yaxis()
         axes.set_title(f"{shape}, M={M}", fontsize=9)
-        axes.set_xlabel("MiB saved for backward, parameters left out")
-    figure.suptitle(f"Saved for backward, {device}")
+        axes.set_xlabel("MiB, without parameters")
+    _entitle(figure, f"Memory kept for backward, {device}", rows)
     save_figure(figure, path)

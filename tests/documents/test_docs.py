@@ -57,12 +57,12 @@ MODULES = sorted({words[2] for _, words in COMMANDS if words[:2] == ["python", "
 
 @pytest.mark.parametrize("arguments", OURS)
 def test_every_command_has_the_flags_that_a_page_shows(arguments, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    if "--config" in arguments:  # what an earlier command of the page has left
-        config = Path(arguments[arguments.index("--config") + 1])
-        config.parent.mkdir()
-        config.write_text("rank: 8\n")
     monkeypatch.setattr(pkgutil, "resolve_name", lambda name: lambda arguments: 0)
+    monkeypatch.chdir(tmp_path)
+    if "--config" in arguments:  # the settings of an earlier run
+        config = Path(arguments[arguments.index("--config") + 1])
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text("seed: 0\n")
     assert main(arguments) == 0
 
 

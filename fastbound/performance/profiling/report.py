@@ -8,26 +8,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbound.figures import new_figure, save_figure
+from fastbound.figures import adapter_colour, new_figure, save_figure, within_reach
 from fastbound.files import replace_files
 from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, ProfilePoint
 
 FORMAT = "fastbound profile 1"
 MIB = 2**20
+TRIAL = "Trial run of few, short rounds: it shows that profiling works, not what adapters cost\n"
 JSON, PICTURE, TRACE = "profile.json", "profile.png", "trace.json"
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
-COLOURS = {
-    "frozen": "#000000",
-    "fused": "#D55E00",
-    "peft_fp32": "#0072B2",
-    "peft_bf16": "#56B4E9",
-}
+# What the benchmarks and profiles compare, under names that a reader knows.
 NAMES = {
     "frozen": "frozen, no adapter",
-    "fused": "fastbound, fused",
-    "peft_fp32": "PEFT, fp32 factors (its default)",
-    "peft_bf16": "PEFT, bf16 factors",
+    "fused": "fastbound",
+    "auto": "fastbound, kernels chosen by measuring",
+    "split": "fastbound, cuBLAS's GEMM",
+    "per_layer": "fastbound, layer by layer",
+    "product": "fastbound, product form",
+    "addmm": "PyTorch's GEMM, then addmm_",
+    "peft_fp32": "PEFT LoRA, fp32 factors (default)",
+    "peft_bf16": "PEFT LoRA, bf16 factors",
+    "compiled": "plain formula, torch.compile",
+    "plain": "plain formula, autograd",
+    "trained": "no adapter, the weight trained",
 }
+_LIGHTER = {"auto": 0.3, "split": 0.5, "per_layer": 0.65}
+_OTHERS = {"addmm": "#009E73", "compiled": "#666666", "trained": "#444444"}
 _MARKERS = {"frozen": "", "fused": "o", "peft_fp32": "s", "peft_bf16": "^"}
 
 
@@ -60,6 +65,13 @@ class Profile:
 
     def variants(self, place: str) -> list[str]:
         return list(dict.fromkeys(p.variant for p in self.points if p.place == place))
+
+
+def colour(name: str) -> str:
+    """The colour of what is compared: of its adapter, lighter for fastbound's other ways to run."""
+    if name in _LIGHTER:
+        return adapter_colour("fused", _LIGHTER[name])
+    return _OTHERS.get(name) or adapter_colour(name)
 
 
 def length(tokens: int) -> str:
@@ -156,7 +168,7 @@ def draw(profile: Profile, path: Path) -> None:
     for place, (left, right) in zip(places, panels, strict=True):
         lengths = sorted({p.tokens for p in profile.points if p.place == place})
         left.set_title(
-            f"{profile.model}, {place}: time over the frozen one", fontsize=10, loc="left"
+            f"{profile.model}, {place}: time over the frozen module", fontsize=10, loc="left"
         )
         memory = "peak memory of a step" if profile.on_gpu else "kept for backward"
         right.set_title(f"{profile.model}, {place}: {memory}", fontsize=10, loc="left")
@@ -165,7 +177,7 @@ def draw(profile: Profile, path: Path) -> None:
             _draw_time(left, name, points)
             _draw_memory(right, name, points)
         left.set_ylabel("time / frozen")
-        left.margins(y=0.12)
+        _limit(left, [p for p in profile.points if p.place == place and p.over_floor])
         _mark_failures(left, profile, place)
         right.set_yscale("log", base=2)
         right.yaxis.set_major_formatter(
@@ -178,8 +190,10 @@ def draw(profile: Profile, path: Path) -> None:
             axes.set_xlabel("tokens")
     handles, labels = panels[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    trial = profile.rounds < 5 and max(point.tokens for point in profile.points) < 512
     figure.suptitle(
-        f"{profile.what}\n{profile.device}, {profile.dtype}, rank {profile.rank}, medians of "
+        f"{TRIAL if trial else ''}{profile.what}\n"
+        f"{profile.device}, {profile.dtype}, rank {profile.rank}, medians of "
         f"{profile.rounds} interleaved rounds with quartiles",
         fontsize=10,
     )
@@ -188,7 +202,7 @@ def draw(profile: Profile, path: Path) -> None:
 
 def _draw_time(axes: Any, name: str, points: Sequence[ProfilePoint]) -> None:
     if name == FLOOR:
-        axes.axhline(1, color=COLOURS[name], lw=1.2, ls=":")
+        axes.axhline(1, color=colour(name), lw=1.2, ls=":")
         return
     known = [(p, p.median, p.q1, p.q3) for p in points if p.over_floor is not None]
     ratios = [p.over_floor for p, *_ in known]
@@ -198,13 +212,32 @@ def _draw_time(axes: Any, name: str, points: Sequence[ProfilePoint]) -> None:
         [p.tokens for p, *_ in known],
         ratios,
         (below, above),
-        color=COLOURS[name],
+        color=colour(name),
         marker=_MARKERS[name],
         ms=5,
         lw=1.6,
         capsize=2,
         elinewidth=0.8,
     )
+
+
+def _limit(axes: Any, points: Sequence[ProfilePoint]) -> None:
+    """Leave points far above the others outside the panel, and name them at its upper edge."""
+    ratios = [point.over_floor or 1.0 for point in points] or [1.0]
+    low, high = min([*ratios, 1.0]), max(within_reach(ratios), 1.0)
+    space = 0.12 * (high - low) or 0.1
+    axes.set_ylim(low - space, high + space)
+    for point in points:
+        if (point.over_floor or 0.0) > high + space:
+            axes.annotate(
+                f"↑ {point.over_floor:.1f}",
+                (point.tokens, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="top",
+                color=colour(point.variant),
+                fontsize=8,
+            )
 
 
 def _scaled(point: ProfilePoint, seconds: float) -> float:
@@ -217,7 +250,7 @@ def _draw_memory(axes: Any, name: str, points: Sequence[ProfilePoint]) -> None:
     axes.plot(
         [tokens for tokens, _ in known],
         [held for _, held in known],
-        color=COLOURS[name],
+        color=colour(name),
         marker=_MARKERS[name],
         ls=":" if name == FLOOR else "-",
         ms=5,
@@ -243,7 +276,7 @@ def _mark_failures(axes: Any, profile: Profile, place: str) -> None:
                 textcoords="offset points",
                 ha="center",
                 va="center",
-                color=COLOURS[name],
+                color=colour(name),
                 fontsize=13,
                 fontweight="bold",
             )

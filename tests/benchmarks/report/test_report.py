@@ -10,6 +10,13 @@ import pytest
 
 from benchmarks.report import compare, plots
 from benchmarks.report.rows import BenchmarkRow, ratio_table, read
+from benchmarks.rivals.competitors import (
+    BLOCK_COMPETITORS,
+    LAYER_COMPETITORS,
+    PRODUCT_COMPETITORS,
+)
+from fastbound.figures import within_reach
+from fastbound.performance.profiling.report import NAMES, colour
 
 
 def row(competitor: str, median: float, spread: float = 0.0) -> dict[str, Any]:
@@ -91,6 +98,31 @@ def test_time_is_not_plotted_without_a_floor(tmp_path: Path) -> None:
     assert plots.draw("a device", [BenchmarkRow(**row("fused", 2.0))], tmp_path, "x") == [
         tmp_path / "x-saved.png"
     ]
+
+
+def test_every_competitor_has_a_name_and_a_colour_of_its_own() -> None:
+    competitors = (*LAYER_COMPETITORS, *BLOCK_COMPETITORS, *PRODUCT_COMPETITORS)
+    names = {competitor.name for competitor in competitors}
+    assert names <= set(NAMES)
+    assert len({NAMES[name] for name in names}) == len({colour(name) for name in names}) == 12
+
+
+def test_one_outlier_does_not_set_the_axis() -> None:
+    assert within_reach([1.0, 1.1, 2.7, 14.0]) == 2.7
+    assert within_reach([1.0, 1.2, 1.4]) == 1.4
+    assert within_reach([5.0]) == 5.0
+
+
+def test_a_smoke_run_says_so_in_the_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, path: titles.append(figure.get_suptitle())
+    )
+    for model in ("tiny", "tiny-gated", "llama-1k"):
+        plots.draw(
+            "a device", [BenchmarkRow(**{**row("fused", 2.0), "model": model})], tmp_path, "x"
+        )
+    assert [plots.SMOKE in title for title in titles] == [True, True, False]
 
 
 def test_report_names_a_file_that_is_not_a_saved_run(tmp_path: Path) -> None:
