@@ -79,7 +79,7 @@ def test_an_adapter_with_another_name_is_saved_alike(tiny_model, tmp_path):
     [
         ({"bias": "all"}, "use PeftModel.from_pretrained"),
         ({"modules_to_save": ["lm_head"]}, "use PeftModel.from_pretrained"),
-        ({"bound_pattern": {}}, 'bound of .* is "auto"'),
+        ({"bound_pattern": {}}, 'bound of .* is "4.rms"'),
         ({"r": 4}, r"adapter_config.json says \[4, "),
         ({"r": None}, "r must be a int"),
         ({"format_version": 2}, "format_version 2"),

@@ -245,7 +245,7 @@ class TestLoop:
         assert not (tmp_path / "run").exists()
 
     def test_whole_logits_of_a_loss_are_refused_with_the_settings(self):
-        with pytest.raises(InputError, match=r"which ihl and kl take"):
+        with pytest.raises(InputError, match=r"which ihl and kl need"):
             config(cross_entropy="chunked", losses={"ihl": 1.0, "kl": 1.0, "retain": 1.0})
 
     def test_evaluation(self, new_model, tokenizer, forget_rows):

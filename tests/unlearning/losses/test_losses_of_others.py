@@ -202,7 +202,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("form", ["chunked", "liger"])
     def test_chunks_are_refused_for_losses_of_whole_logits(self, form):
-        with pytest.raises(InputError, match="which undial and ceu and pdu take"):
+        with pytest.raises(InputError, match="which undial and ceu and pdu need"):
             UnlearnConfig(losses=dict.fromkeys(("undial", "ceu", "pdu"), 1.0), cross_entropy=form)
 
     def test_the_command_takes_options_after_commas(self, user_folder, capsys):
