@@ -358,5 +358,5 @@ def test_the_api_page_shows_every_public_name_and_each_is_documented(repository)
 
 
 def test_the_site_lists_every_guide(repository):
-    listed = re.findall(r"[\w-]+\.md", (repository / "mkdocs.yml").read_text().partition("nav:")[2])
+    listed = re.findall(r"[\w-]+\.md", (repository / ".ci" / "mkdocs.yml").read_text().partition("nav:")[2])
     assert sorted(listed) == sorted(path.name for path in (repository / "docs").glob("*.md"))
