@@ -45,14 +45,16 @@ class Demonstration:
     adapters: Sequence[Literal["bounded", "lora"]] = ("bounded", "lora")
     quick: bool = False
 
-    @property
-    def rate(self) -> float:
+    def __post_init__(self) -> None:
         if self.config.lr == "auto":
             raise InputError(
                 f"the demonstration runs at a rate and at {FACTOR:g} times that rate: give lr a "
                 'number, not "auto"'
             )
-        return self.config.lr
+
+    @property
+    def rate(self) -> float:
+        return float(self.config.lr)
 
     def runs(self) -> dict[str, UnlearnConfig]:
         """Folder name -> settings."""

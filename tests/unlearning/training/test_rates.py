@@ -11,6 +11,7 @@ from fastbound.layers.rates import auto_rate
 from fastbound.unlearning import InputError, UnlearnConfig
 from fastbound.unlearning.demo.demo import Demonstration
 from fastbound.unlearning.training.adapters import LORA_RATE, attach
+from fastbound.unlearning.training.step import Training
 
 FAST = {"epochs": 2, "batch_size": 3, "rank": 2, "device": "cpu", "early_stop": False}
 
@@ -40,13 +41,22 @@ def test_a_run_at_auto_logs_and_keeps_the_highest_rate(unlearn_rows, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["lr"] == result.lr
 
 
-def test_a_run_at_auto_resumes_to_the_same_bits(unlearn_rows, new_model, tmp_path):
-    config = UnlearnConfig(bound="0.05*spectral", **{**FAST, "epochs": 4}, checkpoint_every=2)
+def test_a_run_at_auto_resumes_to_the_same_numbers(unlearn_rows, tmp_path, monkeypatch):
+    config = UnlearnConfig(bound="0.05*spectral", **FAST, checkpoint_every=1)
     whole = unlearn_rows(config, output=tmp_path / "whole")
-    folder = tmp_path / "cut"
-    unlearn_rows(config, output=folder)
-    (folder / "result.json").unlink()
-    resumed = unlearn_rows(config, output=folder, resume=True)
+    update, taken = Training.update, []
+
+    def killed(training, losses):
+        taken.append(losses)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return update(training, losses)
+
+    monkeypatch.setattr(Training, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_rows(config, output=tmp_path / "cut")
+    monkeypatch.undo()
+    resumed = unlearn_rows(config, output=tmp_path / "cut", resume=True)
     assert resumed.history == whole.history and resumed.lr == whole.lr
 
 
@@ -58,4 +68,4 @@ def test_what_is_no_rate_is_refused(value):
 
 def test_the_demonstration_needs_a_number():
     with pytest.raises(InputError, match='give lr a number, not "auto"'):
-        Demonstration(UnlearnConfig()).runs()
+        Demonstration(UnlearnConfig())
