@@ -128,14 +128,14 @@ class _Written:
 def steady() -> None:
     """Clocks stand and pictures are small: two runs leave the same bytes, quickly."""
 
-    def draw(path: Path, *data: Any) -> None:
+    def draw(path: Path, *data: Any, **how: Any) -> None:
         replace_files({path: b"a picture"})
 
     time.perf_counter = lambda: 0.0
     loop.peak_memory = lambda device: (0, "resident set")  # type: ignore[attr-defined]
     report.draw = draw
     tofu.draw = draw
-    lab_command.draw = lambda cells, output, standard: draw(output / "utility.png")
+    lab_command.draw = lambda cells, output, *how: draw(output / "utility.png")
     grid._workers = _in_this_process  # type: ignore[assignment]
     torch.set_num_threads(1)
 
