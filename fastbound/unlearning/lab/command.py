@@ -73,8 +73,10 @@ def _report(
     rows: dict[str, int],
     output: Path,
 ) -> None:
-    """Report on all finished cells of the folder, those of earlier grids too."""
-    cells = list(read_cells(output).values())
+    """Report on all finished cells of the folder: this grid's, then those of earlier grids."""
+    finished = read_cells(output)
+    own = [cell.key for cell in grid.cells()]
+    cells = [finished[key] for key in (*own, *sorted(finished.keys() - set(own)))]
     models = read_models(output)
     before = {
         name: statistics.fmean(each[name] for each in models.values())
