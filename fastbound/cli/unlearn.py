@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 HELP = "make a language model forget some rows and keep others"
 DESCRIPTION = """\
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     adapter.add_argument(
         "--rank",
-        type=_rank,
+        type=_or_auto(int, "a whole number"),
         metavar="N",
         help="rank of the factors A and B in every layer, or auto to choose it per layer by "
         "gradients (default: 8)",
@@ -137,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--lr",
-        type=_rate,
+        type=_or_auto(float, "a number"),
         metavar="X",
         help="highest learning rate of AdamW, or auto: the rate that each layer's bound calls for "
         "(default: auto; demonstration: 3e-3)",
@@ -287,15 +288,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _rate(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+def _or_auto(number: Callable[[str], float], kind: str) -> Callable[[str], float | str]:
+    """Reads an option that is a number or the word auto."""
 
+    def read(text: str) -> float | str:
+        try:
+            return text if text == "auto" else number(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {kind} nor auto") from None
 
-def _rank(text: str) -> int | str:
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+    return read

@@ -95,25 +95,8 @@ def inject(
             exactly the layers to replace; `rank="auto"` lacks its losses; or `allocate_ranks`
             raises.
     """
-    if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
-        raise TypeError(
-            f"model is a single {type(model).__name__}, which cannot be replaced in place: "
-            "use FusedBoundedLinear.from_linear(layer)"
-        )
-    held = adapted_layers(model)
-    if len(held) > len(injected_layers(model)):
-        raise ValueError(
-            f"the model holds bounded adapters of PEFT (first: {next(iter(held))!r}): "
-            "call merge_and_unload() or unload() first"
-        )
-    if held:
-        raise ValueError(
-            f"the model already holds {len(held)} injected layers (first: {next(iter(held))!r}): "
-            "call fastbound.merge(model) first, and target all layers in one call of inject"
-        )
-    chosen, skipped = _chosen(model, target_modules)
+    shapes, skipped = layers_to_adapt(model, target_modules)
     _check_rank(rank, forget, retain, budget)
-    shapes = {name: features(model.get_submodule(name)) for name in chosen}
     settings = partial(
         adapter_settings,
         bound=bound,
@@ -132,7 +115,7 @@ def inject(
         check_same_names("rank by name must name the layers to be replaced", rank, shapes)
         alpha = even_rank(rank, shapes) if alpha is None and omega is None else alpha
     ranks: Mapping[str, Any] = rank if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
-    each = {name: settings(ranks[name], alpha) for name in chosen}
+    each = {name: settings(ranks[name], alpha) for name in shapes}
     check_ranks(ranks, shapes)
     convert(model, each)
     if fuse_mlp:
@@ -140,17 +123,36 @@ def inject(
     return replace(injection_report(model, skipped), allocation=allocation)
 
 
-def _chosen(
-    model: nn.Module, target_modules: str | Collection[str]
-) -> tuple[list[str], dict[str, str]]:
-    """The (first) names of the layers to replace, and name -> reason for those that cannot be.
+def layers_to_adapt(
+    model: nn.Module, target_modules: str | Collection[str], *, loaded: bool = True
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The layers that :func:`inject` replaces, first name -> [N, K], and name -> reason for others.
 
-    Raises ValueError if nothing can be replaced.
+    Args:
+        loaded: False asks of a model without weights which layers it would be with them.
+
+    Raises TypeError and ValueError as :func:`inject` does for a model and its targets.
     """
+    if isinstance(model, FusedBoundedLinear) or is_adaptable(model):
+        raise TypeError(
+            f"model is a single {type(model).__name__}, which cannot be replaced in place: "
+            "use FusedBoundedLinear.from_linear(layer)"
+        )
+    held = adapted_layers(model)
+    if len(held) > len(injected_layers(model)):
+        raise ValueError(
+            f"the model holds bounded adapters of PEFT (first: {next(iter(held))!r}): "
+            "call merge_and_unload() or unload() first"
+        )
+    if held:
+        raise ValueError(
+            f"the model already holds {len(held)} injected layers (first: {next(iter(held))!r}): "
+            "call fastbound.merge(model) first, and target all layers in one call of inject"
+        )
     first = {module: name for name, module in model.named_modules()}
     names = match(model, target_modules)
     matched = list(dict.fromkeys(first[model.get_submodule(name)] for name in names))
-    reasons = {name: refusal(model, name) for name in matched}
+    reasons = {name: refusal(model, name, loaded=loaded) for name in matched}
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     chosen = [name for name, reason in reasons.items() if reason is None]
     if not chosen:
@@ -159,7 +161,7 @@ def _chosen(
             f"target_modules={target_modules!r} matches {len(skipped)} modules, "
             f"none of which can be replaced ({listed})"
         )
-    return chosen, skipped
+    return {name: features(model.get_submodule(name)) for name in chosen}, skipped
 
 
 def _check_rank(rank: object, forget: Loss | None, retain: Loss | None, budget: int | None) -> None:

@@ -14,6 +14,7 @@ import fastbound
 from fastbound.errors import InputError
 from fastbound.files import whole_folder
 from fastbound.layers.settings import adapter_settings
+from fastbound.models.injection import layers_to_adapt
 from fastbound.models.ranks import check_ranks, even_rank
 from fastbound.operator.partition import whole
 from fastbound.unlearning.config import UnlearnConfig
@@ -144,18 +145,8 @@ def attach(model: nn.Module, config: UnlearnConfig, ranks: Ranks) -> Adapter:
         raise InputError(str(error)) from error
 
 
-def target_layers(model: nn.Module, config: UnlearnConfig) -> dict[str, tuple[int, int]]:
-    """Names and [N, K] of the layers that `fastbound.inject` adapts; the model stays as it was."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    names = fastbound.inject(
-        model, 1, target_modules=config.target_modules, fuse_mlp=False
-    ).replaced
-    shapes = {}
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        layer = cast(fastbound.FusedBoundedLinear, model.get_submodule(name))
-        shapes[name] = (layer.out_features, layer.in_features)
-        setattr(model.get_submodule(parent), child, layer.to_linear(merge=False))
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    return shapes
+def target_layers(
+    model: nn.Module, config: UnlearnConfig, *, loaded: bool = True
+) -> dict[str, tuple[int, int]]:
+    """Names and [N, K] of the layers that a run adapts; see `layers_to_adapt`, which may raise."""
+    return layers_to_adapt(model, config.target_modules, loaded=loaded)[0]

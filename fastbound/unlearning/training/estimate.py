@@ -13,10 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastbound.errors import InputError
-from fastbound.layers.base import features
-from fastbound.layers.conversion import refusal
 from fastbound.models.ranks import EVEN
-from fastbound.models.targets import match
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded, answer_length, encode, padding
 from fastbound.unlearning.data.limits import check_fits
@@ -25,6 +22,7 @@ from fastbound.unlearning.data.sampling import Pairing
 from fastbound.unlearning.losses.chunked import CHUNK
 from fastbound.unlearning.losses.cross_entropy import WHOLE_BYTES
 from fastbound.unlearning.losses.objective import Objective, refusals
+from fastbound.unlearning.training.adapters import target_layers
 from fastbound.unlearning.training.sides import Sides
 
 _LONGEST = 64  # a row of more than so many times max_length is not measured
@@ -165,22 +163,10 @@ def _encode(row: Row, tokenizer: Any, config: UnlearnConfig) -> Encoded:
 
 
 def _layers(model: nn.Module, config: UnlearnConfig) -> dict[str, tuple[int, int]]:
-    """Names and [N, K] of the layers that a run would adapt."""
     try:
-        names = match(model, config.target_modules)
+        return target_layers(model, config, loaded=False)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
-    reasons = {name: refusal(model, name, loaded=False) for name in names}
-    found = {
-        name: features(model.get_submodule(name)) for name, why in reasons.items() if why is None
-    }
-    if not found:
-        name, why = next(iter(reasons.items()))
-        raise InputError(
-            f"target_modules={config.target_modules!r} matches {len(reasons)} modules, none of "
-            f"which can be adapted ({name}: {why})"
-        )
-    return found
 
 
 def _memory(
