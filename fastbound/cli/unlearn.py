@@ -274,6 +274,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "logarithm of the vocabulary's size, which is the loss of a uniform guess)",
     )
     watching.add_argument(
+        "--forget-ceiling",
+        type=_or_auto(float, "a number", "none"),
+        metavar="X",
+        help="the loss, in nats, up to which gradient ascent pushes a token, or none (default: "
+        "auto, twice --forget-target)",
+    )
+    watching.add_argument(
         "--retain-slack",
         type=float,
         metavar="X",
@@ -288,13 +295,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _or_auto(number: Callable[[str], float], kind: str) -> Callable[[str], float | str]:
-    """Reads an option that is a number or the word auto."""
+def _or_auto(
+    number: Callable[[str], float], kind: str, *others: str
+) -> Callable[[str], float | str]:
+    """Reads an option that is a number, the word auto, or one of `others`."""
+    words = ("auto", *others)
 
     def read(text: str) -> float | str:
         try:
-            return text if text == "auto" else number(text)
+            return text if text in words else number(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither {kind} nor auto") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither {kind} nor {' nor '.join(words)}"
+            ) from None
 
     return read

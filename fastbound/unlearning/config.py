@@ -44,6 +44,9 @@ class UnlearnConfig:
         accumulation: forward passes per step. The loss of a step is the mean over all its answer
             tokens, however many passes and processes they are spread over.
         forget_weight, retain_weight: weights of the two cross-entropies, see `gradient_difference`.
+        forget_ceiling: the loss, in nats, up to which gradient ascent pushes a token of a forget
+            row; beyond it the token has no gradient. "auto" takes twice `forget_target`, and
+            "none" pushes without end.
         losses: name -> weight, to minimise a sum other than gradient difference; a loss with
             options is name -> `{"weight": 1.0, "beta": 0.2}`. Names and options are those of
             `fastbound.unlearning.losses.objective.LOSSES`; docs/losses.md has the formulas. None
@@ -94,6 +97,7 @@ class UnlearnConfig:
     accumulation: int = 1
     forget_weight: float = 1.0
     retain_weight: float = 1.0
+    forget_ceiling: float | Literal["auto", "none"] = "auto"
     losses: Mapping[str, Weight] | None = None
     max_length: int = 256
     template: str = TEMPLATE
@@ -137,6 +141,8 @@ class UnlearnConfig:
         positive("epochs", self.epochs)
         if self.lr != "auto":
             positive('lr, unless "auto",', self.lr)
+        if self.forget_ceiling not in ("auto", "none"):
+            positive('forget_ceiling, unless "auto" or "none",', self.forget_ceiling)
         for name in ("alpha", "omega", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))

@@ -63,6 +63,7 @@ def gradient_difference(
     *,
     forget_weight: float = 1.0,
     retain_weight: float = 1.0,
+    ceiling: float | None = None,
 ) -> GradientDifference:
     """`retain_weight · CE(retain) − forget_weight · CE(forget)` from one forward pass.
 
@@ -75,6 +76,8 @@ def gradient_difference(
         logits: `[rows, length, vocabulary]`.
         labels: int64 `[rows, length]`; both parts need at least one labelled token.
         forget_rows: number of rows to forget, `1 <= forget_rows < rows`.
+        ceiling: CE(forget) is the mean of min(loss, ceiling) over tokens, in nats, so that a token
+            beyond it is not pushed any further; None pushes without end.
 
     Raises:
         ValueError: `forget_rows` leaves one part of the batch empty.
@@ -88,17 +91,24 @@ def gradient_difference(
         answer_tokens(logits, labels),
         (forget_rows, len(labels) - forget_rows),
         (-forget_weight, retain_weight),
+        ceiling,
     )
 
 
 def weighted_cross_entropy(
-    tokens: AnswerTokens, rows: tuple[int, ...], weights: tuple[float, ...]
+    tokens: AnswerTokens,
+    rows: tuple[int, ...],
+    weights: tuple[float, ...],
+    ceiling: float | None = None,
 ) -> GradientDifference:
     """`Σ_g weights[g] · CE(rows of group g)`, each CE the mean over its group's labelled tokens.
 
-    The groups follow one another in the batch: forget, then retain, then any others.
+    The groups follow one another in the batch: forget, then retain, then any others. No forget
+    token counts for more than `ceiling` in the sum; the two means are of the losses as they are.
     """
-    each = tokens.loss.detach()
+    loss, each = tokens.loss, tokens.loss.detach()
+    if ceiling is not None:
+        loss = torch.where(tokens.row < rows[0], loss.clamp(max=ceiling), loss)
     weight = torch.zeros_like(each)
     means = []
     start = 0
@@ -108,7 +118,7 @@ def weighted_cross_entropy(
         weight = torch.where(inside, share / number, weight)
         means.append(torch.where(inside, each, 0).sum() / number)
         start += count
-    return GradientDifference((weight * tokens.loss).sum(), means[0], means[1])
+    return GradientDifference((weight * loss).sum(), means[0], means[1])
 
 
 def row_likelihoods(tokens: AnswerTokens, rows: int) -> tuple[Tensor, Tensor]:

@@ -340,8 +340,9 @@ def refusals(rows: Sequence[Row]) -> list[Row]:
 class Objective:
     """`Σ weight · loss`, with the mean cross-entropies `forget` and `retain` for display.
 
-    gradient_ascent is −CE(forget), retain is CE(retain), idk is CE(refusals). The others are
-    functions of `fastbound.unlearning.losses`: means over the rows or tokens of a batch.
+    gradient_ascent is −CE(forget), in which no token counts for more than `ceiling`; retain is
+    CE(retain), idk is CE(refusals). The others are functions of `fastbound.unlearning.losses`:
+    means over the rows or tokens of a batch.
 
     With the option `limit` of pdu the weight λ of retain is a Lagrange multiplier: after each step
     λ ← max(0, λ + step · (CE(retain) − limit)).
@@ -349,15 +350,19 @@ class Objective:
     Args:
         losses: as for `check_losses`.
         seed: of RMU's control vector.
+        ceiling: in nats; None lets gradient ascent push every token without end.
 
     Raises InputError as `check_losses` does.
     """
 
-    def __init__(self, losses: Mapping[str, Weight], seed: int = 0) -> None:
+    def __init__(
+        self, losses: Mapping[str, Weight], seed: int = 0, *, ceiling: float | None = None
+    ) -> None:
         checked = check_losses(losses)
         self.weights = {name: weight_of(given) for name, given in checked.items()}
         self.options = {name: options_of(given) for name, given in checked.items()}
         self.seed = seed
+        self.ceiling = ceiling
         self.needs_reference = any(LOSSES[name].reference for name in self.weights)
         self.needs_refusals = any(LOSSES[name].refusals for name in self.weights)
         self.whole_logits = [name for name in self.weights if LOSSES[name].logits]
@@ -417,7 +422,9 @@ class Objective:
             weight("retain", 0.0) * shares[1],
             weight("idk", 0.0) * part,
         )
-        difference = formulas.weighted_cross_entropy(answers.tokens, rows, signed[: len(rows)])
+        difference = formulas.weighted_cross_entropy(
+            answers.tokens, rows, signed[: len(rows)], self.ceiling
+        )
         total = difference.loss
         scored = _Scored(batch, rows, answers, reference, self.seed)
         for name, factor in self.weights.items():

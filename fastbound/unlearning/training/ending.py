@@ -12,6 +12,8 @@ from fastbound.errors import InputError
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.training.result import Evaluation
 
+HEADROOM = 2.0  # the ceiling over the target, so that the mean over tokens reaches the target
+
 
 class Ending:
     """When one run ends.
@@ -22,11 +24,10 @@ class Ending:
     loss is within `retain_slack` of where it began.
     """
 
-    def __init__(self, config: UnlearnConfig, model: nn.Module, steps: int) -> None:
+    def __init__(self, config: UnlearnConfig, target: float, steps: int) -> None:
         self.config = config
+        self.target = target
         self.steps = steps
-        given = config.forget_target
-        self.target = uniform_loss(model) if given is None else given
 
     def forgotten(self, evaluation: Evaluation) -> bool:
         return evaluation.step > 0 and evaluation.forget.loss >= self.target
@@ -47,6 +48,19 @@ class Ending:
         """Of those that have forgotten, the one with the lowest retain loss; else the last."""
         forgotten = [each for each in history if self.forgotten(each)]
         return min(forgotten, key=lambda each: each.retain.loss, default=history[-1])
+
+
+def forget_target(config: UnlearnConfig, model: nn.Module) -> float:
+    """The forget loss that counts as forgotten, in nats per token. Raises as `uniform_loss`."""
+    return uniform_loss(model) if config.forget_target is None else config.forget_target
+
+
+def forget_ceiling(config: UnlearnConfig, target: float) -> float | None:
+    """The loss beyond which a forget token is not pushed, in nats; None if there is no limit."""
+    given = config.forget_ceiling
+    if given == "none":
+        return None
+    return HEADROOM * target if given == "auto" else float(given)
 
 
 def uniform_loss(model: nn.Module) -> float:

@@ -59,6 +59,27 @@ def test_one_batch_equals_two_passes(tiny_model, forget_weight, retain_weight):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13)
 
 
+def test_a_token_beyond_the_ceiling_is_not_pushed():
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(4, 9, 30, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(0, 30, (4, 9))
+    each = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    ).view(4, 8)
+    ceiling = each[:2].median().item()  # half of the forget tokens are beyond it
+    expected = each[2:].mean() - each[:2].clamp(max=ceiling).mean()
+    (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+
+    found = gradient_difference(logits, labels, 2, ceiling=ceiling)
+    (gradient,) = torch.autograd.grad(found.loss, logits)
+
+    torch.testing.assert_close(found.loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-14)
+    pushed = gradient[:, :-1].abs().sum(-1) > 0
+    assert torch.equal(pushed[:2], each[:2] <= ceiling) and pushed[2:].all()
+    torch.testing.assert_close(found.forget, each[:2].mean().detach(), rtol=1e-12, atol=0)
+
+
 def test_cross_entropy_is_fp32_for_bf16_logits():
     logits = torch.randn(2, 5, 50).bfloat16()
     labels = torch.randint(0, 50, (2, 5))

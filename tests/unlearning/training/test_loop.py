@@ -140,6 +140,17 @@ def test_stops_early_and_says_why(unlearn_rows, settings, reason):
     assert (last.step < 60) == (reason is not None)
 
 
+@pytest.mark.parametrize("cross_entropy", ["whole", "chunked"])
+def test_ascent_ends_near_its_ceiling(unlearn_rows, cross_entropy):
+    settings = {"epochs": 40, "lr": 0.03, "cross_entropy": cross_entropy, "early_stop": False}
+    settings |= {"eval_every": 20, "forget_target": 6.0}
+    endless = unlearn_rows(config(forget_ceiling="none", **settings)).history[-1]
+    capped = unlearn_rows(config(**settings)).history[-1]  # "auto": 12
+    given = unlearn_rows(config(forget_ceiling=2.0, **settings)).history[-1]
+    assert given.forget.loss < capped.forget.loss < endless.forget.loss
+    assert capped.forget.loss > 6.0 > given.forget.loss > 2.0
+
+
 def test_the_adapter_of_the_best_evaluation_is_kept_also_across_a_resume(
     unlearn_rows, new_model, tokenizer, retain_rows, tmp_path
 ):
