@@ -17,8 +17,14 @@ An adapter is lora, lora-clamp (every entry of A and B limited to 1), lora-clip 
 limited to 1), lora-decay (weight decay of A and B), or a bounded one with its bound: sine, tanh or
 product. sine@0.5*spectral keeps the change within half the spectral norm of W, sine@4 keeps each
 entry within 4 x RMS(W), and sine@alpha within alpha. All have LoRA's slope at zero, except
-product@omega=100, which is sin(100 * B A) as in the method's paper. With +ranks at the end, as in
-sine@4+ranks, the same number of parameters is spread over the layers by gradients.
+product@omega=100, which is sin(100 * B A) as in the method's paper.
+
+Options follow in any order, as in lora+attention+ihl:
+  +attention      on the attention projections; with +mlp beside the MLPs, not in their place
+  +ihl, +simnpo, +wga, +satimp, +ceu, +pdu
+                  this loss on the rows to forget, in place of gradient ascent (docs/losses.md)
+  +stop           end like fastbound unlearn, once the rows are forgotten and the others kept
+  +ranks          the same number of parameters, spread over the layers by gradients
 
 The output folder gets cells.jsonl, summary.json, utility.png, size.png, gradient.png and
 config.yaml, which --config takes. --resume also takes more adapters, rates, ranks or seeds.
@@ -26,6 +32,7 @@ config.yaml, which --config takes. --resume also takes more adapters, rates, ran
 examples:
   fastbound lab --quick --output map
   fastbound lab --adapters lora,sine@0.5*spectral --lr 1e-3,1e-2 --seeds 3 --output map
+  fastbound lab --adapters lora+stop,lora+ihl,lora+mlp+attention --output map --resume
 """
 RUN = "fastbound.unlearning.lab.command:run"
 

@@ -3,122 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbound import FusedBoundedLinear
-from fastbound.errors import InputError, did_you_mean, positive
-from fastbound.layers.bounds import bound_of_weight, weight_bound
+from fastbound.errors import InputError
 from fastbound.layers.conversion import swap
 from fastbound.models.targets import match
+from fastbound.unlearning.lab.names import BOUNDED, MODULES, Adapter
 
-KINDS = ("lora", "lora-clamp", "lora-clip", "lora-decay", "sine", "tanh", "product")
-_BOUNDED = ("sine", "tanh", "product")
 _FORMS = {"sine": "factors", "product": "product"}  # those that are FusedBoundedLinear itself
-_LABELS = {
-    "lora": "LoRA",
-    "lora-clamp": "LoRA, factors clamped",
-    "lora-clip": "LoRA, gradient clipped",
-    "lora-decay": "LoRA, weight decay",
-    "sine": "bounded",
-    "tanh": "tanh",
-    "product": "product form",
-}
-_OMEGA = "omega="
-ADAPTIVE = "+ranks"
-CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
-CLIP = 1.0  # of "lora-clip": the norm of the whole gradient
-DECAY = 0.1  # of "lora-decay": AdamW's weight decay of A and B
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of the grid.
-
-    Attributes:
-        name: as it was asked for: `kind`, `kind@alpha`, `kind@BOUND` or `product@omega=X`, with
-            `+ranks` or not.
-        kind: one of `KINDS`.
-        bound: in units of the layer's weight, as "0.5*spectral"; None means bound = alpha for a
-            bounded kind, and no bound for the others.
-        omega: of `product@omega=X`, which is sin(X·B A): bound 1, alpha X·rank.
-        adaptive: the same parameters, with ranks as `fastbound.models.ranks` spreads them.
-    """
-
-    name: str
-    kind: str
-    bound: str | None = None
-    omega: float | None = None
-    adaptive: bool = False
-
-    @property
-    def bounded(self) -> bool:
-        return self.kind in _BOUNDED
-
-    @property
-    def label(self) -> str:
-        """For a picture: what it is and how it is bounded, in words."""
-        if self.omega is not None:
-            limit = f", ω = {self.omega:g}"
-        else:
-            limit = f", {self.bound or 'alpha'}" if self.bounded else ""
-        return _LABELS[self.kind] + limit + (", ranks spread" if self.adaptive else "")
-
-    def bound_in(self, weight: Tensor, alpha: float) -> float:
-        """The bound in this layer; infinite if the kind has none."""
-        if not self.bounded:
-            return math.inf
-        if self.omega is not None:
-            return 1.0
-        return alpha if self.bound is None else bound_of_weight(self.bound, weight)
-
-
-def parse_adapter(text: str) -> Adapter:
-    """`lora` and its kin, or `sine`, `tanh`, `product` with `@alpha`, `@BOUND` or `@omega=X`.
-
-    BOUND is a multiple such as `0.5*spectral`; a number alone is a multiple of RMS(W). X is the
-    paper's frequency of `product` under its bound of 1. With `+ranks` behind it the ranks are
-    spread by gradients.
-
-    Raises:
-        InputError: an unknown kind, a bound where there is none, or none where there must be one.
-    """
-    adaptive = text.endswith(ADAPTIVE)
-    kind, at, bound = text.removesuffix(ADAPTIVE).partition("@")
-    if kind not in KINDS:
-        raise InputError(
-            f"unknown adapter {text!r}; choose from {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
-        )
-    if kind not in _BOUNDED:
-        if at:
-            raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
-        return Adapter(text, kind, adaptive=adaptive)
-    if bound == "alpha":
-        return Adapter(text, kind, adaptive=adaptive)
-    if bound.startswith(_OMEGA) and kind == "product":
-        return Adapter(text, kind, omega=_frequency(text, bound), adaptive=adaptive)
-    bound = bound if "*" in bound else f"{bound}*rms"
-    try:
-        weight_bound(bound)
-    except ValueError as error:
-        raise InputError(
-            f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
-            "such as 0.5*spectral, or a number for so many RMS(W)"
-        ) from error
-    return Adapter(text, kind, bound, adaptive=adaptive)
-
-
-def _frequency(text: str, bound: str) -> float:
-    try:
-        return positive("omega", float(bound.removeprefix(_OMEGA)))
-    except ValueError as error:
-        raise InputError(
-            f"adapter {text!r}: give product@omega=X with a positive X, such as product@omega=100"
-        ) from error
+_BLOCK = re.compile(r"(.*\.)?\d+\.")  # of a layer's name, up to the innermost numbered part
 
 
 class ComparedLinear(nn.Module):
@@ -171,7 +70,7 @@ def factors_of(
 ) -> tuple[Tensor, Tensor]:
     """The two factors whose product is ΔW, for every kind except product."""
     rank = A.shape[0]
-    if kind not in _BOUNDED:
+    if kind not in BOUNDED:
         return A, (alpha / rank) * B
     f: Callable[[Tensor], Tensor] = torch.sin if kind == "sine" else torch.tanh
     omega = math.sqrt(alpha / bound)
@@ -181,10 +80,42 @@ def factors_of(
 Adapted = dict[str, ComparedLinear | FusedBoundedLinear]
 
 
-def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The MLP projections that are plain linear layers."""
-    found = ((name, model.get_submodule(name)) for name in match(model, "mlp"))
-    return {name: layer for name, layer in found if type(layer) is nn.Linear}
+def targets(model: nn.Module, modules: Sequence[str] = MODULES[:1]) -> dict[str, nn.Linear]:
+    """The projections that are plain linear layers, in the model's order.
+
+    Args:
+        modules: "mlp" for the MLP projections of a known model, "attention" for all other linear
+            layers of the blocks that hold them.
+
+    Raises:
+        InputError: they cannot be told in this model, or none is a plain linear layer.
+    """
+    try:
+        mlp = match(model, "mlp")
+    except ValueError as error:
+        raise InputError(
+            f"the lab finds its layers by the MLPs of a known model: {error}"
+        ) from error
+    blocks = set(filter(None, map(_block_of, mlp)))
+    beside = [n for n in match(model, "all-linear") if n not in mlp and _block_of(n) in blocks]
+    if "attention" in modules and not beside:
+        raise InputError(
+            f"{type(model).__name__} has no attention projections that can be told by their place: "
+            "linear layers beside the MLP in a numbered block; map its MLPs alone"
+        )
+    names = [*(mlp if "mlp" in modules else ()), *(beside if "attention" in modules else ())]
+    layers = {n: m for n, m in model.named_modules() if n in names and type(m) is nn.Linear}
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no plain linear layer among its projections "
+            f"({' and '.join(modules)}), which alone the lab can adapt"
+        )
+    return layers
+
+
+def _block_of(name: str) -> str | None:
+    found = _BLOCK.match(name)
+    return found.group() if found else None
 
 
 def adapt(
@@ -198,7 +129,7 @@ def adapt(
     made: Adapted = {}
     new: dict[nn.Module, nn.Module] = {}
     torch.manual_seed(seed)
-    for name, layer in targets(model).items():
+    for name, layer in targets(model, adapter.modules).items():
         rank = ranks[name]
         bound = adapter.bound_in(layer.weight, alpha)
         if adapter.kind in _FORMS:

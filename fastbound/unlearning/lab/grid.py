@@ -33,20 +33,16 @@ from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig, learn
 from fastbound.unlearning.evaluation.tofu import TofuRow
-from fastbound.unlearning.lab.adapters import parse_adapter
-from fastbound.unlearning.lab.cell import (
-    Cell,
-    CellConfig,
-    Rows,
-    run_cell,
-    score_model,
-    with_wrong_answers,
-)
+from fastbound.unlearning.lab.cell import Cell, CellConfig, Rows, with_wrong_answers
+from fastbound.unlearning.lab.names import parse_adapter
+from fastbound.unlearning.lab.run import run_cell
+from fastbound.unlearning.lab.scoring import score_model
 from fastbound.unlearning.lab.subject import (
     Pretrained,
     Subject,
     check_memory,
     check_same,
+    check_targets,
     folder_of,
     load,
     look,
@@ -97,7 +93,7 @@ class Grid:
     """What the map covers, and how each cell is run.
 
     Attributes:
-        adapters: as `parse_adapter` reads them; the bound is part of the name.
+        adapters: as `parse_adapter` reads them, held as `Adapter.name`.
         rates, ranks: those at which every adapter runs.
         seeds: how many; seed 0, 1, ... sets the small model, the factors and the order of rows.
         cell: the settings of every cell.
@@ -112,8 +108,8 @@ class Grid:
     model: Subject = SMALL
 
     def __post_init__(self) -> None:
-        for name in self.adapters:
-            parse_adapter(name)
+        names = tuple(parse_adapter(text).name for text in self.adapters)
+        object.__setattr__(self, "adapters", names)
         for name, values in (("lr", self.rates), ("rank", self.ranks), ("seeds", [self.seeds])):
             if not values or not all(0 < value < float("inf") for value in values):
                 raise InputError(f"{name} must be positive and finite, got {list(values)}")
@@ -171,6 +167,7 @@ def run_grid(
     with writing(output):
         check_free(output, MARKER, resume=resume)
         if isinstance(grid.model, Pretrained):
+            check_targets(grid.model, grid.adapters)
             cores = os.cpu_count() or 1
             workers, said = check_memory(grid.model, grid.cell, _MAX_LENGTH, workers, cores)
             if progress:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbound.figures import adapter_colour, label_ends, new_figure, save_figure
-from fastbound.unlearning.lab.adapters import parse_adapter
+from fastbound.unlearning.lab.names import parse_adapter
 from fastbound.unlearning.lab.summary import SMALL, Standard
 
 Cells = Sequence[Mapping[str, Any]]

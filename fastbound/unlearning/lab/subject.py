@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from fastbound.errors import InputError
 from fastbound.unlearning.data.encoding import padding
 from fastbound.unlearning.demo.small_model import LEARNED, SmallModelConfig
-from fastbound.unlearning.lab.cell import CellConfig, Rows, score_model
+from fastbound.unlearning.lab.adapters import targets
+from fastbound.unlearning.lab.cell import CellConfig, Rows
+from fastbound.unlearning.lab.names import parse_adapter
+from fastbound.unlearning.lab.scoring import score_model
 from fastbound.unlearning.model import autocast_dtype, check_place, load_pretrained
 from fastbound.unlearning.runs.folder import read_json, write_json
 from fastbound.unlearning.runs.identity import model_identity
@@ -71,6 +74,13 @@ def check_same(model: Any, subject: Pretrained, folder: Path) -> None:
         )
 
 
+def check_targets(subject: Pretrained, adapters: Sequence[str]) -> None:
+    """Raise `InputError` if an adapter, by name, finds none of its layers in the model."""
+    model = _shape_of(subject)
+    for modules in {parse_adapter(name).modules for name in adapters}:
+        targets(model, modules)
+
+
 def check_memory(
     subject: Pretrained, config: CellConfig, max_length: int, workers: int | None, processes: int
 ) -> tuple[int, str]:
@@ -82,15 +92,10 @@ def check_memory(
     Raises:
         InputError: not even one fits, or fewer than `workers` asks for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    check_place(subject.name)
-    settings = AutoConfig.from_pretrained(subject.name, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    model = _shape_of(subject)
     size = (autocast_dtype(config.dtype) or torch.float32).itemsize
     weights = sum(p.numel() for p in model.parameters()) * size
-    logits = 2 * config.batch_size * max_length * settings.vocab_size * (size + 4 + 4)
+    logits = 2 * config.batch_size * max_length * model.config.vocab_size * (size + 4 + 4)
     each, available = weights + logits, psutil.virtual_memory().available
     fitting = available // each
     if fitting < (workers or 1):
@@ -103,3 +108,13 @@ def check_memory(
     count = workers or min(processes, fitting)
     said = f"{count} processes of about {each / 1e9:.1f} GB each; {available / 1e9:.1f} GB are free"
     return count, said
+
+
+def _shape_of(subject: Pretrained) -> Any:
+    """The model on the meta device, from its config alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_place(subject.name)
+    settings = AutoConfig.from_pretrained(subject.name, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)

@@ -21,6 +21,7 @@ _MEASURED = (
     "largest_gradient_norm",
     "bound_in_use",
     "general",
+    "end_step",
 )
 
 

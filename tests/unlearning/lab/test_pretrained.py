@@ -14,9 +14,11 @@ from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.rows import authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig, learn
 from fastbound.unlearning.evaluation.tofu import load_public
-from fastbound.unlearning.lab.adapters import adapt, parse_adapter, targets
-from fastbound.unlearning.lab.cell import CellConfig, Rows, score_model
+from fastbound.unlearning.lab.adapters import adapt, targets
+from fastbound.unlearning.lab.cell import CellConfig, Rows
 from fastbound.unlearning.lab.grid import Grid, run_grid
+from fastbound.unlearning.lab.names import parse_adapter
+from fastbound.unlearning.lab.scoring import score_model
 from fastbound.unlearning.lab.subject import Pretrained, check_memory
 
 TINY = SmallModelConfig(

@@ -20,17 +20,13 @@ from fastbound.unlearning.data.rows import Row, authors, load_rows
 from fastbound.unlearning.demo.small_model import SmallModelConfig
 from fastbound.unlearning.lab import grid as grids
 from fastbound.unlearning.lab import plots
-from fastbound.unlearning.lab.adapters import (
-    KINDS,
-    ComparedLinear,
-    adapt,
-    delta_of,
-    parse_adapter,
-)
-from fastbound.unlearning.lab.cell import CellConfig, utility_of
+from fastbound.unlearning.lab.adapters import ComparedLinear, adapt, delta_of
+from fastbound.unlearning.lab.cell import CellConfig
 from fastbound.unlearning.lab.command import _grid as grid_of
 from fastbound.unlearning.lab.grid import CELLS, Grid, read_cells, run_grid
+from fastbound.unlearning.lab.names import KINDS, parse_adapter
 from fastbound.unlearning.lab.plots import PICTURES, draw
+from fastbound.unlearning.lab.scoring import utility_of
 from fastbound.unlearning.lab.summary import Standard, kept_of, lines_of, ranges_of, table_of
 
 TINY = SmallModelConfig(
@@ -105,7 +101,7 @@ def test_the_compared_sine_is_the_fused_layer():
     ("text", "message"),
     [
         ("dora", "unknown adapter 'dora'"),
-        ("lora+ranks+ranks", "unknown adapter"),
+        ("lora+ranks+ranks", r"names \+ranks twice"),
         ("sine+ranks", "sine@BOUND"),
         ("lora@4", "lora has no bound"),
         ("sine", "sine@BOUND"),

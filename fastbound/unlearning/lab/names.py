@@ -1,0 +1,197 @@
+"""The names of the adapters that the map compares, such as `sine@0.5*spectral+attention+ranks`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastbound.errors import InputError, did_you_mean, positive
+from fastbound.layers.bounds import bound_of_weight, weight_bound
+from fastbound.unlearning.losses.objective import LOSSES
+
+KINDS = ("lora", "lora-clamp", "lora-clip", "lora-decay", "sine", "tanh", "product")
+BOUNDED = ("sine", "tanh", "product")
+MODULES = ("mlp", "attention")
+FORGET_LOSSES = tuple(
+    name
+    for name, loss in LOSSES.items()
+    if loss.term is not None and not (loss.reference or loss.refusals or loss.hidden)
+)
+OPTIONS = (*MODULES, *FORGET_LOSSES, "stop", "ranks")  # in the order of a name
+_LABELS = {
+    "lora": "LoRA",
+    "lora-clamp": "LoRA, factors clamped",
+    "lora-clip": "LoRA, gradient clipped",
+    "lora-decay": "LoRA, weight decay",
+    "sine": "bounded",
+    "tanh": "tanh",
+    "product": "product form",
+}
+_OF_OPTIONS = {"stop": "stops when forgotten", "ranks": "ranks spread"}
+_OMEGA = "omega="
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of the grid.
+
+    Attributes:
+        base: as it was asked for, without options: `kind`, `kind@alpha`, `kind@BOUND` or
+            `product@omega=X`.
+        kind: one of `KINDS`.
+        bound: in units of the layer's weight, as "0.5*spectral"; None means bound = alpha for a
+            bounded kind, and no bound for the others.
+        omega: of `product@omega=X`, which is sin(X·B A): bound 1, alpha X·rank.
+        options: some of `OPTIONS`, in their order; without "mlp" where only the MLPs are adapted.
+    """
+
+    base: str
+    kind: str
+    bound: str | None = None
+    omega: float | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The same for every way to write this adapter's options."""
+        return "+".join([self.base, *self.options])
+
+    @property
+    def bounded(self) -> bool:
+        return self.kind in BOUNDED
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Which of `MODULES` it is put on."""
+        return self._chosen(MODULES) or MODULES[:1]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """What is minimised: gradient difference, or another forget loss in its place."""
+        forget = self._chosen(FORGET_LOSSES) or ("gradient_ascent",)
+        return {forget[0]: 1.0, "retain": 1.0}
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run ends once the rows are forgotten and the others kept."""
+        return "stop" in self.options
+
+    @property
+    def adaptive(self) -> bool:
+        """The same parameters, with ranks as `fastbound.models.ranks` spreads them."""
+        return "ranks" in self.options
+
+    @property
+    def label(self) -> str:
+        """For a picture: what it is, how it is bounded and what else differs, in words."""
+        if self.omega is not None:
+            limit = f", ω = {self.omega:g}"
+        else:
+            limit = f", {self.bound or 'alpha'}" if self.bounded else ""
+        where = f", {' and '.join(self.modules)}" if self.modules != MODULES[:1] else ""
+        rest = [_OF_OPTIONS.get(each, each) for each in self.options if each not in MODULES]
+        return "".join([_LABELS[self.kind], limit, where, *(f", {each}" for each in rest)])
+
+    def bound_in(self, weight: Tensor, alpha: float) -> float:
+        """The bound in this layer; infinite if the kind has none."""
+        if not self.bounded:
+            return math.inf
+        if self.omega is not None:
+            return 1.0
+        return alpha if self.bound is None else bound_of_weight(self.bound, weight)
+
+    def _chosen(self, among: Sequence[str]) -> tuple[str, ...]:
+        return tuple(each for each in self.options if each in among)
+
+
+def parse_adapter(text: str) -> Adapter:
+    """`lora` and its kin, or `sine`, `tanh`, `product` with `@alpha`, `@BOUND` or `@omega=X`.
+
+    BOUND is a multiple such as `0.5*spectral`; a number alone is a multiple of RMS(W). X is the
+    paper's frequency of `product` under its bound of 1. Options follow in any order, each after a
+    `+`:
+
+    - `attention`: on the attention projections in place of the MLPs, with `mlp` beside them
+    - one of `FORGET_LOSSES`: that loss in place of gradient ascent
+    - `stop`: the run ends as that of `fastbound unlearn` does, see `Ending`
+    - `ranks`: the same number of parameters, spread over the layers by gradients
+
+    Raises:
+        InputError: an unknown kind or option, options that exclude one another, a bound where there
+            is none, or none where there must be one.
+    """
+    base, *given = re.split(r"\+(?!\d)", text)  # a number may be written as 1e+2
+    options = _options(text, given)
+    kind, at, bound = base.partition("@")
+    if kind not in KINDS:
+        raise InputError(
+            f"unknown adapter {text!r}; choose from {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        )
+    if kind not in BOUNDED:
+        if at:
+            raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
+        return Adapter(base, kind, options=options)
+    if bound == "alpha":
+        return Adapter(base, kind, options=options)
+    if bound.startswith(_OMEGA) and kind == "product":
+        return Adapter(base, kind, omega=_frequency(text, bound), options=options)
+    bound = bound if "*" in bound else f"{bound}*rms"
+    try:
+        weight_bound(bound)
+    except ValueError as error:
+        raise InputError(
+            f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
+            "such as 0.5*spectral, or a number for so many RMS(W)"
+        ) from error
+    return Adapter(base, kind, bound, options=options)
+
+
+def _options(text: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The options in the order of `OPTIONS`."""
+    for option in given:
+        if option in LOSSES and option not in FORGET_LOSSES:
+            raise InputError(
+                f"adapter {text!r}: {_why_not(option)}; the losses to choose from are "
+                f"{', '.join(FORGET_LOSSES)}"
+            )
+        if option not in OPTIONS:
+            raise InputError(
+                f"adapter {text!r}: unknown option {option!r}; choose from {', '.join(OPTIONS)}"
+                f"{did_you_mean(option, OPTIONS)}"
+            )
+        if given.count(option) > 1:
+            raise InputError(f"adapter {text!r} names +{option} twice: give it once")
+    losses = [each for each in given if each in FORGET_LOSSES]
+    if len(losses) > 1:
+        raise InputError(f"adapter {text!r}: {' and '.join(losses)} exclude one another: give one")
+    chosen = tuple(each for each in OPTIONS if each in given)
+    return chosen if "attention" in chosen else tuple(each for each in chosen if each != "mlp")
+
+
+def _why_not(loss: str) -> str:
+    """Why a run of the lab cannot have this loss in place of gradient ascent."""
+    needs = LOSSES[loss]
+    if needs.term is None and not needs.refusals:
+        return f"the loss {loss} is part of gradient difference, which is minimised anyway"
+    lacking = {
+        "the answers of the model before unlearning": needs.reference,
+        'rows of "I don\'t know"': needs.refusals,
+        "hidden states": needs.hidden,
+    }
+    return (
+        f"the loss {loss} needs {' and '.join(each for each, needed in lacking.items() if needed)},"
+        " and the lab has only the logits of the model in training"
+    )
+
+
+def _frequency(text: str, bound: str) -> float:
+    try:
+        return positive("omega", float(bound.removeprefix(_OMEGA)))
+    except ValueError as error:
+        raise InputError(
+            f"adapter {text!r}: give product@omega=X with a positive X, such as product@omega=100"
+        ) from error

@@ -1,0 +1,251 @@
+"""What stands behind the + of an adapter's name: where it is put, its loss, and when it ends."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastbound.cli import main
+from fastbound.errors import InputError, NonFiniteError
+from fastbound.figures import adapter_colour
+from fastbound.unlearning.data.encoding import encode_all, padding
+from fastbound.unlearning.lab import run as runs
+from fastbound.unlearning.lab.adapters import targets
+from fastbound.unlearning.lab.cell import Cell, CellConfig, Rows, with_wrong_answers
+from fastbound.unlearning.lab.grid import Grid, run_grid
+from fastbound.unlearning.lab.names import FORGET_LOSSES, OPTIONS, parse_adapter
+from fastbound.unlearning.lab.run import run_cell
+from fastbound.unlearning.lab.subject import Pretrained
+from fastbound.unlearning.losses import ihl
+from fastbound.unlearning.metrics.answers import Score
+
+
+@pytest.fixture
+def rows(tokenizer, forget_rows, retain_rows) -> Rows:
+    forget, retain = (
+        encode_all(each, tokenizer, max_length=256) for each in (forget_rows, retain_rows)
+    )
+    return Rows(forget, retain, with_wrong_answers(retain))
+
+
+@pytest.fixture
+def run(new_model, tokenizer, rows):
+    """Runs a cell of three pairs a step on a model made anew."""
+
+    def cell(name: str, steps: int = 4, lr: float = 1e-2) -> dict:
+        config = CellConfig(steps=steps, batch_size=3, log_every=100)
+        return run_cell(new_model(), rows, Cell(0, 2, lr, name), config, pad=padding(tokenizer))
+
+    return cell
+
+
+def test_options_in_any_order_have_one_name():
+    options = ("mlp", "attention", "ihl", "stop", "ranks")
+    names = {
+        parse_adapter("+".join(["sine@4", *order])).name
+        for order in itertools.permutations(options)
+    }
+    assert names == {"sine@4+mlp+attention+ihl+stop+ranks"}
+    assert parse_adapter("lora+mlp").name == "lora"
+    assert parse_adapter("sine@1e+2").name == "sine@1e+2"
+
+
+@pytest.mark.parametrize("name", ["lora", "sine@0.5*spectral", "product@omega=100", "tanh@4+ranks"])
+def test_a_name_of_an_earlier_map_stays_as_it_is(name):
+    assert parse_adapter(name).name == name
+    assert parse_adapter(name).modules == ("mlp",)
+    assert parse_adapter(name).losses == {"gradient_ascent": 1.0, "retain": 1.0}
+
+
+def test_a_grid_holds_one_name_and_refuses_the_same_adapter_twice():
+    assert Grid(adapters=("lora+stop+ihl",)).adapters == ("lora+ihl+stop",)
+    with pytest.raises(InputError, match=r"lora\+ihl\+stop\|lr=.* appears twice"):
+        Grid(adapters=("lora+stop+ihl", "lora+ihl+stop"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora+atention", r"unknown option 'atention'; .*did you mean attention\?"),
+        ("lora+", "unknown option ''"),
+        ("lora+stop+stop", r"names \+stop twice"),
+        ("lora+ihl+wga", "ihl and wga exclude one another"),
+        ("lora+npo", "npo needs the answers of the model before unlearning"),
+        ("lora+dpo", "dpo needs the answers of the model before unlearning and rows of"),
+        ("lora+idk", 'idk needs rows of "I don\'t know"'),
+        ("lora+rmu", "rmu needs hidden states"),
+        ("lora+retain", "retain is part of gradient difference"),
+        ("loraa+stop", r"unknown adapter .*did you mean lora\?"),
+        ("sine+attention", "sine@BOUND"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        parse_adapter(name)
+
+
+def test_labels_and_colours_of_options():
+    assert parse_adapter("lora+attention").label == "LoRA, attention"
+    assert parse_adapter("lora+mlp+attention+ihl").label == "LoRA, mlp and attention, ihl"
+    assert parse_adapter("sine@4+stop+ranks").label == (
+        "bounded, 4*rms, stops when forgotten, ranks spread"
+    )
+    assert adapter_colour("lora+attention") == adapter_colour("lora")
+
+
+def _small(kind: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
+    if kind == "opt":
+        sizes |= {"ffn_dim": 24, "word_embed_proj_dim": 8}  # which adds project_in and project_out
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("gpt_neox", {"query_key_value", "dense"}),
+        ("phi", {"q_proj", "k_proj", "v_proj", "dense"}),
+        ("qwen2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_attention_is_every_linear_layer_of_a_block_beside_its_mlp(kind, wanted):
+    model = _small(kind)
+    attention, mlp = targets(model, ("attention",)), targets(model, ("mlp",))
+    assert {name.rpartition(".")[2] for name in attention} == wanted
+    assert len(attention) == 2 * len(wanted)  # two blocks
+    both = targets(model, ("mlp", "attention"))
+    assert both.keys() == mlp.keys() | attention.keys() and not mlp.keys() & attention.keys()
+
+
+def test_a_model_without_told_projections_is_refused():
+    plain = nn.Module()
+    plain.config = SimpleNamespace(model_type="llama")
+    plain.mlp = nn.ModuleDict({"up_proj": nn.Linear(3, 2)})
+    assert list(targets(plain)) == ["mlp.up_proj"]
+    with pytest.raises(InputError, match="no attention projections that can be told"):
+        targets(plain, ("attention",))
+    with pytest.raises(InputError, match="no plain linear layer among its projections"):
+        targets(_small("gpt2"))  # Conv1D
+    with pytest.raises(InputError, match="MLP projections are known for"):
+        targets(_small("bloom"), ("attention",))
+
+
+def test_a_pretrained_model_without_the_layers_is_refused_before_anything_is_written(
+    tmp_path, forget_rows, retain_rows
+):
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=30)
+    settings.save_pretrained(tmp_path / "model")
+    grid = Grid(adapters=("lora+attention",), model=Pretrained(str(tmp_path / "model")))
+    with pytest.raises(InputError, match="no plain linear layer"):
+        run_grid(forget_rows, retain_rows, grid, tmp_path / "map", progress=False)
+    assert not (tmp_path / "map").exists()
+
+
+def test_a_cell_adapts_what_its_name_says(run):
+    mlp, attention, both = (run(f"lora{more}", 1) for more in ("", "+attention", "+mlp+attention"))
+    assert all(".mlp." in name for name in mlp["ranks"])
+    assert all(".self_attn." in name for name in attention["ranks"])
+    assert both["ranks"].keys() == mlp["ranks"].keys() | attention["ranks"].keys()
+
+
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_a_forget_loss_is_what_the_cell_minimises(run, monkeypatch, loss):
+    seen = []
+    objective = runs.Objective
+
+    def watched(losses):
+        seen.append(losses)
+        return objective(losses)
+
+    monkeypatch.setattr(runs, "Objective", watched)
+    found = run(f"lora+{loss}", 2)
+    assert seen == [{loss: 1.0, "retain": 1.0}]
+    assert found["delta_norm"] > 0 and found["stopped"] is None and "ended" not in found
+
+
+def test_a_step_of_ihl_has_the_gradient_of_its_formula(new_model, rows, tokenizer, monkeypatch):
+    """B starts at zero, so that the gradient is that of B alone: slope · G Aᵀ in each layer."""
+    model = new_model()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    drawn = []
+    collate = runs.collate
+    monkeypatch.setattr(runs, "collate", lambda *a: drawn.append(collate(*a)) or drawn[-1])
+    weights = [layer.weight for layer in targets(model).values()]
+    config = CellConfig(steps=1, batch_size=3)
+    cell = Cell(0, 2, 1e-2, "lora+ihl")
+    found = run_cell(copy.deepcopy(model), rows, cell, config, pad=padding(tokenizer))
+    logits = model(drawn[0].input_ids, attention_mask=drawn[0].attention_mask).logits
+    labels = drawn[0].labels
+    kept = nn.functional.cross_entropy(logits[3:, :-1].flatten(0, 1), labels[3:, 1:].flatten())
+    gradients = torch.autograd.grad(ihl(logits[:3], labels[:3]) + kept, weights)
+    torch.manual_seed(0)
+    squares = 0.0
+    for G in gradients:
+        A = torch.empty(2, G.shape[1])
+        nn.init.kaiming_uniform_(A, a=5**0.5)  # as `adapt` draws it
+        squares += float((config.slope * G @ A.T).square().sum())
+    assert found["largest_gradient_norm"] == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def scores(*losses: tuple[float, float]):
+    """Stands in for `evaluate`: these forget and retain losses, one pair per evaluation."""
+    each = iter([loss for pair in losses for loss in pair])
+    return lambda *args, **kwargs: Score(next(each), 0.0, 0.0, 1)
+
+
+def test_a_run_with_stop_ends_once_forgotten_and_kept(run, monkeypatch):
+    # Six forget rows of three per step: an evaluation every two steps.
+    trough, back = (99.0, 5.0), (99.0, 0.15)
+    monkeypatch.setattr(runs, "evaluate", scores((0.1, 0.1), (1.0, 0.1), trough, back))
+    found = run("lora+stop", steps=20)
+    assert (found["ended"], found["end_step"], found["kept_step"]) == ("forget_target", 6, 6)
+    assert [line["step"] for line in found["history"]] == [1, 6]
+    assert found["stopped"] is None
+
+
+def test_a_run_that_never_comes_back_takes_all_steps_and_keeps_the_best(
+    run, monkeypatch, new_model, rows, tokenizer
+):
+    monkeypatch.setattr(runs, "evaluate", scores((0.1, 0.1), (99.0, 2.0), (99.0, 5.0)))
+    found = run("lora+stop", steps=4)
+    assert (found["ended"], found["end_step"], found["kept_step"]) == ("all steps", 4, 2)
+    # What is scored are the factors of step 2, which a run ended there has.
+    monkeypatch.setattr(runs, "evaluate", scores((0.1, 0.1), (99.0, 0.1)))
+    ended = run("lora+stop", steps=4)
+    assert (ended["ended"], ended["end_step"]) == ("forget_target", 2)
+    for name in ("forget_loss", "retain_loss", "delta_norm"):
+        assert found[name] == ended[name]
+
+
+def test_a_run_with_stop_that_is_not_finite_says_so(run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise NonFiniteError("row 1")
+
+    first = scores((0.1, 0.1))
+    calls = itertools.count()
+    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: first() if next(calls) < 2 else broken())
+    found = run("lora+stop", steps=4)
+    assert (found["stopped"], found["ended"], found["end_step"]) == (2, "not finite", 2)
+    assert (found["utility"], found["kept_step"]) == (0.0, 0)
+
+
+def test_the_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["lab", "--help"])
+    told = set(re.findall(r"\+(\w+)", capsys.readouterr().out))
+    assert set(OPTIONS) <= told
