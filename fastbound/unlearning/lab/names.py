@@ -21,7 +21,7 @@ FORGET_LOSSES = tuple(
     for name, loss in LOSSES.items()
     if loss.term is not None and not (loss.reference or loss.refusals or loss.hidden)
 )
-OPTIONS = (*MODULES, *FORGET_LOSSES, "stop", "ranks")  # in the order of a name
+OPTIONS = (*MODULES, *FORGET_LOSSES, "ceiling", "stop", "ranks")  # in the order of a name
 _LABELS = {
     "lora": "LoRA",
     "lora-clamp": "LoRA, factors clamped",
@@ -31,7 +31,11 @@ _LABELS = {
     "tanh": "tanh",
     "product": "product form",
 }
-_OF_OPTIONS = {"stop": "stops when forgotten", "ranks": "ranks spread"}
+_OF_OPTIONS = {
+    "ceiling": "ascent with a ceiling",
+    "stop": "stops when forgotten",
+    "ranks": "ranks spread",
+}
 _OMEGA = "omega="
 
 
@@ -76,6 +80,11 @@ class Adapter:
         return {forget[0]: 1.0, "retain": 1.0}
 
     @property
+    def capped(self) -> bool:
+        """Whether gradient ascent pushes a token no further than `fastbound unlearn` does."""
+        return "ceiling" in self.options
+
+    @property
     def stops(self) -> bool:
         """Whether the run ends once the rows are forgotten and the others kept."""
         return "stop" in self.options
@@ -117,6 +126,7 @@ def parse_adapter(text: str) -> Adapter:
 
     - `attention`: on the attention projections in place of the MLPs, with `mlp` beside them
     - one of `FORGET_LOSSES`: that loss in place of gradient ascent
+    - `ceiling`: gradient ascent pushes a token no further than in `fastbound unlearn`
     - `stop`: the run ends as that of `fastbound unlearn` does, see `Ending`
     - `ranks`: the same number of parameters, spread over the layers by gradients
 
@@ -168,6 +178,11 @@ def _options(text: str, given: Sequence[str]) -> tuple[str, ...]:
     losses = [each for each in given if each in FORGET_LOSSES]
     if len(losses) > 1:
         raise InputError(f"adapter {text!r}: {' and '.join(losses)} exclude one another: give one")
+    if losses and "ceiling" in given:
+        raise InputError(
+            f"adapter {text!r}: the ceiling is one of gradient ascent, which {losses[0]} replaces: "
+            "drop one"
+        )
     chosen = tuple(each for each in OPTIONS if each in given)
     return chosen if "attention" in chosen else tuple(each for each in chosen if each != "mlp")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from types import SimpleNamespace
 
@@ -69,6 +70,11 @@ def test_a_grid_holds_one_name_and_refuses_the_same_adapter_twice():
         Grid(adapters=("lora+stop+ihl", "lora+ihl+stop"))
 
 
+def test_a_ceiling_ends_the_ascent(run):
+    endless, capped = (run(name, steps=60, lr=5e-2) for name in ("lora", "lora+ceiling"))
+    assert endless["forget_loss"] > 2 * math.log(1024) > capped["forget_loss"] > math.log(1024)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -76,6 +82,7 @@ def test_a_grid_holds_one_name_and_refuses_the_same_adapter_twice():
         ("lora+", "unknown option ''"),
         ("lora+stop+stop", r"names \+stop twice"),
         ("lora+ihl+wga", "ihl and wga exclude one another"),
+        ("lora+ihl+ceiling", "the ceiling is one of gradient ascent, which ihl replaces"),
         ("lora+npo", "npo needs the answers of the model before unlearning"),
         ("lora+dpo", "dpo needs the answers of the model before unlearning and rows of"),
         ("lora+idk", 'idk needs rows of "I don\'t know"'),
