@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_or_auto(float, "a number", "none"),
         metavar="X",
         help="the loss, in nats, up to which gradient ascent pushes a token, or none (default: "
-        "auto, twice --forget-target)",
+        "auto, twice --forget-target; demonstration: none)",
     )
     watching.add_argument(
         "--retain-slack",

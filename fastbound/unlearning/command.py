@@ -182,8 +182,14 @@ def _config(arguments: argparse.Namespace, forget_rows: int) -> UnlearnConfig:
 
 # The small model takes the same number of short steps, however many rows it is to forget. Since it
 # knows nothing but these rows, it has to move further to forget some of them than "auto" lets a
-# pretrained model move.
-_DEMO = {"bound": "4*rms", "lr": 3e-3, "eval_every": 25, "log_every": 5}
+# pretrained model move. It ascends without a ceiling, under which no adapter of it does any damage.
+_DEMO = {
+    "bound": "4*rms",
+    "forget_ceiling": "none",
+    "lr": 3e-3,
+    "eval_every": 25,
+    "log_every": 5,
+}
 _DEMO_STEPS = 250
 _QUICK = {"eval_every": 10}
 _QUICK_STEPS = 50

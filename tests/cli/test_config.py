@@ -63,6 +63,10 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ("rank: 4\nrank: 5\n", "line 2: rank is given twice, first in "),
         ("eval-rows: 4\neval_rows: 5\n", "line 2: eval_rows is given twice, first in "),
         ("rank: many\n", "line 1: rank: 'many' is neither a whole number nor auto"),
+        (
+            "forget_ceiling: high\n",
+            "line 1: forget_ceiling: 'high' is neither a number nor auto nor none",
+        ),
         ("lr: fast\n", "line 1: lr: 'fast' is neither a number nor auto"),
         ("seed: 1.5\n", "line 1: seed: invalid int value: '1.5'"),
         ("lr:\n", "line 1: lr has no value: give one, or leave the line out"),

@@ -103,6 +103,14 @@ def test_the_outcome_of_a_single_run_compares_nothing():
     assert "not forgotten" in after
 
 
+@pytest.mark.parametrize("ceiling", [None, 21.6])
+def test_a_ceiling_is_told(ceiling):
+    run = run_of({0: (0.1, 0.1), 4: (6.0, 0.2)}, 4, "all steps")
+    run.result["forget_ceiling"] = ceiling
+    told = "Gradient ascent pushed each token up to a loss of 21.6, no further."
+    assert (told in table([run])) == (ceiling is not None)
+
+
 def test_a_model_too_small_to_time_has_no_column_of_seconds():
     for timed in (True, False):
         lines = table(FOUR, timed=timed)

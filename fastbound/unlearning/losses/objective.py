@@ -362,7 +362,7 @@ class Objective:
         self.weights = {name: weight_of(given) for name, given in checked.items()}
         self.options = {name: options_of(given) for name, given in checked.items()}
         self.seed = seed
-        self.ceiling = ceiling
+        self.ceiling = ceiling if "gradient_ascent" in self.weights else None
         self.needs_reference = any(LOSSES[name].reference for name in self.weights)
         self.needs_refusals = any(LOSSES[name].refusals for name in self.weights)
         self.whole_logits = [name for name in self.weights if LOSSES[name].logits]

@@ -175,6 +175,11 @@ def table(runs: Sequence[Run], *, timed: bool = True) -> list[str]:
         f"Mean over the answer tokens of {start['forget']['rows']} forget and "
         f"{start['retain']['rows']} retain rows; loss in nats per token; one seed ({seed})."
     )
+    ceiling = runs[0].result.get("forget_ceiling")
+    if ceiling is not None:
+        lines.append(
+            f"Gradient ascent pushed each token up to a loss of {ceiling:.3g}, no further."
+        )
     lines.append(
         "Steps: up to the evaluation whose adapter is kept. Forgotten: a loss of "
         f"{runs[0].result['forget_target']:.3g} or more. In use: root mean square of ΔW over the "

@@ -231,6 +231,7 @@ class _Run:
             ranks=self.ranks,
             stopped=stopped,
             forget_target=self.ending.target,
+            forget_ceiling=self.training.objective.ceiling,
             kept=kept.step,
             lr=self.training.highest_rate,
             largest_delta=delta.largest,

@@ -34,6 +34,8 @@ class UnlearnResult:
         history: every evaluation, from the one before the first step to the one after the last.
         kept: the step of the evaluation whose adapter is kept, see `UnlearnConfig.early_stop`.
         forget_target: the forget loss that counts as forgotten, nats per token.
+        forget_ceiling: the loss up to which gradient ascent pushed a token, in nats; None if it had
+            no end, or was not part of what was minimised.
         cross_entropy: whether the losses came from whole logits or in chunks, and why.
         ranks: what `rank="auto"` chose and why; None if the rank was given.
         stopped: why the run ended: "all steps", "forget_target" or "retain_limit".
@@ -56,6 +58,7 @@ class UnlearnResult:
     stopped: str
     kept: int
     forget_target: float
+    forget_ceiling: float | None
     lr: float
     largest_delta: float
     bound: float | None
@@ -83,6 +86,7 @@ class UnlearnResult:
             "stopped": self.stopped,
             "kept": self.kept,
             "forget_target": self.forget_target,
+            "forget_ceiling": self.forget_ceiling,
             "lr": self.lr,
             "largest_delta": self.largest_delta,
             "bound": self.bound,

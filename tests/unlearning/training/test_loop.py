@@ -144,17 +144,23 @@ def test_stops_early_and_says_why(unlearn_rows, settings, reason):
 def test_ascent_ends_near_its_ceiling(unlearn_rows, cross_entropy):
     settings = {"epochs": 40, "lr": 0.03, "cross_entropy": cross_entropy, "early_stop": False}
     settings |= {"eval_every": 20, "forget_target": 6.0}
-    endless = unlearn_rows(config(forget_ceiling="none", **settings)).history[-1]
-    capped = unlearn_rows(config(**settings)).history[-1]  # "auto": 12
-    given = unlearn_rows(config(forget_ceiling=2.0, **settings)).history[-1]
-    assert given.forget.loss < capped.forget.loss < endless.forget.loss
-    assert capped.forget.loss > 6.0 > given.forget.loss > 2.0
+    results = [unlearn_rows(config(forget_ceiling=c, **settings)) for c in (2.0, "auto", "none")]
+    assert [result.forget_ceiling for result in results] == [2.0, 12.0, None]
+    low, auto, endless = (result.history[-1].forget.loss for result in results)
+    assert 2.0 < low < 6.0 < auto < endless
 
 
 def test_the_adapter_of_the_best_evaluation_is_kept_also_across_a_resume(
     unlearn_rows, new_model, tokenizer, retain_rows, tmp_path
 ):
-    settings = config(epochs=20, lr=0.1, eval_every=4, forget_target=2.0, early_stop=False)
+    settings = config(
+        epochs=20,
+        lr=0.1,
+        eval_every=4,
+        forget_target=2.0,
+        forget_ceiling="none",
+        early_stop=False,
+    )
     result = unlearn_rows(settings, output=tmp_path / "run")
     forgotten = [each for each in result.history[1:] if each.forget.loss >= 2.0]
     best = min(forgotten, key=lambda each: each.retain.loss)
@@ -245,6 +251,8 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
         ({"bound": math.inf}, "bound must be positive and finite, got inf"),
         ({"bound": "tight"}, "or a positive multiple such as .*, got 'tight'"),
         ({"lr": 0.0}, 'lr, unless "auto", must be positive'),
+        ({"forget_ceiling": 0.0}, 'forget_ceiling, unless "auto" or "none", must be positive'),
+        ({"forget_ceiling": "off"}, "must be positive and finite, got 'off'"),
         ({"warmup": 1.5}, "warmup is a share"),
         ({"adapter": "dora"}, "adapter must be one of bounded, lora; got 'dora'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
