@@ -26,8 +26,8 @@ from fastbound.unlearning.losses.objective import Answers, Objective
 from fastbound.unlearning.metrics.answers import evaluate
 from fastbound.unlearning.model import autocast, autocast_dtype, forward
 from fastbound.unlearning.training.ending import Ending
-from fastbound.unlearning.training.rank_choice import mean_loss
 from fastbound.unlearning.training.result import Evaluation
+from fastbound.unlearning.training.sides import mean_loss
 from fastbound.unlearning.training.step import rate_share
 
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
