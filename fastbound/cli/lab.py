@@ -23,6 +23,7 @@ Options follow in any order, as in lora+attention+ihl:
   +attention      on the attention projections; with +mlp beside the MLPs, not in their place
   +ihl, +simnpo, +wga, +satimp, +ceu, +pdu
                   this loss on the rows to forget, in place of gradient ascent (docs/losses.md)
+  +fila           for LoRA, start as LoKU does, with the part of W that matters to those rows
   +stop           end like fastbound unlearn, once the rows are forgotten and the others kept
   +ranks          the same number of parameters, spread over the layers by gradients
 
