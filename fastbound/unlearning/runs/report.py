@@ -61,7 +61,7 @@ class Run:
     @property
     def label(self) -> str:
         """Its name for people, such as "LoRA, learning rate 0.003"."""
-        start = self.result["config"].get("start", "zero")
+        start = self.result["config"].get("lora_start", "zero")
         from_start = "" if start == "zero" else f" from {start}"
         return f"{_NAMES.get(self.adapter, self.adapter)}{from_start}, learning rate {self.lr:g}"
 

@@ -115,7 +115,7 @@ class _Lora:
             lora_dropout=0.0,
             rank_pattern={} if isinstance(ranks, int) else dict(ranks),
         )
-        self.starts = config.start == "fila"
+        self.starts = config.lora_start == "fila"
         with quiet():
             adapted: Any = get_peft_model(cast(Any, model), settings)
             if self.starts:
@@ -220,7 +220,7 @@ def attach(
 
     Args:
         ranks: one rank for every layer, or ranks by name.
-        importance: of each layer's rows, for the start "fila". Without it, the factors are those
+        importance: of each layer's rows, for lora_start "fila". Without it, the factors are those
             of another start and must be replaced, as those of a checkpoint are.
 
     Raises:

@@ -170,7 +170,7 @@ def estimate(
         pairing.steps(config.epochs),
         processes,
         memory,
-        sum(sizes) + 2 * max(sizes) if config.start == "fila" else 0,
+        sum(sizes) + 2 * max(sizes) if config.lora_start == "fila" else 0,
         unknown,
     )
 
@@ -204,7 +204,7 @@ def _memory(
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "adapter with gradient and AdamW": 4 * 4 * parameters,
     }
-    if config.start == "fila":
+    if config.lora_start == "fila":
         memory["frozen start"] = 4 * parameters
     unknown = None
     try:

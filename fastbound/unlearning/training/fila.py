@@ -93,7 +93,7 @@ def importance(
         if not (found[name].isfinite().all() and found[name].any()):
             raise ValueError(
                 f"{name}: the gradients of the sample are zero or not finite, so that FILA finds "
-                "no start; give other rows, dtype float32 or start zero"
+                "no start; give other rows, dtype float32 or another start"
             )
     return found
 
@@ -146,7 +146,7 @@ def fila_importance(
     try:
         found = importance(model.to(device), layers, *losses)
     except ValueError as error:
-        raise InputError(f'start "fila": {error}') from error
+        raise InputError(f'lora_start "fila": {error}') from error
     # The gradients above are those of a row divided by the tokens of all rows of its side.
     scale = [sum(map(answer_length, side)) / math.sqrt(len(side)) for side in samples]
     return {name: scale[0] / scale[1] * each for name, each in found.items()}

@@ -306,9 +306,9 @@ class _Run:
         return choose_ranks(model, self.sides, self.config, self.accelerator)
 
     def _importance(self, model: nn.Module, resume: bool) -> dict[str, torch.Tensor] | None:
-        """For the start "fila", unless a checkpoint holds the start."""
+        """For lora_start "fila", unless a checkpoint holds the start."""
         held = self.folder is not None and resume and self.folder.has_checkpoint
-        if self.config.start == "zero" or held:
+        if self.config.lora_start == "zero" or held:
             return None
         return fila_importance(
             model,

@@ -23,7 +23,7 @@ LAYERS = 6  # MLP projections of the tiny model
 
 
 def config(**settings) -> UnlearnConfig:
-    given = {"adapter": "lora", "start": "fila", "rank": 2, "epochs": 1, "batch_size": 3}
+    given = {"adapter": "lora", "lora_start": "fila", "rank": 2, "epochs": 1, "batch_size": 3}
     return UnlearnConfig(**{**given, "device": "cpu", **settings})
 
 
@@ -211,15 +211,21 @@ def test_a_resumed_run_keeps_its_start(unlearn_rows, tmp_path, monkeypatch):
     first, second = (tmp_path / each / "adapter" for each in ("whole", "stopped"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    with pytest.raises(InputError, match=r"config\.start 'fila', this one has 'zero'"):
-        unlearn_rows(config(epochs=2, start="zero"), output=tmp_path / "stopped", resume=True)
+    with pytest.raises(InputError, match=r"config\.lora_start 'fila', this one has 'zero'"):
+        unlearn_rows(config(epochs=2, lora_start="zero"), output=tmp_path / "stopped", resume=True)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"adapter": "bounded"}, 'the sines of the adapter "bounded" cannot hold: give adapter "l'),
-        ({"start": "filla"}, "start must be one of zero, fila; got 'filla': did you mean fila"),
+        (
+            {"adapter": "bounded"},
+            'the sines of the adapter "bounded" cannot hold: give adapter "lora"',
+        ),
+        (
+            {"lora_start": "filla"},
+            "lora_start must be one of zero, fila; got 'filla': did you mean fila",
+        ),
     ],
 )
 def test_a_start_that_cannot_be_is_refused(settings, message):
@@ -232,7 +238,7 @@ def test_the_estimate_counts_a_copy_of_the_adapted_weights(
 ):
     rows = (forget_rows, retain_rows)
     zero, fila = (
-        estimate(new_model().to("meta"), tokenizer, *rows, config(start=start))
+        estimate(new_model().to("meta"), tokenizer, *rows, config(lora_start=start))
         for start in ("zero", "fila")
     )
     # Six layers of 32 x 48 in fp32, and two more matrices of one layer.
@@ -248,7 +254,7 @@ def test_the_command_tells_of_the_start_and_reports_it(
         *("unlearn", "--model", str(model_folder), "--output", str(tmp_path / "run")),
         *("--forget", str(write_rows("f.jsonl", forget_rows))),
         *("--retain", str(write_rows("r.jsonl", retain_rows))),
-        *("--epochs", "1", "--device", "cpu", "--rank", "2", "--start", "fila"),
+        *("--epochs", "1", "--device", "cpu", "--rank", "2", "--lora-start", "fila"),
     ]
     assert main(arguments) == 2  # bounded, by default
     assert 'give adapter "lora"' in capsys.readouterr().err
