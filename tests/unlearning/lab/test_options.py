@@ -22,6 +22,7 @@ from fastbound.unlearning.lab.grid import Grid, run_grid
 from fastbound.unlearning.lab.names import FORGET_LOSSES, OPTIONS, parse_adapter
 from fastbound.unlearning.lab.run import run_cell
 from fastbound.unlearning.lab.subject import Pretrained
+from fastbound.unlearning.lab.summary import lines_of
 from fastbound.unlearning.losses import ihl
 from fastbound.unlearning.metrics.answers import Score
 from fastbound.unlearning.training.fila import fila_factors, fila_importance
@@ -250,6 +251,8 @@ def test_a_run_with_stop_ends_once_forgotten_and_kept(run, monkeypatch):
     found = run("lora+stop", steps=20)
     assert (found["ended"], found["end_step"], found["kept_step"]) == ("forget_target", 6, 6)
     assert [line["step"] for line in found["history"]] == [1, 6]
+    (line,) = lines_of([found], vocabulary=400)
+    assert line.mean["end_step"] == 6 and 0 <= line.mean["forget_accuracy"] <= 1
     assert found["stopped"] is None
 
 
