@@ -132,7 +132,7 @@ class _Lora:
 
     def frozen(self) -> dict[str, nn.Parameter]:
         """A₀ and −B₀."""
-        return {n: p for n, p in self.model.named_parameters() if f".{_START}." in n}
+        return {n: p for n, p in self.model.named_parameters() if _factor(n, _START)}
 
     @torch.no_grad()
     def delta(self) -> Delta:
@@ -203,10 +203,17 @@ def _with_start(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in which every trained factor holds the frozen one beside it."""
     joined = dict(state)
     for name, tensor in state.items():
-        if f".{_TRAINED}." in name:
-            frozen = state[name.replace(f".{_TRAINED}.", f".{_START}.")]
-            joined[name] = torch.cat([tensor, frozen], dim=0 if ".lora_A." in name else 1)
+        factor = _factor(name, _TRAINED)
+        if factor is not None:
+            frozen = state[name.removesuffix(f"{_TRAINED}.weight") + f"{_START}.weight"]
+            joined[name] = torch.cat([tensor, frozen], dim=0 if factor == "A" else 1)
     return joined
+
+
+def _factor(name: str, adapter: str) -> str | None:
+    """Which factor of PEFT's adapter a parameter is: "A", "B" or none."""
+    found = (each for each in "AB" if name.endswith(f".lora_{each}.{adapter}.weight"))
+    return next(found, None)
 
 
 def _one_group(model: nn.Module, lr: float) -> list[dict[str, Any]]:

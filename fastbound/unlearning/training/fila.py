@@ -1,8 +1,8 @@
 """FILA: LoRA starts with the part of W that matters most to the rows to forget.
 
 Cha, Cho, Hwang and Lee 2025, "Towards robust and parameter-efficient knowledge unlearning for LLMs"
-(LoKU, ICLR), section 3.3, as coded by its authors: the squared gradients F_f and F_r `[N, K]` of a
-weight W by rows to forget and to keep give each row n of W the importance
+(LoKU, ICLR). The mean squared gradients F_f and F_r `[N, K]` of log p(answer | question) of rows to
+forget and to keep, with respect to a weight W, give each row n of W the importance
 
     I_n = sqrt(Σ_k F_f,nk / F_r,nk)
 
