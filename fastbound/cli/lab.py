@@ -32,8 +32,7 @@ config.yaml, which --config takes. --resume also takes more adapters, rates, ran
 
 examples:
   fastbound lab --quick --output map
-  fastbound lab --adapters lora,sine@0.5*spectral --lr 1e-3,1e-2 --seeds 3 --output map
-  fastbound lab --adapters lora+stop,lora+ihl,lora+mlp+attention --output map --resume
+  fastbound lab --adapters lora+stop,sine@0.5*spectral --lr 1e-3,1e-2 --seeds 3 --output map
 """
 RUN = "fastbound.unlearning.lab.command:run"
 
