@@ -24,6 +24,7 @@ Options follow in any order, as in lora+attention+ihl:
   +ihl, +simnpo, +wga, +satimp, +ceu, +pdu
                   this loss on the rows to forget, in place of gradient ascent (docs/losses.md)
   +ceiling        push a token no further than fastbound unlearn does
+  +fila           for LoRA, start as LoKU does, with the part of W that matters to those rows
   +stop           end like fastbound unlearn, once the rows are forgotten and the others kept
   +ranks          the same number of parameters, spread over the layers by gradients
 
@@ -32,7 +33,7 @@ config.yaml, which --config takes. --resume also takes more adapters, rates, ran
 
 examples:
   fastbound lab --quick --output map
-  fastbound lab --adapters lora,lora+ceiling,sine@0.5*spectral --lr 1e-3,1e-2 --output map
+  fastbound lab --adapters lora+stop,lora+ceiling,sine@0.5*spectral --lr 1e-3,1e-2 --output map
 """
 RUN = "fastbound.unlearning.lab.command:run"
 

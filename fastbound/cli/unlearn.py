@@ -96,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "gradients (default: 8)",
     )
     adapter.add_argument(
+        "--lora-start",
+        metavar="NAME",
+        help="where LoRA's factors start: zero, or fila for the part of the weights that matters "
+        "to the rows to forget and not to those to keep (default: zero)",
+    )
+    adapter.add_argument(
         "--rank-budget",
         type=int,
         metavar="N",

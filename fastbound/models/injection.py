@@ -18,8 +18,9 @@ from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.adapted import adapted_layers, fuse, injected_layers
+from fastbound.models.gradients import Loss
 from fastbound.models.names import check_same_names
-from fastbound.models.ranks import Loss, allocate_ranks, check_ranks, even_rank
+from fastbound.models.ranks import allocate_ranks, check_ranks, even_rank
 from fastbound.models.report import InjectionReport, injection_report
 from fastbound.models.targets import match
 from fastbound.operator.partition import partition

@@ -11,8 +11,7 @@ Cevher 2017, "Practical sketching algorithms for low-rank matrix approximation",
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.layers.settings import check_rank
+from fastbound.models.gradients import Loss, pass_gradients
 
-Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 EVEN = 8  # the default budget is that of this rank in every layer
 _OVERSAMPLING = 8
 
@@ -209,53 +208,5 @@ def gradients(
         like = next(model.get_submodule(name).parameters())
         p = min(width, N, K)
         sketches[name] = _Sketch(draw(K, p, like), draw(min(2 * p + 1, N), N, like))
-    with _frozen_and_evaluated(model), _sketching(model, sketches), torch.enable_grad():
-        found = loss(model)
-        for each in (found,) if isinstance(found, Tensor) else found:
-            each.backward()
+    pass_gradients(model, sketches, loss)
     return {name: sketch.low_rank() for name, sketch in sketches.items()}
-
-
-@contextmanager
-def _sketching(model: nn.Module, sketches: Mapping[str, _Sketch]) -> Iterator[None]:
-    """Within this context every backward pass through the layers adds to their sketches."""
-
-    def tracked(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = inputs
-        return (x if x.requires_grad else x.detach().requires_grad_(), *rest)
-
-    def watch(name: str, sketch: _Sketch) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
-            if not y.requires_grad:
-                raise ValueError(f"{name} receives no gradient: give its rank as a number")
-            x = inputs[0].detach()
-            y.register_hook(lambda dy: sketch.add(x, dy))
-
-        return hook
-
-    handles = []
-    try:
-        for name, sketch in sketches.items():
-            layer = model.get_submodule(name)
-            handles.append(layer.register_forward_pre_hook(tracked))
-            handles.append(layer.register_forward_hook(watch(name, sketch)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _frozen_and_evaluated(model: nn.Module) -> Iterator[None]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode

@@ -17,7 +17,8 @@ from fastbound.unlearning.losses.objective import Objective, Weight, check_losse
 ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
-RANK_ROWS = 64  # of each side, for rank="auto"
+LORA_STARTS = ("zero", "fila")
+SAMPLE_ROWS = 64  # of each side, for rank="auto" and lora_start="fila"
 CROSS_ENTROPIES = ("auto", "chunked", "liger", "whole")
 
 
@@ -31,7 +32,11 @@ class UnlearnConfig:
         rank, alpha, bound, form, omega, target_modules: as in `fastbound.inject`; `bound`, `form`
             and `omega` apply to "bounded" only.
             `rank="auto"` distributes `rank_budget` by the gradients of the cross-entropies of up to
-            `RANK_ROWS` rows per side, for both adapters.
+            `SAMPLE_ROWS` rows per side, for both adapters.
+        lora_start: where the factors of "lora" start. "zero": B = 0. "fila": the part of W that
+            matters most to the rows to forget and least to those to keep, by the squared gradients
+            of up to `SAMPLE_ROWS` rows per side, see `fastbound.unlearning.training.fila`. ΔW
+            starts at 0 either way.
         rank_budget: the most elements of all A and B for `rank="auto"`; None allows as many as rank
             8 takes.
         lr: highest learning rate of AdamW, reached after warm-up. "auto" gives each layer the rate
@@ -82,6 +87,7 @@ class UnlearnConfig:
 
     adapter: Literal["bounded", "lora"] = "bounded"
     rank: int | Literal["auto"] = 8
+    lora_start: Literal["zero", "fila"] = "zero"
     rank_budget: int | None = None
     alpha: float | None = None
     bound: float | str | None = "auto"
@@ -122,6 +128,12 @@ class UnlearnConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("cross_entropy", self.cross_entropy, CROSS_ENTROPIES)
         one_of("form", self.form, ADAPTER_FORMS)
+        one_of("lora_start", self.lora_start, LORA_STARTS)
+        if self.lora_start == "fila" and self.adapter != "lora":
+            raise InputError(
+                'lora_start "fila" puts a part of W into the factors, which the sines of the '
+                f'adapter "{self.adapter}" cannot hold: give adapter "lora", or leave it out'
+            )
         if self.adapter == "lora" and (self.form != "factors" or self.omega is not None):
             name, value = ("omega", self.omega) if self.omega is not None else ("form", self.form)
             raise InputError(f"{name} belongs to the bounded adapter, LoRA has none; got {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from fastbound.errors import InputError
 from fastbound.layers.conversion import swap
 from fastbound.models.targets import match
 from fastbound.unlearning.lab.names import BOUNDED, MODULES, Adapter
+from fastbound.unlearning.training.fila import fila_factors
 
 _FORMS = {"sine": "factors", "product": "product"}  # those that are FusedBoundedLinear itself
 _BLOCK = re.compile(r"(.*\.)?\d+\.")  # of a layer's name, up to the innermost numbered part
@@ -40,15 +42,31 @@ class ComparedLinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, layer.in_features))
         self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.start: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Begin at these factors with ΔW = 0: what they make is subtracted from then on."""
+        self.A.copy_(A)
+        self.B.copy_(B)
+        self.start = (self.A.detach().clone(), self.B.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = factors_of(self.kind, self.A, self.B, alpha=self.alpha, bound=self.bound)
+        A, B = self._factors(self.A, self.B)
+        if self.start is not None:
+            A0, B0 = self._factors(*self.start)
+            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         x = x.to(self.layer.weight)
         return self.layer(x) + F.linear(F.linear(x, A.to(x)), B.to(x))
 
     def delta_weight(self) -> Tensor:
         """ΔW, `[N, K]`."""
-        return delta_of(self.kind, self.A, self.B, alpha=self.alpha, bound=self.bound)
+        settings: Any = {"alpha": self.alpha, "bound": self.bound}
+        delta = delta_of(self.kind, self.A, self.B, **settings)
+        return delta if self.start is None else delta - delta_of(self.kind, *self.start, **settings)
+
+    def _factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return factors_of(self.kind, A, B, alpha=self.alpha, bound=self.bound)
 
 
 def delta_of(kind: str, A: Tensor, B: Tensor, *, alpha: float, bound: float) -> Tensor:
@@ -119,11 +137,18 @@ def _block_of(name: str) -> str | None:
 
 
 def adapt(
-    model: nn.Module, adapter: Adapter, ranks: Mapping[str, int], *, alpha: float, seed: int
+    model: nn.Module,
+    adapter: Adapter,
+    ranks: Mapping[str, int],
+    *,
+    alpha: float,
+    seed: int,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Adapted:
     """Put `adapter` on the layers that `ranks` names, in place, and freeze all the rest.
 
-    Sine and product are `FusedBoundedLinear` itself. The factors start alike whatever the kind.
+    Sine and product are `FusedBoundedLinear` itself. The factors start alike whatever the kind,
+    except with `importance`, from which FILA makes those of LoRA.
     """
     model.requires_grad_(False)
     made: Adapted = {}
@@ -142,7 +167,10 @@ def adapt(
                 form=_FORMS[adapter.kind],
             )
         else:
-            made[name] = ComparedLinear(layer, adapter.kind, rank, alpha=alpha, bound=bound)
+            compared = ComparedLinear(layer, adapter.kind, rank, alpha=alpha, bound=bound)
+            if importance is not None:
+                compared.start_at(*fila_factors(layer.weight, importance[name], rank, alpha / rank))
+            made[name] = compared
         new[layer] = made[name]
     swap(model, new)
     return made

@@ -42,7 +42,6 @@ from fastbound.unlearning.lab.subject import (
     Subject,
     check_memory,
     check_same,
-    check_targets,
     folder_of,
     load,
     look,
@@ -167,9 +166,10 @@ def run_grid(
     with writing(output):
         check_free(output, MARKER, resume=resume)
         if isinstance(grid.model, Pretrained):
-            check_targets(grid.model, grid.adapters)
             cores = os.cpu_count() or 1
-            workers, said = check_memory(grid.model, grid.cell, _MAX_LENGTH, workers, cores)
+            workers, said = check_memory(
+                grid.model, grid.cell, _MAX_LENGTH, workers, cores, grid.adapters
+            )
             if progress:
                 print(said, file=sys.stderr)
         _begin(output, forget, retain, general, grid)

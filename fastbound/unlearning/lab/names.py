@@ -21,7 +21,7 @@ FORGET_LOSSES = tuple(
     for name, loss in LOSSES.items()
     if loss.term is not None and not (loss.reference or loss.refusals or loss.hidden)
 )
-OPTIONS = (*MODULES, *FORGET_LOSSES, "ceiling", "stop", "ranks")  # in the order of a name
+OPTIONS = (*MODULES, *FORGET_LOSSES, "ceiling", "fila", "stop", "ranks")  # in the order of a name
 _LABELS = {
     "lora": "LoRA",
     "lora-clamp": "LoRA, factors clamped",
@@ -33,6 +33,7 @@ _LABELS = {
 }
 _OF_OPTIONS = {
     "ceiling": "ascent with a ceiling",
+    "fila": "FILA's start",
     "stop": "stops when forgotten",
     "ranks": "ranks spread",
 }
@@ -85,6 +86,11 @@ class Adapter:
         return "ceiling" in self.options
 
     @property
+    def starts_from_weight(self) -> bool:
+        """Whether the factors start as those of FILA, see `fastbound.unlearning.training.fila`."""
+        return "fila" in self.options
+
+    @property
     def stops(self) -> bool:
         """Whether the run ends once the rows are forgotten and the others kept."""
         return "stop" in self.options
@@ -127,6 +133,7 @@ def parse_adapter(text: str) -> Adapter:
     - `attention`: on the attention projections in place of the MLPs, with `mlp` beside them
     - one of `FORGET_LOSSES`: that loss in place of gradient ascent
     - `ceiling`: gradient ascent pushes a token no further than in `fastbound unlearn`
+    - `fila`: for LoRA, the factors start as LoKU's do, see `fastbound.unlearning.training.fila`
     - `stop`: the run ends as that of `fastbound unlearn` does, see `Ending`
     - `ranks`: the same number of parameters, spread over the layers by gradients
 
@@ -140,6 +147,11 @@ def parse_adapter(text: str) -> Adapter:
     if kind not in KINDS:
         raise InputError(
             f"unknown adapter {text!r}; choose from {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        )
+    if "fila" in options and (kind in BOUNDED or kind == "lora-clamp"):
+        raise InputError(
+            f"adapter {text!r}: +fila starts with a part of W in the factors, which {kind} would "
+            "not hold: give it to lora, lora-clip or lora-decay"
         )
     if kind not in BOUNDED:
         if at:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastbound.errors import NonFiniteError
+from fastbound.layers.base import features
 from fastbound.models.ranks import allocate_ranks
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded, collate
@@ -26,8 +27,9 @@ from fastbound.unlearning.losses.objective import Answers, Objective
 from fastbound.unlearning.metrics.answers import evaluate
 from fastbound.unlearning.model import autocast, autocast_dtype, forward
 from fastbound.unlearning.training.ending import Ending, forget_ceiling, forget_target
-from fastbound.unlearning.training.rank_choice import mean_loss
+from fastbound.unlearning.training.fila import fila_importance
 from fastbound.unlearning.training.result import Evaluation
+from fastbound.unlearning.training.sides import mean_loss
 from fastbound.unlearning.training.step import rate_share
 
 CLAMP = 1.0  # of "lora-clamp": no entry of A and B beyond
@@ -49,10 +51,22 @@ def run_cell(
     start = time.perf_counter()
     adapter = parse_adapter(cell.adapter)
     layers = targets(model, adapter.modules)
-    ranks: Mapping[str, int] = dict.fromkeys(layers, cell.rank)
+    shapes = {name: features(layer) for name, layer in layers.items()}
+    ranks: Mapping[str, int] = dict.fromkeys(shapes, cell.rank)
     if adapter.adaptive:
-        ranks = _spread(model, layers, rows, cell, pad)
-    adapted = adapt(model, adapter, ranks, alpha=config.slope * cell.rank, seed=cell.seed)
+        ranks = _spread(model, shapes, rows, cell, pad)
+    importance = None
+    if adapter.starts_from_weight:
+        dtype = autocast_dtype(config.dtype)
+        importance = fila_importance(model, shapes, rows.forget, rows.retain, pad, dtype=dtype)
+    adapted = adapt(
+        model,
+        adapter,
+        ranks,
+        alpha=config.slope * cell.rank,
+        seed=cell.seed,
+        importance=importance,
+    )
     training = _Training(model, adapted, rows, cell, adapter, config, pad)
     training.go()
     scores = score_model(model, rows, config, pad=pad)
@@ -205,21 +219,14 @@ def _ceiling(model: nn.Module) -> float | None:
 
 
 def _spread(
-    model: nn.Module, layers: Mapping[str, nn.Linear], rows: Rows, cell: Cell, pad: int
+    model: nn.Module, shapes: Mapping[str, tuple[int, int]], rows: Rows, cell: Cell, pad: int
 ) -> Mapping[str, int]:
     """As many parameters as even ranks take, spread over layers by the gradients of all rows."""
-    shapes = {name: layer.weight.shape for name, layer in layers.items()}
     forget, retain = (
         mean_loss(each, pad, batch_size=len(each)) for each in (rows.forget, rows.retain)
     )
-    return allocate_ranks(
-        model,
-        {name: (N, K) for name, (N, K) in shapes.items()},
-        forget,
-        retain,
-        budget=cell.rank * sum(N + K for N, K in shapes.values()),
-        seed=cell.seed,
-    ).ranks
+    budget = cell.rank * sum(N + K for N, K in shapes.values())
+    return allocate_ranks(model, shapes, forget, retain, budget=budget, seed=cell.seed).ranks
 
 
 @torch.no_grad()

@@ -74,47 +74,48 @@ def check_same(model: Any, subject: Pretrained, folder: Path) -> None:
         )
 
 
-def check_targets(subject: Pretrained, adapters: Sequence[str]) -> None:
-    """Raise `InputError` if an adapter, by name, finds none of its layers in the model."""
-    model = _shape_of(subject)
-    for modules in {parse_adapter(name).modules for name in adapters}:
-        targets(model, modules)
-
-
 def check_memory(
-    subject: Pretrained, config: CellConfig, max_length: int, workers: int | None, processes: int
+    subject: Pretrained,
+    config: CellConfig,
+    max_length: int,
+    workers: int | None,
+    processes: int,
+    adapters: Sequence[str] = (),
 ) -> tuple[int, str]:
     """How many processes fit into memory, and a sentence that says so.
 
     A process holds the weights and, for the largest batch it can meet, the logits, their fp32 copy
-    and its gradient. With `workers` None, as many of `processes` run as fit.
+    and its gradient; or, with `+fila` before the first step, an fp32 copy of the adapted weights
+    if that is larger. With `workers` None, as many of `processes` run as fit.
 
     Raises:
-        InputError: not even one fits, or fewer than `workers` asks for.
+        InputError: not even one fits, or fewer than `workers` asks for; or one of the `adapters`,
+            by name, finds none of its layers in the model.
     """
-    model = _shape_of(subject)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_place(subject.name)
+    settings = AutoConfig.from_pretrained(subject.name, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    squares = [0]
+    for adapter in map(parse_adapter, adapters):
+        layers = targets(model, adapter.modules).values()
+        if adapter.starts_from_weight:
+            squares.append(sum(4 * layer.weight.numel() for layer in layers))
     size = (autocast_dtype(config.dtype) or torch.float32).itemsize
     weights = sum(p.numel() for p in model.parameters()) * size
-    logits = 2 * config.batch_size * max_length * model.config.vocab_size * (size + 4 + 4)
-    each, available = weights + logits, psutil.virtual_memory().available
+    logits = 2 * config.batch_size * max_length * settings.vocab_size * (size + 4 + 4)
+    rest = max(logits, *squares)
+    each, available = weights + rest, psutil.virtual_memory().available
     fitting = available // each
     if fitting < (workers or 1):
         raise InputError(
             f"{workers or 1} processes of about {each / 1e9:.1f} GB each (weights "
-            f"{weights / 1e9:.1f}, logits {logits / 1e9:.1f}) do not fit into the "
+            f"{weights / 1e9:.1f}, the rest {rest / 1e9:.1f}) do not fit into the "
             f"{available / 1e9:.1f} GB of available memory: give --workers "
             f"{max(1, fitting)}, a smaller model or --dtype bfloat16"
         )
     count = workers or min(processes, fitting)
     said = f"{count} processes of about {each / 1e9:.1f} GB each; {available / 1e9:.1f} GB are free"
     return count, said
-
-
-def _shape_of(subject: Pretrained) -> Any:
-    """The model on the meta device, from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    check_place(subject.name)
-    settings = AutoConfig.from_pretrained(subject.name, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)

@@ -16,6 +16,7 @@ _MEASURED = (
     "truth_ratio",
     "retain_loss",
     "forget_loss",
+    "forget_accuracy",
     "largest_delta",
     "delta_norm",
     "largest_gradient_norm",

@@ -115,13 +115,17 @@ class RunFolder:
 
         replace_files({self.path / _CHECKPOINT: write})
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self.path / _CHECKPOINT).exists()
+
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, or None before the first. The log is cut back to its state then.
 
         Raises InputError if the checkpoint is damaged or belongs to another run.
         """
         path = self.path / _CHECKPOINT
-        state = _read_checkpoint(path) if path.exists() else None
+        state = _read_checkpoint(path) if self.has_checkpoint else None
         if state is not None and state["run"] != self.digest:
             raise InputError(
                 f"{path} is the checkpoint of another run: put this run's own back, or delete it "

@@ -61,7 +61,9 @@ class Run:
     @property
     def label(self) -> str:
         """Its name for people, such as "LoRA, learning rate 0.003"."""
-        return f"{_NAMES.get(self.adapter, self.adapter)}, learning rate {self.lr:g}"
+        start = self.result["config"].get("lora_start", "zero")
+        from_start = "" if start == "zero" else f" from {start}"
+        return f"{_NAMES.get(self.adapter, self.adapter)}{from_start}, learning rate {self.lr:g}"
 
     @property
     def forgotten(self) -> bool:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastbound.errors import InputError
 from fastbound.models.ranks import EVEN
-from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.config import SAMPLE_ROWS, UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded, answer_length, encode, padding
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint
@@ -41,6 +41,8 @@ class Estimate:
         steps: the most steps; a run may end before.
         processes: how many share a step.
         memory: bytes by what holds them, at the peak of a training step in one process.
+        start_memory: bytes of the squared gradients from which "fila" finds its start, in each
+            process before the first step; 0 for the start "zero".
         unknown: why the activations are not among them, or None.
     """
 
@@ -53,6 +55,7 @@ class Estimate:
     steps: int
     processes: int
     memory: dict[str, int]
+    start_memory: int
     unknown: str | None
 
     def lines(self) -> list[str]:
@@ -84,6 +87,16 @@ class Estimate:
             ("memory", f"about {_size(sum(self.memory.values()))} per process: {parts}"),
             ("", "(an estimate for one training step; PyTorch and its libraries come on top)"),
         ]
+        if self.start_memory:
+            rows = [min(SAMPLE_ROWS, len(side)) for side in (self.sides.forget, self.sides.retain)]
+            lines.insert(
+                -2,
+                (
+                    "start",
+                    f"fila, by the squared gradients of {rows[0]} forget and {rows[1]} retain "
+                    f"rows, one at a time: {_size(self.start_memory)} before the first step",
+                ),
+            )
         if self.unknown is not None:
             lines.append(("", f"(without activations, which are not known: {self.unknown})"))
         return [f"{name:13}{text}" for name, text in lines]
@@ -145,6 +158,8 @@ def estimate(
         seed=config.seed,
     )
     model_parameters = sum(p.numel() for p in model.parameters())
+    memory, unknown = _memory(model, sides, config, layers, parameters)
+    sizes = [4 * N * K for N, K in layers.values()]
     return Estimate(
         config,
         sides,
@@ -154,7 +169,9 @@ def estimate(
         parameters,
         pairing.steps(config.epochs),
         processes,
-        *_memory(model, sides, config, layers, parameters),
+        memory,
+        sum(sizes) + 2 * max(sizes) if config.lora_start == "fila" else 0,
+        unknown,
     )
 
 
@@ -187,6 +204,8 @@ def _memory(
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "adapter with gradient and AdamW": 4 * 4 * parameters,
     }
+    if config.lora_start == "fila":
+        memory["frozen start"] = 4 * parameters
     unknown = None
     try:
         kept = _kept_by(model, rows, longest)

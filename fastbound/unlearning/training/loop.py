@@ -26,7 +26,7 @@ from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import Pairing, evenly
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.metrics.answers import Score, totals
-from fastbound.unlearning.model import checkpoint_activations
+from fastbound.unlearning.model import autocast_dtype, checkpoint_activations
 from fastbound.unlearning.runs.folder import (
     ADAPTER,
     RANKS,
@@ -37,8 +37,9 @@ from fastbound.unlearning.runs.folder import (
 from fastbound.unlearning.runs.identity import fingerprint, model_identity, tokenizer_identity
 from fastbound.unlearning.runs.peak_memory import peak_memory, reset_peak_memory
 from fastbound.unlearning.runs.random_state import random_state, set_random_state
-from fastbound.unlearning.training.adapters import Adapter, attach
+from fastbound.unlearning.training.adapters import Adapter, attach, target_layers
 from fastbound.unlearning.training.ending import Ending, forget_ceiling, forget_target
+from fastbound.unlearning.training.fila import fila_importance
 from fastbound.unlearning.training.processes import (
     is_sharded,
     score_together,
@@ -132,7 +133,7 @@ class _Run:
         self.folder = self._folder(model, tokenizer, output, resume)
         self.ranks = self._ranks(model, resume)
         ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
-        self.adapter: Adapter = attach(model, config, ranks)
+        self.adapter: Adapter = attach(model, config, ranks, self._importance(model, resume))
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.training = Training(
@@ -308,6 +309,21 @@ class _Run:
         if held is not None:
             return RankAllocation(**held)
         return choose_ranks(model, self.sides, self.config, self.accelerator)
+
+    def _importance(self, model: nn.Module, resume: bool) -> dict[str, torch.Tensor] | None:
+        """For lora_start "fila", unless a checkpoint holds the start."""
+        held = self.folder is not None and resume and self.folder.has_checkpoint
+        if self.config.lora_start == "zero" or held:
+            return None
+        return fila_importance(
+            model,
+            target_layers(model, self.config),
+            self.sides.forget,
+            self.sides.retain,
+            self.sides.pad,
+            device=self.accelerator.device,
+            dtype=autocast_dtype(self.config.dtype),
+        )
 
     def _log(self, **line: Any) -> None:
         if self.folder:

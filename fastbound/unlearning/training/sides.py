@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from fastbound.errors import InputError
 from fastbound.unlearning.config import UnlearnConfig
@@ -18,7 +21,9 @@ from fastbound.unlearning.data.encoding import (
     padding,
 )
 from fastbound.unlearning.data.rows import Row, check_disjoint, load_rows
+from fastbound.unlearning.losses import answer_tokens
 from fastbound.unlearning.losses.objective import refusals
+from fastbound.unlearning.model import autocast, forward
 
 Pairs = tuple[Sequence[int], Sequence[int]]  # indices of the forget and of the retain rows
 
@@ -86,6 +91,27 @@ def encode_sides(
         for rows in (forget_rows, retain_rows, refusals(forget_rows) if refuse else ())
     )
     return Sides(to_forget, to_retain, refused, padding(tokenizer))
+
+
+def mean_loss(
+    rows: Sequence[Encoded],
+    pad: int,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Callable[[nn.Module], Iterator[Tensor]]:
+    """Losses of one batch each, which add up to the mean cross-entropy over all answer tokens."""
+    tokens = sum(map(answer_length, rows))
+
+    def parts(model: nn.Module) -> Iterator[Tensor]:
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size], pad).to(device)
+            with autocast(device, dtype):
+                logits = forward(model, batch.input_ids, batch.attention_mask)
+            yield answer_tokens(logits, batch.labels).loss.sum() / tokens
+
+    return parts
 
 
 def _rows(source: str | Path | Sequence[Row]) -> Sequence[Row]:

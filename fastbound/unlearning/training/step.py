@@ -134,6 +134,7 @@ class Training:
             "optimizer": tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "objective": self.objective.state(),
+            "frozen": {name: p.detach().clone() for name, p in self.adapter.frozen().items()},
         }
 
     def factors(self) -> dict[str, torch.Tensor]:
@@ -153,6 +154,8 @@ class Training:
                 "the checkpoint belongs to another model: give the one the run began with"
             )
         self.put_factors(state["adapter"])
+        for name, parameter in self.adapter.frozen().items():
+            parameter.data.copy_(state["frozen"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         for owner, kept in self.optimizer.state.items():
             for name, value in kept.items():

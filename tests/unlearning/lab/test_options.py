@@ -15,16 +15,18 @@ from torch import nn
 from fastbound.cli import main
 from fastbound.errors import InputError, NonFiniteError
 from fastbound.figures import adapter_colour
-from fastbound.unlearning.data.encoding import encode_all, padding
+from fastbound.unlearning.data.encoding import collate, encode_all, padding
 from fastbound.unlearning.lab import run as runs
-from fastbound.unlearning.lab.adapters import targets
+from fastbound.unlearning.lab.adapters import adapt, targets
 from fastbound.unlearning.lab.cell import Cell, CellConfig, Rows, with_wrong_answers
 from fastbound.unlearning.lab.grid import Grid, run_grid
 from fastbound.unlearning.lab.names import FORGET_LOSSES, OPTIONS, parse_adapter
 from fastbound.unlearning.lab.run import run_cell
 from fastbound.unlearning.lab.subject import Pretrained
+from fastbound.unlearning.lab.summary import lines_of
 from fastbound.unlearning.losses import ihl
 from fastbound.unlearning.metrics.answers import Score
+from fastbound.unlearning.training.fila import fila_factors, fila_importance
 
 
 @pytest.fixture
@@ -87,6 +89,11 @@ def test_a_ceiling_ends_the_ascent(run):
         ("lora+dpo", "dpo needs the answers of the model before unlearning and rows of"),
         ("lora+idk", 'idk needs rows of "I don\'t know"'),
         ("lora+rmu", "rmu needs hidden states"),
+        (
+            "sine@4+fila",
+            r"\+fila starts with a part of W in the factors, which sine would not hold",
+        ),
+        ("lora-clamp+fila", "lora-clamp would not hold"),
         ("lora+retain", "retain is part of gradient difference"),
         ("loraa+stop", r"unknown adapter .*did you mean lora\?"),
         ("sine+attention", "sine@BOUND"),
@@ -173,9 +180,9 @@ def test_a_forget_loss_is_what_the_cell_minimises(run, monkeypatch, loss):
     seen = []
     objective = runs.Objective
 
-    def watched(losses):
+    def watched(losses, ceiling=None):
         seen.append(losses)
-        return objective(losses)
+        return objective(losses, ceiling=ceiling)
 
     monkeypatch.setattr(runs, "Objective", watched)
     found = run(f"lora+{loss}", 2)
@@ -209,6 +216,35 @@ def test_a_step_of_ihl_has_the_gradient_of_its_formula(new_model, rows, tokenize
     assert found["largest_gradient_norm"] == pytest.approx(squares**0.5, rel=1e-4)
 
 
+def test_from_fila_a_cell_starts_as_a_run_does(new_model, rows, tokenizer):
+    """The factors of `fastbound unlearn`'s start, and an output that has not changed."""
+    model, pad = new_model().eval(), padding(tokenizer)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in targets(model).items()}
+    found = fila_importance(model, shapes, rows.forget, rows.retain, pad)
+    weights = {name: layer.weight.clone() for name, layer in targets(model).items()}
+    ids = collate(rows.forget, pad).input_ids
+    with torch.no_grad():
+        before = model(ids).logits
+        adapter, ranks = parse_adapter("lora+fila"), dict.fromkeys(shapes, 2)
+        adapted = adapt(model, adapter, ranks, alpha=3.0, seed=0, importance=found)
+        torch.testing.assert_close(model(ids).logits, before, rtol=2e-5, atol=2e-5)
+        for name, layer in adapted.items():
+            A, B = fila_factors(weights[name], found[name], 2, 1.5)
+            torch.testing.assert_close(layer.A, A)
+            torch.testing.assert_close(layer.B, B)
+            assert layer.delta_weight().abs().max() == 0
+            layer.A.add_(0.1)  # then y = x (W + ΔW)ᵀ
+            x = torch.randn(3, A.shape[1])
+            wanted = x @ (weights[name] + 1.5 * (B @ (A + 0.1) - B @ A)).T
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cell_from_fila_runs_with_other_options(run):
+    found = run("lora-clip+stop+ranks+fila", 2)
+    assert found["delta_norm"] > 0 and found["stopped"] is None
+    assert found["adapter"] == "lora-clip+stop+ranks+fila"  # as the cell was named
+
+
 def scores(*losses: tuple[float, float]):
     """Stands in for `evaluate`: these forget and retain losses, one pair per evaluation."""
     each = iter([loss for pair in losses for loss in pair])
@@ -222,6 +258,8 @@ def test_a_run_with_stop_ends_once_forgotten_and_kept(run, monkeypatch):
     found = run("lora+stop", steps=20)
     assert (found["ended"], found["end_step"], found["kept_step"]) == ("forget_target", 6, 6)
     assert [line["step"] for line in found["history"]] == [1, 6]
+    (line,) = lines_of([found], vocabulary=400)
+    assert line.mean["end_step"] == 6 and 0 <= line.mean["forget_accuracy"] <= 1
     assert found["stopped"] is None
 
 

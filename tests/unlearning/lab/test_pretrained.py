@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -135,6 +136,13 @@ def test_as_many_processes_as_fit_are_taken(given, monkeypatch):
     assert check_memory(subject, config, 256, None, 8)[0] == 3
     assert check_memory(subject, config, 256, None, 2)[0] == 2
     assert check_memory(subject, config, 256, 3, 1)[0] == 3
+    # Three layers of 32 x 48 in fp32 are less than the logits, unless a batch is a single row.
+    assert check_memory(subject, config, 256, None, 8, ["lora+fila"])[0] == 3
+    short = replace(config, batch_size=1)
+    each = weights + 3 * 4 * 32 * 48
+    fitting = Some.available // each
+    assert check_memory(subject, short, 1, None, 10 * fitting, ["lora"])[0] > fitting
+    assert check_memory(subject, short, 1, None, 10 * fitting, ["lora+fila"])[0] == fitting
     with pytest.raises(InputError, match="give --workers 3"):
         check_memory(subject, config, 256, 4, 8)
 

@@ -197,3 +197,40 @@ class TestRefused:
         monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
         with pytest.raises(InputError, match=f"{kind} of accelerate's configuration"):
             attempt()
+
+
+@pytest.mark.slow
+def test_two_processes_begin_at_one_start(
+    steady_folder, write_rows, forget_rows, retain_rows, tmp_path, repository
+):
+    """From FILA: the frozen half of the adapter is that of one process, and so are the losses."""
+
+    def arguments(output: str, accumulation: int) -> list[str]:
+        settings = "--adapter lora --lora-start fila --rank 2 --epochs 1 --lr 1e-3 --device cpu"
+        return [
+            *("unlearn", "--model", str(steady_folder), "--output", str(tmp_path / output)),
+            *("--forget", str(write_rows("f.jsonl", forget_rows))),
+            *("--retain", str(write_rows("r.jsonl", retain_rows)), *settings.split()),
+            *("--batch-size", "1", "--accumulation", str(accumulation)),
+        ]
+
+    together = subprocess.run(
+        [sys.executable, "-m", *TORCHRUN, "-m", "fastbound", *arguments("two", 1)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert together.returncode == 0, together.stderr
+    assert main(arguments("one", 2)) == 0
+    results, factors = [], []
+    for run in ("one", "two"):
+        results.append(json.loads((tmp_path / run / "result.json").read_text()))
+        factors.append(load_file(tmp_path / run / "adapter" / "adapter_model.safetensors"))
+    for side in ("forget", "retain"):
+        first, second = (each["history"][-1][side]["loss"] for each in results)
+        assert second == pytest.approx(first, rel=1e-4)
+    for name in factors[0]:
+        halves = [each[name].chunk(2, dim=0 if ".lora_A." in name else 1) for each in factors]
+        torch.testing.assert_close(halves[1][1], halves[0][1], rtol=1e-5, atol=1e-6)
