@@ -5,29 +5,32 @@
 Compiles every launch that a layer and an MLP block make (see `performance.recorder`) with the tiles
 that dispatch chooses. The exit status is 1 if a kernel spills, needs more shared memory than the
 card has or lacks the instructions it is written for, or if a GEMM on Hopper waits in its steady
-loop for its own loads or products.
+loop for its own loads or products. The file is written after every target, dtype and rank, and a
+binary that it holds from the same kernels and the same Triton is not compiled again, so that a run
+that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from fastbound.kernels.launch import Launch
 
+from benchmarks.static.earlier import Row, binaries, digest, read_rows, write_rows
 from fastbound.dispatch.defaults import tile_family
 from fastbound.dispatch.plan import MAX_BLOCK_RANK, WITHOUT_PRODUCT
 from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults
-from fastbound.performance.inspection import GEMMS, Compiled, count, kernel_name
+from fastbound.performance.inspection import Compiled, count, kernel_name
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
@@ -60,6 +63,7 @@ class KernelReport:
     call: str
     compiled: Compiled
     faults: tuple[str, ...]
+    binary: str  # the digest of what the binary follows from
 
     def as_data(self, triton: str) -> dict[str, Any]:
         """The row as plain numbers and strings, for JSON."""
@@ -83,6 +87,7 @@ class KernelReport:
             "loop_length": None if c.loop is None else c.loop.length,
             "round_trips": None if c.loop is None else c.loop.round_trips,
             "warnings": list(c.warnings),
+            "binary": self.binary,
             "faults": list(self.faults),
         }
 
@@ -101,12 +106,7 @@ def calls(
         yield "split layer with dropout", layer(backend="split", dropout=0.1)
         yield "term over a base with dropout", layer(over_base=True, dropout=0.1)
     if shape == "8192 tokens":
-        strided = layer(backend="fused", strided=True)
-        gemms = (
-            [one for one in made if isinstance(one, Launch) and kernel_name(one) in GEMMS]
-            for made in strided
-        )
-        yield "layer with strided operands", Directions(*gemms)
+        yield "layer with strided operands", layer(backend="fused", strided=True)
     if tile_family(device) not in WITHOUT_PRODUCT:
         yield "product layer", layer(backend="split", form="product")
     if rank > MAX_BLOCK_RANK:
@@ -135,10 +135,13 @@ def launches(
 Task = tuple[str, str, int, Sequence[str], Sequence[str], Sequence[str]]
 
 
-def compile_one(task: Task) -> list[KernelReport]:
+def compile_one(
+    task: Task, known: Mapping[tuple[str, str], Compiled] = MappingProxyType({})
+) -> list[KernelReport]:
     """The kernels of one target, dtype and rank: all of them, or those that are named.
 
-    A binary that several shapes share is compiled once.
+    A binary that several shapes share is compiled once, and one that is ``known``, by target and
+    digest, not at all.
     """
     target, dtype, rank, shapes, activations, kernels = task
     found = []
@@ -148,17 +151,20 @@ def compile_one(task: Task) -> list[KernelReport]:
             name, binary = kernel_name(launch), binary_of(launch)
             if kernels and name not in kernels:
                 continue
+            key = digest(launch)
             if binary not in compiled:
-                compiled[binary] = _compiled(launch, target)
+                compiled[binary] = _compiled(launch, target, known.get((target, key)))
             one, wrong = compiled[binary]
-            found.append(KernelReport(target, dtype, rank, shape, name, call, one, wrong))
+            found.append(KernelReport(target, dtype, rank, shape, name, call, one, wrong, key))
     return found
 
 
-def _compiled(launch: Launch, target: str) -> tuple[Compiled, tuple[str, ...]]:
+def _compiled(
+    launch: Launch, target: str, known: Compiled | None = None
+) -> tuple[Compiled, tuple[str, ...]]:
     """The compiled launch and its faults; a launch that does not compile has that as its fault."""
     try:
-        one = compile_launch(launch, target)
+        one = compile_launch(launch, target) if known is None else known
     except Exception as error:
         last = str(error).strip().splitlines()[-1:]
         return NOTHING, (f"does not compile: {type(error).__name__} {last}",)
@@ -166,19 +172,18 @@ def _compiled(launch: Launch, target: str) -> tuple[Compiled, tuple[str, ...]]:
 
 
 def report(
-    targets: Sequence[str],
-    dtypes: Sequence[str],
-    ranks: Sequence[int],
-    shapes: Sequence[str],
-    activations: Sequence[str],
-    kernels: Sequence[str] = (),
-) -> list[KernelReport]:
-    """All combinations, compiled on every core; Triton's cache holds what several of them share."""
-    tasks = [
-        (t, d, r, shapes, activations, kernels) for t in targets for d in dtypes for r in ranks
-    ]
+    tasks: Sequence[Task], known: Mapping[tuple[str, str], Compiled]
+) -> Iterator[list[KernelReport]]:
+    """Task by task, compiled on every core; Triton's cache holds what several of them share."""
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return [one for found in pool.map(compile_one, tasks) for one in found]
+        yield from pool.map(partial(compile_one, known=known), tasks)
+
+
+def covers(task: Task, row: Row) -> bool:
+    """Whether a row is of a kind that the task makes anew."""
+    target, dtype, rank, shapes, _, kernels = task
+    same = (row.get("target"), row.get("dtype"), row.get("rank")) == (target, dtype, rank)
+    return same and row.get("shape") in shapes and (not kernels or row["kernel"] in kernels)
 
 
 def as_table(reports: Sequence[KernelReport]) -> str:
@@ -206,22 +211,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only = "activations of gated and plain blocks (default: gated silu and plain gelu_tanh)"
     parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=[], help=only)
     parser.add_argument("--kernel", nargs="+", default=[], help="only these kernels (default: all)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    kept = "also write the rows to this file, and do not compile again what it holds"
+    parser.add_argument("--json", type=Path, help=kept)
     options = parser.parse_args(arguments)
-    found = report(
-        options.target,
-        options.dtype,
-        options.rank,
-        options.shape,
-        options.activation,
-        options.kernel,
-    )
-    print(as_table(found))
-    if options.json is not None:
-        import triton
+    try:
+        rows = read_rows(options.json)
+    except (OSError, ValueError) as error:
+        parser.error(f"--json: {error}")
+    import triton
 
-        data = [one.as_data(triton.__version__) for one in found]
-        options.json.write_text(json.dumps(data, indent=1))
+    tasks: list[Task] = [
+        (target, dtype, rank, options.shape, options.activation, options.kernel)
+        for target in options.target
+        for dtype in options.dtype
+        for rank in options.rank
+    ]
+    found: list[KernelReport] = []
+    known = binaries(rows, triton.__version__)
+    for task, made in zip(tasks, report(tasks, known), strict=True):
+        found += made
+        rows = [row for row in rows if not covers(task, row)]
+        rows += [one.as_data(triton.__version__) for one in made]
+        if options.json is not None:
+            write_rows(options.json, rows)
+    print(as_table(found))
     bad = [one for one in found if one.faults]
     print(f"{len(found)} kernels, {len(bad)} with faults")
     return 1 if bad else 0

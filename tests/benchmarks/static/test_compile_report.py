@@ -262,7 +262,7 @@ def test_what_the_compiler_refuses_is_a_fault_of_that_kernel(
         raise RuntimeError("first line\nno such layout")
 
     monkeypatch.setattr(compile_report, "compile_launch", refuse)
-    rows = compile_report.compile_one(("sm_90", "bf16", 16, ["8192 tokens"], (), ["descriptor"]))
+    rows = compile_report.compile_one(ONE)
     assert rows and all("no such layout" in row.faults[0] for row in rows)
 
 
@@ -298,3 +298,113 @@ def test_an_interpreted_kernel_is_refused_by_name() -> None:
     launch = calls.launches[0]
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         compile_launch(launch, "sm_90")
+
+
+ONE = ("sm_90", "bf16", 16, ["8192 tokens"], (), ["descriptor"])
+COMMAND = ["--target", "sm_90", "--dtype", "bf16", "--rank", "16", "--shape", "8192 tokens"]
+
+
+class InThisProcess:
+    """Stands for the pool, so that a test sees what is compiled."""
+
+    def __init__(self, max_workers: int | None = None) -> None:
+        self.map = map
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that the command asks the compiler for, in order."""
+    made: list[str] = []
+
+    def compile_launch(launch: Launch, target: str) -> Compiled:
+        made.append(kernel_name(launch))
+        return HOPPER
+
+    monkeypatch.setattr(compile_report, "compile_launch", compile_launch)
+    monkeypatch.setattr(compile_report, "ProcessPoolExecutor", InThisProcess)
+    return made
+
+
+def test_a_report_goes_on_with_the_rows_it_has(tmp_path: Path, asked: list[str]) -> None:
+    path = tmp_path / "report.json"
+    options = [*COMMAND, "--json", str(path), "--kernel"]
+    compile_report.main([*options, "descriptor"])
+    before, compiled_before = json.loads(path.read_text()), len(asked)
+    compile_report.main([*options, "descriptor", "thin"])
+    after = json.loads(path.read_text())
+    assert compiled_before and set(asked[compiled_before:]) == {"thin"}
+    assert [row for row in after if row["kernel"] == "descriptor"] == before
+    compile_report.main([*options, "reduce"])
+    kept = json.loads(path.read_text())
+    assert kept[: len(after)] == after and {row["kernel"] for row in kept[len(after) :]} == {
+        "reduce"
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"triton": "3.0"}, {"binary": "0" * 16}, {"registers": 0}],
+    ids=["another Triton", "other sources", "did not compile"],
+)
+def test_a_row_that_may_have_changed_is_compiled_again(
+    change: dict[str, Any], tmp_path: Path, asked: list[str]
+) -> None:
+    path = tmp_path / "report.json"
+    options = [*COMMAND, "--json", str(path), "--kernel", "descriptor"]
+    compile_report.main(options)
+    rows, first = json.loads(path.read_text()), len(asked)
+    path.write_text(json.dumps([row | change for row in rows]))
+    compile_report.main(options)
+    assert len(asked) == 2 * first and json.loads(path.read_text()) == rows
+
+
+def test_the_faults_of_a_kept_row_are_judged_anew(tmp_path: Path, asked: list[str]) -> None:
+    path = tmp_path / "report.json"
+    options = [*COMMAND, "--json", str(path), "--kernel", "descriptor"]
+    compile_report.main(options)
+    rows, first = json.loads(path.read_text()), len(asked)
+    path.write_text(json.dumps([row | {"spills": 7, "faults": []} for row in rows]))
+    assert compile_report.main(options) == 1 and len(asked) == first
+    assert all("7 spills" in row["faults"] for row in json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[{", "is no compile report"), ('{"rows": []}', "not a list of rows"), ("[1]", "not a list")],
+)
+def test_a_file_that_is_no_report_is_refused_before_any_work_and_kept(
+    content: str,
+    message: str,
+    tmp_path: Path,
+    asked: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        compile_report.main([*COMMAND, "--json", str(path)])
+    said = capsys.readouterr().err
+    assert str(path) in said and message in said and "name another file" in said
+    assert not asked and path.read_text() == content
+
+
+def test_a_folder_that_does_not_exist_is_named_before_any_work(
+    tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        compile_report.main([*COMMAND, "--json", str(tmp_path / "none" / "report.json")])
+    assert "create it first" in capsys.readouterr().err and not asked
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_all_kernels_of_strided_operands_are_in_the_report(rank: int) -> None:
+    """Neither a reduction nor a thin product has the tile that aligned operands take."""
+    found = launches("sm_90", "bf16", rank, "8192 tokens", ())
+    strided = [kernel_name(one) for call, one in found if "strided operands" in call]
+    assert {"thin", "pointer", "reduce"} <= set(strided)
