@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.layers.settings import check_rank
 
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
+MOST = 32  # the default limit of a layer's rank
 EVEN = 8  # the default budget is that of this rank in every layer
 _OVERSAMPLING = 8
 
@@ -97,7 +97,7 @@ def allocate_ranks(
     retain: Loss,
     *,
     budget: int | None = None,
-    most: int = MAX_BLOCK_RANK,
+    most: int = MOST,
     seed: int = 0,
 ) -> RankAllocation:
     """Spend `budget` parameters on ranks, where one rank of a layer [N, K] costs N + K.
