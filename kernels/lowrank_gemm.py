@@ -5,9 +5,10 @@ transposed by its strides rather than copied and dropout masks S Fᵀ. With K = 
 remains: "split" starts cuBLAS's GEMM from it.
 
 There are two kernels: one with pointers, for any strides, and a persistent loop over tensor
-descriptors (TMA), for operands that meet their alignment. In the latter S Fᵀ is an extra first step
-of the loop and the bias is added at the end, so that nothing separates the loads from the products.
-With a mask, or an F whose layout differs from W's, it starts the accumulator by pointers as well.
+descriptors (TMA), for operands that meet their alignment. In the latter S Fᵀ is one or more extra
+first steps of the loop and the bias is added at the end, so that nothing separates the loads from
+the products. With a mask, or an F whose layout differs from W's, it starts the accumulator by
+pointers as well.
 """
 
 from __future__ import annotations
@@ -127,9 +128,9 @@ def _descriptor_kernel(
     W_TRANSPOSED: tl.constexpr, STORES: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
-    """With AS_STEP, S and F are descriptors and their product is an extra step of the loop over K.
+    """With AS_STEP, S and F are descriptors and their product is extra steps of the loop over K.
 
-    TMA fills their columns beyond the rank with zeros. The step selects its descriptors by value,
+    TMA fills their columns beyond the rank with zeros. A step selects its descriptors by value,
     because a branch around the loads, or a separate start inside the flattened loop, would keep
     the loads from running ahead.
     """
@@ -141,7 +142,7 @@ def _descriptor_kernel(
         start_n = pid_n * BLOCK_N
         offs_n = start_n + tl.arange(0, BLOCK_N)
         if AS_STEP:
-            first = -BLOCK_K
+            first = -tl.cdiv(R, BLOCK_K) * BLOCK_K
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         else:
             first = 0
@@ -160,7 +161,7 @@ def _descriptor_kernel(
                 if k < 0:
                     left = S
                     right = F
-                    at = 0
+                    at = k - first
             x = left.load([start_m, at])  # [BLOCK_M, BLOCK_K]
             if W_TRANSPOSED:
                 w = right.load([at, start_n])  # [BLOCK_K, BLOCK_N]
@@ -217,7 +218,7 @@ def launch_lowrank_gemm(
     if described:
         block_x = [tile.block_m, tile.block_k]
         block_w = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
-        as_step = keep is None and R <= tile.block_k and takes_descriptors(S, f)
+        as_step = keep is None and takes_descriptors(S, f)
         s, f = (_describe(S, block_x), _describe(f, block_w)) if as_step else (S, F)
         programs = min(tiles, multiprocessors)
         return Launch(

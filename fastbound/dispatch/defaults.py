@@ -104,7 +104,7 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
     if dtype is torch.float32:
         return Tiles(gemm, gemm, thin, thin, Tile(16, 64, 4, 2), Tile(16, 32, 4, 1))
     rows = 64 if M >= 8192 else 32
-    warps, activate, gated = 8 if R == 64 else 4, Tile(32, 64, 4, 1), gated_tile(device, R)
+    warps, activate, gated = 8 if R >= 64 else 4, Tile(32, 64, 4, 1), gated_tile(device, R)
     if R == 32 and rows == 32:
         warps = 8
     if family == "sm_90":
@@ -117,11 +117,11 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
     if family == "gfx1100":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(min(rows, 32), 128, 4, 2)
         return Tiles(gemm, gemm, thin, Tile(32, 128, 8, 1), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2))
-    thin, reduce = Tile(rows, 128, warps, 4), Tile(32, 256 if R == 64 else 512, 8, 3)
+    thin, reduce = Tile(rows, 128, warps, 4), Tile(32, {64: 256, 128: 128}.get(R, 512), 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
     if device.shared_limit < SHARED_LIMIT["sm_80"]:
-        thin = replace(thin, stages=3 if R == 64 else 4)
-        reduce = replace(reduce, stages=3 if R == 64 else 2)
+        thin = replace(thin, stages={64: 3, 128: 2}.get(R, 4))
+        reduce = replace(reduce, stages=3 if R >= 64 else 2)
     if family == "sm_120":
         gemm = GemmTile(128, 128, 64, 8, 3, descriptors=True)
     return Tiles(gemm, gemm, thin, reduce, activate, gated)
@@ -131,12 +131,12 @@ def gated_tile(device: Device, R: int) -> Tile:
     """The tile of a block's backward: the largest whose sums and tensors all fit in registers.
 
     Hopper's matrix unit takes 64 rows at a time. Elsewhere two programs of 4 warps hide each
-    other's barriers, except on Ampere at rank 32 (R = 64), where 8 warps share one program.
+    other's barriers, except on Ampere from rank 32 (R = 64) on, where 8 warps share one program.
     """
     if device.architecture == "sm_90":
         return Tile(64, 64, 8, 2)
     ampere = tile_family(device) in ("sm_80", "sm_120")
-    return Tile(32, 64, 8 if R == 64 and ampere else 4, 2)
+    return Tile(32, 64, 8 if R >= 64 and ampere else 4, 2)
 
 
 def unaligned_tiles(device: Device, R: int) -> Tiles:
@@ -146,7 +146,7 @@ def unaligned_tiles(device: Device, R: int) -> Tiles:
     if tile_family(device) in ("gfx1100", "sm_120"):
         reduce = Tile(32, 64, 4, 2)
     if tile_family(device) == "gfx1100":
-        gated = Tile(16, 16, 8, 2) if R == 64 else Tile(16, 32, 4, 2)
+        gated = Tile(16, 16, 8, 2) if R >= 64 else Tile(16, 32, 4, 2)
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 
 

@@ -36,10 +36,9 @@ from fastbound.kernels.tiles import DESCRIPTOR_ALIGNMENT
 PLANNING = ("measured", "fixed")
 LEAST_SHARE = 0.93  # the share of the device that the blocks of a fused GEMM must fill
 BACKENDS = ("auto", "fused", "split", "torch", "reference")
-MAX_TRITON_RANK = 64
+MAX_TRITON_RANK = 64  # of a layer, and of each projection of a block
 # Families whose matrix unit does not support fp32, which the product form's contraction needs.
 WITHOUT_PRODUCT = ("gfx1100",)
-MAX_BLOCK_RANK = MAX_TRITON_RANK // 2  # two projections lie side by side
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -167,7 +166,8 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return Plan("torch", "no rows: nothing to launch")
     if part == "whole":
         return _whole(device, M, backend)
-    obstacle = _triton_obstacle(device, 1 if key.product else rank, dtype)
+    each = rank if form is None else rank // 2  # the rank of a single projection
+    obstacle = _triton_obstacle(device, 1 if key.product else each, dtype)
     if key.product and obstacle is None and tile_family(device) in WITHOUT_PRODUCT:
         obstacle = f"product form: the matrix unit of {device.architecture} does not support fp32"
     if obstacle is not None:

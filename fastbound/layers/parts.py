@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from fastbound.dispatch.plan import MAX_BLOCK_RANK, MAX_TRITON_RANK
 from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
 from fastbound.layers.base import Adapted, is_linear, is_watched, tensor_obstacle, weight_shape
 from fastbound.layers.forms import Form, activation_name
@@ -58,20 +57,10 @@ def parts_obstacle(
     adapters = [layer.adapter for layer in adapted_parts(block, form).values()]
     if not adapters:
         return "none of its projections is adapted"
-    backend, rank = adapters[0].backend, max(adapter.rank for adapter in adapters)
-    if any(adapter.backend != backend for adapter in adapters):
+    if len({adapter.backend for adapter in adapters}) > 1:
         return "its projections ask for different backends"
-    forms = {adapter.form for adapter in adapters}
-    if len(forms) > 1:
+    if len({adapter.form for adapter in adapters}) > 1:
         return "its projections have adapters of different forms"
-    if forms == {"product"}:
-        return None  # no kernel of a block depends on the rank in this form
-    triton = backend in ("fused", "split") or (backend == "auto" and first.is_cuda)
-    if triton and MAX_BLOCK_RANK < rank <= MAX_TRITON_RANK:
-        return (
-            f"rank {rank} is above {MAX_BLOCK_RANK}, the largest that the kernels of a block take; "
-            "those of a single layer take more"
-        )
     return None
 
 

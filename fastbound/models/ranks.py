@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.layers.settings import check_rank
 from fastbound.models.gradients import Loss, pass_gradients
 
+MOST = 32  # the default limit of a layer's rank
 EVEN = 8  # the default budget is that of this rank in every layer
 _OVERSAMPLING = 8
 
@@ -96,7 +96,7 @@ def allocate_ranks(
     retain: Loss,
     *,
     budget: int | None = None,
-    most: int = MAX_BLOCK_RANK,
+    most: int = MOST,
     seed: int = 0,
 ) -> RankAllocation:
     """Spend `budget` parameters on ranks, where one rank of a layer [N, K] costs N + K.

@@ -246,12 +246,13 @@ class TestLowrankGemm:
         assert block(x[:, :64].contiguous(), wide) == (128, 256, 64)
         assert block(x[:, :64], small) == (64, 64, 64)
 
-    @pytest.mark.parametrize("rank", RANKS)
-    def test_every_rank(self, rank: int) -> None:
+    @pytest.mark.parametrize(
+        "tile", [GEMM_TILES[0], GEMM_TILES[2]], ids=["pointers", "descriptors"]
+    )
+    @pytest.mark.parametrize("rank", [*RANKS, 128])  # two projections of a block side by side
+    def test_every_rank(self, rank: int, tile: GemmTile) -> None:
         R = padded_rank(rank)
-        self.check(
-            normal(50, 40), normal(60, 40), normal(50, R), normal(60, R), None, GEMM_TILES[0]
-        )
+        self.check(normal(50, 40), normal(60, 40), normal(50, R), normal(60, R), None, tile)
 
 
 class TestThroughAutograd:

@@ -205,12 +205,6 @@ class _OwnLinear(nn.Linear):
         (Gated, {"targets": []}, ValueError, "a list of projections, out of gate, up, down; got"),
         (Gated, {"targets": "up"}, ValueError, "a list of projections, out of gate, up, down; got"),
         (Gated, {"recompute": "all"}, ValueError, "unknown recompute 'all'"),
-        (
-            Gated,
-            {"rank": 48, "backend": "fused"},
-            ValueError,
-            "rank 48 is above 32, the largest that the kernels of a block take",
-        ),
         (lambda: Packed(N=9), {}, ValueError, "its both has 18 outputs, but down needs it to have"),
         (lambda: nn.Linear(2, 2), {}, TypeError, "is a Linear, whose forward is not that of"),
         (lambda: _with(Gated(), "up", nn.Linear(6, 9)), {}, ValueError, "differ in size"),

@@ -178,14 +178,17 @@ def test_a_hook_on_all_modules_sees_every_projection(register):
     assert fastbound.explain(block).blocks[0].fused and torch.equal(block(x), expected)
 
 
-def test_a_rank_beyond_the_blocks_kernels_runs_layer_by_layer():
+def test_a_block_takes_the_ranks_that_a_layer_takes():
     settings = {"backend": "fused", "target_modules": ["up", "down"]}
-    report = fastbound.inject(model_of(Gated), 48, **settings)
-    assert report.unfused == {
-        "0": "rank 48 is above 32, the largest that the kernels of a block take; those of a single "
-        "layer take more"
-    }
-    assert fastbound.inject(model_of(Gated), 32, **settings).fused == ("0",)
+    x = torch.randn(3, 6)
+    for rank in (33, 64):
+        model = model_of(Gated)
+        assert fastbound.inject(model, rank, **settings).fused == ("0",)
+        model(x).sum().backward()
+    model = model_of(Gated)
+    fastbound.inject(model, 65, **settings)
+    with pytest.raises(ValueError, match="the kernels support ranks up to 64"):
+        model(x)
 
 
 def test_explain_shows_the_form_and_the_plan_of_each_block(tiny_model):

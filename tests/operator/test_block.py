@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "fused"]
 FORMS = {"gated": True, "plain": False}
-RANKS = [1, 4, 8, 16, 32]
+RANKS = [1, 4, 8, 16, 32, 48, 64]
 Block = partial(block_operands, device=DEVICE)
 
 

@@ -10,7 +10,6 @@ import torch
 from fastbound.dispatch.defaults import Tiles, filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.entries import fits
-from fastbound.dispatch.plan import MAX_BLOCK_RANK
 from fastbound.kernels.tiles import GemmTile, Tile
 from fastbound.performance.passes import Candidate, default_candidate
 from fastbound.performance.prediction import Ceilings
@@ -88,13 +87,7 @@ def points(
         {1 << (M - 1).bit_length() for M in tokens},
         key=lambda M: abs(M.bit_length() - TYPICAL_TOKENS.bit_length()),
     )
-    return [
-        Point(shape, M, rank)
-        for rank in ranks
-        for M in rows
-        for shape in distinct.values()
-        if not isinstance(shape, Block) or padded_rank(rank) <= MAX_BLOCK_RANK
-    ]
+    return [Point(shape, M, rank) for rank in ranks for M in rows for shape in distinct.values()]
 
 
 def candidates(name: str, tiles: Tiles, *, tiny: bool = False) -> list[Candidate]:
