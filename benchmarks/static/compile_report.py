@@ -28,7 +28,7 @@ from fastbound.kernels.launch import Launch
 
 from benchmarks.static.earlier import Row, binaries, digest, read_rows, write_rows
 from fastbound.dispatch.defaults import tile_family
-from fastbound.dispatch.plan import WITHOUT_PRODUCT
+from fastbound.dispatch.plan import WITHOUT_PRODUCT, most_block_rank
 from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults
 from fastbound.performance.inspection import Compiled, count, kernel_name
 from fastbound.performance.recorder import Directions, block_calls, layer_calls
@@ -109,6 +109,8 @@ def calls(
         yield "layer with strided operands", layer(backend="fused", strided=True)
     if tile_family(device) not in WITHOUT_PRODUCT:
         yield "product layer", layer(backend="split", form="product")
+    if rank > most_block_rank(device):
+        return
     forms = [(activation, gated) for activation in activations for gated in (True, False)]
     for activation, gated in forms or FORMS:
         name = f"{'gated' if gated else 'plain'} {activation} block"

@@ -135,7 +135,10 @@ def gated_tile(device: Device, R: int) -> Tile:
     """
     if device.architecture == "sm_90":
         return Tile(64, 64, 8, 2)
-    ampere = tile_family(device) in ("sm_80", "sm_120")
+    family = tile_family(device)
+    if R > 64 and family == "sm_120":
+        return Tile(32, 32, 8, 2)
+    ampere = family in ("sm_80", "sm_120")
     return Tile(32, 64, 8 if R >= 64 and ampere else 4, 2)
 
 
@@ -147,6 +150,8 @@ def unaligned_tiles(device: Device, R: int) -> Tiles:
         reduce = Tile(32, 64, 4, 2)
     if tile_family(device) == "gfx1100":
         gated = Tile(16, 16, 8, 2) if R >= 64 else Tile(16, 32, 4, 2)
+    elif R > 64:
+        gated = Tile(16, 32, 8, 1)
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 
 

@@ -164,10 +164,12 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return Plan(backend, f'backend="{backend}" was asked for')
     if M == 0:
         return Plan("torch", "no rows: nothing to launch")
-    if part == "whole":
-        return _whole(device, M, backend)
+    most = MAX_TRITON_RANK if form is None else most_block_rank(device)
     each = rank if form is None else rank // 2  # the rank of a single projection
-    obstacle = _triton_obstacle(device, 1 if key.product else each, dtype)
+    each = 1 if key.product else each
+    if part == "whole":
+        return _whole(device, M, each, backend)
+    obstacle = _triton_obstacle(device, each, most, dtype)
     if key.product and obstacle is None and tile_family(device) in WITHOUT_PRODUCT:
         obstacle = f"product form: the matrix unit of {device.architecture} does not support fp32"
     if obstacle is not None:
@@ -215,8 +217,10 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     return Plan("split", said + of_block, tiles, device.multiprocessors, candidates)
 
 
-def _whole(device: Device, M: int, backend: str) -> Plan:
+def _whole(device: Device, M: int, rank: int, backend: str) -> Plan:
     """How a block runs: as one operator or by layers, which must be known before its forward."""
+    if MAX_TRITON_RANK >= rank > most_block_rank(device):
+        return Plan("layers", _beyond(rank, most_block_rank(device)))
     reason = "one operator saves less for backward"
     if backend != "auto":
         return Plan("block", f'backend="{backend}" was asked for')
@@ -225,6 +229,11 @@ def _whole(device: Device, M: int, backend: str) -> Plan:
     known = device.architecture in ("cpu", "interpreter")
     known = known or device.architecture.startswith(("sm_", "gfx"))
     return Plan("block", reason, candidates=("block", "layers") if known else ())
+
+
+def most_block_rank(device: Device) -> int:
+    """The largest rank of a block's kernels: RDNA's registers hold less than the others'."""
+    return MAX_TRITON_RANK // 2 if tile_family(device) == "gfx1100" else MAX_TRITON_RANK
 
 
 def _settles(entry: Entry, bucket: int, N: int, K: int, table: PlanTable) -> bool:
@@ -281,7 +290,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | None:
+def _triton_obstacle(device: Device, rank: int, most: int, dtype: torch.dtype) -> str | None:
     if device.architecture in ("cpu", "mps", "xpu"):
         return f"device {device.architecture}: the kernels are for CUDA and ROCm"
     if device.architecture != "interpreter" and not device.has_matrix_units:
@@ -290,9 +299,11 @@ def _triton_obstacle(device: Device, rank: int, dtype: torch.dtype) -> str | Non
         return "the package triton is not installed"
     if dtype not in _TRITON_DTYPES:
         return f"{dtype}: the kernels support fp32, fp16 and bf16"
-    if rank > MAX_TRITON_RANK:
-        return f"rank {rank}: the kernels support ranks up to {MAX_TRITON_RANK}"
-    return None
+    return _beyond(rank, most) if rank > most else None
+
+
+def _beyond(rank: int, most: int) -> str:
+    return f"rank {rank}: the kernels support ranks up to {most}"
 
 
 def _unaligned(N: int, K: int, dtype: torch.dtype) -> str:

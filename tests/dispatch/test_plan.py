@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import fastbound
 from fastbound.dispatch.defaults import filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
-from fastbound.dispatch.plan import MAX_TRITON_RANK, Plan, plan_key
+from fastbound.dispatch.entries import block_form
+from fastbound.dispatch.plan import MAX_TRITON_RANK, WITHOUT_PRODUCT, Plan, plan_key
 from fastbound.operator.engine import route_for
 from tests.support.plans import planned
 
@@ -133,6 +134,33 @@ def test_descriptors_only_from_hopper_on() -> None:
         return tiles is not None and tiles.gemm.descriptors
 
     assert [a for a in GPUS if descriptors(a)] == ["sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rank", "whole", "forward"),
+    [
+        ("sm_90", 64, "block", "split"),
+        ("sm_90", 128, "block", "torch"),
+        ("gfx1100", 32, "block", "split"),
+        ("gfx1100", 64, "layers", "torch"),
+    ],
+)
+@pytest.mark.parametrize("product", [False, True], ids=["factors", "product"])
+def test_a_block_takes_ranks_up_to_those_of_its_kernels(
+    architecture: str, rank: int, whole: str, forward: str, product: bool
+) -> None:
+    def block(part: str, backend: str = "auto") -> Plan:
+        key = (8192, 14336, 4096, 2 * rank, torch.bfloat16, backend)
+        form = block_form("silu", True)
+        return planned(Device(architecture, 132), *key, form=form, part=part, product=product)
+
+    if product:  # no kernel of a block depends on the rank in this form
+        whole, forward = "block", "torch" if architecture in WITHOUT_PRODUCT else "split"
+    assert block("whole").strategy == whole
+    assert block("forward").strategy == forward
+    if forward == "torch" and not product:
+        with pytest.raises(ValueError, match=f"rank {rank}: the kernels support ranks up to"):
+            block("forward", "fused")
 
 
 def test_a_path_asked_for_by_name_runs_or_says_why_not() -> None:
