@@ -74,7 +74,7 @@ def points(
     """The points to measure, most useful first: the first rank, and tokens nearest to 8192.
 
     Tokens are rounded up to a power of two, and shapes of the same sizes are measured once. A
-    block's passes do not depend on K, and run in Triton up to half the rank of a layer's.
+    block's passes do not depend on K.
     """
 
     def sizes(shape: Shape | Block) -> tuple[object, ...]:

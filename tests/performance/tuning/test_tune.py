@@ -259,7 +259,7 @@ def test_most_useful_first_and_nothing_twice() -> None:
     assert todo[0].shape == LLAMA[0]
     blocks = points([BLOCK, block_of("phi-1.5"), replace(BLOCK, K=99)], [8192], [16, 32, 64])
     assert [(str(p.shape), p.rank) for p in blocks] == [
-        (f"{model}.mlp", rank) for rank in (16, 32) for model in ("llama-3-8b", "phi-1.5")
+        (f"{model}.mlp", rank) for rank in (16, 32, 64) for model in ("llama-3-8b", "phi-1.5")
     ]
 
 
