@@ -56,11 +56,20 @@ def forget_target(config: UnlearnConfig, model: nn.Module) -> float:
 
 
 def forget_ceiling(config: UnlearnConfig, target: float) -> float | None:
-    """The loss beyond which a forget token is not pushed, in nats; None if there is no limit."""
+    """The loss beyond which a forget token is not pushed, in nats; None if there is no limit.
+
+    Raises InputError for one below `target`, under which no row would count as forgotten.
+    """
     given = config.forget_ceiling
     if given == "none":
         return None
-    return HEADROOM * target if given == "auto" else float(given)
+    ceiling = HEADROOM * target if given == "auto" else float(given)
+    if ceiling < target:
+        raise InputError(
+            f"forget_ceiling {ceiling:g} is below the forget_target of {target:.4g} nats per token,"
+            " which the rows could then not reach: give a higher ceiling or a lower target"
+        )
+    return ceiling
 
 
 def uniform_loss(model: nn.Module) -> float:

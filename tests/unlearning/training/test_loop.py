@@ -144,10 +144,16 @@ def test_stops_early_and_says_why(unlearn_rows, settings, reason):
 def test_ascent_ends_near_its_ceiling(unlearn_rows, cross_entropy):
     settings = {"epochs": 40, "lr": 0.03, "cross_entropy": cross_entropy, "early_stop": False}
     settings |= {"eval_every": 20, "forget_target": 6.0}
-    results = [unlearn_rows(config(forget_ceiling=c, **settings)) for c in (2.0, "auto", "none")]
-    assert [result.forget_ceiling for result in results] == [2.0, 12.0, None]
+    results = [unlearn_rows(config(forget_ceiling=c, **settings)) for c in (6.5, "auto", "none")]
+    assert [result.forget_ceiling for result in results] == [6.5, 12.0, None]
     low, auto, endless = (result.history[-1].forget.loss for result in results)
-    assert 2.0 < low < 6.0 < auto < endless
+    assert 4.0 < low < auto < endless
+
+
+def test_a_ceiling_below_the_target_is_refused(unlearn_rows, tmp_path):
+    with pytest.raises(InputError, match=r"forget_ceiling 5 is below the forget_target of 6 nats"):
+        unlearn_rows(config(forget_ceiling=5.0, forget_target=6.0), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_adapter_of_the_best_evaluation_is_kept_also_across_a_resume(
