@@ -47,7 +47,9 @@ def _watching(model: nn.Module, sums: Mapping[str, Sum]) -> Iterator[None]:
     def watch(name: str, added: Sum) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
             if not y.requires_grad:
-                raise ValueError(f"{name} receives no gradient: give its rank as a number")
+                raise ValueError(
+                    f"{name} receives no gradient from the loss: leave it out of those to adapt"
+                )
             x = inputs[0].detach()
             y.register_hook(lambda dy: added.add(x, dy))
 

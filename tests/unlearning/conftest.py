@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastbound.unlearning import (
 )
 from fastbound.unlearning.demo.small_model import learn
 from fastbound.unlearning.model import load_pretrained
+from fastbound.unlearning.training import loop
 from tests.support.arguments import replaced
 from tests.support.small_model import TINY_MODEL
 
@@ -87,6 +89,27 @@ def write(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+@pytest.fixture
+def stopped_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[int], AbstractContextManager[None]]:
+    """Within this context a run is stopped by Ctrl-C after so many steps."""
+    step = loop._Run._take_step
+
+    @contextmanager
+    def stopped(steps: int) -> Iterator[None]:
+        def stopping(run: loop._Run) -> None:
+            if run.step == steps:
+                raise KeyboardInterrupt
+            step(run)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop._Run, "_take_step", stopping)
+            yield
+
+    return stopped
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from fastbound.unlearning.losses.chunked import CHUNK
 from fastbound.unlearning.losses.cross_entropy import WHOLE, choose_cross_entropy
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.runs.report import Run, write_report
-from fastbound.unlearning.training.loop import _Run
 from tests.support.models import stir
 
 ROWS, LENGTH = (5, 5, 5), 31
@@ -208,20 +207,11 @@ class TestLoop:
             result = run(model, cross_entropy="chunked", losses={"dpo": 1.0}, epochs=1)
         assert 0 < watched.found <= result.cross_entropy.logits_bytes == CHUNK * vocabulary * 4
 
-    def test_a_chunked_run_resumes_to_the_same_bits(self, run, tmp_path, monkeypatch):
+    def test_a_chunked_run_resumes_to_the_same_bits(self, run, stopped_after, tmp_path):
         settings = {"cross_entropy": "chunked", "checkpoint_every": 1}
         run(output=tmp_path / "whole", **settings)
-        step = _Run._take_step
-
-        def cut(self):
-            if self.step == 3:
-                raise KeyboardInterrupt
-            step(self)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Run, "_take_step", cut)
-            with pytest.raises(KeyboardInterrupt):
-                run(output=tmp_path / "cut", **settings)
+        with stopped_after(3):
+            run(output=tmp_path / "cut", **settings)
         run(output=tmp_path / "cut", resume=True, **settings)
         name = "adapter/adapter_model.safetensors"
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -188,22 +188,13 @@ def test_a_reference_of_the_loss_leaves_the_start_frozen(unlearn_rows):
     assert result.largest_delta > 0
 
 
-def test_a_resumed_run_keeps_its_start(unlearn_rows, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_start(unlearn_rows, stopped_after, tmp_path, monkeypatch):
     def run(output: str, **settings):
         return unlearn_rows(config(epochs=2), output=tmp_path / output, **settings)
 
     whole = run("whole")
-    step = loop._Run._take_step
-
-    def stopping(self):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_take_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped")
+    with stopped_after(3):
+        run("stopped")
     monkeypatch.setattr(loop, "fila_importance", lambda *_, **__: pytest.fail("computed again"))
     resumed = run("stopped", resume=True)
     for here, there in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):

@@ -31,22 +31,13 @@ def test_both_adapters_take_the_ranks(unlearn_rows, adapter, tmp_path):
     assert held["alpha" if adapter == "bounded" else "lora_alpha"] == 6.0
 
 
-def test_a_resumed_run_keeps_its_ranks(unlearn_rows, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_ranks(unlearn_rows, stopped_after, tmp_path, monkeypatch):
     def run(output: str, **settings):
         return unlearn_rows(config(epochs=2), output=tmp_path / output, **settings)
 
     whole = run("whole")
-    step = loop._Run._take_step
-
-    def stopping(self):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_take_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped")
+    with stopped_after(3):
+        run("stopped")
     monkeypatch.setattr(loop, "choose_ranks", lambda *_: pytest.fail("chosen again"))
     resumed = run("stopped", resume=True)
     assert resumed.ranks.ranks == whole.ranks.ranks
