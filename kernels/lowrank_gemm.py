@@ -38,6 +38,20 @@ def _output_block(tile, num_m, num_n, GROUP_M: tl.constexpr):
     return first_m + (tile % per_group) % group_m, (tile % per_group) // group_m
 
 
+def _start_columns(R, _semantic=None):
+    """How many of R columns one product of the start takes: 16, or on sm_100 all of them.
+
+    With 16, shared memory and registers do not grow with R. On sm_100 Triton 3.6 makes an empty
+    kernel of two such products and a loop of others that add to the same accumulator.
+    """
+    arch = "" if _semantic is None else getattr(_semantic.builder.options, "arch", "")
+    return tl.constexpr(R if str(arch).startswith("sm10") else 16)
+
+
+# Triton calls this while it compiles and passes the compilation's state, as for its own operations.
+_start_columns.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
 @triton.jit
 def _lowrank_start(
     S, F, BIAS, KEEP, offs_m, offs_n, start_n, M, N,
@@ -47,18 +61,19 @@ def _lowrank_start(
 ):
     """The accumulator before the loop over K: S Fᵀ + bias, [BLOCK_M, BLOCK_N] in fp32.
 
-    It takes 16 columns of S and F at a time, so shared memory and registers do not grow with R.
+    It takes a few columns of S and F at a time, see :func:`_start_columns`.
     """
+    STEP: tl.constexpr = _start_columns(R)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if HAS_BIAS:
         bias = tl.load(BIAS + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
         acc += bias[None, :]
-    for r in tl.static_range(0, R, 16):
-        offs_r = r + tl.arange(0, 16)
+    for r in tl.static_range(0, R, STEP):
+        offs_r = r + tl.arange(0, STEP)
         s_ptrs = S + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
         f_ptrs = F + offs_n[None, :] * stride_fn + offs_r[:, None] * stride_fr
-        s = tl.load(s_ptrs, mask=offs_m[:, None] < M, other=0.0)  # [BLOCK_M, 16]
-        f = tl.load(f_ptrs, mask=offs_n[None, :] < N, other=0.0)  # [16, BLOCK_N]
+        s = tl.load(s_ptrs, mask=offs_m[:, None] < M, other=0.0)  # [BLOCK_M, STEP]
+        f = tl.load(f_ptrs, mask=offs_n[None, :] < N, other=0.0)  # [STEP, BLOCK_N]
         acc = tl.dot(s, f, acc, input_precision="ieee")
     if HAS_KEEP:
         tl.static_assert(not HAS_BIAS, "the mask would drop the bias too")
