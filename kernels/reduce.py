@@ -23,6 +23,8 @@ from fastbound.kernels.waves import cut_of, resident
 from torch import Tensor
 
 FINISH_ELEMENTS = 2048  # per program
+# Per thread of the reduction: the maximum, as ptxas would spill a few to fit another program.
+REGISTERS = 255
 # A is stored transposed relative to B. Factors are small, so one unspecialised kernel takes both.
 FACTOR_STRIDES = ("stride_an", "stride_ar", "stride_on", "stride_or")
 
@@ -147,6 +149,7 @@ def launch_reduce(
         ),
         tile.warps,
         tile.stages,
+        REGISTERS,
     )
 
 
