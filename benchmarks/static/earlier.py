@@ -12,6 +12,7 @@ from typing import Any
 from fastbound.kernels import launch as kernels
 from fastbound.kernels.launch import Launch
 
+from fastbound.files import replace_files
 from fastbound.performance.compilation import binary_of
 from fastbound.performance.inspection import Compiled, SteadyLoop
 
@@ -43,9 +44,7 @@ def read_rows(path: Path | None) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Replace the file as a whole, so that a run that is stopped leaves the rows it had."""
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    unfinished.replace(path)
+    replace_files({path: json.dumps(rows, indent=1).encode()})
 
 
 def digest(launch: Launch) -> str:

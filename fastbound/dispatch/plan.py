@@ -166,9 +166,12 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
         return Plan("torch", "no rows: nothing to launch")
     most = MAX_TRITON_RANK if form is None else most_block_rank(device)
     each = rank if form is None else rank // 2  # the rank of a single projection
-    each = 1 if key.product else each
+    if key.product:  # no kernel of this form depends on the rank
+        rank = each = 1
     if part == "whole":
-        return _whole(device, M, each, backend)
+        if MAX_TRITON_RANK >= each > most:
+            return Plan("layers", _beyond(each, most))
+        return _whole(device, M, backend)
     obstacle = _triton_obstacle(device, each, most, dtype)
     if key.product and obstacle is None and tile_family(device) in WITHOUT_PRODUCT:
         obstacle = f"product form: the matrix unit of {device.architecture} does not support fp32"
@@ -179,7 +182,7 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     if backend == "auto" and device.architecture == "interpreter":
         return Plan("torch", "CPU: the Triton interpreter runs only when asked for by name")
     odd = _unaligned(N, K, dtype)
-    R, bucket = padded_rank(1 if key.product else rank), row_bucket(M)
+    R, bucket = padded_rank(rank), row_bucket(M)
     loose = odd or key.layout == "strided"
     tiles = unaligned_tiles(device, R) if loose else filled_tiles(device, bucket, (N, K), R, dtype)
     reason = f"default tiles of {tile_family(device)}"
@@ -217,10 +220,8 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     return Plan("split", said + of_block, tiles, device.multiprocessors, candidates)
 
 
-def _whole(device: Device, M: int, rank: int, backend: str) -> Plan:
+def _whole(device: Device, M: int, backend: str) -> Plan:
     """How a block runs: as one operator or by layers, which must be known before its forward."""
-    if MAX_TRITON_RANK >= rank > most_block_rank(device):
-        return Plan("layers", _beyond(rank, most_block_rank(device)))
     reason = "one operator saves less for backward"
     if backend != "auto":
         return Plan("block", f'backend="{backend}" was asked for')

@@ -26,7 +26,7 @@ from fastbound.unlearning.lab.scoring import score_model
 from fastbound.unlearning.losses.objective import Answers, Objective
 from fastbound.unlearning.metrics.answers import evaluate
 from fastbound.unlearning.model import autocast, autocast_dtype, forward
-from fastbound.unlearning.training.ending import Ending, forget_ceiling, forget_target
+from fastbound.unlearning.training.ending import Ending, forget_ceiling
 from fastbound.unlearning.training.fila import fila_importance
 from fastbound.unlearning.training.result import Evaluation
 from fastbound.unlearning.training.sides import mean_loss
@@ -108,7 +108,8 @@ class _Training:
         self.model, self.adapted, self.rows = model, adapted, rows
         self.kind, self.config, self.pad = adapter.kind, config, pad
         self.objective = Objective(
-            adapter.losses, ceiling=_ceiling(model) if adapter.capped else None
+            adapter.losses,
+            ceiling=forget_ceiling(UnlearnConfig(), model) if adapter.capped else None,
         )
         self.factors = [p for p in model.parameters() if p.requires_grad]
         decay = DECAY if adapter.kind == "lora-decay" else 0.0
@@ -182,7 +183,7 @@ class _Stop:
         config: CellConfig,
         pad: int,
     ) -> None:
-        self.ending = Ending(UnlearnConfig(), forget_target(UnlearnConfig(), model), config.steps)
+        self.ending = Ending(UnlearnConfig(), model, config.steps)
         self.model, self.factors = model, factors
         self.sides = [evenly(side, config.eval_rows) for side in (rows.forget, rows.retain)]
         self.config, self.pad = config, pad
@@ -210,12 +211,6 @@ class _Stop:
         self.history.append(Evaluation(step, *scores))
         if self.ending.best(self.history) is self.history[-1]:
             self.best = [factor.detach().clone() for factor in self.factors]
-
-
-def _ceiling(model: nn.Module) -> float | None:
-    """That of `fastbound unlearn` with its own settings."""
-    config = UnlearnConfig()
-    return forget_ceiling(config, forget_target(config, model))
 
 
 def _spread(

@@ -24,9 +24,9 @@ class Ending:
     loss is within `retain_slack` of where it began.
     """
 
-    def __init__(self, config: UnlearnConfig, target: float, steps: int) -> None:
+    def __init__(self, config: UnlearnConfig, model: nn.Module, steps: int) -> None:
         self.config = config
-        self.target = target
+        self.target = forget_target(config, model)
         self.steps = steps
 
     def forgotten(self, evaluation: Evaluation) -> bool:
@@ -55,12 +55,13 @@ def forget_target(config: UnlearnConfig, model: nn.Module) -> float:
     return uniform_loss(model) if config.forget_target is None else config.forget_target
 
 
-def forget_ceiling(config: UnlearnConfig, target: float) -> float | None:
+def forget_ceiling(config: UnlearnConfig, model: nn.Module) -> float | None:
     """The loss beyond which a forget token is not pushed, in nats; None if there is no limit.
 
-    Raises InputError for one below `target`, under which no row would count as forgotten.
+    Raises InputError for one below the target, under which no row would count as forgotten, and as
+    `uniform_loss`.
     """
-    given = config.forget_ceiling
+    given, target = config.forget_ceiling, forget_target(config, model)
     if given == "none":
         return None
     ceiling = HEADROOM * target if given == "auto" else float(given)

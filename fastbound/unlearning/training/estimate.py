@@ -23,7 +23,7 @@ from fastbound.unlearning.losses.chunked import CHUNK
 from fastbound.unlearning.losses.cross_entropy import WHOLE_BYTES
 from fastbound.unlearning.losses.objective import Objective, refusals
 from fastbound.unlearning.training.adapters import target_layers
-from fastbound.unlearning.training.ending import forget_ceiling, forget_target
+from fastbound.unlearning.training.ending import forget_ceiling
 from fastbound.unlearning.training.sides import Sides
 
 _LONGEST = 64  # a row of more than so many times max_length is not measured
@@ -131,7 +131,7 @@ def estimate(
         InputError: what the run itself would refuse of rows and settings, apart from rows that are
             too long, which `Estimate.check` refuses.
     """
-    ceiling = forget_ceiling(config, forget_target(config, model))
+    ceiling = forget_ceiling(config, model)
     objective = Objective(config.weighted_losses, config.seed, ceiling=ceiling)
     objective.layer(model)
     check_disjoint(forget, retain)

@@ -38,7 +38,7 @@ from fastbound.unlearning.runs.identity import fingerprint, model_identity, toke
 from fastbound.unlearning.runs.peak_memory import peak_memory, reset_peak_memory
 from fastbound.unlearning.runs.random_state import random_state, set_random_state
 from fastbound.unlearning.training.adapters import Adapter, attach, target_layers
-from fastbound.unlearning.training.ending import Ending, forget_ceiling, forget_target
+from fastbound.unlearning.training.ending import Ending, forget_ceiling
 from fastbound.unlearning.training.fila import fila_importance
 from fastbound.unlearning.training.processes import (
     is_sharded,
@@ -85,16 +85,14 @@ def unlearn(
             checkpoint stays as it was.
     """
     config = config or UnlearnConfig()
-    target = forget_target(config, model)
-    ceiling = forget_ceiling(config, target)
+    ceiling = forget_ceiling(config, model)
     objective = Objective(config.weighted_losses, config.seed, ceiling=ceiling)
     objective.layer(model)  # refused before any work
     sides = encode_sides(forget, retain, tokenizer, config, refuse=objective.needs_refusals)
     check_fits(model, tokenizer, [*sides.forget, *sides.retain, *sides.refused])
     first = output is not None and starts_first()
     with writing(Path(cast(str, output))) if first else contextlib.nullcontext():
-        run = _Run(model, tokenizer, sides, objective, target, config, output, resume, progress)
-        return run.go()
+        return _Run(model, tokenizer, sides, objective, config, output, resume, progress).go()
 
 
 class _Run:
@@ -106,7 +104,6 @@ class _Run:
         tokenizer: Any,
         sides: Sides,
         objective: Objective,
-        target: float,
         config: UnlearnConfig,
         output: str | Path | None,
         resume: bool,
@@ -126,7 +123,7 @@ class _Run:
             seed=config.seed,
         )
         self.steps = self.pairing.steps(config.epochs)
-        self.ending = Ending(config, target, self.steps)
+        self.ending = Ending(config, model, self.steps)
         each_epoch = self.pairing.steps(1)
         self.eval_every = config.eval_every or each_epoch
         self.checkpoint_every = config.checkpoint_every or self.eval_every

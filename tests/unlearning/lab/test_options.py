@@ -227,6 +227,7 @@ def test_from_fila_a_cell_starts_as_a_run_does(new_model, rows, tokenizer):
         before = model(ids).logits
         adapter, ranks = parse_adapter("lora+fila"), dict.fromkeys(shapes, 2)
         adapted = adapt(model, adapter, ranks, alpha=3.0, seed=0, importance=found)
+        # W + ΔW is W up to the rounding of fp32 in each of two layers.
         torch.testing.assert_close(model(ids).logits, before, rtol=2e-5, atol=2e-5)
         for name, layer in adapted.items():
             A, B = fila_factors(weights[name], found[name], 2, 1.5)
@@ -236,6 +237,7 @@ def test_from_fila_a_cell_starts_as_a_run_does(new_model, rows, tokenizer):
             layer.A.add_(0.1)  # then y = x (W + ΔW)ᵀ
             x = torch.randn(3, A.shape[1])
             wanted = x @ (weights[name] + 1.5 * (B @ (A + 0.1) - B @ A)).T
+            # The layer adds two fp32 products whose difference `wanted` takes at once.
             torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
 
 

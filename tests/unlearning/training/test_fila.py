@@ -100,6 +100,7 @@ def test_importance_is_made_of_squared_gradients_of_single_rows(
         weight = model.get_submodule(name).weight
         F_f, F_r = squares(forget, weight), squares(retain, weight)
         wanted = (F_f / (F_r + FLOOR * F_r.mean())).sum(1).sqrt()
+        # A quotient of squares of fp32 gradients, the smallest of which have few right digits.
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-3, atol=0)
 
 
