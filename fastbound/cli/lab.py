@@ -105,7 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grid.add_argument(
         "--quick",
         action="store_true",
-        help="a smaller grid: 3 rates, 2 seeds and 150 steps (default: the whole grid)",
+        help="a smaller grid for the tiny model: 3 rates, 2 seeds and 150 steps (default: the "
+        "whole grid)",
     )
 
     run = parser.add_argument_group("run")

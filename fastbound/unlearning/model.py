@@ -326,10 +326,21 @@ def autocast(
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context the model is in eval mode, and gradients are off."""
-    training = model.training
-    model.eval()
+    with keeping_modes(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """After this context every module is in training or eval mode as it was before.
+
+    Modules that were added within it take the mode of `model`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        model.train(training)
+        model.train(modes[0][1])  # the first of a model's modules is the model
+        for module, training in modes:
+            module.training = training

@@ -8,6 +8,7 @@ requests.png       the same as curves
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,10 +145,16 @@ def apply_requests(
     path = Path(folder)
     if requests is None:
         requests = sorted(
-            int(each.parent.name.rpartition("-")[2]) for each in path.glob(f"{_of('*')}/{ADAPTER}")
+            int(found[1])
+            for each in path.glob(f"{_of('*')}/{ADAPTER}")
+            if (found := re.fullmatch(_of(r"([1-9]\d*)"), each.parent.name))
         )
-    for number in requests:
-        model = merged(load_adapter(model, path / _of(number) / ADAPTER))
+    adapters = [path / _of(number) / ADAPTER for number in requests]
+    for adapter in adapters:  # all of them before the first is merged
+        if not adapter.is_dir():
+            raise InputError(f"{adapter} does not exist: give numbers of requests carried out")
+    for adapter in adapters:
+        model = merged(load_adapter(model, adapter))
     return model
 
 

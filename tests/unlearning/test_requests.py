@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,3 +113,22 @@ def test_requests_that_cannot_be_carried_out(
 def test_an_adapter_that_is_not_there_is_named(new_model, tmp_path):
     with pytest.raises(InputError, match=r"request-4/adapter does not exist"):
         apply_requests(new_model(), tmp_path, [4])
+
+
+def test_nothing_is_merged_if_one_of_the_requests_is_not_there(carried_out, new_model):
+    model, base = new_model(), new_model()
+    with pytest.raises(InputError, match=r"request-9/adapter does not exist"):
+        apply_requests(model, carried_out[0], [1, 9])
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)
+    )
+
+
+def test_a_copy_beside_the_requests_is_none_of_them(carried_out, new_model, tmp_path):
+    folder = tmp_path / "series"
+    for name in ("request-1", "request-1-backup"):
+        shutil.copytree(carried_out[0] / "request-1", folder / name)
+    model, alone = apply_requests(new_model(), folder), apply_requests(new_model(), folder, [1])
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True)
+    )

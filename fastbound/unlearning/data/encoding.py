@@ -97,7 +97,9 @@ def encode(row: Row, tokenizer: Any, *, max_length: int = 256, template: str = T
         verbose=False,  # our own message below names the row
     )
     ids: list[int] = list(tokens["input_ids"])
-    begin = len(prompt.rstrip())
+    # The answer begins where generation does: after a text's prompt without its last blank, but
+    # after a chat's prompt as it stands.
+    begin = len(prompt.rstrip() if special else prompt)
     answered = [stop > begin for _, stop in tokens["offset_mapping"]]
     if not any(answered):
         raise InputError(f"{row.where}: the tokenizer makes no token of the answer {row.answer!r}")

@@ -109,7 +109,7 @@ def _demonstrate(
     runs = []
     for name, each in demonstration.runs().items():
         folder = output / name
-        if not (folder / RESULT).exists():
+        if not ((folder / RESULT).exists() and (folder / EXAMPLES).exists()):
             if progress:
                 print(f"{name}:", file=sys.stderr, flush=True)
             model, tokenizer = load_pretrained(str(output / _MODEL))

@@ -48,6 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--general is knowledge of a pretrained model: give --model")
     if arguments.model is not None and arguments.forget is None:
         raise InputError("--model needs --forget and --retain, the rows that it knows")
+    if arguments.model is not None and arguments.quick:
+        raise InputError(
+            "--quick shortens the map of the tiny model, which has no --model: leave one of them "
+            "out; --lr, --seeds and --steps make a pretrained model's map smaller"
+        )
     grid = _grid(arguments)
     general = [] if arguments.general is None else load_public(arguments.general)
     forget = load_rows(arguments.forget or authors("forget"))

@@ -154,15 +154,21 @@ class RunFolder:
             os.truncate(path, len(kept))
 
     def _check_same(self) -> None:
-        held = _flat(read_json(self.path / RUN))
-        for name, value in _flat(self.identity).items():
-            other = held.get(name)
+        whole = read_json(self.path / RUN)
+        held, ours = _flat(whole), _flat(self.identity)
+        for name in dict.fromkeys((*ours, *held)):  # what only the held run has differs, too
+            value, other = ours.get(name), held.get(name)
             if other != value:
                 remedy = _REMEDIES.get(name, "resume with the same settings and rows")
                 raise InputError(
                     f"{self.path} holds a run with {name} {other!r}, this one has {value!r}: "
                     f"{remedy}, or give another output folder"
                 )
+        if digest(whole) != self.digest:  # a sum of losses depends on their order
+            raise InputError(
+                f"{self.path} holds a run with the same settings in another order: give the losses "
+                "in the order of its run.json, or give another output folder"
+            )
 
 
 def check_free(path: Path, marker: str, *, resume: bool) -> None:

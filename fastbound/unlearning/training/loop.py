@@ -26,7 +26,7 @@ from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import Pairing, evenly
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.metrics.answers import Score, totals
-from fastbound.unlearning.model import autocast_dtype, checkpoint_activations
+from fastbound.unlearning.model import autocast_dtype, checkpoint_activations, keeping_modes
 from fastbound.unlearning.runs.folder import (
     ADAPTER,
     RANKS,
@@ -92,7 +92,12 @@ def unlearn(
     check_fits(model, tokenizer, [*sides.forget, *sides.retain, *sides.refused])
     first = output is not None and starts_first()
     with writing(Path(cast(str, output))) if first else contextlib.nullcontext():
-        return _Run(model, tokenizer, sides, objective, config, output, resume, progress).go()
+        mode = model.training
+        with keeping_modes(model):
+            run = _Run(model, tokenizer, sides, objective, config, output, resume, progress)
+            result = run.go()
+            result.model.train(mode)  # LoRA's is PEFT's wrapper around the one given
+            return result
 
 
 class _Run:

@@ -24,10 +24,16 @@ from fastbound.unlearning.model import check_device
 
 def start_processes(config: UnlearnConfig) -> Any:
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     check_device(config.device)
     # The loop has its own autocast: that of accelerate would convert all logits to fp32.
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+    # So does it divide each loss itself, which accelerate would do again by its environment.
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
 
 
 def starts_first() -> bool:

@@ -142,6 +142,19 @@ def test_uses_the_chat_template_of_the_tokenizer(tokenizer):
     assert tokenizer.decode(row.ids[:-1]) == "<Q?>:A."
 
 
+@pytest.mark.parametrize("ending", ["\n", "\n\n", ":\n", " ", ""])
+def test_labels_no_token_of_a_chat_prompt(tokenizer, ending):
+    tokenizer = copy.deepcopy(tokenizer)
+    shown = ending.replace("\n", "\\n")
+    tokenizer.chat_template = "{{ messages[0].content + '|assistant" + shown + "' }}"
+    row = encode(Row("Q?", "A ferry pilot.", "here"), tokenizer, template="chat")
+    prompt = [i for i, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
+    labelled = [label for label in row.labels if label != IGNORED]
+    assert tokenizer.decode(row.ids[:-1]) == f"Q?|assistant{ending}A ferry pilot."
+    assert tokenizer.decode(labelled[:-1]) == "A ferry pilot."
+    assert tokenizer.decode(prompt) == f"Q?|assistant{ending}"
+
+
 BROKEN_CHATS = {
     "{{ messages[0].content | nothing }}": r"fails \(TemplateAssertionError: No filter named",
     "{% for m in messages %}{{ m.content }}": r"fails \(TemplateSyntaxError: Unexpected end",

@@ -55,8 +55,9 @@ def test_demonstration_compares_and_resumes(forget_rows, retain_rows, tmp_path, 
     with pytest.raises(InputError, match="a demonstration with other config"):
         start(Demonstration(UnlearnConfig(**{**CONFIG.as_dict(), "seed": 1}), SMALL), resume=True)
     shutil.rmtree(output / NAMES[2])
+    (output / NAMES[1] / "examples.json").unlink()  # as if it was stopped while it answered
     kept = (output / NAMES[0] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    start(resume=True)
+    assert start(resume=True).splitlines()[:40] == began[:40]
     again = json.loads((output / "report.json").read_text())
     assert again["runs"][2]["history"] == report["runs"][2]["history"]
     found = (output / NAMES[0] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns

@@ -292,6 +292,10 @@ def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
         (["--forget", "rows.jsonl"], "together"),
         (["--general", "rows.jsonl"], "--general is knowledge of a pretrained model"),
         (["--model", "somewhere"], "--model needs --forget and --retain"),
+        (
+            ["--quick", "--model", "m", "--forget", "f", "--retain", "r"],
+            "--quick shortens the map of the tiny model",
+        ),
         (["--batch-size", "0"], "batch_size must be >= 1"),
         (["--eval-rows", "0"], "eval_rows must be >= 1"),
         (["--dtype", "float16"], "dtype must be one of float32, bfloat16"),

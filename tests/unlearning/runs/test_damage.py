@@ -41,6 +41,28 @@ def test_the_log_is_cut_back_to_what_the_checkpoint_counts_on(folder):
     assert state is not None and state["step"] == 2 and steps(folder) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("held", "given", "said"),
+    [
+        ({"rows": None, "losses": {"npo": 1.0, "retain": 1.0}}, {"rows": None}, "losses.npo 1.0"),
+        ({"losses": {"npo": 1.0, "retain": 1.0}}, {"losses": {"npo": 1.0}}, "losses.retain 1.0"),
+        ({"losses": {"npo": 1.0}}, {"losses": None}, "losses.npo 1.0, this one has None"),
+        ({"membership": ["loss"]}, {}, r"membership \['loss'\], this one has None"),
+        ({}, {"membership": ["loss"]}, r"membership None, this one has \['loss'\]"),
+        (
+            {"losses": {"npo": 1.0, "retain": 1.0}},
+            {"losses": {"retain": 1.0, "npo": 1.0}},
+            "the same settings in another order",
+        ),
+    ],
+)
+def test_a_setting_that_only_one_of_two_runs_has_is_named(tmp_path, held, given, said):
+    RunFolder(tmp_path, held, resume=False).begin()
+    with pytest.raises(InputError, match=said):
+        RunFolder(tmp_path, given, resume=True)
+    RunFolder(tmp_path, held, resume=True)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_a_flipped_bit_of_a_checkpoint_never_changes_what_is_read(folder, seed):
     whole = folder.load_checkpoint()

@@ -232,12 +232,42 @@ def test_folder_of_another_run_is_refused(unlearn_rows, tmp_path):
         start()
     with pytest.raises(InputError, match=r"holds a run with config.lr 0.01, this one has 0.02"):
         start(config(lr=0.02), resume=True)
+    with pytest.raises(InputError, match=r"a run with config.losses.npo None, this one has 1.0"):
+        start(config(losses={"npo": 1.0, "retain": 1.0}), resume=True)
     assert start(resume=True).after == first.after
     assert (tmp_path / "run" / "log.jsonl").read_text() == kept
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="is not empty and holds no run"):
         unlearn_rows(FAST, output=tmp_path / "other")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_leaves_every_module_in_the_mode_that_it_had(unlearn_rows, new_model, adapter, training):
+    model = new_model().train(training)
+    apart = model.get_input_embeddings().train(not training)
+    result = unlearn_rows(config(adapter=adapter, epochs=1), model)
+    assert apart.training is not training
+    modes = {m.training for m in result.model.modules() if m is not apart}
+    assert modes == {training}
+
+
+def test_a_run_that_fails_leaves_the_mode_as_it_was(unlearn_rows, new_model):
+    model = new_model().eval()
+    with pytest.raises(NonFiniteError):
+        unlearn_rows(config(adapter="lora", lr=1e30, epochs=9), model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_gradients_do_not_depend_on_the_environment(unlearn_rows, tmp_path, monkeypatch):
+    unlearn_rows(FAST, output=tmp_path / "one")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    unlearn_rows(FAST, output=tmp_path / "other")
+    norms = [
+        [line["grad_norm"] for line in lines(tmp_path / name, "step")] for name in ("one", "other")
+    ]
+    assert norms[0] == norms[1] and min(norms[0]) > 0
 
 
 def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_path):
