@@ -200,9 +200,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="losses",
         metavar="NAME[=WEIGHT][,OPTION=X]",
-        help="a loss to minimise, once per loss: gradient_ascent, retain, npo, simnpo, ihl, kl, "
-        "idk, dpo, wga, satimp, undial, ceu, pdu, rmu or rmu_retain; docs/losses.md has formulas "
-        "and options (default: gradient_ascent and retain)",
+        help="a loss to minimise, once per loss: gradient_ascent, retain, npo, simnpo, flooding, "
+        "ihl, kl, idk, dpo, wga, satimp, undial, ceu, pdu, rmu or rmu_retain; docs/losses.md has "
+        "formulas and options (default: gradient_ascent and retain)",
     )
     training.add_argument(
         "--seed", type=int, metavar="N", help="seed of every random choice (default: 0)"

@@ -151,6 +151,20 @@ def simnpo(nll: Tensor, lengths: Tensor, *, beta: float = 4.5, delta: float = 0.
     return -F.logsigmoid(beta * (nll / lengths - delta)).mean() * 2 / beta
 
 
+def flooding(nll: Tensor, lengths: Tensor, *, level: float = 2.5) -> Tensor:
+    """A loss of `level` for each row, from below or above: `mean(|nll / lengths − level|)`.
+
+    Ishida et al. 2020, "Do we need zero training loss after achieving zero training error?", with
+    the level in each row's own loss: that of a model which has never seen the row, in nats per
+    token. A row beyond it is pulled back, so that the ascent does not overshoot.
+
+    Args:
+        nll: −log p of each row to forget, summed over its answer, `[rows]`.
+        lengths: the number of answer tokens of each row, `[rows]`.
+    """
+    return (nll / lengths - level).abs().mean()
+
+
 def dpo(
     wanted: Tensor,
     wanted_reference: Tensor,

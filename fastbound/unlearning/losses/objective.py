@@ -94,6 +94,10 @@ def _simnpo(scored: _Scored, **options: Any) -> Tensor:
     return formulas.simnpo(scored.nll[scored.forget], scored.lengths[scored.forget], **options)
 
 
+def _flooding(scored: _Scored, **options: Any) -> Tensor:
+    return formulas.flooding(scored.nll[scored.forget], scored.lengths[scored.forget], **options)
+
+
 def _dpo(scored: _Scored, **options: Any) -> Tensor:
     wanted, unwanted, before = scored.refused, scored.forget, scored.nll_before
     return formulas.dpo(
@@ -201,6 +205,7 @@ LOSSES = {
     "retain": Loss(),
     "npo": Loss(_npo, {"beta": Option(0.1)}, reference=True),
     "simnpo": Loss(_simnpo, {"beta": Option(4.5), "delta": Option(0.0, zero=True)}),
+    "flooding": Loss(_flooding, {"level": Option(2.5)}),
     "ihl": Loss(_ihl, logits=True),
     "kl": Loss(_kl, reference=True, logits=True),
     "idk": Loss(refusals=True),

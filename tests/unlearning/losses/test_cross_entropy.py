@@ -72,6 +72,7 @@ def loss_and_gradient(form, model, batch, weights):
         {"gradient_ascent": 1.0, "retain": 2.0},
         {"npo": 1.0, "retain": 1.0},
         {"simnpo": 0.5, "retain": 1.0},
+        {"flooding": 1.0, "retain": 1.0},
         {"dpo": 1.0},
         {"idk": 1.0, "retain": 1.0},
     ],

@@ -63,6 +63,22 @@ class TestClosedForms:
         nll = losses.answer_tokens(now, labels).loss
         assert torch.equal(losses.wga(nll, beta=0.0), -nll.mean())
 
+    @pytest.mark.parametrize("level", [0.7, 2.5])
+    def test_flooding_is_the_distance_of_each_rows_mean_from_the_level(self, drawn, level):
+        now, _, labels = drawn
+        rows: dict[int, list[float]] = {}
+        for i, t in positions(labels):
+            rows.setdefault(i, []).append(-math.log(softmax(now[i, t - 1].tolist())[labels[i, t]]))
+        expected = sum(abs(sum(row) / len(row) - level) for row in rows.values()) / len(rows)
+        nll, lengths = losses.row_likelihoods(losses.answer_tokens(now, labels), len(labels))
+        found = losses.flooding(nll, lengths, level=level)
+        assert found.item() == pytest.approx(expected, **EXACT)
+
+    def test_flooding_raises_a_row_below_the_level_and_lowers_one_above(self):
+        nll = torch.tensor([2.0, 30.0], dtype=torch.float64, requires_grad=True)
+        losses.flooding(nll, torch.tensor([4.0, 5.0]), level=2.5).backward()
+        assert nll.grad.tolist() == pytest.approx([-1 / (2 * 4), 1 / (2 * 5)])
+
     @pytest.mark.parametrize("beta", [10.0, 0.5])
     def test_undial_is_the_cross_entropy_with_the_label_lowered_before(self, drawn, beta):
         now, before, labels = drawn
@@ -137,6 +153,7 @@ class TestOptions:
         [
             ("npo", {"beta": 0.5}),
             ("simnpo", {"beta": 2, "delta": 0.1}),
+            ("flooding", {"level": 1}),
             ("wga", {"beta": 3}),
             ("satimp", {"beta1": 1, "beta2": 3}),
             ("undial", {"beta": 3}),
@@ -156,6 +173,7 @@ class TestOptions:
         direct = {
             "npo": lambda: losses.npo(of_rows[0][0], of_rows[1][0], **options),
             "simnpo": lambda: losses.simnpo(*of_rows[0], **options),
+            "flooding": lambda: losses.flooding(*of_rows[0], **options),
             "wga": lambda: losses.wga(nll, **options),
             "satimp": lambda: losses.satimp(nll, **options),
             "undial": lambda: losses.undial(now[:2], before[:2], labels[:2], **options),
@@ -180,6 +198,10 @@ class TestOptions:
         [
             ({"ihl": {"beta": 1}}, "the loss ihl has no option 'beta': it has none"),
             ({"npo": {"gamma": 1}}, "the loss npo has no option 'gamma': it has beta"),
+            (
+                {"flooding": {"level": 0}},
+                "level of the loss flooding must be finite and > 0, got 0",
+            ),
             ({"npo": {"beta": 0}}, "option beta of the loss npo must be finite and > 0, got 0"),
             ({"satimp": {"beta1": math.nan}}, "beta1 of the loss satimp must be finite and >= 0"),
             ({"rmu": {"layer": 1.5}}, "layer of the loss rmu must be a whole number >= 0, got 1.5"),
