@@ -277,7 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="the loss, in nats per token, from which rows count as forgotten (default: the "
-        "logarithm of the vocabulary's size, which is the loss of a uniform guess)",
+        "logarithm of the vocabulary's size, which is the loss of a uniform guess; with the loss "
+        "flooding, three quarters of its level)",
     )
     watching.add_argument(
         "--forget-ceiling",

@@ -80,7 +80,7 @@ class UnlearnConfig:
             it began. In any case the adapter of the best evaluation is kept: the one with the
             lowest retain loss among those that have reached the target, or the last if none has.
         forget_target: in nats per token; None takes the loss of a uniform guess, the logarithm of
-            the vocabulary's size.
+            the vocabulary's size, or with the loss flooding three quarters of its level.
         retain_slack: in nats per token.
         retain_limit: give up once the evaluated retain loss exceeds this, in nats per token.
     """

@@ -10,16 +10,19 @@ from torch import nn
 
 from fastbound.errors import InputError
 from fastbound.unlearning.config import UnlearnConfig
+from fastbound.unlearning.losses.objective import LOSSES, options_of, weight_of
 from fastbound.unlearning.training.result import Evaluation
 
 HEADROOM = 2.0  # the ceiling over the target, so that the mean over tokens reaches the target
+SETTLED = 0.75  # of the level of flooding, around which the loss swings, counts as forgotten
 
 
 class Ending:
     """When one run ends.
 
     The rows are *forgotten* once their loss reaches `target`, by default the loss of a uniform
-    guess, ln V: a higher loss is damage to the model, not more forgetting. Retention first falls
+    guess, ln V: a higher loss is damage to the model, not more forgetting. With the loss flooding
+    it is three quarters of the level to which that brings the rows. Retention first falls
     and recovers as training goes on, so the run ends when the rows are forgotten **and** the retain
     loss is within `retain_slack` of where it began.
     """
@@ -52,7 +55,13 @@ class Ending:
 
 def forget_target(config: UnlearnConfig, model: nn.Module) -> float:
     """The forget loss that counts as forgotten, in nats per token. Raises as `uniform_loss`."""
-    return uniform_loss(model) if config.forget_target is None else config.forget_target
+    if config.forget_target is not None:
+        return config.forget_target
+    flooding = config.weighted_losses.get("flooding", 0.0)
+    if weight_of(flooding) > 0:
+        default = float(LOSSES["flooding"].options["level"].default)
+        return SETTLED * options_of(flooding).get("level", default)
+    return uniform_loss(model)
 
 
 def forget_ceiling(config: UnlearnConfig, model: nn.Module) -> float | None:

@@ -14,6 +14,7 @@ import fastbound
 from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate
 from fastbound.unlearning.data.encoding import encode_all
 from fastbound.unlearning.losses.objective import Objective
+from fastbound.unlearning.training.ending import forget_target
 
 FAST = UnlearnConfig(
     bound="4*rms", lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu"
@@ -189,6 +190,32 @@ def test_where_nothing_is_forgotten_the_last_is_kept(unlearn_rows):
     result = unlearn_rows(config(epochs=3, lr=1e-5, eval_every=1))
     assert result.kept == result.history[-1].step == 6
     assert result.forget_target == pytest.approx(math.log(result.model.config.vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("flooding", "changes", "target"),
+    [
+        (1.0, {}, 0.75 * 2.5),
+        ({"weight": 2.0, "level": 4.0}, {}, 3.0),
+        ({"weight": 1.0, "level": 4.0}, {"forget_target": 2.0}, 2.0),
+        (0.0, {}, math.log(400)),
+    ],
+)
+def test_flooding_brings_its_own_target(new_model, flooding, changes, target):
+    given = config(losses={"flooding": flooding, "retain": 1.0}, **changes)
+    model = new_model()
+    assert model.config.vocab_size == 400
+    assert forget_target(given, model) == pytest.approx(target)
+
+
+def test_flooding_ends_near_its_level_and_not_beyond(unlearn_rows):
+    losses = {"flooding": {"weight": 1.0, "level": 2.0}, "retain": 1.0}
+    result = unlearn_rows(config(losses=losses, epochs=40, lr=5e-3, early_stop=False))
+    last = result.history[-1]
+    assert result.history[0].forget.loss < 0.2
+    assert 1.0 < last.forget.loss < 3.0  # it swings around the level of 2, here by a third of it
+    plain = unlearn_rows(config(epochs=40, lr=5e-3, early_stop=False))
+    assert plain.history[-1].forget.loss > 4.0
 
 
 def test_a_model_that_does_not_say_its_vocabulary_needs_a_target(unlearn_rows, new_model):
