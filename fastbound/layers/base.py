@@ -53,6 +53,11 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or is_conv1d(layer)
 
 
+def has_linear_forward(layer: nn.Module) -> bool:
+    """Whether its class, which may be a subclass, computes as nn.Linear or Conv1D does."""
+    return type(layer).forward is nn.Linear.forward or is_conv1d(layer)
+
+
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether it is an nn.Linear, a subclass (such as bitsandbytes' layers), or a Conv1D."""
     return isinstance(layer, nn.Linear) or is_conv1d(layer)

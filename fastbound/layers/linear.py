@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,10 @@ class FusedBoundedLinear(nn.Module, Adapted):
     def form(self) -> str:
         """ "factors" or "product"."""
         return self.adapter.form
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open contexts of `disable_adapter`, which are not for a copy of the layer."""
+        return {key: value for key, value in vars(self).items() if key != "disablers"}
 
     @property
     def enabled(self) -> bool:

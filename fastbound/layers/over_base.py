@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fastbound.layers.base import (
     features,
+    has_linear_forward,
     is_adaptable,
     is_conv1d,
     is_quantised,
@@ -131,7 +132,7 @@ class BoundedOverBase(FusedBoundedLinear):
                 f"{quantised}, and a ΔW smaller than its steps would be rounded away: save the "
                 "adapter, load it into the model in a floating dtype, and merge there"
             )
-        if type(base).forward is not nn.Linear.forward and not is_conv1d(base):
+        if not has_linear_forward(base):
             return (
                 f"its base is a {kind} with a forward of its own, which may not compute x Wᵀ: "
                 "keep the adapter separate"

@@ -241,13 +241,13 @@ def _explain_layer(
     rank = max((adapter.rank for adapter in active), default=0)
     device = describe(where).architecture
     shape = (layer.out_features, layer.in_features)
-    bound = max((adapter.bound for adapter in active), default=None)
+    bounds = [abs(getattr(each, "scale", 1.0)) * each.bound for each in active]  # PEFT adds them
     factors = [factor for adapter in active for factor in (adapter.A, adapter.B)]
     readable = not any(factor.is_meta or partition(factor) for factor in factors)
     used = max((a.bound_in_use() for a in active), default=None) if readable else None
     return LayerExplanation(
         *(name, shape, rank, str(dtype), device, plan, block),
-        bound=bound,
+        bound=sum(bounds) if bounds else None,
         bound_in_use=used,
         form=active[0].form if active else "factors",
         backward=None if backward == plan else backward,

@@ -15,7 +15,7 @@ from fastbound.errors import InputError
 from fastbound.layers.base import Adapted
 from fastbound.models.adapted import adapted_layers
 from fastbound.models.files import encoded, model_fields, unwrapped, write_adapter
-from fastbound.models.names import exact_targets
+from fastbound.models.names import exact_targets, without_shells
 from fastbound.truth.formula import wide_dtype
 
 _EXACT = 1024  # a full decomposition takes seconds if the smaller side is at most this
@@ -80,6 +80,7 @@ def export_lora(
     if not layers:
         raise InputError(f"{type(model).__name__} holds no bounded adapter: nothing to export")
     _check_shared(model, layers)
+    layers = {without_shells(name): layer for name, layer in layers.items()}
     made = {name: _lora_of(name, layer, rank) for name, layer in layers.items()}
     tensors = {
         f"base_model.model.{name}.lora_{factor}.weight": getattr(lora, factor)

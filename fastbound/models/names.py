@@ -16,6 +16,15 @@ from fastbound.errors import InputError
 
 T = TypeVar("T")
 
+# The child's name in wrappers around a part of a model: torch.compile of a layer, FSDP1, and
+# torch's checkpoint_wrapper (accelerate's `fsdp_activation_checkpointing`).
+_SHELLS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def without_shells(name: str) -> str:
+    """The name that the module has in the model without wrappers around its parts."""
+    return ".".join(part for part in name.split(".") if part not in _SHELLS)
+
 
 def kind_of(name: str) -> str:
     """The name with "*" for numbers, so that `layers.0.mlp` and `layers.1.mlp` are of one kind."""
@@ -42,7 +51,8 @@ def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
     """
     wanted = list(names)
     endings = tuple(f".{name}" for name in wanted)
-    others = (n for n, _ in model.named_modules(remove_duplicate=False) if n not in set(wanted))
+    all_names = (without_shells(n) for n, _ in model.named_modules(remove_duplicate=False))
+    others = (n for n in all_names if n not in set(wanted))
     if any(name.endswith(endings) for name in others):
         return f"^({'|'.join(map(re.escape, wanted))})$"
     return wanted

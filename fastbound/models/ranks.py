@@ -199,8 +199,9 @@ def gradients(
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = (rows, columns, like.device, dtype)
         if key not in drawn:
-            generator = torch.Generator().manual_seed(seed)
-            drawn[key] = torch.randn(rows, columns, generator=generator).to(like.device, dtype)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            matrix = torch.randn(rows, columns, generator=generator, device="cpu")
+            drawn[key] = matrix.to(like.device, dtype)
         return drawn[key]
 
     sketches: dict[str, _Sketch] = {}

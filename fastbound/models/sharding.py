@@ -34,8 +34,9 @@ def shard(
     `save_adapter` and `load_adapter` accept the result if all processes call them.
 
     Args:
-        mesh: one-dimensional, or two-dimensional to shard within groups and replicate across them;
-            None means all processes in one dimension.
+        mesh: one-dimensional, or two-dimensional to shard within groups and replicate across them
+            (the replicas take the trained parameters of the first); None means all processes in
+            one dimension.
         reshard_after_forward: free a layer's gathered parameters after its forward and gather them
             again in backward. False keeps them, which takes more memory and less communication.
 
@@ -61,10 +62,29 @@ def shard(
         raise ValueError(
             f"FSDP2 needs all trained parameters to have one dtype, got {found}: cast them"
         )
+    if mesh is not None and mesh.ndim == 2:
+        _take_from_first_replica(model, mesh)
     for unit in _units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _take_from_first_replica(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Give every replica the trained parameters of the first.
+
+    `inject` draws A from each process's own generator, and FSDP2 broadcasts nothing: replicas would
+    average the gradients of different adapters.
+    """
+    import torch.distributed as distributed
+
+    group = mesh.get_group(0)
+    first = distributed.get_global_rank(group, 0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            held = parameter.data.to(mesh.device_type)
+            distributed.broadcast(held, first, group=group)
+            parameter.data.copy_(held)
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

@@ -29,7 +29,7 @@ from fastbound.models.files import (
     unwrapped,
     write_adapter,
 )
-from fastbound.models.names import check_same_names, exact_targets, some
+from fastbound.models.names import check_same_names, exact_targets, some, without_shells
 from fastbound.models.report import InjectionReport, injection_report
 from fastbound.operator.partition import is_dtensor, like, whole
 from fastbound.version import __version__
@@ -72,11 +72,12 @@ def adapter_files(
 ) -> tuple[bytes, dict[str, Any]]:
     """The contents of both files; the factors come from a full ``state_dict`` if one is given."""
     tensors = {
-        tensor_key(name, factor): _whole(name, factor, layer, state_dict)
+        tensor_key(without_shells(name), factor): _whole(name, factor, layer, state_dict)
         for name, layer in layers.items()
         for factor in "AB"
     }
     data = encoded(tensors)
+    layers = {without_shells(name): layer for name, layer in layers.items()}
     form = _form(layers)
     config = {
         "peft_type": PEFT_TYPE,
@@ -132,6 +133,8 @@ def load_adapter(
     if len(adapted_layers(model)) > len(injected_layers(model)):
         raise InputError("the model holds PEFT adapters: use model.load_adapter(folder, name)")
     saved = read_adapter(Path(folder))
+    shells = {without_shells(n): n for n, _ in model.named_modules(remove_duplicate=False)}
+    saved = {shells.get(without_shells(name), name): entry for name, entry in saved.items()}
     layers = injected_layers(model)
     if layers:
         _check_injected(layers, saved)
@@ -200,6 +203,8 @@ def _whole(
     tensor: Tensor = getattr(layer.adapter, factor)
     if state_dict is not None:
         key = f"{name}.adapter.{factor}"
+        if key not in state_dict:  # checkpoint_wrapper and FSDP1 leave themselves out of the keys
+            key = f"{without_shells(name)}.adapter.{factor}"
         if key not in state_dict:
             raise InputError(
                 f"the state dict holds some factors but not {key!r}: give all of them or none"

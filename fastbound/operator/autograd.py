@@ -27,12 +27,14 @@ _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, float, str, list, to
 
 
 def nothing_intercepts() -> bool:
-    """Whether no compiler, tracer, dispatch mode or torch.func transform is active."""
+    """Whether no compiler, tracer, dispatch mode, vmap or torch.func transform is active."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
+        # autograd.grad(is_grads_batched=True) and functional.jacobian(vectorize=True)
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
     )
 
 

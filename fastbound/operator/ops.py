@@ -180,7 +180,8 @@ def _fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, *adapter: Any
 ) -> tuple[Tensor, Tensor]:
     term = Term(*adapter)
-    y = x.new_empty(*x.shape[:-1], term.B.shape[0]) if result is None else torch.empty_like(result)
+    like = x.new_empty(*x.shape[:-1], term.B.shape[0]) if result is None else result
+    y = like.new_empty(like.shape)  # contiguous, however a base's result is stored
     return y, x.new_empty(x.numel() // x.shape[-1], term.R, dtype=thin_dtype(x.dtype))
 
 

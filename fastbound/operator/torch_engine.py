@@ -99,7 +99,7 @@ class TorchEngine:
         """``Y + S Fᵀ``: Y [M, N], S [M, R], F [N, R]; a new tensor, or Y's memory if in_place."""
         if Y.dtype is S.dtype:
             return Y.addmm_(S, F.t()) if in_place else torch.addmm(Y, S, F.t())
-        sum_ = Y if in_place else Y.clone()
+        sum_ = Y if in_place else Y.clone(memory_format=torch.contiguous_format)
         for y, term in _terms(sum_, S, F):
             y.add_(term)
         return sum_

@@ -14,6 +14,7 @@ from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
 from fastbound.layers.base import (
     Adapted,
     features,
+    has_linear_forward,
     hooked_everywhere,
     is_conv1d,
     is_linear,
@@ -230,6 +231,18 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
             raise TypeError(
                 f"the base weight of {name} is a {type(weight).__name__} {weight.dtype}, into "
                 "which nothing can be merged: load the model without quantisation first"
+            )
+        base: Any = self.base_layer
+        kind = type(base).__name__
+        if base._forward_hooks:
+            raise TypeError(
+                f"forward hooks of the base of {name}, a {kind}, see its output without ΔW, and "
+                "may change it: remove them, then merge"
+            )
+        if not has_linear_forward(base):
+            raise TypeError(
+                f"the base of {name}, a {kind}, has a forward of its own, which may do more than "
+                "multiply by its weight: keep the adapter, or merge ΔW by hand"
             )
 
     def _moved_weight(self, name: str, sign: int) -> Tensor:

@@ -355,6 +355,13 @@ class BoundedModel(BaseTuner):
         state: dict[str, Any] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kwargs
         )
+        given = kwargs["state_dict"] if "state_dict" in kwargs else args[0]
+        if given and sum(".fastbound_ab." in key for key in state) < 2 * len(found):
+            raise ValueError(
+                f"the state dict does not name the layers of {adapter_name!r} as the model does, "
+                "so their A and B would not be saved: take off what was put around parts of the "
+                "model, such as checkpoint_wrapper, and save then"
+            )
         return state
 
     def _create_and_replace(

@@ -470,3 +470,19 @@ class TestRefusals:
             fastbound.BoundedOverBase(3, 3)
         with pytest.raises(ValueError, match="rank must be >= 1"):
             fastbound.BoundedOverBase.from_linear(linear4bit(), 0)
+
+
+class Strided(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("form", ["factors", "product"])
+def test_compiles_over_a_base_whose_result_is_strided(form):
+    model = nn.Sequential(Strided(8, 12))
+    fastbound.inject(model, 2, target_modules=["0"], form=form)
+    nn.init.normal_(model[0].adapter.B)
+    x = torch.randn(5, 8, requires_grad=True)
+    assert not model[0].base_layer(x).is_contiguous()
+    compiled = torch.compile(model, backend="inductor", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))

@@ -213,3 +213,12 @@ class TestInject:
         model[1] = nn.ReLU(inplace=True)
         report = self.inject(model, "auto", budget=300, **self.losses())
         assert report.allocation is not None and sum(report.ranks.values()) > 2
+
+
+def test_the_sketch_does_not_depend_on_the_default_device() -> None:
+    model, x = network(), torch.randn(6, 12, dtype=torch.float64)
+    plain = gradients(model, LAYERS, lambda m: m(x).square().mean(), width=4, seed=3)
+    with torch.device("meta"):
+        found = gradients(model, LAYERS, lambda m: m(x).square().mean(), width=4, seed=3)
+    for name in LAYERS:
+        torch.testing.assert_close(found[name], plain[name])

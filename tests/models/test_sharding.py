@@ -91,6 +91,12 @@ def test_steps_on_shards_are_those_of_one_process(results):
 
 
 @pytest.mark.slow
+def test_replicas_train_one_adapter_whatever_their_seeds(results):
+    for result in found(results, "replicas"):
+        assert result["same"] is True
+
+
+@pytest.mark.slow
 def test_explain_knows_what_a_unit_gathers(results):
     for result in found(results, "explained"):
         assert "6 of them in 2 fused blocks" in result["layers"]

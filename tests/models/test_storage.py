@@ -332,3 +332,66 @@ def test_another_injection_is_refused(tiny_model, saved, settings, message):
     model = tiny_model("llama")
     fastbound.inject(model, **settings)
     _refused(model, folder, ValueError, message, injected=False)
+
+
+def checkpointed(model: nn.Module) -> None:
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
+
+    wrapper.apply_activation_checkpointing(
+        model, check_fn=lambda module: type(module).__name__.endswith("DecoderLayer")
+    )
+
+
+def compiled_by_layers(model: nn.Module) -> None:
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, compiled_by_layers])
+class TestPartsInsideWrappers:
+    def test_the_files_are_those_of_the_plain_model(self, tiny_model, tmp_path, wrap):
+        model = adapted(tiny_model("llama"))
+        fastbound.save_adapter(model, tmp_path / "plain")
+        fastbound.export_lora(model, tmp_path / "plain-lora")
+        wrap(model)
+        fastbound.save_adapter(model, tmp_path / "wrapped")
+        fastbound.export_lora(model, tmp_path / "wrapped-lora")
+        for kind in ("", "-lora"):
+            for file in (TENSORS, CONFIG):
+                plain, wrapped = (
+                    tmp_path / f"{name}{kind}" / file for name in ("plain", "wrapped")
+                )
+                assert plain.read_bytes() == wrapped.read_bytes()
+
+    @pytest.mark.parametrize("first", ["inject", "load"])
+    def test_they_load_into_wrapped_parts(self, tiny_model, tmp_path, wrap, first):
+        model = adapted(tiny_model("llama"))
+        fastbound.save_adapter(model, tmp_path)
+        other = tiny_model("llama")
+        if first == "inject":
+            fastbound.inject(other, 3, bound="4*rms")
+        wrap(other)
+        fastbound.load_adapter(other, tmp_path)
+        torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-6)
+
+
+def test_peft_refuses_to_save_an_adapter_without_its_factors(tiny_model, tmp_path):
+    model = peft.get_peft_model(tiny_model("llama"), fastbound.BoundedConfig(r=3))
+    checkpointed(model)
+    with pytest.raises(ValueError, match="take off what was put around parts of the model"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "saved"])
+def test_a_copy_made_while_the_adapter_is_off_has_it_on(tmp_path, copied):
+    layer = fastbound.FusedBoundedLinear(6, 7, 2)
+    nn.init.normal_(layer.adapter.B)
+    x = torch.randn(3, 6)
+    with fastbound.disable_adapter(layer):
+        if copied == "deepcopy":
+            other = copy.deepcopy(layer)
+        else:
+            torch.save(layer, tmp_path / "layer.pt")
+            other = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert other.disablers == layer.disablers == 0
+    torch.testing.assert_close(torch.compile(other, backend="eager")(x), layer(x))

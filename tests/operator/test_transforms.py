@@ -130,3 +130,25 @@ def test_functional_call_trains_the_adapter_of_a_layer() -> None:
     gradients = grad(lambda p: functional_call(layer, p, (X,)).square().sum())(adapter)
     layer(X).square().sum().backward()
     _same(tuple(gradients.values()), tuple(p.grad for p in adapter.values()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_batch_of_gradients_at_once(backend):
+    layer = fastbound.FusedBoundedLinear.from_linear(torch.nn.Linear(6, 7), 2, backend=backend)
+    torch.nn.init.normal_(layer.adapter.B)
+    x = torch.randn(6, requires_grad=True)
+    expected = (layer.weight + layer.delta_weight()).detach()
+    found = torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    torch.testing.assert_close(found, expected)
+    (batched,) = torch.autograd.grad(layer(x), x, torch.eye(7), is_grads_batched=True)
+    torch.testing.assert_close(batched, expected)
+
+
+def test_a_batch_of_gradients_at_once_through_a_block():
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+    mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2))
+    block = fastbound.FusedBoundedMLP.from_mlp(mlp, rank=2)
+    x = torch.randn(8)
+    found = torch.autograd.functional.jacobian(block, x, vectorize=True)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(block, x))

@@ -157,3 +157,31 @@ def test_an_adapter_of_another_model(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"up_proj is \[N, K\] = \[32, 16\] in the model and"):
         PeftModel.from_pretrained(model, tmp_path)
     assert state(model) == before
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("disturb", "message"),
+    [
+        (lambda base: None, "a Doubled, has a forward of its own"),
+        (
+            lambda base: base.register_forward_hook(lambda module, inputs, output: 3 * output),
+            "forward hooks of the base of .*remove them, then merge",
+        ),
+    ],
+)
+def test_a_base_that_computes_more_than_its_weight_is_not_merged(disturb, message):
+    kind = nn.Linear if "hooks" in message else Doubled
+    model = nn.Sequential(nn.Linear(4, 6), kind(6, 6))
+    adapted = get_peft_model(model, fastbound.BoundedConfig(r=2, target_modules=["1"]))
+    layer = adapted.base_model.model[1]
+    nn.init.normal_(layer.fastbound_ab["default"].B)
+    disturb(layer.get_base_layer())
+    before = layer.weight.clone()
+    with pytest.raises(TypeError, match=message):
+        adapted.merge_and_unload()
+    assert torch.equal(layer.weight, before)

@@ -269,3 +269,20 @@ def test_rows_of_an_embedding_are_trained_and_come_back(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="trainable_token_indices is"):
         fastbound.load_adapter(tiny_model("gpt2"), tmp_path)
     torch.testing.assert_close(logits(model.merge_and_unload()), y, rtol=1e-5, atol=1e-6)
+
+
+def test_explain_tells_the_bound_of_what_is_added(tiny_model):
+    model = two(tiny_model)
+    name, layer = next((n, each) for n, each in layers(model).items() if "up_proj" in n)
+
+    def told():
+        rows = fastbound.explain(model).layers
+        return next(row.bound for row in rows if name.endswith(row.layer) or row.layer == name)
+
+    bounds = [layer.fastbound_ab[each].bound for each in ("default", "second")]
+    assert told() == pytest.approx(bounds[0])
+    layer.set_scale("default", 5)
+    assert told() == pytest.approx(5 * bounds[0])
+    assert layer.get_delta_weight("default").abs().max() <= told()
+    model.base_model.set_adapter(["default", "second"])
+    assert told() == pytest.approx(5 * bounds[0] + bounds[1])

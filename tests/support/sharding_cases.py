@@ -220,6 +220,26 @@ def steps() -> dict[str, object]:
     return {"difference": moved, "norms": norms}
 
 
+def replicas() -> dict[str, object]:
+    """The factors of two replicas whose generators differ, after two steps of shared gradients."""
+    model = llama().train()
+    torch.manual_seed(100 + dist.get_rank())
+    fastbound.inject(model, 4)
+    fastbound.shard(model, dist.init_device_mesh("cpu", (2, 1)))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model, ROWS[:2])
+        optimizer.step()
+    own = [p.full_tensor().detach().contiguous() for p in names(model).values()]
+    for tensor in own:
+        both = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(both, tensor)
+        if not torch.equal(*both):
+            return {"same": False}
+    return {"same": len(own) > 0 and all(tensor.any() for tensor in own)}
+
+
 CASES: dict[str, Callable[[Path], dict[str, object]]] = {
     **{
         f"{wrapper}, checkpointing {checkpointing}, {how}": (
@@ -238,6 +258,7 @@ CASES: dict[str, Callable[[Path], dict[str, object]]] = {
     "peft files": peft_files,
     "explained": lambda _: explained(),
     "steps": lambda _: steps(),
+    "replicas": lambda _: replicas(),
 }
 
 
