@@ -44,7 +44,8 @@ def shard(
         The model itself.
 
     Raises ValueError, before anything is changed, for a model without adapters, with parameters
-    that are already sharded or on the meta device, or with trained parameters of several dtypes.
+    that are already sharded or on the meta device, or with trained parameters of several dtypes,
+    and for a two-dimensional mesh without `mesh_dim_names`.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -63,6 +64,11 @@ def shard(
             f"FSDP2 needs all trained parameters to have one dtype, got {found}: cast them"
         )
     if mesh is not None and mesh.ndim == 2:
+        if mesh.mesh_dim_names is None:
+            raise ValueError(
+                "the two-dimensional mesh has no names: give init_device_mesh "
+                'mesh_dim_names=("replicate", "shard")'
+            )
         _take_from_first_replica(model, mesh)
     for unit in _units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)

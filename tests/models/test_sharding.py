@@ -185,6 +185,15 @@ class TestShardRefuses:
         with pytest.raises(ValueError, match="Linear holds no adapter"):
             fastbound.shard(nn.Linear(2, 2))
 
+    def test_a_mesh_of_two_dimensions_without_names(self, mesh):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        model = model_of(Gated)
+        fastbound.inject(model, 2, target_modules=["up"])
+        with pytest.raises(ValueError, match=r'mesh_dim_names=\("replicate", "shard"\)'):
+            fastbound.shard(model, init_device_mesh("cpu", (1, 1)))
+        assert not any(hasattr(p, "full_tensor") for p in model.parameters())
+
     def test_one_that_is_sharded(self, mesh):
         model = model_of(Gated)
         fastbound.inject(model, 2, target_modules=["up"])

@@ -222,10 +222,10 @@ def steps() -> dict[str, object]:
 
 def replicas() -> dict[str, object]:
     """The factors of two replicas whose generators differ, after two steps of shared gradients."""
-    model = llama().train()
+    model, dimensions = llama().train(), ("replicate", "shard")
     torch.manual_seed(100 + dist.get_rank())
     fastbound.inject(model, 4)
-    fastbound.shard(model, dist.init_device_mesh("cpu", (2, 1)))
+    fastbound.shard(model, dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=dimensions))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         optimizer.zero_grad()
