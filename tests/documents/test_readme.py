@@ -21,10 +21,10 @@ def blocks_of(page: str) -> list[tuple[str, str]]:
 BLOCKS = blocks_of(README)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
-    command.strip()
+    " ".join(command.split())
     for language, lines in [*BLOCKS, *blocks_of(RESULTS)]
     if language == "bash"
-    for line in lines.splitlines()
+    for line in lines.replace("\\\n", " ").splitlines()
     for command in line.split("&&")
 ]
 
@@ -76,9 +76,11 @@ RUN_BY_TESTS = {
         "test_every_kernel_compiles_without_faults",
     ),
 }
-OWN_TEXT = (
-    "fastbound unlearn --model my-model --forget forget.jsonl --retain retain.jsonl --output run"
-)
+_OWN = "fastbound unlearn --model my-model --forget forget.jsonl --retain retain.jsonl --output"
+OWN_TEXT = {
+    "run": f"{_OWN} run",
+    "gentle": f"{_OWN} gentle --loss flooding=1,level=2.3 --loss retain --lr 3e-3",
+}
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
@@ -92,20 +94,21 @@ def test_python_examples_run_as_they_stand(user_folder, code):
 
 
 def test_every_command_is_run_somewhere(repository):
-    assert set(COMMANDS) == {*RUN_BY_CI, *RUN_BY_TESTS, OWN_TEXT}
+    assert set(COMMANDS) == {*RUN_BY_CI, *RUN_BY_TESTS, *OWN_TEXT.values()}
     steps = (repository / ".ci" / "run").read_text().splitlines()
     assert set(RUN_BY_CI.values()) <= set(steps)
     for file, test in RUN_BY_TESTS.values():
         assert f"def {test}(" in (repository / "tests" / file).read_text()
 
 
-def test_the_command_on_own_text_leaves_what_the_readme_says(user_folder):
+@pytest.mark.parametrize("output", OWN_TEXT)
+def test_the_commands_on_own_text_leave_what_the_readme_says(user_folder, output):
     from fastbound.cli import main
 
-    program, *arguments = shlex.split(OWN_TEXT)
+    program, *arguments = shlex.split(OWN_TEXT[output])
     assert program == "fastbound"
     assert not main([*arguments, "--epochs", "2", "--batch-size", "2"])
-    left = {path.relative_to("run").as_posix() for path in Path("run").rglob("*")}
+    left = {path.relative_to(output).as_posix() for path in Path(output).rglob("*")}
     named = {"log.jsonl", "report.json", "curves.png", "adapter/adapter_model.safetensors"}
     assert named <= left
 
