@@ -27,8 +27,8 @@ def start_processes(config: UnlearnConfig) -> Any:
     from accelerate.utils import GradientAccumulationPlugin
 
     check_device(config.device)
-    # The loop has its own autocast: that of accelerate would convert all logits to fp32.
-    # So does it divide each loss itself, which accelerate would do again by its environment.
+    # The loop has its own autocast: that of accelerate would convert all logits to fp32. It also
+    # divides each loss itself, which accelerate would do again if its environment says so.
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no",
