@@ -208,14 +208,15 @@ def test_flooding_brings_its_own_target(new_model, flooding, changes, target):
     assert forget_target(given, model) == pytest.approx(target)
 
 
-def test_flooding_ends_near_its_level_and_not_beyond(unlearn_rows):
-    losses = {"flooding": {"weight": 1.0, "level": 2.0}, "retain": 1.0}
-    result = unlearn_rows(config(losses=losses, epochs=40, lr=5e-3, early_stop=False))
-    last = result.history[-1]
-    assert result.history[0].forget.loss < 0.2
-    assert 1.0 < last.forget.loss < 3.0  # it swings around the level of 2, here by a third of it
-    plain = unlearn_rows(config(epochs=40, lr=5e-3, early_stop=False))
-    assert plain.history[-1].forget.loss > 4.0
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flooding_ends_near_its_level_where_the_ascent_goes_far_beyond(unlearn_rows, seed):
+    losses = {"flooding": {"weight": 1.0, "level": 1.0}, "retain": 1.0}
+    changes = {"epochs": 40, "early_stop": False, "seed": seed}
+    result, ascent = unlearn_rows(config(losses=losses, **changes)), unlearn_rows(config(**changes))
+    assert result.before.forget.loss < 0.2
+    assert 0.5 < result.after.forget.loss < 1.5  # 0.7 and 0.8: it swings around the level
+    assert result.after.retain.loss < 0.3
+    assert ascent.after.forget.loss > 5 and ascent.after.retain.loss > 1
 
 
 def test_a_model_that_does_not_say_its_vocabulary_needs_a_target(unlearn_rows, new_model):
