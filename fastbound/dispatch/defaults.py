@@ -146,7 +146,7 @@ def unaligned_tiles(device: Device, R: int) -> Tiles:
     """Tiles for loads element by element, without TMA or asynchronous copies; larger ones spill."""
     gemm, reduce = ELEMENTWISE, Tile(32, 128, 4, 2)
     activate, gated = Tile(16, 64, 8, 2), Tile(16, 32, 4, 1)
-    if tile_family(device) in ("gfx1100", "sm_120"):
+    if R > 64 or tile_family(device) in ("gfx1100", "sm_120"):
         reduce = Tile(32, 64, 4, 2)
     if tile_family(device) == "gfx1100":
         gated = Tile(16, 16, 8, 2) if R >= 64 else Tile(16, 32, 4, 2)
