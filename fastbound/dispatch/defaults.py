@@ -111,7 +111,7 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
         gemm = GemmTile(128, 256, 64, 8, 3, descriptors=True)
         thin, reduce = Tile(rows, 128, warps, 4), Tile(64, 512 if R == 16 else 256, 8, 3)
         return Tiles(gemm, gemm, thin, reduce, activate, gated)
-    if family == "gfx942":
+    if family == "gfx942":  # of 8 warps of 64 threads, some would repeat products of 32 rows
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(rows, 128, 4 if rows == 32 else warps, 2)
         return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, gated)
     if family == "gfx1100":

@@ -18,12 +18,13 @@ T = TypeVar("T")
 
 # The child's name in wrappers around a part of a model: torch.compile of a layer, FSDP1, and
 # torch's checkpoint_wrapper (accelerate's `fsdp_activation_checkpointing`).
-_SHELLS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+COMPILED_OR_FSDP = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
+SHELLS = COMPILED_OR_FSDP | {"_checkpoint_wrapped_module"}
 
 
-def without_shells(name: str) -> str:
+def without_shells(name: str, shells: frozenset[str] = SHELLS) -> str:
     """The name that the module has in the model without wrappers around its parts."""
-    return ".".join(part for part in name.split(".") if part not in _SHELLS)
+    return ".".join(part for part in name.split(".") if part not in shells)
 
 
 def kind_of(name: str) -> str:

@@ -15,8 +15,7 @@ from fastbound.layers.base import offloaded
 from fastbound.layers.over_base import BoundedOverBase
 from fastbound.models.adapted import injected_layers
 from fastbound.models.files import CONFIG, PEFT_TYPE, write_adapter
-from fastbound.models.names import without_shells
-from fastbound.models.storage import adapter_files
+from fastbound.models.storage import adapter_files, factor_key
 
 
 def save_pretrained(
@@ -45,9 +44,7 @@ def save_pretrained(
     folder, peft = Path(save_directory), getattr(model, "_hf_peft_config_loaded", False)
     layers = injected_layers(model)
     if state_dict is not None:
-        held = any(
-            f"{n}.adapter.A" in state_dict for name in layers for n in (name, without_shells(name))
-        )
+        held = any(factor_key(name, "A", state_dict) in state_dict for name in layers)
         layers = layers if held else {}
     if not layers:
         if not peft and _holds_adapter(folder):

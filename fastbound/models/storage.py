@@ -194,6 +194,12 @@ def _check_plain(model: nn.Module, saved: dict[str, SavedLayer]) -> None:
             )
 
 
+def factor_key(name: str, factor: str, state_dict: Mapping[str, Tensor]) -> str:
+    """The key of a layer's factor; checkpoint_wrapper and FSDP1 leave themselves out of keys."""
+    key = f"{name}.adapter.{factor}"
+    return key if key in state_dict else f"{without_shells(name)}.adapter.{factor}"
+
+
 def _whole(
     name: str,
     factor: str,
@@ -202,9 +208,7 @@ def _whole(
 ) -> Tensor:
     tensor: Tensor = getattr(layer.adapter, factor)
     if state_dict is not None:
-        key = f"{name}.adapter.{factor}"
-        if key not in state_dict:  # checkpoint_wrapper and FSDP1 leave themselves out of the keys
-            key = f"{without_shells(name)}.adapter.{factor}"
+        key = factor_key(name, factor, state_dict)
         if key not in state_dict:
             raise InputError(
                 f"the state dict holds some factors but not {key!r}: give all of them or none"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastbound.layers.base import Adapted, is_adaptable
 from fastbound.layers.conversion import tied
 from fastbound.layers.readers import weight_reader
+from fastbound.models.names import COMPILED_OR_FSDP, without_shells
 from fastbound.models.targets import near_misses
 from fastbound.peft.layer import BoundedLayer
 
@@ -26,10 +27,12 @@ def plain_name(name: str) -> str:
 
 
 def bare_name(name: str) -> str:
-    """The name inside the base model, without the prefixes of PEFT, torch.compile and FSDP."""
-    for shell in ("_fsdp_wrapped_module.", "_orig_mod."):
-        name = name.replace(shell, "")
-    return name.removeprefix("base_model.model.")
+    """The name inside the base model, without the prefixes of PEFT, torch.compile and FSDP.
+
+    That of checkpoint_wrapper stays: PEFT does not find such a layer in its files, and a name that
+    matches would hide it.
+    """
+    return without_shells(name, COMPILED_OR_FSDP).removeprefix("base_model.model.")
 
 
 def no_match(model: nn.Module, config: Any) -> str:
