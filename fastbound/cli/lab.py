@@ -22,7 +22,8 @@ product@omega=100, which is sin(100 * B A) as in the method's paper.
 Options follow in any order, as in lora+attention+ihl:
   +attention      on the attention projections; with +mlp beside the MLPs, not in their place
   +ihl, +simnpo, +flooding, +wga, +satimp, +ceu, +pdu
-                  this loss on the rows to forget, in place of gradient ascent (docs/losses.md)
+                  this loss on the rows to forget, in place of gradient ascent (docs/losses.md);
+                  numbers follow it, as in +flooding@level=2.7
   +ceiling        push a token no further than fastbound unlearn does
   +fila           for LoRA, start as LoKU does, with the part of W that matters to those rows
   +stop           end like fastbound unlearn, once the rows are forgotten and the others kept

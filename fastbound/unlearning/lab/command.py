@@ -81,15 +81,18 @@ def _report(
     """Report on all finished cells of the folder: this grid's, then those of earlier grids."""
     finished = read_cells(output)
     own = [cell.key for cell in grid.cells()]
-    cells = [finished[key] for key in (*own, *sorted(finished.keys() - set(own)))]
     models = read_models(output)
+    uniform = math.log(max(each["vocabulary"] for each in models.values()))
+    cells = [  # a map from before the cells held their target had the one target
+        {"forget_target": uniform, **finished[key]}
+        for key in (*own, *sorted(finished.keys() - set(own)))
+    ]
     before = {
         name: statistics.fmean(each[name] for each in models.values())
         for name in ("utility", "accuracy")
     }
     standard = SMALL if arguments.model is None else kept_of(before)
-    vocabulary = max(each["vocabulary"] for each in models.values())
-    lines = lines_of(cells, vocabulary)
+    lines = lines_of(cells)
     write_json(
         output / "summary.json",
         {
@@ -102,7 +105,7 @@ def _report(
             "lines": [dataclasses.asdict(line) for line in lines],
         },
     )
-    draw(cells, output, standard, math.log(vocabulary))
+    draw(cells, output, standard)
     measure = standard.measure
     print(
         f"{measure} on the retain rows ({before[measure]:.3f} before; {standard.least:.3f} holds), "

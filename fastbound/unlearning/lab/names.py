@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fastbound.errors import InputError, did_you_mean, positive
 from fastbound.layers.bounds import bound_of_weight, weight_bound
-from fastbound.unlearning.losses.objective import LOSSES
+from fastbound.unlearning.losses.objective import LOSSES, Weight, check_losses
 
 KINDS = ("lora", "lora-clamp", "lora-clip", "lora-decay", "sine", "tanh", "product")
 BOUNDED = ("sine", "tanh", "product")
@@ -52,6 +52,7 @@ class Adapter:
             bounded kind, and no bound for the others.
         omega: of `product@omega=X`, which is sin(X·B A): bound 1, alpha X·rank.
         options: some of `OPTIONS`, in their order; without "mlp" where only the MLPs are adapted.
+        settings: numbers of the forget loss, as ("level", 2.7) of flooding.
     """
 
     base: str
@@ -59,11 +60,14 @@ class Adapter:
     bound: str | None = None
     omega: float | None = None
     options: tuple[str, ...] = ()
+    settings: tuple[tuple[str, float], ...] = ()
 
     @property
     def name(self) -> str:
         """The same for every way to write this adapter's options."""
-        return "+".join([self.base, *self.options])
+        set_to = "".join(f"@{name}={value:.12g}" for name, value in self.settings)
+        named = [each + set_to * (each in FORGET_LOSSES) for each in self.options]
+        return "+".join([self.base, *named])
 
     @property
     def bounded(self) -> bool:
@@ -75,10 +79,10 @@ class Adapter:
         return self._chosen(MODULES) or MODULES[:1]
 
     @property
-    def losses(self) -> dict[str, float]:
+    def losses(self) -> dict[str, Weight]:
         """What is minimised: gradient difference, or another forget loss in its place."""
         forget = self._chosen(FORGET_LOSSES) or ("gradient_ascent",)
-        return {forget[0]: 1.0, "retain": 1.0}
+        return _losses(forget[0], self.settings)
 
     @property
     def capped(self) -> bool:
@@ -109,6 +113,7 @@ class Adapter:
             limit = f", {self.bound or 'alpha'}" if self.bounded else ""
         where = f", {' and '.join(self.modules)}" if self.modules != MODULES[:1] else ""
         rest = [_OF_OPTIONS.get(each, each) for each in self.options if each not in MODULES]
+        rest += [f"{name} {value:g}" for name, value in self.settings]
         return "".join([_LABELS[self.kind], limit, where, *(f", {each}" for each in rest)])
 
     def bound_in(self, weight: Tensor, alpha: float) -> float:
@@ -131,7 +136,8 @@ def parse_adapter(text: str) -> Adapter:
     `+`:
 
     - `attention`: on the attention projections in place of the MLPs, with `mlp` beside them
-    - one of `FORGET_LOSSES`: that loss in place of gradient ascent
+    - one of `FORGET_LOSSES`: that loss in place of gradient ascent, with numbers for its options
+      (docs/losses.md) as in `flooding@level=2.7`
     - `ceiling`: gradient ascent pushes a token no further than in `fastbound unlearn`
     - `fila`: for LoRA, the factors start as LoKU's do, see `fastbound.unlearning.training.fila`
     - `stop`: the run ends as that of `fastbound unlearn` does, see `Ending`
@@ -142,7 +148,7 @@ def parse_adapter(text: str) -> Adapter:
             is none, or none where there must be one.
     """
     base, *given = re.split(r"\+(?!\d)", text)  # a number may be written as 1e+2
-    options = _options(text, given)
+    options, settings = _options(text, given)
     kind, at, bound = base.partition("@")
     if kind not in KINDS:
         raise InputError(
@@ -156,11 +162,12 @@ def parse_adapter(text: str) -> Adapter:
     if kind not in BOUNDED:
         if at:
             raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
-        return Adapter(base, kind, options=options)
+        return Adapter(base, kind, options=options, settings=settings)
     if bound == "alpha":
-        return Adapter(base, kind, options=options)
+        return Adapter(base, kind, options=options, settings=settings)
     if bound.startswith(_OMEGA) and kind == "product":
-        return Adapter(base, kind, omega=_frequency(text, bound), options=options)
+        omega = _frequency(text, bound)
+        return Adapter(base, kind, omega=omega, options=options, settings=settings)
     bound = bound if "*" in bound else f"{bound}*rms"
     try:
         weight_bound(bound)
@@ -169,12 +176,21 @@ def parse_adapter(text: str) -> Adapter:
             f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
             "such as 0.5*spectral, or a number for so many RMS(W)"
         ) from error
-    return Adapter(base, kind, bound, options=options)
+    return Adapter(base, kind, bound, options=options, settings=settings)
 
 
-def _options(text: str, given: Sequence[str]) -> tuple[str, ...]:
-    """The options in the order of `OPTIONS`."""
-    for option in given:
+def _losses(forget: str, settings: Iterable[tuple[str, float]]) -> dict[str, Weight]:
+    """This forget loss with its settings, and as much of the loss on the rows to keep."""
+    return check_losses({forget: {"weight": 1.0, **dict(settings)}, "retain": 1.0})
+
+
+def _options(
+    text: str, given: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
+    """The options in the order of `OPTIONS`, and the settings of the loss among them."""
+    names = [each.partition("@")[0] for each in given]
+    settings: list[tuple[str, float]] = []
+    for option, *numbers in [each.split("@") for each in given]:
         if option in LOSSES and option not in FORGET_LOSSES:
             raise InputError(
                 f"adapter {text!r}: {_why_not(option)}; the losses to choose from are "
@@ -185,18 +201,45 @@ def _options(text: str, given: Sequence[str]) -> tuple[str, ...]:
                 f"adapter {text!r}: unknown option {option!r}; choose from {', '.join(OPTIONS)}"
                 f"{did_you_mean(option, OPTIONS)}"
             )
-        if given.count(option) > 1:
+        if names.count(option) > 1:
             raise InputError(f"adapter {text!r} names +{option} twice: give it once")
-    losses = [each for each in given if each in FORGET_LOSSES]
+        if numbers:
+            settings += _settings(text, option, numbers)
+    losses = [each for each in names if each in FORGET_LOSSES]
     if len(losses) > 1:
         raise InputError(f"adapter {text!r}: {' and '.join(losses)} exclude one another: give one")
-    if losses and "ceiling" in given:
+    if losses and "ceiling" in names:
         raise InputError(
             f"adapter {text!r}: the ceiling is one of gradient ascent, which {losses[0]} replaces: "
             "drop one"
         )
-    chosen = tuple(each for each in OPTIONS if each in given)
-    return chosen if "attention" in chosen else tuple(each for each in chosen if each != "mlp")
+    chosen = tuple(each for each in OPTIONS if each in names)
+    if "attention" not in chosen:
+        chosen = tuple(each for each in chosen if each != "mlp")
+    return chosen, tuple(settings)
+
+
+def _settings(text: str, option: str, numbers: Sequence[str]) -> list[tuple[str, float]]:
+    """What follows each @ of a loss, as in `flooding@level=2.7`, in alphabetical order."""
+    if option not in FORGET_LOSSES:
+        raise InputError(f"adapter {text!r}: +{option} has no numbers, drop @{numbers[0]}")
+    found: dict[str, float] = {}
+    for name, _, value in (each.partition("=") for each in numbers):
+        try:
+            number = float(value)
+        except ValueError:
+            raise InputError(
+                f"adapter {text!r}: give a number of {option} as @NAME=NUMBER, such as "
+                "flooding@level=2.7"
+            ) from None
+        if name in found:
+            raise InputError(f"adapter {text!r} sets {name} twice: give it once")
+        found[name] = number
+    try:
+        _losses(option, found.items())
+    except InputError as error:
+        raise InputError(f"adapter {text!r}: {error}") from None
+    return sorted(found.items())
 
 
 def _why_not(loss: str) -> str:

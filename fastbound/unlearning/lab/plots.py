@@ -20,15 +20,13 @@ _MEASURES = {
 }
 
 
-def draw(cells: Cells, folder: Path, standard: Standard = SMALL, target: float = 0.0) -> None:
+def draw(cells: Cells, folder: Path, standard: Standard = SMALL) -> None:
     """Write utility.png, size.png and gradient.png.
 
-    Args:
-        standard: what counts as kept, drawn as a dotted line.
-        target: the forget loss from which on rows count as forgotten, nats per token; a mean below
-            it is drawn as an open mark.
+    A dotted line is what counts as kept, or each `forget_target` of the cells; where a seed did not
+    reach its own, the mark is open.
     """
-    _against_rate(cells, standard, target, folder / PICTURES[0])
+    _against_rate(cells, standard, folder / PICTURES[0])
     sizes = {
         "largest_delta": "largest |ΔW| of any entry",
         "delta_norm": "Frobenius norm of all ΔW",
@@ -37,7 +35,7 @@ def draw(cells: Cells, folder: Path, standard: Standard = SMALL, target: float =
     _against_steps(cells, {"gradient_norm": "gradient norm"}, folder / PICTURES[2])
 
 
-def _against_rate(cells: Cells, standard: Standard, target: float, path: Path) -> None:
+def _against_rate(cells: Cells, standard: Standard, path: Path) -> None:
     """What is kept and what is forgotten: mean over seeds, band from the lowest to the highest."""
     figure, axes = new_figure(1, 2, (13, 4.8))
     panels = (
@@ -54,8 +52,9 @@ def _against_rate(cells: Cells, standard: Standard, target: float, path: Path) -
             values = [[cell[name] for cell in group if cell["lr"] == lr] for lr in rates]
             _band(axis, rates, values, statistics.fmean, style)
             for lr, each in zip(rates, values, strict=True):
-                losses = [cell["forget_loss"] for cell in group if cell["lr"] == lr]
-                face = "white" if min(losses) < target else style["color"]
+                at_rate = [cell for cell in group if cell["lr"] == lr]
+                missed = any(cell["forget_loss"] < cell["forget_target"] for cell in at_rate)
+                face = "white" if missed else style["color"]
                 axis.plot(
                     lr,
                     statistics.fmean(each),
@@ -71,7 +70,7 @@ def _against_rate(cells: Cells, standard: Standard, target: float, path: Path) -
         axis.minorticks_off()
     _threshold(axes[0][0], standard.least, "counts as kept")
     axes[0][0].set_ylim(bottom=0)
-    if target:
+    for target in sorted({cell["forget_target"] for cell in cells}):
         _threshold(axes[0][1], target, "counts as forgotten")
     for axis in axes[0]:
         label_ends(axis)

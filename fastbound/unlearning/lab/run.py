@@ -26,7 +26,7 @@ from fastbound.unlearning.lab.scoring import score_model
 from fastbound.unlearning.losses.objective import Answers, Objective
 from fastbound.unlearning.metrics.answers import evaluate
 from fastbound.unlearning.model import autocast, autocast_dtype, forward
-from fastbound.unlearning.training.ending import Ending, forget_ceiling
+from fastbound.unlearning.training.ending import Ending, forget_ceiling, forget_target
 from fastbound.unlearning.training.fila import fila_importance
 from fastbound.unlearning.training.result import Evaluation
 from fastbound.unlearning.training.sides import mean_loss
@@ -79,6 +79,7 @@ def run_cell(
         **scores,
         **_size(adapted),
         "largest_gradient_norm": max((line["gradient_norm"] for line in history), default=math.nan),
+        "forget_target": training.target,
         "stopped": training.stopped,
         **training.end,
         "seconds": round(time.perf_counter() - start, 3),
@@ -91,6 +92,7 @@ class _Training:
 
     Attributes:
         history: what was logged.
+        target: the forget loss from which rows count as forgotten, nats per token.
         stopped: the step at which loss or gradient was not finite, or None.
         end: with `+stop`, how the run ended.
     """
@@ -107,9 +109,10 @@ class _Training:
     ) -> None:
         self.model, self.adapted, self.rows = model, adapted, rows
         self.kind, self.config, self.pad = adapter.kind, config, pad
+        settings = UnlearnConfig(losses=adapter.losses)
+        self.target = forget_target(settings, model)
         self.objective = Objective(
-            adapter.losses,
-            ceiling=forget_ceiling(UnlearnConfig(), model) if adapter.capped else None,
+            adapter.losses, ceiling=forget_ceiling(settings, model) if adapter.capped else None
         )
         self.factors = [p for p in model.parameters() if p.requires_grad]
         decay = DECAY if adapter.kind == "lora-decay" else 0.0
@@ -118,7 +121,10 @@ class _Training:
             self.optimizer, partial(_share, config=config)
         )
         self.generator = torch.Generator().manual_seed(cell.seed)
-        self.stop = _Stop(model, self.factors, rows, config, pad) if adapter.stops else None
+        self.stop = None
+        if adapter.stops:
+            ending = Ending(settings, model, config.steps)
+            self.stop = _Stop(ending, model, self.factors, rows, config, pad)
         self.history: list[dict[str, float]] = []
         self.stopped: int | None = None
         self.end: dict[str, Any] = {}
@@ -158,6 +164,7 @@ class _Training:
             raise NonFiniteError(f"gradient norm {norm:g}")
         self.optimizer.step()
         self.schedule.step()
+        self.objective.after_step(float(found.retain))
         if self.kind == "lora-clamp":
             with torch.no_grad():
                 for factor in self.factors:
@@ -172,19 +179,19 @@ class _Training:
 class _Stop:
     """`+stop`: evaluations once per epoch, which end the run and choose the factors to keep.
 
-    The rule is that of `fastbound unlearn` with its own target and slack.
+    The rule is that of `fastbound unlearn` with the same losses, its own target and slack.
     """
 
     def __init__(
         self,
+        ending: Ending,
         model: nn.Module,
         factors: Sequence[nn.Parameter],
         rows: Rows,
         config: CellConfig,
         pad: int,
     ) -> None:
-        self.ending = Ending(UnlearnConfig(), model, config.steps)
-        self.model, self.factors = model, factors
+        self.ending, self.model, self.factors = ending, model, factors
         self.sides = [evenly(side, config.eval_rows) for side in (rows.forget, rows.retain)]
         self.config, self.pad = config, pad
         pairing = Pairing(len(rows.forget), len(rows.retain), batch_size=config.batch_size)

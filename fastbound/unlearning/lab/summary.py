@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +56,7 @@ class Line:
         mean, spread: of each measured quantity over seeds; the spread is the standard deviation,
             0 for one seed.
         lowest_utility: of any seed.
-        forgotten: seeds whose forget loss is at least that of a uniform guess, the logarithm of
-            the vocabulary.
+        forgotten: seeds whose forget loss is at least `forget_target` of their cell.
         stopped: seeds whose loss or gradient stopped being finite.
     """
 
@@ -73,7 +71,7 @@ class Line:
     stopped: int
 
 
-def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
+def lines_of(cells: Sequence[Mapping[str, Any]]) -> list[Line]:
     """One line per (adapter, rank, rate), by rank and rate, else in the order of the cells."""
     groups: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
     for cell in sorted(cells, key=itemgetter("rank", "lr")):
@@ -94,7 +92,7 @@ def lines_of(cells: Sequence[Mapping[str, Any]], vocabulary: int) -> list[Line]:
                     for name, each in values.items()
                 },
                 lowest_utility=min(values["utility"]),
-                forgotten=sum(loss >= math.log(vocabulary) for loss in values["forget_loss"]),
+                forgotten=sum(cell["forget_loss"] >= cell["forget_target"] for cell in group),
                 stopped=sum(cell["stopped"] is not None for cell in group),
             )
         )

@@ -66,6 +66,15 @@ def test_a_name_of_an_earlier_map_stays_as_it_is(name):
     assert parse_adapter(name).losses == {"gradient_ascent": 1.0, "retain": 1.0}
 
 
+def test_numbers_of_a_loss_are_part_of_the_name():
+    adapter = parse_adapter("sine@0.5*spectral+stop+satimp@beta2=1@beta1=3.0")
+    assert adapter.name == "sine@0.5*spectral+satimp@beta1=3@beta2=1+stop"
+    assert parse_adapter(adapter.name) == adapter
+    assert adapter.losses == {"satimp": {"weight": 1.0, "beta1": 3.0, "beta2": 1.0}, "retain": 1.0}
+    assert adapter.label == "bounded, 0.5*spectral, satimp, stops when forgotten, beta1 3, beta2 1"
+    assert parse_adapter("lora+flooding@weight=2").losses["flooding"] == 2.0
+
+
 def test_a_grid_holds_one_name_and_refuses_the_same_adapter_twice():
     assert Grid(adapters=("lora+stop+ihl",)).adapters == ("lora+ihl+stop",)
     with pytest.raises(InputError, match=r"lora\+ihl\+stop\|lr=.* appears twice"):
@@ -80,6 +89,14 @@ def test_a_ceiling_ends_the_ascent(run):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("lora+flooding@2.7", r"as @NAME=NUMBER, such as flooding@level=2.7"),
+        ("lora+flooding@level=low", r"as @NAME=NUMBER, such as flooding@level=2.7"),
+        ("lora+flooding@level=-1", r"option level of the loss flooding must be finite and > 0"),
+        ("lora+flooding@level=nan", r"option level of the loss flooding must be finite and > 0"),
+        ("lora+flooding@beta=1", r"the loss flooding has no option 'beta': it has level"),
+        ("lora+flooding@level=1@level=2", "sets level twice"),
+        ("lora+stop@level=1", r"\+stop has no numbers, drop @level=1"),
+        ("lora+pdu@step=1", "give limit as well"),
         ("lora+atention", r"unknown option 'atention'; .*did you mean attention\?"),
         ("lora+", "unknown option ''"),
         ("lora+stop+stop", r"names \+stop twice"),
@@ -260,9 +277,30 @@ def test_a_run_with_stop_ends_once_forgotten_and_kept(run, monkeypatch):
     found = run("lora+stop", steps=20)
     assert (found["ended"], found["end_step"], found["kept_step"]) == ("forget_target", 6, 6)
     assert [line["step"] for line in found["history"]] == [1, 6]
-    (line,) = lines_of([found], vocabulary=400)
+    (line,) = lines_of([found])
     assert line.mean["end_step"] == 6 and 0 <= line.mean["forget_accuracy"] <= 1
     assert found["stopped"] is None
+
+
+def test_with_flooding_rows_count_as_forgotten_at_its_level(run, monkeypatch):
+    """As in `fastbound unlearn`, and not at the loss of a uniform guess."""
+    monkeypatch.setattr(runs, "evaluate", scores((0.1, 0.1), (1.4, 0.1), (1.6, 0.1)))
+    found = run("lora+flooding@level=2+stop", steps=20)
+    assert (found["ended"], found["end_step"], found["forget_target"]) == ("forget_target", 4, 1.5)
+    reached, short = {**found, "forget_loss": 1.6}, {**found, "forget_loss": 1.4}
+    assert lines_of([reached, short])[0].forgotten == 1
+    assert run("lora", steps=1)["forget_target"] == math.log(400)
+
+
+def test_the_limit_of_pdu_moves_the_weight_of_the_rows_to_keep(run, monkeypatch):
+    made = []
+    objective = runs.Objective
+    monkeypatch.setattr(
+        runs, "Objective", lambda *a, **k: made.append(objective(*a, **k)) or made[-1]
+    )
+    found = run("lora+pdu@limit=1000@step=1e-3", steps=1)
+    retain = found["history"][0]["retain_loss"]
+    assert made[0].state()["retain_weight"] == pytest.approx(1 + 1e-3 * (retain - 1000))
 
 
 def test_a_run_that_never_comes_back_takes_all_steps_and_keeps_the_best(

@@ -207,13 +207,13 @@ def test_the_pictures_and_the_summary_come_from_the_cells(finished, tmp_path):
     _, cells = finished
     draw(cells, tmp_path)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in PICTURES)
-    assert [line.seeds for line in lines_of(cells, 400)] == [1, 1]
+    assert [line.seeds for line in lines_of(cells)] == [1, 1]
 
 
 def finished_cell(lr, utility, forget_loss, seed=0):
     return {
         "adapter": "sine@4", "rank": 8, "seed": seed, "lr": lr, "utility": utility,
-        "forget_loss": forget_loss, "stopped": None, "history": [],
+        "forget_loss": forget_loss, "forget_target": 6.0, "stopped": None, "history": [],
         **dict.fromkeys(
             ("probability", "accuracy", "truth_ratio", "retain_loss", "largest_delta",
              "delta_norm", "largest_gradient_norm"), 1.0,
@@ -223,10 +223,10 @@ def finished_cell(lr, utility, forget_loss, seed=0):
 
 def test_a_table_of_unequal_seeds_says_how_many_each_mean_is_of():
     cells = [finished_cell(1e-2, 0.5, 9, seed) for seed in (0, 1)] + [finished_cell(1e-3, 0.4, 1)]
-    assert table_of(lines_of(cells, vocabulary=400)).splitlines()[2] == (
+    assert table_of(lines_of(cells)).splitlines()[2] == (
         "| sine@4 | 0.400* (1) | 0.500 ± 0.000 (2) | 0.01 |"
     )
-    same = table_of(lines_of(cells[:2], vocabulary=400))
+    same = table_of(lines_of(cells[:2]))
     assert "0.500 ± 0.000 |" in same
 
 
@@ -235,7 +235,7 @@ def test_marks_are_open_where_a_seed_did_not_forget(tmp_path, monkeypatch):
     monkeypatch.setattr(
         plots, "save_figure", lambda figure, path, dpi: drawn.update({path.name: figure})
     )
-    draw([finished_cell(1e-3, 0.9, 0.5), finished_cell(1e-2, 0.6, 9)], tmp_path, target=6.0)
+    draw([finished_cell(1e-3, 0.9, 0.5), finished_cell(1e-2, 0.6, 9)], tmp_path)
     kept, forgotten = drawn["utility.png"].axes
     for panel in (kept, forgotten):
         faces = [
@@ -268,7 +268,7 @@ def test_labels_of_lines_that_end_close_together_do_not_overlap():
 def test_a_range_is_an_unbroken_run_of_rates_that_forget_and_hold():
     cell = finished_cell
     cells = [cell(1e-3, 0.9, 0.5), cell(3e-3, 0.5, 9), cell(1e-2, 0.6, 9), cell(3e-2, 0.1, 9)]
-    lines = lines_of(cells, vocabulary=400)
+    lines = lines_of(cells)
     (found,) = ranges_of(lines)
     assert (found["holds_from"], found["holds_to"]) == (3e-3, 1e-2)
     assert found["fold"] == pytest.approx(10 / 3, rel=1e-5)
