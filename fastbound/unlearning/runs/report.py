@@ -187,6 +187,8 @@ def table(runs: Sequence[Run], *, timed: bool = True) -> list[str]:
         f"{runs[0].result['forget_target']:.3g} or more. In use: root mean square of ΔW over the "
         "bound."
     )
+    if start["forget"]["loss"] >= runs[0].result["forget_target"]:
+        lines.append("Before the first step the rows to forget already counted as forgotten.")
     lines += _cross_entropies(runs)
     lines += [f"{run.adapter}: {each}" for run, each in _allocations(runs)]
     minimised = runs[0].result["config"].get("losses")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from fastbound.unlearning.training.result import Evaluation
 
 HEADROOM = 2.0  # the ceiling over the target, so that the mean over tokens reaches the target
 SETTLED = 0.75  # of the level of flooding, around which the loss swings, counts as forgotten
+
+
+class ForgottenWarning(UserWarning):
+    """The rows to forget count as forgotten before the first step."""
 
 
 class Ending:
@@ -31,6 +36,17 @@ class Ending:
         self.config = config
         self.target = forget_target(config, model)
         self.steps = steps
+
+    def check_start(self, before: Evaluation) -> None:
+        """Warn where the run would end with nothing to do: the model does not know the rows."""
+        if self.config.early_stop and before.forget.loss >= self.target:
+            warnings.warn(
+                f"the rows to forget have a loss of {before.forget.loss:.4g} nats per token before "
+                f"unlearning, and count as forgotten from {self.target:.4g} on: the model does not "
+                "know them, or forget_target (with the loss flooding, its level) must be higher",
+                ForgottenWarning,
+                stacklevel=2,
+            )
 
     def forgotten(self, evaluation: Evaluation) -> bool:
         return evaluation.step > 0 and evaluation.forget.loss >= self.target

@@ -157,6 +157,8 @@ class _Run:
             self.bar.update(self.step)
             if not self.history:
                 self._evaluate()
+                if self.accelerator.is_main_process:
+                    self.ending.check_start(self.history[0])
                 self._save_checkpoint()
             stopped = self.ending.reason(self.history, self.step)
             while stopped is None:

@@ -17,6 +17,7 @@ from fastbound.unlearning.evaluation.templates import EmptyAnswerWarning
 from fastbound.unlearning.runs.folder import LOG, RunFolder
 from fastbound.unlearning.runs.identity import digest
 from fastbound.unlearning.runs.lines import CheckedLines
+from fastbound.unlearning.training.ending import ForgottenWarning
 from tests.support.arguments import replaced
 
 
@@ -186,7 +187,9 @@ def test_options_that_ask_for_nothing_are_refused(arguments, flags, message, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", [DamageWarning, RepeatedRowsWarning, EmptyAnswerWarning])
+@pytest.mark.parametrize(
+    "kind", [DamageWarning, RepeatedRowsWarning, EmptyAnswerWarning, ForgottenWarning]
+)
 def test_a_warning_of_our_own_is_one_line(arguments, monkeypatch, kind):
     said = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import fastbound
 from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate
 from fastbound.unlearning.data.encoding import encode_all
 from fastbound.unlearning.losses.objective import Objective
-from fastbound.unlearning.training.ending import forget_target
+from fastbound.unlearning.runs.report import Run, table
+from fastbound.unlearning.training.ending import ForgottenWarning, forget_target
 
 FAST = UnlearnConfig(
     bound="4*rms", lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu"
@@ -206,6 +208,21 @@ def test_flooding_brings_its_own_target(new_model, flooding, changes, target):
     model = new_model()
     assert model.config.vocab_size == 400
     assert forget_target(given, model) == pytest.approx(target)
+
+
+def test_rows_that_the_model_does_not_know_are_said_before_the_first_step(
+    unlearn_rows, tmp_path, monkeypatch
+):
+    before = unlearn_rows(FAST).before.forget.loss
+    told = f"a loss of {before:.4g} nats.* count as forgotten from {0.9 * before:.4g} on"
+    with pytest.warns(ForgottenWarning, match=told):
+        unlearn_rows(config(forget_target=0.9 * before), output=tmp_path)
+    said = "\n".join(table([Run.read(tmp_path)]))
+    assert "Before the first step the rows to forget already counted as forgotten." in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ForgottenWarning)
+        unlearn_rows(config(forget_target=1.1 * before))
+        unlearn_rows(config(forget_target=0.9 * before, early_stop=False))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
