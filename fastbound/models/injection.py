@@ -200,7 +200,11 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = injected_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
+        peft = adapted_layers(model)
+        raise ValueError(
+            f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge"
+            + (", and its PEFT adapters are merged by PeftModel.merge_and_unload()" if peft else "")
+        )
     for name, layer in layers.items():
         spread = partition(layer.weight)
         if spread is not None:

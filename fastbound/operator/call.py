@@ -213,7 +213,8 @@ def check_operands(
         raise _mismatch("bias", bias, weight, base, f"expected [{N}]")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         remedy = "call weight.requires_grad_(False), or train it through a plain layer"
-        if not weight.is_leaf:  # FSDP1 flattens frozen and trained parameters into one
+        transposed = weight._base is not None and weight._base.dim() == 2  # that of a Conv1D
+        if not weight.is_leaf and not transposed:  # FSDP1 flattens all parameters into one
             remedy = (
                 "it is part of a tensor that is trained; under FSDP, wrap the adapters in units "
                 "of their own with "

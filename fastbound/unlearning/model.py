@@ -179,13 +179,20 @@ def _holds_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, fastbound.BoundedLayer) for module in model.modules())
 
 
+# transformers loads an adapter that it finds beside a model, but cannot merge it, and saves the
+# model's own weights under names that it does not find again.
+_BESIDE = (
+    "load the base without it, by transformers' from_pretrained from a folder that has no "
+    "adapter_config.json; give it the adapter by PeftModel.from_pretrained or "
+    "fastbound.load_adapter, call PEFT's merge_and_unload or fastbound.merge, and save_pretrained "
+    "to another folder"
+)
+
+
 def check_plain(model: nn.Module, name: str) -> None:
     """Raise InputError for a model that was loaded with an adapter."""
     if getattr(model, "peft_config", None):
-        raise InputError(
-            f"model {name!r} comes with an adapter: merge it first (from_pretrained, then "
-            "fastbound.merge or PEFT's merge_and_unload, then save_pretrained to another folder)"
-        )
+        raise InputError(f"model {name!r} comes with an adapter: merge it first ({_BESIDE})")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -261,9 +268,12 @@ def adapter_of(model: nn.Module) -> str | None:
 def merged(model: nn.Module) -> nn.Module:
     """Merge the adapter's ΔW into the weights in place; a model without adapter is unchanged.
 
-    Raises InputError if ΔW cannot be merged into a weight, for example a quantised one.
+    Raises InputError if ΔW cannot be merged into a weight, for example a quantised one, and for a
+    model beside which transformers found its adapter.
     """
     kind = adapter_of(model)
+    if kind == "PEFT" and not hasattr(model, "merge_and_unload"):
+        raise InputError(f"transformers loaded this model with an adapter: {_BESIDE}")
     try:
         if kind == "PEFT":
             return cast(nn.Module, cast(Any, model).merge_and_unload())

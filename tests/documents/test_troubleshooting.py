@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def injected() -> nn.Module:
     return adapted
 
 
+def beside_an_adapter() -> object:
+    injected().save_pretrained("with-adapter")
+    for file in Path("my-model").glob("tokenizer*"):
+        shutil.copy(file, "with-adapter")
+    return unlearn(model="with-adapter")()
+
+
 def trained_weight() -> object:
     layer = fastbound.FusedBoundedLinear(8, 8, rank=2)
     layer.weight.requires_grad_(True)
@@ -110,6 +118,7 @@ PROVOKED: dict[str, Callable[[], object]] = {
     "trained-weight": trained_weight,
     "another-model": another_model,
     "nothing-to-merge": lambda: fastbound.merge(model()),
+    "beside-an-adapter": beside_an_adapter,
     "hooked-merge": merge_hooked,
 }
 if not torch.cuda.is_available():

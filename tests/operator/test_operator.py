@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.pytorch_utils import Conv1D
 
-from fastbound import bounded_linear
+from fastbound import FusedBoundedLinear, bounded_linear
 from fastbound.performance.memory import saved_bytes
 from fastbound.truth import formula
 from fastbound.truth.exactness import assert_as_exact_as_the_formula
@@ -241,8 +242,6 @@ class TestCompile:
         torch.library.opcheck(torch.ops.fastbound.backward.default, backward, test_utils=utilities)
 
     def test_export_with_a_dynamic_dimension(self) -> None:
-        from fastbound import FusedBoundedLinear
-
         layer = FusedBoundedLinear(12, 10, 4).eval()
         rows = torch.export.Dim("rows", min=2, max=64)
         program = torch.export.export(layer, (torch.randn(5, 12),), dynamic_shapes={"x": {0: rows}})
@@ -300,3 +299,12 @@ class TestBadInput:
                 self.call(weight=weight)
         finally:
             dist.destroy_process_group()
+
+
+def test_a_trained_conv1d_is_told_to_freeze_its_weight_and_nothing_of_fsdp() -> None:
+    """Its weight is a transposed view of the parameter, and so no leaf."""
+    conv = Conv1D(6, 4)
+    layer = FusedBoundedLinear.from_linear(conv, rank=2)
+    layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"call weight\.requires_grad_\(False\)"):
+        layer(torch.randn(3, 4))

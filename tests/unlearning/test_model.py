@@ -16,7 +16,7 @@ import transformers
 import fastbound
 from fastbound.cli import main
 from fastbound.errors import InputError
-from fastbound.unlearning.model import load_adapter, load_pretrained
+from fastbound.unlearning.model import load_adapter, load_pretrained, merged
 from tests.support.models import stir
 
 WEIGHTS = Path("my-model/model.safetensors")
@@ -233,6 +233,19 @@ def test_a_model_that_came_with_an_adapter_is_evaluated_and_not_unlearned(user_f
     assert main([*COMMANDS["unlearn"], "--model", "trained", "--output", "out"]) == 2
     assert "'trained' comes with an adapter: merge it first" in capsys.readouterr().err
     assert not Path("out").exists()
+    with pytest.raises(InputError, match=r"from a folder that has no adapter_config\.json"):
+        merged(loaded)
+    with pytest.raises(ValueError, match=r"adapters are merged by PeftModel\.merge_and_unload"):
+        fastbound.merge(loaded)
+    # The remedy of these messages.
+    Path("apart").mkdir()
+    for file in Path("trained").glob("adapter*"):
+        file.rename(Path("apart", file.name))
+    base = transformers.AutoModelForCausalLM.from_pretrained("trained")
+    fastbound.load_adapter(base, "apart")
+    fastbound.merge(base).save_pretrained("whole")
+    whole = transformers.AutoModelForCausalLM.from_pretrained("whole")
+    torch.testing.assert_close(whole(ids).logits, model(ids).logits)
 
 
 @pytest.mark.slow  # a process of its own
