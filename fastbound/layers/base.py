@@ -41,6 +41,14 @@ class Adapted:
         """Why this layer cannot run as part of a block's operator, or None if it can."""
         raise NotImplementedError
 
+    def merge_obstacle(self) -> str | None:
+        """Why ΔW cannot be merged into the weight, with the remedy, or None if it can."""
+        raise NotImplementedError
+
+    def to_linear(self, merge: bool = True) -> nn.Module:
+        """The layer without its adapter, with ``merge`` with the weight W + ΔW."""
+        raise NotImplementedError
+
 
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether the layer is transformers' Conv1D; does not import transformers."""

@@ -103,44 +103,48 @@ class BoundedOverBase(FusedBoundedLinear):
 
     def merge_obstacle(self) -> str | None:
         """Why ΔW cannot be merged into the base's weight, with the remedy; None if it can."""
-        base = self.base_layer
-        kind = type(base).__name__
-        if offloaded(base):
-            return (
-                "its base is offloaded: load the model without offloading, load the adapter into "
-                "it, and merge there"
-            )
-        if parametrize.is_parametrized(base):
-            return (
-                f"the weight of its base, a {kind}, is made by a parametrization: call "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
-            )
-        made = weight_hooks(base)
-        if made:
-            return (
-                f"the weight of its base is recomputed in each call by {type(made[0]).__name__}: "
-                "remove that from layer.base_layer with torch.nn.utils first"
-            )
-        if base._forward_hooks:
-            return (
-                "forward hooks of its base see the base's output without ΔW, and may change it: "
-                "remove them from layer.base_layer"
-            )
-        quantised = is_quantised(base)
-        if quantised is not None:
-            return (
-                f"{quantised}, and a ΔW smaller than its steps would be rounded away: save the "
-                "adapter, load it into the model in a floating dtype, and merge there"
-            )
-        if not has_linear_forward(base):
-            return (
-                f"its base is a {kind} with a forward of its own, which may not compute x Wᵀ: "
-                "keep the adapter separate"
-            )
-        return super().merge_obstacle()
+        return base_merge_obstacle(self.base_layer) or super().merge_obstacle()
 
     def extra_repr(self) -> str:
         return self.reason
+
+
+def base_merge_obstacle(base: nn.Module) -> str | None:
+    """Why nothing can be merged into the weight of a base layer, with the remedy, or None."""
+    kind = type(base).__name__
+    if offloaded(base):
+        return (
+            "its base is offloaded: load the model without offloading, load the adapter into "
+            "it, and merge there"
+        )
+    if parametrize.is_parametrized(base):
+        return (
+            f"the weight of its base, a {kind}, is made by a parametrization: call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
+        )
+    made = weight_hooks(base)
+    if made:
+        return (
+            f"the weight of its base is recomputed in each call by {type(made[0]).__name__}: "
+            "remove that from layer.base_layer with torch.nn.utils first"
+        )
+    if base._forward_hooks:
+        return (
+            "forward hooks of its base see the base's output without ΔW, and may change it: "
+            "remove them from layer.base_layer"
+        )
+    quantised = is_quantised(base)
+    if quantised is not None:
+        return (
+            f"{quantised}, and a ΔW smaller than its steps would be rounded away: save the "
+            "adapter, load it into the model in a floating dtype, and merge there"
+        )
+    if not has_linear_forward(base):
+        return (
+            f"its base is a {kind} with a forward of its own, which may not compute x Wᵀ: "
+            "keep the adapter separate"
+        )
+    return None
 
 
 def check_result(base: nn.Module, x: Tensor, result: Any) -> None:

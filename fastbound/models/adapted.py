@@ -20,6 +20,11 @@ def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, FusedBoundedLinear)}
 
 
+def came_with_adapter(model: nn.Module) -> bool:
+    """Whether transformers found PEFT adapters beside this model and loaded them with it."""
+    return bool(getattr(model, "peft_config", None)) and not hasattr(model, "merge_and_unload")
+
+
 def fuse(model: nn.Module) -> None:
     """Replace every block inside `model` that can be fused by a `FusedBoundedMLP`."""
     blocks = [m for m in adapted_blocks(model).values() if not isinstance(m, FusedBoundedMLP)]

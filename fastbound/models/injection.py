@@ -6,18 +6,18 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from fastbound.layers.base import features, is_adaptable
+from fastbound.layers.base import Adapted, features, is_adaptable
 from fastbound.layers.conversion import convert, refusal, swap
 from fastbound.layers.disabling import disabled
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.settings import adapter_settings
-from fastbound.models.adapted import adapted_layers, fuse, injected_layers
+from fastbound.models.adapted import adapted_layers, came_with_adapter, fuse, injected_layers
 from fastbound.models.gradients import Loss
 from fastbound.models.names import check_same_names
 from fastbound.models.ranks import allocate_ranks, check_ranks, even_rank
@@ -141,9 +141,11 @@ def layers_to_adapt(
         )
     held = adapted_layers(model)
     if len(held) > len(injected_layers(model)):
+        came_with = came_with_adapter(model)
+        remedy = "fastbound.merge(model)" if came_with else "merge_and_unload() or unload()"
         raise ValueError(
             f"the model holds bounded adapters of PEFT (first: {next(iter(held))!r}): "
-            "call merge_and_unload() or unload() first"
+            f"call {remedy} first"
         )
     if held:
         raise ValueError(
@@ -190,21 +192,21 @@ def merge(model: nn.Module) -> nn.Module:
     Every `FusedBoundedLinear` and `FusedBoundedMLP` becomes a module of its original class again.
     This is done in place, one layer at a time, and the merged layers stay frozen. A transformers
     model also forgets the name that it was loaded from, because it is a different model now and
-    adapters saved later must not name the original as their base. Returns the model, or the plain
-    layer or block if `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
+    adapters saved later must not name the original as their base. An adapter that transformers
+    found beside a model and loaded with it, through PEFT, is merged as well. Returns the model, or
+    the plain layer or block if `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
         ValueError: there is no such layer; A, B or W + ΔW is not finite; a weight is spread over
             processes; or ΔW cannot be merged into the weight of a base layer, for example because
             it is quantised. Nothing is merged then.
     """
-    layers = injected_layers(model)
+    layers: Mapping[str, Adapted] = injected_layers(model)
+    came_with = not layers and came_with_adapter(model)
+    if came_with:
+        layers = adapted_layers(model)
     if not layers:
-        peft = adapted_layers(model)
-        raise ValueError(
-            f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge"
-            + (", and its PEFT adapters are merged by PeftModel.merge_and_unload()" if peft else "")
-        )
+        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
     for name, layer in layers.items():
         spread = partition(layer.weight)
         if spread is not None:
@@ -218,7 +220,9 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, FusedBoundedLinear):
         return model.to_linear(merge=True)
     for layer in layers.values():
-        swap(model, {layer: layer.to_linear(merge=True)})
+        swap(model, {cast(nn.Module, layer): layer.to_linear(merge=True)})
+    if came_with:
+        _forget_adapter(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "name_or_path", None):
         config.name_or_path = ""
@@ -226,6 +230,15 @@ def merge(model: nn.Module) -> nn.Module:
         return model.to_mlp()
     swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})
     return model
+
+
+def _forget_adapter(model: Any) -> None:
+    """Undo what transformers keeps of an adapter besides its layers."""
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+    # The names of the adapter's tensors have replaced those of the model's own: save_pretrained
+    # would write the weights under names that from_pretrained does not find.
+    vars(model).pop("_weight_conversions", None)
 
 
 @contextmanager
@@ -241,6 +254,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     layers = injected_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to disable")
+        raise ValueError(
+            f"{type(model).__name__} holds no FusedBoundedLinear: nothing to disable"
+            + (", and PEFT's adapters are disabled by PEFT" if adapted_layers(model) else "")
+        )
     with disabled(layers.values()):
         yield

@@ -14,15 +14,15 @@ from fastbound.layers.adapter import BoundedAdapter, NamedAdapter
 from fastbound.layers.base import (
     Adapted,
     features,
-    has_linear_forward,
     hooked_everywhere,
     is_conv1d,
     is_linear,
+    is_quantised,
     is_watched,
     keeps_no_output,
     tensor_obstacle,
 )
-from fastbound.layers.over_base import check_result
+from fastbound.layers.over_base import base_merge_obstacle, check_result
 from fastbound.layers.settings import AdapterSettings
 
 
@@ -224,29 +224,27 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
-    def check_mergeable(self, name: str) -> None:
-        """Raise TypeError, which mentions ``name``, if ΔW cannot be merged into the base weight."""
+    def merge_obstacle(self) -> str | None:
+        """Why nothing can be merged into the base's weight, with the remedy; None if it can."""
         weight = self.weight
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise TypeError(
-                f"the base weight of {name} is a {type(weight).__name__} {weight.dtype}, into "
-                "which nothing can be merged: load the model without quantisation first"
+        if type(weight) is not nn.Parameter and is_quantised(self.base_layer) is None:
+            return (
+                f"its base holds the weight as {type(weight).__name__}: load the model as plain "
+                "tensors, load the adapter into it, and merge there"
             )
-        base: Any = self.base_layer
-        kind = type(base).__name__
-        if base._forward_hooks:
-            raise TypeError(
-                f"forward hooks of the base of {name}, a {kind}, see its output without ΔW, and "
-                "may change it: remove them, then merge"
-            )
-        if not has_linear_forward(base):
-            raise TypeError(
-                f"the base of {name}, a {kind}, has a forward of its own, which may do more than "
-                "multiply by its weight: keep the adapter, or merge ΔW by hand"
-            )
+        return base_merge_obstacle(self.base_layer)
+
+    @torch.no_grad()
+    def to_linear(self, merge: bool = True) -> nn.Module:
+        """The base layer; with ``merge`` the active adapters are merged into it first."""
+        if merge:
+            self.merge()
+        return self.base_layer
 
     def _moved_weight(self, name: str, sign: int) -> Tensor:
-        self.check_mergeable("this layer")
+        obstacle = self.merge_obstacle()
+        if obstacle is not None:
+            raise TypeError(f"this layer cannot be merged: {obstacle}")
         weight, delta = self.weight, self.get_delta_weight(name)
         return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
 

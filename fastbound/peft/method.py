@@ -235,7 +235,9 @@ class BoundedModel(BaseTuner):
         super()._check_merge_allowed()
         for name, module in self.model.named_modules():
             if isinstance(module, BoundedLayer):
-                module.check_mergeable(name)
+                obstacle = module.merge_obstacle()
+                if obstacle is not None:
+                    raise TypeError(f"{name} cannot be merged: {obstacle}")
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(child, BoundedLayer) or isinstance(new_module, BoundedLayer):

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastbound
 from fastbound.errors import InputError, did_you_mean
-from fastbound.models.adapted import injected_layers
+from fastbound.models.adapted import adapted_layers, came_with_adapter, injected_layers
 from fastbound.models.files import CONFIG as ADAPTER_CONFIG
 from fastbound.models.files import PEFT_TYPE, read_config
 from fastbound.models.names import kind_of, some
@@ -179,20 +179,23 @@ def _holds_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, fastbound.BoundedLayer) for module in model.modules())
 
 
-# transformers loads an adapter that it finds beside a model, but cannot merge it, and saves the
-# model's own weights under names that it does not find again.
-_BESIDE = (
-    "load the base without it, by transformers' from_pretrained from a folder that has no "
-    "adapter_config.json; give it the adapter by PeftModel.from_pretrained or "
-    "fastbound.load_adapter, call PEFT's merge_and_unload or fastbound.merge, and save_pretrained "
-    "to another folder"
-)
-
-
 def check_plain(model: nn.Module, name: str) -> None:
     """Raise InputError for a model that was loaded with an adapter."""
     if getattr(model, "peft_config", None):
-        raise InputError(f"model {name!r} comes with an adapter: merge it first ({_BESIDE})")
+        raise InputError(
+            f"model {name!r} comes with an adapter: merge it first "
+            f"({_merging(model)}, then save_pretrained to another folder)"
+        )
+
+
+def _merging(model: nn.Module) -> str:
+    """How to merge the adapter that transformers found beside a model, which it cannot itself."""
+    if adapted_layers(model):
+        return "from_pretrained, then fastbound.merge"
+    return (
+        "from_pretrained from a folder without adapter_config.json, then PeftModel.from_pretrained "
+        "and merge_and_unload"
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -268,17 +271,19 @@ def adapter_of(model: nn.Module) -> str | None:
 def merged(model: nn.Module) -> nn.Module:
     """Merge the adapter's ΔW into the weights in place; a model without adapter is unchanged.
 
-    Raises InputError if ΔW cannot be merged into a weight, for example a quantised one, and for a
-    model beside which transformers found its adapter.
+    Raises InputError if ΔW cannot be merged into a weight, for example a quantised one, and for
+    another method's adapter that transformers loaded with the model.
     """
-    kind = adapter_of(model)
-    if kind == "PEFT" and not hasattr(model, "merge_and_unload"):
-        raise InputError(f"transformers loaded this model with an adapter: {_BESIDE}")
+    kind, came_with = adapter_of(model), came_with_adapter(model)
+    if kind is None:
+        return model
+    if came_with and not adapted_layers(model):
+        raise InputError(f"transformers loaded this model with an adapter: {_merging(model)}")
     try:
-        if kind == "PEFT":
+        if kind == "PEFT" and not came_with:
             return cast(nn.Module, cast(Any, model).merge_and_unload())
-        return model if kind is None else fastbound.merge(model)
-    except ValueError as error:
+        return fastbound.merge(model)
+    except (TypeError, ValueError) as error:  # PEFT raises both
         raise InputError(str(error)) from error
 
 

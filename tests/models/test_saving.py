@@ -37,10 +37,13 @@ def reloaded(folder, model_type: str = "llama") -> nn.Module:
 QUICK = ("llama", "gpt2", "gpt_neox", "gemma3", "vit")  # each of a kind
 
 
-@pytest.mark.parametrize(
+EACH_KIND = pytest.mark.parametrize(
     "model_type",
     [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in MLP],
 )
+
+
+@EACH_KIND
 def test_an_injected_model_comes_back_as_it_was(tiny_model, tmp_path, model_type):
     base = logits(tiny_model(model_type))
     model = injected(tiny_model(model_type))
@@ -48,6 +51,38 @@ def test_an_injected_model_comes_back_as_it_was(tiny_model, tmp_path, model_type
     wanted = logits(model)
     assert (wanted - base).abs().max() > 1e-3
     torch.testing.assert_close(logits(reloaded(tmp_path, model_type)), wanted)
+
+
+@EACH_KIND
+def test_the_model_that_comes_back_is_merged_and_saved_as_a_plain_one(
+    tiny_model, tmp_path, model_type
+):
+    """Though transformers, which loaded the adapter, writes the base under the adapter's names."""
+    base = tiny_model(model_type)
+    names = {name: type(module) for name, module in base.named_modules()}
+    model = injected(tiny_model(model_type))
+    model.save_pretrained(tmp_path / "injected")
+    again = reloaded(tmp_path / "injected", model_type)
+    with pytest.raises(ValueError, match=r"call fastbound\.merge\(model\) first"):
+        fastbound.inject(again, 2)
+    merged = fastbound.merge(again)
+    torch.testing.assert_close(logits(merged), logits(model))
+    assert {name: type(module) for name, module in merged.named_modules()} == names
+    merged.save_pretrained(tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    torch.testing.assert_close(logits(reloaded(tmp_path / "merged", model_type)), logits(model))
+
+
+def test_nothing_of_a_model_that_came_back_is_merged_if_a_layer_cannot_be(tiny_model, tmp_path):
+    injected(tiny_model("llama")).save_pretrained(tmp_path)
+    again = reloaded(tmp_path)
+    wanted = logits(again)
+    last = again.model.layers[1].mlp.down_proj
+    hook = last.get_base_layer().register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"down_proj' cannot be merged: forward hooks of its base"):
+        fastbound.merge(again)
+    hook.remove()
+    assert torch.equal(logits(again), wanted)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3"])

@@ -167,10 +167,10 @@ class Doubled(nn.Linear):
 @pytest.mark.parametrize(
     ("disturb", "message"),
     [
-        (lambda base: None, "a Doubled, has a forward of its own"),
+        (lambda base: None, "1 cannot be merged: its base is a Doubled with a forward of its own"),
         (
             lambda base: base.register_forward_hook(lambda module, inputs, output: 3 * output),
-            "forward hooks of the base of .*remove them, then merge",
+            "1 cannot be merged: forward hooks of its base .*: remove them",
         ),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import fastbound
 from fastbound.cli import main
@@ -233,19 +234,34 @@ def test_a_model_that_came_with_an_adapter_is_evaluated_and_not_unlearned(user_f
     assert main([*COMMANDS["unlearn"], "--model", "trained", "--output", "out"]) == 2
     assert "'trained' comes with an adapter: merge it first" in capsys.readouterr().err
     assert not Path("out").exists()
-    with pytest.raises(InputError, match=r"from a folder that has no adapter_config\.json"):
-        merged(loaded)
-    with pytest.raises(ValueError, match=r"adapters are merged by PeftModel\.merge_and_unload"):
-        fastbound.merge(loaded)
-    # The remedy of these messages.
-    Path("apart").mkdir()
-    for file in Path("trained").glob("adapter*"):
-        file.rename(Path("apart", file.name))
-    base = transformers.AutoModelForCausalLM.from_pretrained("trained")
-    fastbound.load_adapter(base, "apart")
-    fastbound.merge(base).save_pretrained("whole")
-    whole = transformers.AutoModelForCausalLM.from_pretrained("whole")
+    # The remedy of this message.
+    shutil.copytree("my-model", "whole")
+    fastbound.merge(loaded).save_pretrained("whole")
+    whole, _ = load_pretrained("whole")
     torch.testing.assert_close(whole(ids).logits, model(ids).logits)
+
+
+def test_what_cannot_be_merged_is_an_input_error(user_folder):
+    base, _ = load_pretrained("my-model")
+    base.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    model = get_peft_model(base, fastbound.BoundedConfig(r=2))
+    with pytest.raises(InputError, match=r"up_proj cannot be merged: forward hooks of its base"):
+        merged(model)
+
+
+def test_another_methods_adapter_beside_a_model_has_a_remedy_that_works(user_folder):
+    base, ids = transformers.AutoModelForCausalLM.from_pretrained("my-model"), torch.arange(4, 12)
+    lora = get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=["up_proj"]))
+    shutil.copytree("my-model", "beside")
+    lora.save_pretrained("beside")
+    loaded, _ = load_pretrained("beside")
+    with pytest.raises(InputError, match=r"from a folder without adapter_config\.json, then Peft"):
+        merged(loaded)
+    Path("beside/adapter_config.json").rename("adapter_config.json")
+    Path("beside/adapter_model.safetensors").rename("adapter_model.safetensors")
+    base, _ = load_pretrained("beside")
+    whole = PeftModel.from_pretrained(base, ".").merge_and_unload()
+    torch.testing.assert_close(whole(ids[None]).logits, lora(ids[None]).logits)
 
 
 @pytest.mark.slow  # a process of its own
