@@ -106,15 +106,17 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """For a picture: what it is, how it is bounded and what else differs, in words."""
+        """For a picture: what it is and how it is bounded, in words, without its options."""
         if self.omega is not None:
-            limit = f", ω = {self.omega:g}"
-        else:
-            limit = f", {self.bound or 'alpha'}" if self.bounded else ""
-        where = f", {' and '.join(self.modules)}" if self.modules != MODULES[:1] else ""
-        rest = [_OF_OPTIONS.get(each, each) for each in self.options if each not in MODULES]
-        rest += [f"{name} {value:g}" for name, value in self.settings]
-        return "".join([_LABELS[self.kind], limit, where, *(f", {each}" for each in rest)])
+            return f"{_LABELS[self.kind]}, ω = {self.omega:g}"
+        return _LABELS[self.kind] + (f", {self.bound or 'alpha'}" if self.bounded else "")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """For a picture: its options, in words."""
+        where = () if self.modules == MODULES[:1] else (" and ".join(self.modules),)
+        rest = (_OF_OPTIONS.get(each, each) for each in self.options if each not in MODULES)
+        return (*where, *rest, *(f"{name} {value:g}" for name, value in self.settings))
 
     def bound_in(self, weight: Tensor, alpha: float) -> float:
         """The bound in this layer; infinite if the kind has none."""

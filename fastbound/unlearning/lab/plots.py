@@ -37,6 +37,7 @@ def draw(cells: Cells, folder: Path, standard: Standard = SMALL) -> None:
 
 def _against_rate(cells: Cells, standard: Standard, path: Path) -> None:
     """What is kept and what is forgotten: mean over seeds, band from the lowest to the highest."""
+    common = _common(cells)
     figure, axes = new_figure(1, 2, (13, 4.8))
     panels = (
         (standard.measure, "What is kept", _MEASURES[standard.measure]),
@@ -47,7 +48,7 @@ def _against_rate(cells: Cells, standard: Standard, path: Path) -> None:
         ),
     )
     for axis, (name, title, label) in zip(axes[0], panels, strict=True):
-        for group, style in _groups(cells):
+        for group, style in _groups(cells, common):
             rates = sorted({cell["lr"] for cell in group})
             values = [[cell[name] for cell in group if cell["lr"] == lr] for lr in rates]
             _band(axis, rates, values, statistics.fmean, style)
@@ -74,6 +75,7 @@ def _against_rate(cells: Cells, standard: Standard, path: Path) -> None:
         _threshold(axes[0][1], target, "counts as forgotten")
     for axis in axes[0]:
         label_ends(axis)
+    _say(figure, common)
     save_figure(figure, path, dpi=100)
 
 
@@ -86,13 +88,14 @@ def _against_steps(cells: Cells, names: Mapping[str, str], path: Path) -> None:
 
     The lines are medians over seeds, the bands go from the lowest to the highest.
     """
+    common = _common(cells)
     rates = sorted({cell["lr"] for cell in cells})
     chosen = sorted({rates[0], rates[len(rates) // 2], rates[-1]})
     size = (3.6 * len(chosen) + 2.4, 0.6 + 3.2 * len(names))
     figure, axes = new_figure(len(names), len(chosen), size)
     for row, (name, label) in enumerate(names.items()):
         for axis, lr in zip(axes[row], chosen, strict=True):
-            for group, style in _groups([cell for cell in cells if cell["lr"] == lr]):
+            for group, style in _groups([cell for cell in cells if cell["lr"] == lr], common):
                 steps = sorted({line["step"] for cell in group for line in cell["history"]})
                 values = [
                     [line[name] for c in group for line in c["history"] if line["step"] == step]
@@ -102,11 +105,29 @@ def _against_steps(cells: Cells, names: Mapping[str, str], path: Path) -> None:
             axis.set(yscale="log", title=f"learning rate {lr:g}", xlabel="step")
         axes[row][0].set_ylabel(label)
         label_ends(axes[row][-1])
+    _say(figure, common)
     save_figure(figure, path, dpi=100)
 
 
-def _groups(cells: Cells) -> Iterator[tuple[Cells, dict[str, Any]]]:
-    """Cells and line style of each adapter and rank; of one kind the later ones are lighter."""
+def _common(cells: Cells) -> list[str]:
+    """The remarks that all adapters share, where there are several: they stand above the panels."""
+    adapters = [parse_adapter(each) for each in dict.fromkeys(cell["adapter"] for cell in cells)]
+    if len(adapters) < 2:
+        return []
+    first, *others = adapters
+    return [each for each in first.remarks if all(each in other.remarks for other in others)]
+
+
+def _say(figure: Any, common: Sequence[str]) -> None:
+    if common:
+        figure.suptitle(f"All adapters: {', '.join(common)}", fontsize=9)
+
+
+def _groups(cells: Cells, common: Sequence[str]) -> Iterator[tuple[Cells, dict[str, Any]]]:
+    """Cells and line style of each adapter and rank; of one kind the later ones are lighter.
+
+    Labels leave out what is common to all.
+    """
     ranks = {cell["rank"] for cell in cells}
     keys = list(dict.fromkeys((cell["adapter"], cell["rank"]) for cell in cells))
     kinds = [parse_adapter(adapter).kind for adapter, _ in keys]
@@ -121,7 +142,13 @@ def _groups(cells: Cells) -> Iterator[tuple[Cells, dict[str, Any]]]:
                 "color": adapter_colour(adapter, lighter),
                 "linestyle": "-" if parsed.bounded else (0, (4, 1.5)),
                 "linewidth": 1.9 if prominent else 0.9,
-                "label": parsed.label + (f", rank {rank}" if len(ranks) > 1 else ""),
+                "label": ", ".join(
+                    [
+                        parsed.label,
+                        *(each for each in parsed.remarks if each not in common),
+                        *([f"rank {rank}"] if len(ranks) > 1 else []),
+                    ]
+                ),
             },
         )
 

@@ -71,7 +71,8 @@ def test_numbers_of_a_loss_are_part_of_the_name():
     assert adapter.name == "sine@0.5*spectral+satimp@beta1=3@beta2=1+stop"
     assert parse_adapter(adapter.name) == adapter
     assert adapter.losses == {"satimp": {"weight": 1.0, "beta1": 3.0, "beta2": 1.0}, "retain": 1.0}
-    assert adapter.label == "bounded, 0.5*spectral, satimp, stops when forgotten, beta1 3, beta2 1"
+    assert adapter.label == "bounded, 0.5*spectral"
+    assert adapter.remarks == ("satimp", "stops when forgotten", "beta1 3", "beta2 1")
     assert parse_adapter("lora+flooding@weight=2").losses["flooding"] == 2.0
 
 
@@ -122,11 +123,14 @@ def test_an_option_that_cannot_be_is_refused(name, message):
 
 
 def test_labels_and_colours_of_options():
-    assert parse_adapter("lora+attention").label == "LoRA, attention"
-    assert parse_adapter("lora+mlp+attention+ihl").label == "LoRA, mlp and attention, ihl"
-    assert parse_adapter("sine@4+stop+ranks").label == (
-        "bounded, 4*rms, stops when forgotten, ranks spread"
-    )
+    both = parse_adapter("lora+mlp+attention+ihl")
+    assert both.label == parse_adapter("lora+attention").label == "LoRA"
+    assert parse_adapter("lora+attention").remarks == ("attention",)
+    assert both.remarks == ("mlp and attention", "ihl")
+    spread = parse_adapter("sine@4+stop+ranks")
+    assert (spread.label, *spread.remarks) == (
+        "bounded, 4*rms", "stops when forgotten", "ranks spread",
+    )  # fmt: skip
     assert adapter_colour("lora+attention") == adapter_colour("lora")
 
 

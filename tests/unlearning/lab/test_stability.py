@@ -245,6 +245,23 @@ def test_marks_are_open_where_a_seed_did_not_forget(tmp_path, monkeypatch):
         assert "bounded, 4*rms" in [text.get_text() for text in panel.texts]
 
 
+def test_what_all_adapters_share_stands_above_the_panels(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, path, dpi: drawn.update({path.name: figure})
+    )
+    cell = finished_cell(1e-3, 0.9, 0.5)
+    names = ("lora+flooding@level=2.7+stop", "sine@4+attention+flooding@level=2.7+stop")
+    draw([{**cell, "adapter": name} for name in names], tmp_path)
+    for figure in drawn.values():
+        assert figure.get_suptitle() == "All adapters: flooding, stops when forgotten, level 2.7"
+    labels = {text.get_text() for text in drawn["utility.png"].axes[0].texts}
+    assert {"LoRA", "bounded, 4*rms, attention"} <= labels
+    draw([{**cell, "adapter": names[0]}], tmp_path)
+    (label, _) = (text.get_text() for text in drawn["utility.png"].axes[0].texts)
+    assert label == "LoRA, flooding, stops when forgotten, level 2.7"
+
+
 def test_a_label_stands_at_the_end_of_its_line():
     panel = new_figure(1, 1, (4, 3))[1][0, 0]
     panel.plot([0, 1], [0, 140], label="high")
