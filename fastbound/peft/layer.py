@@ -199,11 +199,9 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.fastbound_ab:
                 merged = self._moved_weight(name, 1)
-                if not torch.isfinite(merged).all():
+                if not merged.isfinite().all():
                     raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be "
-                        f"broken, or too large for {merged.dtype}: go back to one saved earlier, "
-                        "or load the model in float32"
+                        f"NaNs detected in the merged weights. {_not_finite(name, merged.dtype)}"
                     )
                 self.base_layer.weight.data = merged
                 self.merged_adapters.append(name)
@@ -224,7 +222,18 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    @torch.no_grad()
     def merge_obstacle(self) -> str | None:
+        """Why the active adapters cannot be merged, with the remedy; None if they can."""
+        obstacle = self.base_merge_obstacle()
+        if obstacle is not None:
+            return obstacle
+        for name in check_adapters_to_merge(self):
+            if name in self.fastbound_ab and not self._moved_weight(name, 1).isfinite().all():
+                return f"W + ΔW is not finite. {_not_finite(name, self.weight.dtype)}"
+        return None
+
+    def base_merge_obstacle(self) -> str | None:
         """Why nothing can be merged into the base's weight, with the remedy; None if it can."""
         weight = self.weight
         if type(weight) is not nn.Parameter and is_quantised(self.base_layer) is None:
@@ -242,7 +251,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         return self.base_layer
 
     def _moved_weight(self, name: str, sign: int) -> Tensor:
-        obstacle = self.merge_obstacle()
+        obstacle = self.base_merge_obstacle()
         if obstacle is not None:
             raise TypeError(f"this layer cannot be merged: {obstacle}")
         weight, delta = self.weight, self.get_delta_weight(name)
@@ -250,6 +259,13 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
 
     def __repr__(self) -> str:
         return "fastbound." + super().__repr__()
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> str:
+    return (
+        f"The adapter {name} seems to be broken, or too large for {dtype}: go back to one saved "
+        "earlier, or load the model in float32"
+    )
 
 
 def _base_obstacle(base: Any, gathered: bool = False) -> str | None:

@@ -235,7 +235,7 @@ class BoundedModel(BaseTuner):
         super()._check_merge_allowed()
         for name, module in self.model.named_modules():
             if isinstance(module, BoundedLayer):
-                obstacle = module.merge_obstacle()
+                obstacle = module.base_merge_obstacle()
                 if obstacle is not None:
                     raise TypeError(f"{name} cannot be merged: {obstacle}")
 

@@ -82,6 +82,12 @@ def test_nothing_of_a_model_that_came_back_is_merged_if_a_layer_cannot_be(tiny_m
     with pytest.raises(ValueError, match=r"down_proj' cannot be merged: forward hooks of its base"):
         fastbound.merge(again)
     hook.remove()
+    with torch.no_grad():
+        B = last.adapter.B
+        kept, B[0, 0] = B[0, 0].clone(), float("nan")
+        with pytest.raises(ValueError, match=r"down_proj' cannot be merged: W \+ ΔW is not finite"):
+            fastbound.merge(again)
+        B[0, 0] = kept
     assert torch.equal(logits(again), wanted)
 
 
