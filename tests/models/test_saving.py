@@ -65,6 +65,11 @@ def test_the_model_that_comes_back_is_merged_and_saved_as_a_plain_one(
     again = reloaded(tmp_path / "injected", model_type)
     with pytest.raises(ValueError, match=r"call fastbound\.merge\(model\) first"):
         fastbound.inject(again, 2)
+    with (
+        pytest.raises(ValueError, match="nothing to disable, and PEFT's adapters are disabled by"),
+        fastbound.disable_adapter(again),
+    ):
+        pass
     merged = fastbound.merge(again)
     torch.testing.assert_close(logits(merged), logits(model))
     assert {name: type(module) for name, module in merged.named_modules()} == names

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -161,15 +162,13 @@ def parse_adapter(text: str) -> Adapter:
             f"adapter {text!r}: +fila starts with a part of W in the factors, which {kind} would "
             "not hold: give it to lora, lora-clip or lora-decay"
         )
-    if kind not in BOUNDED:
-        if at:
-            raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
-        return Adapter(base, kind, options=options, settings=settings)
-    if bound == "alpha":
-        return Adapter(base, kind, options=options, settings=settings)
+    if kind not in BOUNDED and at:
+        raise InputError(f"adapter {text!r}: {kind} has no bound, drop @{bound}")
+    adapter = partial(Adapter, base, kind, options=options, settings=settings)
+    if kind not in BOUNDED or bound == "alpha":
+        return adapter()
     if bound.startswith(_OMEGA) and kind == "product":
-        omega = _frequency(text, bound)
-        return Adapter(base, kind, omega=omega, options=options, settings=settings)
+        return adapter(omega=_frequency(text, bound))
     bound = bound if "*" in bound else f"{bound}*rms"
     try:
         weight_bound(bound)
@@ -178,7 +177,7 @@ def parse_adapter(text: str) -> Adapter:
             f"adapter {text!r}: give {kind}@alpha, or {kind}@BOUND with a positive multiple "
             "such as 0.5*spectral, or a number for so many RMS(W)"
         ) from error
-    return Adapter(base, kind, bound, options=options, settings=settings)
+    return adapter(bound=bound)
 
 
 def _losses(forget: str, settings: Iterable[tuple[str, float]]) -> dict[str, Weight]:

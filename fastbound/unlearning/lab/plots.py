@@ -135,6 +135,9 @@ def _groups(cells: Cells, common: Sequence[str]) -> Iterator[tuple[Cells, dict[s
         group = [c for c in cells if (c["adapter"], c["rank"]) == (adapter, rank)]
         parsed = parse_adapter(adapter)
         prominent = len(keys) <= _MOST or parsed.kind in ("lora", "sine")
+        label = [parsed.label, *(each for each in parsed.remarks if each not in common)]
+        if len(ranks) > 1:
+            label.append(f"rank {rank}")
         lighter = 0.5 * kinds[:i].count(parsed.kind) / max(1, kinds.count(parsed.kind) - 1)
         yield (
             group,
@@ -142,13 +145,7 @@ def _groups(cells: Cells, common: Sequence[str]) -> Iterator[tuple[Cells, dict[s
                 "color": adapter_colour(adapter, lighter),
                 "linestyle": "-" if parsed.bounded else (0, (4, 1.5)),
                 "linewidth": 1.9 if prominent else 0.9,
-                "label": ", ".join(
-                    [
-                        parsed.label,
-                        *(each for each in parsed.remarks if each not in common),
-                        *([f"rank {rank}"] if len(ranks) > 1 else []),
-                    ]
-                ),
+                "label": ", ".join(label),
             },
         )
 

@@ -210,9 +210,7 @@ def test_flooding_brings_its_own_target(new_model, flooding, changes, target):
     assert forget_target(given, model) == pytest.approx(target)
 
 
-def test_rows_that_the_model_does_not_know_are_said_before_the_first_step(
-    unlearn_rows, tmp_path, monkeypatch
-):
+def test_rows_that_the_model_does_not_know_are_said_before_the_first_step(unlearn_rows, tmp_path):
     before = unlearn_rows(FAST).before.forget.loss
     told = f"a loss of {before:.4g} nats.* count as forgotten from {0.9 * before:.4g} on"
     with pytest.warns(ForgottenWarning, match=told):
