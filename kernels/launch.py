@@ -52,21 +52,16 @@ class Launch(NamedTuple):
         if launches is not None:
             launches.append(self)
             return
-        # Explicit, because the default of floating-point fusion changes between Triton releases.
-        self.kernel[self.grid](
-            *self.arguments,
-            **self.constants,
-            num_warps=self.warps,
-            num_stages=self.stages,
-            enable_fp_fusion=True,
-            **self.limits("hip" if torch.version.hip else "cuda"),
-        )
+        options = self.options("hip" if torch.version.hip else "cuda")
+        self.kernel[self.grid](*self.arguments, **self.constants, **options)
 
-    def limits(self, backend: str) -> dict[str, int]:
-        """``registers`` as an option of the compiler; AMD's backend has no such option."""
-        if self.registers is None or backend != "cuda":
-            return {}
-        return {"maxnreg": self.registers}
+    def options(self, backend: str) -> dict[str, int]:
+        """What the compiler of Triton's ``backend`` is given; AMD's has no limit of registers."""
+        # Explicit, because the default of floating-point fusion changes between Triton releases.
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        if self.registers is not None and backend == "cuda":
+            options["maxnreg"] = self.registers
+        return options
 
 
 def cdiv(size: int, block: int) -> int:

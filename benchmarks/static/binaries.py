@@ -47,7 +47,7 @@ def binaries(
             sizes, ranks = (M, block.N, block.K), (RANK,) * 3
             calls.append(block_calls(device, *sizes, ranks, torch.bfloat16, backend=backend))
             for launch in (launch for each in calls for launch in each.launches):
-                found.setdefault(binary_of(launch), launch)
+                found.setdefault(binary_of(launch, device), launch)
     return found
 
 

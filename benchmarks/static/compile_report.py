@@ -35,9 +35,11 @@ from fastbound.performance.recorder import Directions, block_calls, layer_calls
 from fastbound.truth.formula import ACTIVATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Llama-3-8B's gate projection at the thin product's three row tiles, with a number of rows that is
-# not a multiple of any block, and a shape whose rows TMA cannot load.
+# Llama-3-8B's gate projection at the thin product's three row tiles, with results of more than
+# 2 GiB (on AMD other instructions), with a number of rows that is not a multiple of any block, and
+# a shape whose rows TMA cannot load.
 SHAPES = {
+    "131072 tokens": (131_072, 14336, 4096),
     "8192 tokens": (8192, 14336, 4096),
     "2048 tokens": (2048, 14336, 4096),
     "512 tokens": (512, 14336, 4096),
@@ -127,8 +129,11 @@ def launches(
     for name, directions in calls(target, dtype, rank, shape, activations):
         for direction, made in zip(directions._fields, directions, strict=True):
             for launch in made:
-                if isinstance(launch, Launch) and binary_of(launch) not in seen:
-                    seen.add(binary_of(launch))
+                if not isinstance(launch, Launch):
+                    continue
+                binary = binary_of(launch, target)
+                if binary not in seen:
+                    seen.add(binary)
                     yield f"{name}, {direction}", launch
 
 
@@ -148,10 +153,10 @@ def compile_one(
     compiled: dict[Any, tuple[Compiled, tuple[str, ...]]] = {}
     for shape in shapes:
         for call, launch in launches(target, dtype, rank, shape, activations):
-            name, binary = kernel_name(launch), binary_of(launch)
+            name, binary = kernel_name(launch), binary_of(launch, target)
             if kernels and name not in kernels:
                 continue
-            key = digest(launch)
+            key = digest(launch, target)
             if binary not in compiled:
                 compiled[binary] = _compiled(launch, target, known.get((target, key)))
             one, wrong = compiled[binary]

@@ -47,9 +47,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     replace_files({path: json.dumps(rows, indent=1).encode()})
 
 
-def digest(launch: Launch) -> str:
-    """What a binary follows from, apart from the target and Triton's version, in 16 hex digits."""
-    _, *specialised = binary_of(launch)
+def digest(launch: Launch, target: str) -> str:
+    """What a binary follows from on a target, apart from Triton's version, in 16 hex digits."""
+    _, *specialised = binary_of(launch, target)
     name = launch.kernel.fn.__name__
     return hashlib.blake2b(f"{_sources()} {name} {specialised}".encode(), digest_size=8).hexdigest()
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastbound.dispatch.defaults import tile_family
 from fastbound.dispatch.device import Device, compute_capability
@@ -32,6 +31,13 @@ class Target:
     warp_size: int
     device: Device
     units: tuple[str, ...]  # its matrix instructions; a GEMM must use the last one
+
+    @property
+    def in_triton(self) -> Any:
+        """The target as Triton names it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.backend, self.arch, self.warp_size)
 
     @property
     def shared_limit(self) -> int:
@@ -105,9 +111,12 @@ def compile_launch(launch: Launch, where: str | Device) -> Compiled:
 
 
 def build(launch: Launch, where: str | Device) -> Any:
-    """Triton's compiled kernel, whose `asm` has every stage of it; see `compile_launch`."""
+    """Triton's compiled kernel, whose `asm` has every stage of it; see `compile_launch`.
+
+    It is compiled from what Triton's launcher would compile it from, so that a run with the same
+    arguments on that GPU finds the binary in Triton's cache.
+    """
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
@@ -116,76 +125,37 @@ def build(launch: Launch, where: str | Device) -> Any:
             "kernels are interpreted: unset TRITON_INTERPRET before importing fastbound"
         )
     target = target_of(where)
-    signature, constants, attributes = _specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    options |= launch.limits(target.backend)
-    return triton.compile(
-        source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
-    )
+    backend, binder = _binder(launch.kernel, target)
+    given = launch.constants | launch.options(target.backend)
+    bound = binder(*launch.arguments, **given)
+    options, *specialised = launch.kernel._pack_args(backend, given, *bound)
+    source = ASTSource(launch.kernel, *specialised)
+    return triton.compile(source, target=target.in_triton, options=options.__dict__)
 
 
-def binary_of(launch: Launch) -> tuple[Any, ...]:
-    """The key of a launch's binary: launches with equal keys are compiled only once."""
-    signature, constants, attributes = _specialise(launch)
-    divisible = tuple(place for place, marks in attributes.items() if marks)
-    limits = (launch.warps, launch.stages, launch.registers)
-    return launch.kernel, tuple(signature.items()), tuple(constants.items()), divisible, limits
+def binary_of(launch: Launch, where: str | Device) -> tuple[Any, ...]:
+    """The key of a launch's binary on a target: launches with equal keys are compiled only once.
 
-
-_TRITON_NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-def _specialise(
-    launch: Launch,
-) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Signature, constants and attributes, as Triton's launcher derives them from the arguments.
-
-    A pointer or an integer that is divisible by 16 is marked so, and an integer 1 becomes a
-    constant, except for integers that the kernel lists in `do_not_specialize`.
+    A binary depends on the constants and on what Triton derives from each argument: its type,
+    whether a pointer or an integer is divisible by 16, whether an integer is 1, and on AMD whether
+    a tensor's storage has less than 2 GiB.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    target = target_of(where)
+    options = launch.options(target.backend)
+    _, specialisation, _ = _binder(launch.kernel, target)[1](*launch.arguments, **launch.constants)
+    return launch.kernel, tuple(specialisation), tuple(options.items())
 
-    # The interpreter's kernels keep their decorator's arguments.
-    given = getattr(launch.kernel, "kwargs", None) or vars(launch.kernel)
-    alike = given["do_not_specialize"] or ()
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
-    arguments = dict(zip(names, launch.arguments, strict=True))
-    for i, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constants:
-            signature[name], constants[(i,)] = "constexpr", launch.constants[name]
-            continue
-        value = arguments[name]
-        divisible = False
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{_TRITON_NAMES[value.dtype]}"
-            divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor):
-            block = list(value.block_shape)
-            signature[name] = f"tensordesc<{_TRITON_NAMES[value.base.dtype]}{block}>"
-            continue
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-            continue
-        elif value == 1 and name not in alike:
-            signature[name], constants[(i,)] = "constexpr", 1
-            continue
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0 and name not in alike
-        # Even an empty list, as in the launcher, so that a run finds this binary in the cache.
-        attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
-    return signature, constants, attributes
+
+@cache
+def _binder(kernel: Any, target: Target) -> tuple[Any, Callable[..., Any]]:
+    """Triton's backend for a target, and the function that derives a binary from arguments."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    if not isinstance(kernel, JITFunction):  # the interpreter's kernels keep what `jit` was given
+        kernel = JITFunction(kernel.fn, **kernel.kwargs)
+    backend = make_backend(target.in_triton)
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def _read_cubin(binary: Any) -> Compiled:

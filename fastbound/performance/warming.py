@@ -184,7 +184,7 @@ def compile_calls(task: Calls) -> int:
         activation, gated = task.block
         settings |= {"activation": activation, "gated": gated}
         made = block_calls(*sizes, task.ranks, task.dtype, **settings)
-    distinct = {binary_of(launch): launch for launch in made.launches}
+    distinct = {binary_of(launch, task.device): launch for launch in made.launches}
     for launch in distinct.values():
         compile_launch(launch, task.device)
     return len(distinct)

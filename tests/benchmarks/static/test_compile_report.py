@@ -22,7 +22,7 @@ from benchmarks.static import compile_report
 from benchmarks.static.compile_report import launches
 from fastbound.dispatch.device import Device
 from fastbound.performance import compilation, inspection
-from fastbound.performance.compilation import TARGETS, binary_of, compile_launch, faults, target_of
+from fastbound.performance.compilation import TARGETS, compile_launch, faults, target_of
 from fastbound.performance.inspection import Compiled, SteadyLoop, kernel_name, steady_loop
 from fastbound.performance.recorder import layer_calls
 from fastbound.truth.formula import ACTIVATIONS
@@ -240,17 +240,6 @@ def test_a_loop_of_tensor_cores_that_wait_by_themselves_has_loads_ahead_alone() 
     assert steady_loop(listing(*[LOAD] * 4, *body)) == SteadyLoop(None, 4, 4)
 
 
-def test_what_a_kernel_does_not_specialise_on_makes_no_binary_of_its_own() -> None:
-    def launch(rows: int, free: bool) -> Launch:
-        kernel = SimpleNamespace(arg_names=["M", "N"], do_not_specialize=["M"] if free else None)
-        return Launch(kernel, (1,), (rows, 16), {}, 4, 1)
-
-    def distinct(free: bool) -> int:
-        return len({repr(binary_of(launch(rows, free))[1:]) for rows in (1, 17, 32)})
-
-    assert (distinct(False), distinct(True)) == (3, 1)
-
-
 def test_what_the_compiler_refuses_is_a_fault_of_that_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -278,12 +267,6 @@ def test_amd_spills_are_those_that_go_through_memory(
     found = compilation._read_amdgcn(binary)
     assert (found.registers, found.spills, found.shared) == (90, spills, 1024)
     assert found.instructions["sgpr spills"] == scalar
-
-
-def test_the_registers_of_a_thread_are_an_option_of_nvidias_compiler() -> None:
-    limited = Launch(None, (1,), (), {}, 4, 1, registers=255)
-    assert limited.limits("cuda") == {"maxnreg": 255} and limited.limits("hip") == {}
-    assert limited._replace(registers=None).limits("cuda") == {}
 
 
 @pytest.mark.skipif(
