@@ -22,7 +22,7 @@ from torch import Tensor
 import fastbound
 from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
 from fastbound.dispatch.defaults import default_tiles, padded_rank
-from fastbound.dispatch.device import describe
+from fastbound.dispatch.device import describe, free_bytes
 from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.performance.shapes import MODEL_SHAPES
@@ -245,7 +245,7 @@ class LargeCase:
         M, N, K = self.M, self.N, self.K
         needed = 5 * M * max(N, K) * 2  # y and dy, or x and dx, with room to spare
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
+            free = free_bytes(device)
             if free < needed:
                 raise Unavailable(f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
         o = layer_operands(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -54,19 +55,9 @@ def measure(
     for competitor in competitors:
         result = results[competitor.name]
         try:
-            contender = competitor.build(o)
-            by_direction = _steps(contender, inputs)
-            for step in by_direction.values():  # compiles, fills caches and allocators
-                for turn in range(1 if device.type == "cpu" else WARMUP_ROUNDS):
-                    step(turn)
-            _check(contender, o, truth_of(contender.form))
-            result.path = contender.path
-            result.saved_bytes = saved_bytes(
-                partial(contender.forward, inputs[0][0]), (*o.frozen, *contender.trained)
-            )
-            result.peak_bytes = peak_bytes(partial(by_direction["forward+backward"], 0), device)
+            by_direction = _prepared(competitor, o, inputs, truth_of, result)
         except Exception as error:  # raised again by the test of this competitor
-            result.failure = error
+            result.failure = _without_frames(error)
         else:
             for direction in directions:
                 steps[f"{competitor.name} {direction}"] = by_direction[direction]
@@ -75,6 +66,40 @@ def measure(
         name, direction = key.split(" ")
         results[name].samples[direction] = seconds
     return results
+
+
+def _prepared(
+    competitor: Competitor,
+    o: Operands,
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    truth_of: Callable[[str | None], dict[str, Tensor]],
+    result: Measurement,
+) -> dict[str, Callable[[int], object]]:
+    """The steps to time, by direction; all else about the competitor is in `result` then."""
+    device = o.x.device
+    contender = competitor.build(o)
+    by_direction = _steps(contender, inputs)
+    for step in by_direction.values():  # compiles, fills caches and allocators
+        for turn in range(1 if device.type == "cpu" else WARMUP_ROUNDS):
+            step(turn)
+    _check(contender, o, truth_of(contender.form))
+    result.path = contender.path
+    result.saved_bytes = saved_bytes(
+        partial(contender.forward, inputs[0][0]), (*o.frozen, *contender.trained)
+    )
+    result.peak_bytes = peak_bytes(partial(by_direction["forward+backward"], 0), device)
+    return by_direction
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error, with its traceback as the text of its cause.
+
+    The frames themselves would keep a competitor's tensors while the others are measured.
+    """
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    error.__cause__ = RuntimeError("".join(lines))
+    error.__context__ = None
+    return error.with_traceback(None)
 
 
 def described(

@@ -116,7 +116,8 @@ def default_tiles(device: Device, M: int, R: int, dtype: torch.dtype) -> Tiles:
         return Tiles(gemm, gemm, thin, Tile(64, 128, 4, 2), activate, gated)
     if family == "gfx1100":
         gemm, thin = GemmTile(128, 128, 64, 8, 2), Tile(min(rows, 32), 128, 4, 2)
-        return Tiles(gemm, gemm, thin, Tile(32, 128, 8, 1), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2))
+        reduce = Tile(32, 64 if R >= 64 else 128, 8, 1)
+        return Tiles(gemm, gemm, thin, reduce, Tile(16, 64, 4, 2), Tile(32, 32, 4, 1))
     thin, reduce = Tile(rows, 128, warps, 4), Tile(32, {64: 256, 128: 128}.get(R, 512), 8, 3)
     gemm = GemmTile(128, 256, 32, 8, 4)
     if device.shared_limit < SHARED_LIMIT["sm_80"]:
@@ -132,6 +133,7 @@ def gated_tile(device: Device, R: int) -> Tile:
 
     Hopper's matrix unit takes 64 rows at a time. Elsewhere two programs of 4 warps hide each
     other's barriers, except on Ampere from rank 32 (R = 64) on, where 8 warps share one program.
+    Above, AMD's matrix cores have room for two programs only without loads ahead.
     """
     if device.architecture == "sm_90":
         return Tile(64, 64, 8, 2)
@@ -139,19 +141,22 @@ def gated_tile(device: Device, R: int) -> Tile:
     if R > 64 and family == "sm_120":
         return Tile(32, 32, 8, 2)
     ampere = family in ("sm_80", "sm_120")
-    return Tile(32, 64, 8 if R >= 64 and ampere else 4, 2)
+    return Tile(32, 64, 8 if R >= 64 and ampere else 4, 1 if R > 64 and family == "gfx942" else 2)
 
 
 def unaligned_tiles(device: Device, R: int) -> Tiles:
     """Tiles for loads element by element, without TMA or asynchronous copies; larger ones spill."""
     gemm, reduce = ELEMENTWISE, Tile(32, 128, 4, 2)
     activate, gated = Tile(16, 64, 8, 2), Tile(16, 32, 4, 1)
-    if R > 64 or tile_family(device) in ("gfx1100", "sm_120"):
+    family = tile_family(device)
+    if R > 64 or family == "sm_120":
         reduce = Tile(32, 64, 4, 2)
-    if tile_family(device) == "gfx1100":
-        gated = Tile(16, 16, 8, 2) if R >= 64 else Tile(16, 32, 4, 2)
-    elif R > 64:
+    if family == "gfx1100":
+        reduce = Tile(32, 64, 8, 1)
+    if R > 64:
         gated = Tile(16, 32, 8, 1)
+    elif R == 64 and family == "gfx1100":
+        gated = Tile(16, 16, 4, 1)
     return Tiles(gemm, gemm, Tile(16, 64, 4, 2), reduce, activate, gated)
 
 

@@ -103,6 +103,12 @@ def _describe(device_type: str, index: int | None) -> Device:
     return Device(device_type)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What an allocation could get: the driver's free bytes and those PyTorch keeps unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def _shared(properties: Any) -> int:
     """Bytes per block, including what NVIDIA's driver grants beyond 48 KiB on request (opt-in)."""
     names = ("shared_memory_per_block_optin", "shared_memory_per_block")

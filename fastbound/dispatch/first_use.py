@@ -22,6 +22,7 @@ from torch import Tensor
 from fastbound.dispatch import tables
 from fastbound.dispatch.card import Card, card_of
 from fastbound.dispatch.choices import CPU_MARGIN, MARGIN, Choice, Place, pick
+from fastbound.dispatch.device import free_bytes
 from fastbound.dispatch.tables import PlanTable, read_table, require_same_gpu, write_table
 from fastbound.dispatch.timing import host_seconds, interleaved, kernel_stopwatch, quartiles
 from fastbound.errors import InputError
@@ -85,8 +86,7 @@ class DeviceBench:
         if torch.cuda.is_current_stream_capturing():
             return "a CUDA graph was being captured"
         needed = nbytes + self._flush(device)
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = free_bytes(device)
         if free < needed:
             return f"{needed / 2**20:.0f} MiB were needed and {free / 2**20:.0f} MiB were free"
         return None
@@ -124,15 +124,20 @@ class DeviceBench:
 bench: Bench = DeviceBench()
 
 
+def require_measurable(device: torch.device, nbytes: int = 0) -> None:
+    """Raise Unmeasurable if something stands in the way of trials that allocate ``nbytes``."""
+    obstacle = bench.obstacle(device, nbytes)
+    if obstacle is not None:
+        raise Unmeasurable(obstacle)
+
+
 def measured(place: Place, trial: Trial, order: Sequence[str], on: str) -> Choice:
     """Measure the strategies of ``order``, the default first, at a place; ``on`` names the card.
 
     Raises Unmeasurable if no candidate can be compared with the truth, or if something stands in
     the way of measuring.
     """
-    obstacle = bench.obstacle(trial.device, 2 * trial.nbytes)
-    if obstacle is not None:
-        raise Unmeasurable(obstacle)
+    require_measurable(trial.device, 2 * trial.nbytes)
     try:
         errors, faults = _checked(trial, order)
         faults |= _disagreeing(errors, trial.dtype)

@@ -16,6 +16,8 @@ from statistics import quantiles
 
 import torch
 
+from fastbound.dispatch.device import free_bytes
+
 FLUSH_BYTES = 2 * 2**30
 
 Step = Callable[[int], object]
@@ -92,7 +94,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def at_most(nbytes: int, device: torch.device) -> int:
     """``nbytes`` or an eighth of the free memory, whichever is less, as a multiple of 64 bytes."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 * nbytes
+    free = free_bytes(device) if device.type == "cuda" else 8 * nbytes
     return min(nbytes, free // 8) // 64 * 64
 
 

@@ -264,10 +264,10 @@ def _layer_plan(
 ) -> Plan:
     """The plan of a layer outside a block; "base" if its base layer runs without adapters."""
     active, obstacle = layer.running(), layer.obstacle(gathered)
-    over_base = isinstance(layer, BoundedOverBase)
-    injected = isinstance(layer, FusedBoundedLinear) and not over_base
+    over_base = calls_base(layer, gathered)
+    injected = isinstance(layer, FusedBoundedLinear)
     spread = None if gathered else partition(layer.weight)
-    if spread is not None and injected:
+    if spread is not None and injected and not over_base:
         return Plan("refused", f"weight {spread}: {GATHER}")
     if not active:
         return Plan("base", obstacle or "has no active adapter")
@@ -275,7 +275,7 @@ def _layer_plan(
     shape = (tokens, layer.out_features, layer.in_features, adapter.rank, dtype, adapter.backend)
     dropout = adapter.training and adapter.dropout > 0
     how: dict[str, Any] = {"part": part, "dropout": dropout, "product": adapter.form == "product"}
-    if injected or (obstacle is None and not over_base):
+    if not over_base:
         how["layout"] = "columns" if transposed(layer) else "rows"
         return route_for(*plan_key(device, *shape, **how)).explained()
     reason = f"it {obstacle}, so the base layer runs and each adapter's term is added"
@@ -283,6 +283,13 @@ def _layer_plan(
         reason = layer.reason
     plan = route_for(*plan_key(device, *shape, over_base=True, **how)).explained()
     return replace(plan, reason=f"{reason}; {plan.reason}")
+
+
+def calls_base(layer: Adapted, gathered: bool = False) -> bool:
+    """Whether a layer calls its base and adds the adapters' terms to the result."""
+    if isinstance(layer, FusedBoundedLinear):
+        return isinstance(layer, BoundedOverBase)
+    return layer.obstacle(gathered) is not None
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -46,6 +46,8 @@ class Route:
             if self.engine is None and self._recall() is None:
                 store = first_use.store_for(self._device)
                 try:
+                    # Before the trial, which reads from the device: that would end a capture.
+                    first_use.require_measurable(self._device)
                     with _unseen():
                         asked = (self._place, trial(), self.plan.candidates, store.card.name)
                         choice = first_use.measured(*asked)

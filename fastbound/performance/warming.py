@@ -19,7 +19,7 @@ from fastbound.dispatch.device import Device, describe
 from fastbound.layers.base import Adapted, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.mlp import FusedBoundedMLP
-from fastbound.models.explanation import Explanation, explain
+from fastbound.models.explanation import Explanation, LayerExplanation, calls_base, explain
 from fastbound.operator.partition import partition
 from fastbound.performance.compilation import binary_of, compile_launch
 from fastbound.performance.recorder import block_calls, layer_calls
@@ -42,6 +42,8 @@ class Calls:
     bias: bool
     block: tuple[str, bool] | None = None  # activation, gated
     form: str = "factors"
+    dropout: float = 0.0
+    over_base: bool = False
 
 
 def warmup(model: nn.Module, tokens: int | Iterable[int] = 4096) -> Explanation:
@@ -179,6 +181,7 @@ def compile_calls(task: Calls) -> int:
     sizes = (task.device, task.M, task.N, task.K)
     settings: dict[str, Any] = {"backend": task.backend, "bias": task.bias, "form": task.form}
     if task.block is None:
+        settings |= {"dropout": task.dropout, "over_base": task.over_base}
         made = layer_calls(*sizes, task.ranks[0], task.dtype, **settings)
     else:
         activation, gated = task.block
@@ -193,31 +196,45 @@ def compile_calls(task: Calls) -> int:
 def _tasks(model: nn.Module, explanation: Explanation) -> Iterator[Calls]:
     rows = {row.layer: row for row in explanation}
     for name, module in model.named_modules():
-        shape: tuple[Any, ...]
         if isinstance(module, FusedBoundedMLP):
             inside = [f"{name}.{part}" if name else part for part in module.adapted_layers()]
             row = rows.get(inside[0]) if inside else None
             if row is None or row.block is None:
                 continue
-            form = module.fusion.form
-            ranks = {n: layer.adapter.rank for n, layer in module.adapted_layers().items()}
-            first = (form.up, form.up) if form.packed else (form.gate, form.up)
-            adapted = tuple(ranks.get(n, 0) for n in (*first, form.down) if n is not None)
-            activation = cast(str, activation_name(getattr(module, form.activation)))
-            layer: Any = module.get_submodule(form.up)
-            N, K = weight_shape(layer)
-            block = (activation, form.gate is not None)
-            shape = (N // 2 if form.packed else N, K, adapted, layer.bias is not None, block)
-        elif name in rows and rows[name].block is None and rows[name].plan.tiles is not None:
-            row, layer = rows[name], module
-            shape = (*row.shape, (row.rank,), layer.bias is not None, None)
+        elif isinstance(module, Adapted) and rows[name].block is None:
+            row = rows[name]
         else:
             continue
         device = describe(next(module.parameters()).device)
-        if row.plan.tiles is None or device.architecture == "interpreter":
+        plans = [p for p in (row.plan, row.backward) if p is not None and p.tiles is not None]
+        if device.architecture == "interpreter":
             continue
-        N, K, adapted, bias, kind = shape
+        make = _block_calls if isinstance(module, FusedBoundedMLP) else _layer_calls
         dtype = getattr(torch, row.dtype.removeprefix("torch."))
-        for backend in sorted({row.plan.strategy, *row.plan.candidates} - {"torch", "layers"}):
-            sizes = (device, explanation.tokens, N, K, adapted, dtype)
-            yield Calls(*sizes, backend, bias, kind, row.form)
+        strategies = {name for plan in plans for name in (plan.strategy, *plan.candidates)}
+        for backend in sorted(strategies - {"torch", "layers"}):
+            yield make(module, row, device, explanation.tokens, dtype, backend)
+
+
+def _block_calls(
+    block: Any, row: LayerExplanation, device: Device, M: int, dtype: torch.dtype, backend: str
+) -> Calls:
+    form = block.fusion.form
+    ranks = {name: layer.adapter.rank for name, layer in block.adapted_layers().items()}
+    first = (form.up, form.up) if form.packed else (form.gate, form.up)
+    adapted = tuple(ranks.get(name, 0) for name in (*first, form.down) if name is not None)
+    activation = cast(str, activation_name(getattr(block, form.activation)))
+    layer = block.get_submodule(form.up)
+    N, K = weight_shape(layer)
+    sizes = (M, N // 2 if form.packed else N, K, adapted, dtype)
+    kind = (activation, form.gate is not None)
+    return Calls(device, *sizes, backend, layer.bias is not None, kind, row.form)
+
+
+def _layer_calls(
+    layer: Any, row: LayerExplanation, device: Device, M: int, dtype: torch.dtype, backend: str
+) -> Calls:
+    dropout = max(each.dropout if each.training else 0.0 for each in layer.running())
+    how = (row.form, dropout, calls_base(layer))
+    sizes = (M, *row.shape, (row.rank,), dtype)
+    return Calls(device, *sizes, backend, layer.bias is not None, None, *how)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fastbound.dispatch.timing import interleaved
+from fastbound.dispatch.timing import at_most, interleaved
 from fastbound.performance.memory import saved_bytes
 
 
@@ -29,6 +30,16 @@ def test_every_round_runs_every_step_once_in_a_new_order() -> None:
     assert len({tuple(name for name, _ in round_) for round_ in rounds}) > 15
     for name in names:  # the sample of a round is the one its own call got
         assert samples[name] == [turn + 1.0 for called, turn in calls if called == name]
+
+
+def test_what_the_allocator_holds_unused_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps of a training nearly all of a GPU's memory is held so."""
+    held = {"mem_get_info": (0, 80 * 2**30), "memory_reserved": 9 * 2**20}
+    for name, value in (held | {"memory_allocated": 2**20}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    device = torch.device("cuda", 0)
+    assert at_most(2**30, device) == 2**20
+    assert at_most(1000, device) == 960
 
 
 def test_saved_bytes_counts_storages_once_and_leaves_parameters_out() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 import fastbound
 from fastbound import bounded_linear
 from fastbound.dispatch.first_use import DeviceBench
-from fastbound.operator import engine, trials
+from fastbound.operator import block_function, block_ops, engine, ops, trials
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.function import bounded_addition
 from fastbound.truth import formula
@@ -84,6 +85,24 @@ def test_explain_shows_what_is_to_come_and_then_the_times(clock: Clock) -> None:
     assert "  gemm   128x256x32" in after
     engine.forget()
     assert str(fastbound.explain(layer, tokens=M)).count("fused: measured") == 1
+
+
+@pytest.mark.parametrize("form", ["layer", "block"])
+def test_nothing_is_read_from_the_device_where_nothing_can_be_measured(
+    form: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparing a trial reads from the device, which would end the capture of a CUDA graph."""
+    clock.hindrance = "a CUDA graph was being captured"
+    prepared = mock.Mock(side_effect=AssertionError("a trial was prepared"))
+    for module in (ops, block_ops, block_function):
+        for name in (name for name in vars(module) if name.endswith("_trial")):
+            monkeypatch.setattr(module, name, prepared)
+    if form == "layer":
+        both(operands())
+    else:
+        run(block_operands((M, K), N, (RANK,) * 3, torch.bfloat16), bounded_mlp)
+    assert chosen().keys() == {"forward", "backward", *(["whole"] if form == "block" else [])}
+    assert not clock.asked
 
 
 def test_no_key_changes_once_it_is_chosen(clock: Clock) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from fastbound.kernels.launch import Launch
 
 import fastbound
 from fastbound.dispatch.device import Device
+from fastbound.layers.over_base import BoundedOverBase
 from fastbound.operator import engine
 from fastbound.performance import warming
+from fastbound.performance.compilation import binary_of
+from fastbound.performance.inspection import kernel_name
+from fastbound.performance.recorder import layer_calls
 from fastbound.performance.warming import Calls, compile_calls, warmup
 from tests.support.first_use import Clock, measuring
 from tests.support.models import Gated
@@ -105,6 +112,61 @@ def test_what_would_be_compiled_is_what_the_candidates_launch(tmp_path: Path) ->
     block = (device, 512, 24, 16, (4, 4, 4), torch.bfloat16, "split", True, ("silu", True))
     layer = (device, 512, 8, 16, (4,), torch.bfloat16, "split", True, None)
     assert dict.fromkeys(found) == dict.fromkeys([Calls(*block), Calls(*layer)])
+    engine.forget()
+
+
+def compiled(model: torch.nn.Module, device: Device, folder: Path) -> dict[Any, Launch]:
+    """Every binary that a warm-up compiles for the model on a GPU that is not there."""
+    found: dict[Any, Launch] = {}
+    with (
+        measuring(folder, Clock(), device),
+        mock.patch("fastbound.performance.warming.describe", lambda _: device),
+        mock.patch.object(
+            warming, "compile_launch", lambda one, on: found.setdefault(binary_of(one, on), one)
+        ),
+    ):
+        for task in warming._tasks(model, fastbound.explain(model, 512)):
+            compile_calls(task)
+    engine.forget()
+    return found
+
+
+@pytest.mark.parametrize("over_base", [False, True])
+def test_the_kernels_of_dropout_are_compiled_in_training(over_base: bool, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    device = Device("sm_90", 132)
+    layer = torch.nn.Linear(512, 1024, dtype=torch.bfloat16)
+    if over_base:
+        layer.register_forward_hook(lambda *_: None)
+    model = torch.nn.Sequential(layer)
+    fastbound.inject(model, rank=8, dropout=0.1, target_modules="all-linear")
+    assert isinstance(model[0], BoundedOverBase) == over_base
+    sizes = (device, 512, 1024, 512, 8, torch.bfloat16)
+    expected = layer_calls(*sizes, backend="split", dropout=0.1, bias=True, over_base=over_base)
+    needed = {binary_of(launch, device) for launch in expected.launches}
+    assert needed <= compiled(model.train(), device, tmp_path).keys()
+    assert any(kernel_name(one) == "keep" for one in expected.launches)
+    evaluated = compiled(model.eval(), device, tmp_path).values()
+    assert evaluated and not any(kernel_name(one) == "keep" for one in evaluated)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("torch", "split"), ("split", "torch")])
+def test_what_one_direction_alone_needs_is_compiled(
+    forward: str, backward: str, tmp_path: Path
+) -> None:
+    device = Device("sm_90", 132)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 1024, dtype=torch.bfloat16))
+    fastbound.inject(model, rank=8, target_modules="all-linear")
+    with (
+        measuring(tmp_path, Clock(), device),
+        mock.patch("fastbound.performance.warming.describe", lambda _: device),
+    ):
+        explained = fastbound.explain(model, 512)
+        row = explained.layers[0]
+        plan = replace(row.plan, candidates=())
+        row = replace(row, plan=plan.by(forward), backward=plan.by(backward))
+        tasks = list(warming._tasks(model, replace(explained, layers=(row,))))
+    assert [task.backend for task in tasks] == ["split"]
     engine.forget()
 
 

@@ -234,9 +234,10 @@ def _at_length(
             held[name] = saved, peak_bytes(partial(run, 0), device)
         except RuntimeError as error:
             failures[name] = _out_of_memory(error)
-            _release(device)
         else:
             steps[name] = run
+        if name in failures:  # only now nothing holds the frames of the error and their tensors
+            _release(device)
     try:
         samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch)
     except RuntimeError as error:

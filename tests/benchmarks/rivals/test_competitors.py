@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.rivals import calls
+from benchmarks.rivals import calls, measuring
 from benchmarks.rivals.cases import SMOKE_SHAPES, Block, Case, Shape
 from benchmarks.rivals.competitors import (
     BLOCK_COMPETITORS,
@@ -82,6 +83,33 @@ def test_a_wrong_competitor_fails_and_the_others_go_on() -> None:
     assert isinstance(results["wrong"].failure, ArithmeticError)
     assert results["wrong"].samples == {}
     assert len(results["frozen"].samples["forward"]) == 2
+
+
+def test_nothing_of_one_that_failed_is_kept_while_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def broken(o: Operands) -> Contender:
+        own = torch.ones(1000)
+        held.append(weakref.ref(own))
+        try:
+            raise ValueError("while it was built")
+        except ValueError:
+            raise RuntimeError(f"no room beside {len(own)}") from None
+
+    def timed(steps: object, **settings: object) -> dict[str, list[float]]:
+        alive.extend(tensor() is not None for tensor in held)
+        return {}
+
+    monkeypatch.setattr(measuring, "interleaved", timed)
+    results = measure(TINY, [FROZEN, Competitor("broken", broken)], CPU, rounds=2)
+    failure = results["broken"].failure
+    assert alive == [False] and str(failure) == "no room beside 1000"
+    with pytest.raises(RuntimeError, match="no room") as raised:  # as the replay raises it
+        raise failure
+    assert "in broken" in str(raised.value.__cause__)
 
 
 TINY_BLOCKS = [

@@ -61,17 +61,18 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "kernel"),
+    ("target", "kernel", "rank", "shape"),
     [
-        ("sm_90", "descriptor"),
-        ("gfx942", "finish"),
-        pytest.param("sm_80", "thin", marks=pytest.mark.slow),
+        ("sm_90", "descriptor", "16", "8192 tokens"),
+        ("gfx942", "finish", "16", "131072 tokens"),
+        pytest.param("sm_80", "thin", "16", "8192 tokens", marks=pytest.mark.slow),
+        pytest.param("gfx1100", "activate_backward", "32", "odd", marks=pytest.mark.slow),
     ],
 )
 def test_a_kernel_compiles_without_faults(
-    target: str, kernel: str, repository: Path, tmp_path: Path
+    target: str, kernel: str, rank: str, shape: str, repository: Path, tmp_path: Path
 ) -> None:
-    options = ("--target", target, "--dtype", "bf16", "--rank", "16", "--shape", "8192 tokens")
+    options = ("--target", target, "--dtype", "bf16", "--rank", rank, "--shape", shape)
     rows = compiled(repository, tmp_path, *options, "--activation", "silu", "--kernel", kernel)
     assert {row["kernel"] for row in rows} == {kernel}
     check(rows)

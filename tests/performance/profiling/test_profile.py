@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,25 @@ def test_out_of_memory_marks_its_point_and_the_sweep_goes_on(error: Any) -> None
     assert set(found.values()) == {None}
     with_floor = profile(subject, {FLOOR: Hungry(error), "fused": plain}, [16], CPU, rounds=2)
     assert with_floor[1].median is not None and with_floor[1].over_floor is None
+
+
+def test_memory_is_released_when_nothing_holds_it_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    class Full(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            own = torch.ones(1000)
+            held.append(weakref.ref(own))
+            raise torch.OutOfMemoryError(f"CUDA out of memory beside {len(own)}")
+
+    monkeypatch.setattr(profiling, "_release", lambda device: alive.append(held[0]() is not None))
+    plain = nn.Sequential(nn.Linear(4, 4, bias=False)).requires_grad_(False)
+    subject = Subject("layer", 4, 4, (), lambda: plain)
+    profile(subject, {FLOOR: plain, "fused": Full(4, 4)}, [8], CPU, rounds=2)
+    assert alive and not any(alive)
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
