@@ -79,21 +79,31 @@ def test_a_kernel_compiles_without_faults(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("target", THOROUGH)
-def test_an_activation_compiles_without_faults(
-    target: str, activation: str, repository: Path, tmp_path: Path
+def test_every_activation_compiles_without_faults(
+    target: str, repository: Path, tmp_path: Path
 ) -> None:
-    options = ("--target", target, "--dtype", "bf16", "--rank", "16", "--activation", activation)
+    options = ("--target", target, "--dtype", "bf16", "--rank", "16", "--activation", *ACTIVATIONS)
     own = ("--shape", "8192 tokens", "odd", "--kernel", *sorted(BLOCK))
     rows = compiled(repository, tmp_path, *options, *own)
-    assert {row["kernel"] for row in rows} == BLOCK
+    directions = {"activate": "forward", "activate_backward": "backward"}
+    assert {(row["kernel"], row["pass"]) for row in rows} == {
+        (kernel, f"{kind} {activation} block, {directions[kernel]}")
+        for kernel in BLOCK
+        for kind in ("gated", "plain")
+        for activation in ACTIVATIONS
+    }
     check(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "rank"), [("bf16", "16"), ("bf16", "64"), ("fp16", "16")])
-@pytest.mark.parametrize("target", THOROUGH)
+@pytest.mark.parametrize(
+    ("target", "dtype", "rank"),
+    [
+        *((target, "bf16", rank) for target in THOROUGH for rank in ("16", "64")),
+        ("sm_90", "fp16", "16"),  # the same kernels and one more
+    ],
+)
 def test_every_kernel_compiles_without_faults(
     target: str, dtype: str, rank: str, repository: Path, tmp_path: Path
 ) -> None:
