@@ -109,6 +109,9 @@ def calls(
         yield "term over a base with dropout", layer(over_base=True, dropout=0.1)
     if shape == "8192 tokens":
         yield "layer with strided operands", layer(backend="fused", strided=True)
+        # As a transformers Conv1D stores it, and as a model loaded in bf16 as a whole has them.
+        other: dict[str, Any] = {"layout": "columns", "adapter_dtype": torch.bfloat16}
+        yield "layer with columns, bf16 factors", layer(backend="fused", **other)
     if tile_family(device) not in WITHOUT_PRODUCT:
         yield "product layer", layer(backend="split", form="product")
     if rank > most_block_rank(device):

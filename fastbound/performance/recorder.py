@@ -77,18 +77,21 @@ def layer_calls(
     over_base: bool = False,
     strided: bool = False,
     form: str = "factors",
+    layout: str = "rows",
+    adapter_dtype: torch.dtype = torch.float32,
 ) -> Directions:
     """The calls of one layer with x [M, K] and weight [N, K].
 
     With ``over_base``, only the adapter's term is computed and added to a base layer's result. With
     ``strided``, x, dy and the weight are columns of wider matrices, so that their rows are not
-    aligned.
+    aligned. ``layout`` is that of the weight: "rows", or "columns" as in a transformers Conv1D.
     """
-    sizes = ((M, K), (M, N), (N, K))
-    x, dy, weight = (_meta(m, n + strided, dtype=dtype)[:, :n] for m, n in sizes)
+    x, dy = (_meta(M, n + strided, dtype=dtype)[:, :n] for n in (K, N))
+    weight = _weight(N, K + strided, dtype, layout)[:, :K]
     b = _meta(N, dtype=dtype) if bias else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
-    term = Term(_meta(rank, K), _meta(N, rank), 1.0, 1.0, backend, seed, dropout, form)
+    A, B = _factors(N, K, rank, adapter_dtype)
+    term = Term(A, B, 1.0, 1.0, backend, seed, dropout, form)
     base = (None, None, _meta(M, N, dtype=dtype)) if over_base else (weight, b, None)
     with recording(device) as forward:
         _, S = ops.compute_forward(x, *base, *term)
@@ -110,17 +113,19 @@ def block_calls(
     backend: str = "auto",
     bias: bool = False,
     form: str = "factors",
+    layout: str = "rows",
+    adapter_dtype: torch.dtype = torch.float32,
 ) -> Directions:
     """The calls of an MLP block K -> N -> K.
 
     ``ranks`` are those of gate, up and down (of up and down in a plain block); 0 means that a
-    projection is not adapted.
+    projection is not adapted. ``layout`` is as in :func:`layer_calls`.
     """
 
     def projection(N: int, K: int, rank: int) -> Projection:
-        A, B = (_meta(rank, K), _meta(N, rank)) if rank else (None, None)
+        A, B = _factors(N, K, rank, adapter_dtype) if rank else (None, None)
         b = _meta(N, dtype=dtype) if bias else None
-        return Projection(_meta(N, K, dtype=dtype), b, A, B, form=form)
+        return Projection(_weight(N, K, dtype, layout), b, A, B, form=form)
 
     *first, down = ranks
     projections = [projection(N, K, rank) for rank in first]
@@ -132,6 +137,14 @@ def block_calls(
     with recording(device) as backward:
         block_ops.compute_backward(dy, x, G, U if gated else None, S, S_down, True, *call)
     return Directions(forward, backward)
+
+
+def _weight(N: int, K: int, dtype: torch.dtype, layout: str) -> Tensor:
+    return _meta(K, N, dtype=dtype).t() if layout == "columns" else _meta(N, K, dtype=dtype)
+
+
+def _factors(N: int, K: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
 
 
 def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

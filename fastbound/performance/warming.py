@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fastbound.dispatch.device import Device, describe
-from fastbound.layers.base import Adapted, weight_shape
+from fastbound.layers.adapter import BoundedAdapter
+from fastbound.layers.base import Adapted, transposed, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.explanation import Explanation, LayerExplanation, calls_base, explain
@@ -42,6 +43,8 @@ class Calls:
     bias: bool
     block: tuple[str, bool] | None = None  # activation, gated
     form: str = "factors"
+    layout: str = "rows"
+    adapter_dtype: torch.dtype = torch.float32
     dropout: float = 0.0
     over_base: bool = False
 
@@ -179,7 +182,8 @@ def serve() -> None:
 def compile_calls(task: Calls) -> int:
     """Compile the distinct kernels of a task, and return their number."""
     sizes = (task.device, task.M, task.N, task.K)
-    settings: dict[str, Any] = {"backend": task.backend, "bias": task.bias, "form": task.form}
+    names = ("backend", "bias", "form", "layout", "adapter_dtype")
+    settings: dict[str, Any] = {name: getattr(task, name) for name in names}
     if task.block is None:
         settings |= {"dropout": task.dropout, "over_base": task.over_base}
         made = layer_calls(*sizes, task.ranks[0], task.dtype, **settings)
@@ -228,13 +232,20 @@ def _block_calls(
     N, K = weight_shape(layer)
     sizes = (M, N // 2 if form.packed else N, K, adapted, dtype)
     kind = (activation, form.gate is not None)
-    return Calls(device, *sizes, backend, layer.bias is not None, kind, row.form)
+    how = (row.form, *_kept_as(layer, next(iter(block.adapted_layers().values())).adapter))
+    return Calls(device, *sizes, backend, layer.bias is not None, kind, *how)
 
 
 def _layer_calls(
     layer: Any, row: LayerExplanation, device: Device, M: int, dtype: torch.dtype, backend: str
 ) -> Calls:
-    dropout = max(each.dropout if each.training else 0.0 for each in layer.running())
-    how = (row.form, dropout, calls_base(layer))
+    running = layer.running()
+    dropout = max(each.dropout if each.training else 0.0 for each in running)
+    how = (row.form, *_kept_as(layer, running[0]), dropout, calls_base(layer))
     sizes = (M, *row.shape, (row.rank,), dtype)
     return Calls(device, *sizes, backend, layer.bias is not None, None, *how)
+
+
+def _kept_as(layer: Any, adapter: BoundedAdapter) -> tuple[str, torch.dtype]:
+    """The layout of a layer's weight, and the dtype of its adapter's factors."""
+    return "columns" if transposed(layer) else "rows", adapter.A.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fastbound.kernels.launch import Launch
+from fastbound.kernels.launch import Launch, recorded
 
 import fastbound
 from fastbound.dispatch.device import Device
@@ -21,7 +22,7 @@ from fastbound.performance.inspection import kernel_name
 from fastbound.performance.recorder import layer_calls
 from fastbound.performance.warming import Calls, compile_calls, warmup
 from tests.support.first_use import Clock, measuring
-from tests.support.models import Gated
+from tests.support.models import Gated, Packed, Plain
 
 
 def a_model() -> torch.nn.Module:
@@ -111,7 +112,8 @@ def test_what_would_be_compiled_is_what_the_candidates_launch(tmp_path: Path) ->
         found = list(warming._tasks(model, fastbound.explain(model, 512)))
     block = (device, 512, 24, 16, (4, 4, 4), torch.bfloat16, "split", True, ("silu", True))
     layer = (device, 512, 8, 16, (4,), torch.bfloat16, "split", True, None)
-    assert dict.fromkeys(found) == dict.fromkeys([Calls(*block), Calls(*layer)])
+    expected = [Calls(*each, adapter_dtype=torch.bfloat16) for each in (block, layer)]
+    assert dict.fromkeys(found) == dict.fromkeys(expected)
     engine.forget()
 
 
@@ -148,6 +150,61 @@ def test_the_kernels_of_dropout_are_compiled_in_training(over_base: bool, tmp_pa
     assert any(kernel_name(one) == "keep" for one in expected.launches)
     evaluated = compiled(model.eval(), device, tmp_path).values()
     assert evaluated and not any(kernel_name(one) == "keep" for one in evaluated)
+
+
+def launched(model: torch.nn.Module, K: int, device: Device) -> dict[Any, Launch]:
+    """Every binary that forward and backward over 512 rows launch on that GPU; none is run."""
+    x = torch.randn(512, K, dtype=torch.bfloat16, requires_grad=True)
+    with mock.patch("fastbound.dispatch.plan.describe", lambda *_: device), recorded() as launches:
+        model(x).float().sum().backward()
+    engine.forget()
+    return {binary_of(launch, device): launch for launch in launches}
+
+
+def conv1d(K: int, N: int) -> torch.nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(N, K)
+
+
+def packed(K: int, N: int) -> torch.nn.Module:
+    block = Packed()
+    block.both, block.down = torch.nn.Linear(K, 2 * N), torch.nn.Linear(N, K)
+    return block
+
+
+def conv1d_block(K: int, N: int) -> torch.nn.Module:
+    block = Plain(K=K, N=N)
+    block.first, block.last = conv1d(K, N), conv1d(N, K)
+    return block
+
+
+MODULES: dict[str, Callable[[int, int], torch.nn.Module]] = {
+    "linear": torch.nn.Linear,
+    "Conv1D": conv1d,
+    "gated block": lambda K, N: Gated(K=K, N=N),
+    "packed block": packed,
+    "plain block": lambda K, N: Plain(K=K, N=N),
+    "Conv1D block": conv1d_block,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fused": {"backend": "fused"},
+    "split": {"backend": "split"},
+    "bf16 factors": {"backend": "fused", "adapter_dtype": torch.bfloat16},
+    "dropout": {"backend": "split", "dropout": 0.1},
+    "product": {"backend": "split", "form": "product"},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_what_a_model_launches_has_been_compiled(
+    module: Callable[[int, int], torch.nn.Module], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    K, device = 256, Device("sm_90", 132)
+    model = torch.nn.Sequential(module(K, 512).bfloat16())
+    fastbound.inject(model, rank=8, bound=0.01, target_modules="all-linear", **settings)
+    ran = launched(model.train(), K, device)
+    assert ran and ran.keys() <= compiled(model, device, tmp_path).keys()
 
 
 @pytest.mark.parametrize(("forward", "backward"), [("torch", "split"), ("split", "torch")])
