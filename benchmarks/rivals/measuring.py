@@ -96,7 +96,7 @@ def _without_frames(error: Exception) -> Exception:
 
     The frames themselves would keep a competitor's tensors while the others are measured.
     """
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    lines = traceback.format_exception(error)
     error.__cause__ = RuntimeError("".join(lines))
     error.__context__ = None
     return error.with_traceback(None)

@@ -76,6 +76,11 @@ def transposed(layer: Any) -> bool:
     return layer.fan_in_fan_out if isinstance(layer, Adapted) else is_conv1d(layer)
 
 
+def layout_of(layer: Any) -> str:
+    """How the weight is stored, as plans name it: "rows", or "columns" for [K, N]."""
+    return "columns" if transposed(layer) else "rows"
+
+
 def features(layer: Any) -> tuple[int, int]:
     """(N, K) of a layer, even if its weight is stored in a packed form."""
     if is_conv1d(layer):

@@ -12,7 +12,7 @@ from torch import nn
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import Plan, plan_key
-from fastbound.layers.base import Adapted, transposed, weight_shape
+from fastbound.layers.base import Adapted, layout_of, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
@@ -215,8 +215,7 @@ def _block_plan(block: FusedBoundedMLP, tokens: int, part: str) -> Plan:
     dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
-    layout = "columns" if transposed(first) else "rows"
-    how = (dtype, backend, named, part, layout, product)
+    how = (dtype, backend, named, part, layout_of(first), product)
     return route_for(*block_key(weight.device, tokens, N, K, ranks, *how)).explained()
 
 
@@ -265,9 +264,8 @@ def _layer_plan(
     """The plan of a layer outside a block; "base" if its base layer runs without adapters."""
     active, obstacle = layer.running(), layer.obstacle(gathered)
     over_base = calls_base(layer, gathered)
-    injected = isinstance(layer, FusedBoundedLinear)
     spread = None if gathered else partition(layer.weight)
-    if spread is not None and injected and not over_base:
+    if spread is not None and isinstance(layer, FusedBoundedLinear) and not over_base:
         return Plan("refused", f"weight {spread}: {GATHER}")
     if not active:
         return Plan("base", obstacle or "has no active adapter")
@@ -276,7 +274,7 @@ def _layer_plan(
     dropout = adapter.training and adapter.dropout > 0
     how: dict[str, Any] = {"part": part, "dropout": dropout, "product": adapter.form == "product"}
     if not over_base:
-        how["layout"] = "columns" if transposed(layer) else "rows"
+        how["layout"] = layout_of(layer)
         return route_for(*plan_key(device, *shape, **how)).explained()
     reason = f"it {obstacle}, so the base layer runs and each adapter's term is added"
     if isinstance(layer, BoundedOverBase):

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from fastbound.dispatch.device import Device, describe
-from fastbound.layers.adapter import BoundedAdapter
-from fastbound.layers.base import Adapted, transposed, weight_shape
+from fastbound.layers.base import Adapted, layout_of, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.explanation import Explanation, LayerExplanation, calls_base, explain
@@ -199,23 +198,23 @@ def compile_calls(task: Calls) -> int:
 
 def _tasks(model: nn.Module, explanation: Explanation) -> Iterator[Calls]:
     rows = {row.layer: row for row in explanation}
+    make: Callable[..., Calls]
     for name, module in model.named_modules():
         if isinstance(module, FusedBoundedMLP):
-            inside = [f"{name}.{part}" if name else part for part in module.adapted_layers()]
-            row = rows.get(inside[0]) if inside else None
+            make, inside = _block_calls, next(iter(module.adapted_layers()), None)
+            row = None if inside is None else rows.get(f"{name}.{inside}" if name else inside)
             if row is None or row.block is None:
                 continue
         elif isinstance(module, Adapted) and rows[name].block is None:
-            row = rows[name]
+            make, row = _layer_calls, rows[name]
         else:
             continue
         device = describe(next(module.parameters()).device)
-        plans = [p for p in (row.plan, row.backward) if p is not None and p.tiles is not None]
         if device.architecture == "interpreter":
             continue
-        make = _block_calls if isinstance(module, FusedBoundedMLP) else _layer_calls
-        dtype = getattr(torch, row.dtype.removeprefix("torch."))
+        plans = [p for p in (row.plan, row.backward) if p is not None and p.tiles is not None]
         strategies = {name for plan in plans for name in (plan.strategy, *plan.candidates)}
+        dtype = getattr(torch, row.dtype.removeprefix("torch."))
         for backend in sorted(strategies - {"torch", "layers"}):
             yield make(module, row, device, explanation.tokens, dtype, backend)
 
@@ -223,29 +222,33 @@ def _tasks(model: nn.Module, explanation: Explanation) -> Iterator[Calls]:
 def _block_calls(
     block: Any, row: LayerExplanation, device: Device, M: int, dtype: torch.dtype, backend: str
 ) -> Calls:
-    form = block.fusion.form
-    ranks = {name: layer.adapter.rank for name, layer in block.adapted_layers().items()}
+    form, adapters = block.fusion.form, {n: m.adapter for n, m in block.adapted_layers().items()}
     first = (form.up, form.up) if form.packed else (form.gate, form.up)
-    adapted = tuple(ranks.get(name, 0) for name in (*first, form.down) if name is not None)
+    names = [name for name in (*first, form.down) if name is not None]
+    ranks = tuple(adapters[name].rank if name in adapters else 0 for name in names)
     activation = cast(str, activation_name(getattr(block, form.activation)))
     layer = block.get_submodule(form.up)
     N, K = weight_shape(layer)
-    sizes = (M, N // 2 if form.packed else N, K, adapted, dtype)
-    kind = (activation, form.gate is not None)
-    how = (row.form, *_kept_as(layer, next(iter(block.adapted_layers().values())).adapter))
-    return Calls(device, *sizes, backend, layer.bias is not None, kind, *how)
+    return Calls(
+        *(device, M, N // 2 if form.packed else N, K, ranks, dtype, backend),
+        bias=layer.bias is not None,
+        block=(activation, form.gate is not None),
+        form=row.form,
+        layout=layout_of(layer),
+        adapter_dtype=next(iter(adapters.values())).A.dtype,
+    )
 
 
 def _layer_calls(
     layer: Any, row: LayerExplanation, device: Device, M: int, dtype: torch.dtype, backend: str
 ) -> Calls:
     running = layer.running()
-    dropout = max(each.dropout if each.training else 0.0 for each in running)
-    how = (row.form, *_kept_as(layer, running[0]), dropout, calls_base(layer))
-    sizes = (M, *row.shape, (row.rank,), dtype)
-    return Calls(device, *sizes, backend, layer.bias is not None, None, *how)
-
-
-def _kept_as(layer: Any, adapter: BoundedAdapter) -> tuple[str, torch.dtype]:
-    """The layout of a layer's weight, and the dtype of its adapter's factors."""
-    return "columns" if transposed(layer) else "rows", adapter.A.dtype
+    return Calls(
+        *(device, M, *row.shape, (row.rank,), dtype, backend),
+        bias=layer.bias is not None,
+        form=row.form,
+        layout=layout_of(layer),
+        adapter_dtype=running[0].A.dtype,
+        dropout=max(each.dropout if each.training else 0.0 for each in running),
+        over_base=calls_base(layer),
+    )

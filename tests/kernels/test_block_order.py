@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
+
+from tests.support.uninterpreted import printed
 
 # In a process of its own: here the kernels may be interpreted.
 _PRINT_IR = """
@@ -35,13 +34,8 @@ _BUFFER = r"amd\w*\.buffer_{}\s.*tensor<[\dx]+xf32, #\w+>"  # AMD, into less tha
 
 
 def stages(target: str, form: str, rank: int, repository: Path) -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", _PRINT_IR, target, form, str(rank)],
-        cwd=repository, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, str] = json.loads(result.stdout)
+    out = printed(_PRINT_IR, target, form, str(rank), repository=repository)
+    found: dict[str, str] = json.loads(out)
     return found
 
 

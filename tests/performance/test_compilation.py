@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ import triton.language as tl
 from fastbound.kernels.launch import Launch
 
 from fastbound.performance.compilation import TARGETS, binary_of
+from tests.support.uninterpreted import printed
 
 KERNELS = {"factors", "thin", "pointer", "reduce", "finish", "finish_both", "keep", "adapt"}
 KERNELS |= {"contract", "activate", "activate_backward"}
@@ -74,13 +72,8 @@ for launch in launches:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_what_is_compiled_ahead_is_what_a_launch_looks_for(target: str, repository: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", _KEYS, target],
-        cwd=repository, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    lines = printed(_KEYS, target, repository=repository).splitlines()
+    rows = [json.loads(line) for line in lines]
     gemm = {"descriptor"} if target == "sm_90" else set()
     assert {kernel for kernel, *_ in rows} == KERNELS | gemm
     assert [kernel for kernel, _, ran, built in rows if ran != built] == []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from fastbound.kernels.launch import Launch, recorded
+from transformers.pytorch_utils import Conv1D
 
 import fastbound
 from fastbound.dispatch.device import Device
@@ -101,14 +103,21 @@ def test_bad_input_is_named() -> None:
         warmup(fastbound.FusedBoundedLinear(4, 4, 2, device="meta"))
 
 
+@contextmanager
+def planned(device: Device, folder: Path) -> Iterator[None]:
+    """Plan and warm up as on a GPU that is not there."""
+    with (
+        measuring(folder, Clock(), device),
+        mock.patch("fastbound.performance.warming.describe", lambda _: device),
+    ):
+        yield
+
+
 def test_what_would_be_compiled_is_what_the_candidates_launch(tmp_path: Path) -> None:
     """One task for each shape and strategy, of a block one for all of its layers."""
     model = a_model().bfloat16()
     device = Device("sm_90", 132)
-    with (
-        measuring(tmp_path, Clock(), device),
-        mock.patch("fastbound.performance.warming.describe", lambda _: device),
-    ):
+    with planned(device, tmp_path):
         found = list(warming._tasks(model, fastbound.explain(model, 512)))
     block = (device, 512, 24, 16, (4, 4, 4), torch.bfloat16, "split", True, ("silu", True))
     layer = (device, 512, 8, 16, (4,), torch.bfloat16, "split", True, None)
@@ -120,13 +129,11 @@ def test_what_would_be_compiled_is_what_the_candidates_launch(tmp_path: Path) ->
 def compiled(model: torch.nn.Module, device: Device, folder: Path) -> dict[Any, Launch]:
     """Every binary that a warm-up compiles for the model on a GPU that is not there."""
     found: dict[Any, Launch] = {}
-    with (
-        measuring(folder, Clock(), device),
-        mock.patch("fastbound.performance.warming.describe", lambda _: device),
-        mock.patch.object(
-            warming, "compile_launch", lambda one, on: found.setdefault(binary_of(one, on), one)
-        ),
-    ):
+
+    def kept(launch: Launch, on: Device) -> None:
+        found[binary_of(launch, on)] = launch
+
+    with planned(device, folder), mock.patch.object(warming, "compile_launch", kept):
         for task in warming._tasks(model, fastbound.explain(model, 512)):
             compile_calls(task)
     engine.forget()
@@ -135,7 +142,7 @@ def compiled(model: torch.nn.Module, device: Device, folder: Path) -> dict[Any, 
 
 @pytest.mark.parametrize("over_base", [False, True])
 def test_the_kernels_of_dropout_are_compiled_in_training(over_base: bool, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="the kernels need Triton")
     device = Device("sm_90", 132)
     layer = torch.nn.Linear(512, 1024, dtype=torch.bfloat16)
     if over_base:
@@ -162,7 +169,7 @@ def launched(model: torch.nn.Module, K: int, device: Device) -> dict[Any, Launch
 
 
 def conv1d(K: int, N: int) -> torch.nn.Module:
-    return pytest.importorskip("transformers.pytorch_utils").Conv1D(N, K)
+    return Conv1D(N, K)
 
 
 def packed(K: int, N: int) -> torch.nn.Module:
@@ -199,7 +206,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_what_a_model_launches_has_been_compiled(
     module: Callable[[int, int], torch.nn.Module], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="the kernels need Triton")
     K, device = 256, Device("sm_90", 132)
     model = torch.nn.Sequential(module(K, 512).bfloat16())
     fastbound.inject(model, rank=8, bound=0.01, target_modules="all-linear", **settings)
@@ -214,10 +221,7 @@ def test_what_one_direction_alone_needs_is_compiled(
     device = Device("sm_90", 132)
     model = torch.nn.Sequential(torch.nn.Linear(512, 1024, dtype=torch.bfloat16))
     fastbound.inject(model, rank=8, target_modules="all-linear")
-    with (
-        measuring(tmp_path, Clock(), device),
-        mock.patch("fastbound.performance.warming.describe", lambda _: device),
-    ):
+    with planned(device, tmp_path):
         explained = fastbound.explain(model, 512)
         row = explained.layers[0]
         plan = replace(row.plan, candidates=())
@@ -231,7 +235,7 @@ def test_what_one_direction_alone_needs_is_compiled(
 def test_processes_compile_what_they_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="the kernels need Triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     task = Calls(Device("sm_90", 132), 512, 256, 256, (8,), torch.bfloat16, "split", False)
     with mock.patch.object(warming, "_tasks", lambda *_: iter([task])):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from benchmarks.static.occupancy import PASSES, innermost, main, programs_of
+from tests.support.uninterpreted import printed
 
 # In a process of its own: here the kernels may be interpreted.
 _PRINT = """
@@ -27,13 +25,7 @@ print(json.dumps({p.name: [p.loop._asdict(), p.programs, p.in_flight] for p in f
 
 @cache
 def compiled(target: str, repository: Path) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", _PRINT, target],
-        cwd=repository, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(printed(_PRINT, target, repository=repository))
     return found
 
 
