@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsFloat
+from typing import SupportsFloat, SupportsIndex
 
 
 class InputError(ValueError):
@@ -60,6 +61,14 @@ def positive(name: str, value: object) -> float:
         number = math.nan
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise InputError(f"{name} must be positive and finite, got {value!r}")
+    return number
+
+
+def counted(name: str, value: object) -> int:
+    """The value as an int. Raises InputError, which names it, unless it is an integer from 1 on."""
+    number = operator.index(value) if isinstance(value, SupportsIndex) else 0
+    if isinstance(value, bool) or number < 1:
+        raise InputError(f"{name} must be an integer >= 1, got {value!r}")
     return number
 
 

@@ -80,8 +80,8 @@ def _activation(x, ACTIVATION: tl.constexpr):
             1.0 + 0.134145 * square
         )
     else:
-        value = tl.maximum(x, 0.0)
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        value = tl.where(x < 0.0, 0.0, x)  # a NaN stays one, which tl.maximum would make 0
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
     return value, slope
 
 

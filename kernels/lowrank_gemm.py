@@ -209,7 +209,7 @@ def launch_lowrank_gemm(
     X: Tensor, W: Tensor, S: Tensor, F: Tensor, bias: Tensor | None, Y: Tensor,
     tile: GemmTile, multiprocessors: int, keep: Tensor | None = None,
 ) -> Launch:
-    """X [M, K], W [N, K] (any strides), S [M, R], F [N, R], bias [N] or None -> Y [M, N].
+    """X [M, K], W [N, K], bias [N] or None (any strides), S [M, R], F [N, R] -> Y [M, N].
 
     ``keep`` [M, ceil(N/32)] masks S Fᵀ and cannot be combined with a bias. Operands that
     descriptors cannot address are loaded by pointers, with the tile
@@ -223,7 +223,7 @@ def launch_lowrank_gemm(
     described = tile.descriptors and aligned
     if not aligned and tile.volume > ELEMENTWISE.volume:
         tile = ELEMENTWISE
-    others = (Y if bias is None else bias, Y if keep is None else keep)
+    others = (Y if bias is None else bias.contiguous(), Y if keep is None else keep)
     strides = (*S.stride(), *F.stride(), 0 if keep is None else keep.stride(0))
     constants = dict(
         HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, R=R,

@@ -23,6 +23,7 @@ def sine_cosine(x):
     """sin(x) and cos(x) in fp64 for any floating x.
 
     x = q·π/2 + t with |t| <= π/4; the Taylor polynomials (to t¹⁵ and t¹⁶) err by less than 1e-15.
+    Beyond |x| = 1e15 t is no longer small, but both results stay within [-1, 1].
     """
     x = x.to(tl.float64)
     q = tl.floor(x * _TWO_OVER_PI + 0.5)
@@ -49,7 +50,13 @@ def sine_cosine(x):
     c = tl.where(odd, sine, cosine)
     s = tl.where(quadrant >= 2.0, -s, s)
     c = tl.where((quadrant == 1.0) | (quadrant == 2.0), -c, c)
-    return s, c
+    return _within_one(s), _within_one(c)
+
+
+@triton.jit
+def _within_one(x):
+    # Comparisons propagate a NaN; min and max would not.
+    return tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x))
 
 
 # π/2 in parts of 8, 8, 8 and 24 bits; in fp32 the products of the first three with q < 2^16 are
@@ -89,5 +96,4 @@ def sine_fp32(x, COSINE: tl.constexpr):
     odd = (quadrant == 1.0) | (quadrant == 3.0)
     s = tl.where(odd, cosine, sine)
     s = tl.where(quadrant >= 2.0, -s, s)
-    # Comparisons propagate a NaN; min and max would not.
-    return tl.where(s > 1.0, 1.0, tl.where(s < -1.0, -1.0, s))
+    return _within_one(s)

@@ -8,6 +8,7 @@ against the others round by round. A choice is valid only for this card and this
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,12 @@ CPU_SECONDS, CPU_ROUNDS = 1.0, 3
 FLUSH_READS = 8
 LOCK_SECONDS = 5.0
 # Relative errors above which a result is wrong; the one for fp32 allows for TF32.
-CORRECT = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-9}
+CORRECT = {
+    torch.bfloat16: 2**-5,
+    torch.float16: 2**-8,
+    torch.float32: 2**-9,
+    torch.float64: 2**-20,  # the sines of fp32 factors are fp32
+}
 
 Outputs = Sequence["Tensor | None"]
 
@@ -143,7 +149,7 @@ def measured(place: Place, trial: Trial, order: Sequence[str], on: str) -> Choic
         faults |= _disagreeing(errors, trial.dtype)
         kept = [name for name in order if name not in faults]
         if not kept:
-            raise Unmeasurable("no candidate ran: " + _listed(faults))
+            raise Unmeasurable("no candidate gave a correct result: " + _listed(faults))
         steps = {name: _step(trial, name) for name in kept}
         samples = bench.seconds(steps, trial.device)
     except torch.OutOfMemoryError:
@@ -203,12 +209,16 @@ def _disagreeing(errors: Mapping[str, Mapping[int, float]], dtype: torch.dtype) 
     found: dict[str, str] = {}
     for i in sorted({i for own in errors.values() for i in own}):
         least = min((own[i] for own in errors.values() if own[i] == own[i]), default=0.0)
-        most = CORRECT.get(dtype, 2**-30)
+        most = CORRECT[dtype]
         rounding = torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 16)
         allowed = min(2 * least + rounding, most) if least else most
         for name, own in errors.items():
-            if not own[i] <= allowed and name not in found:  # a NaN fails too
-                found[name] = f"result {i} is off by {own[i]:.2e}, more than {allowed:.2e}"
+            if not math.isfinite(own[i]):
+                found.setdefault(name, f"result {i} is not finite")
+            elif own[i] > allowed:
+                found.setdefault(
+                    name, f"result {i} is off by {own[i]:.2e}, more than {allowed:.2e}"
+                )
     return found
 
 

@@ -169,7 +169,7 @@ def plan(key: PlanKey, table: PlanTable | None = None) -> Plan:
     if key.product:  # no kernel of this form depends on the rank
         rank = each = 1
     if part == "whole":
-        if MAX_TRITON_RANK >= each > most:
+        if backend == "auto" and MAX_TRITON_RANK >= each > most:
             return Plan("layers", _beyond(each, most))
         return _whole(device, M, backend)
     obstacle = _triton_obstacle(device, each, most, dtype)

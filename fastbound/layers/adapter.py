@@ -19,6 +19,7 @@ from fastbound.operator.function import bounded_addition, bounded_linear
 from fastbound.operator.partition import whole
 from fastbound.truth import formula
 from fastbound.truth.formula import wide_dtype
+from fastbound.truth.linear_algebra import without_autocast
 
 _ENTRIES = 2**22  # entries of ΔW per step of a reduction over all of them
 
@@ -157,13 +158,14 @@ class BoundedAdapter(nn.Module):
         """
         A, B = (whole(f).to(wide_dtype(f)) for f in (self.A, self.B))
         entries = A.shape[1] * B.shape[0]
-        if self.form == "product":
-            rows = max(1, _ENTRIES // A.shape[1])
-            sines = (torch.sin(self.omega * (b @ A)) for b in B.split(rows))
-            return math.sqrt(sum(float(sine.square().sum()) for sine in sines) / entries)
-        A, B = torch.sin(self.omega * A), torch.sin(self.omega * B)
-        squares = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
-        return math.sqrt(float(squares) / entries) / self.rank
+        with without_autocast(A.device):
+            if self.form == "product":
+                rows = max(1, _ENTRIES // A.shape[1])
+                sines = (torch.sin(self.omega * (b @ A)) for b in B.split(rows))
+                return math.sqrt(sum(float(sine.square().sum()) for sine in sines) / entries)
+            A, B = torch.sin(self.omega * A), torch.sin(self.omega * B)
+            squares = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
+            return math.sqrt(float(squares) / entries) / self.rank
 
     def get_extra_state(self) -> Tensor:
         """(alpha, bound) as fp64, so that a state dict carries the bound that it was trained with.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastbound.operator.partition import whole
 from fastbound.truth.formula import wide_dtype
+from fastbound.truth.linear_algebra import largest_singular
 
 AUTO = "0.5*spectral"
 UNITS = ("spectral", "rms")
@@ -69,16 +70,11 @@ def bound_of_weight(bound: str, weight: Tensor) -> float:
     return factor * spectral_norm(weight) / weight.numel() ** 0.5
 
 
-@torch.no_grad()
 def spectral_norm(weight: Tensor) -> float:
     """σ₁(W), the largest singular value of W [N, K], at most 1 % too small; deterministic.
 
-    Subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) by `torch.svd_lowrank`. A
-    sharded weight is gathered first.
+    A sharded weight is gathered first.
     """
     matrix = whole(weight.detach()).to(wide_dtype(weight))
     directions = min(_DIRECTIONS, *matrix.shape)
-    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
-        _, values, _ = torch.svd_lowrank(matrix, q=directions, niter=_ITERATIONS)
-    return float(values[0])
+    return float(largest_singular(matrix, directions, iterations=_ITERATIONS)[1][0])

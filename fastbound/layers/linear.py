@@ -13,6 +13,7 @@ from fastbound.layers.base import Adapted, is_conv1d, is_linear, weight_shape
 from fastbound.layers.disabling import disabled_here
 from fastbound.layers.settings import AdapterSettings, adapter_settings
 from fastbound.operator.partition import partition
+from fastbound.truth.formula import wide_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -247,10 +248,10 @@ class FusedBoundedLinear(nn.Module, Adapted):
             raise ValueError(f"cannot be merged: {obstacle}")
 
     def _merged_weight(self) -> nn.Parameter:
-        """W + ΔW in W's layout and dtype, added in fp32 and rounded once."""
+        """W + ΔW in W's layout and dtype, added in fp32 (fp64 if either is) and rounded once."""
         delta = self.delta_weight()
         stored = delta.t() if self.fan_in_fan_out else delta
-        merged = (self.weight.to(delta.dtype) + stored).to(self.weight.dtype)
+        merged = (self.weight.to(wide_dtype(self.weight)) + stored).to(self.weight.dtype)
         return nn.Parameter(merged, requires_grad=False)
 
     def _plain_layer(self) -> nn.Module:

@@ -11,7 +11,8 @@ from torch import nn
 
 from fastbound.dispatch.device import describe
 from fastbound.dispatch.entries import block_form
-from fastbound.dispatch.plan import Plan, plan_key
+from fastbound.dispatch.plan import Plan, PlanKey, plan_key
+from fastbound.errors import counted
 from fastbound.layers.base import Adapted, layout_of, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.linear import FusedBoundedLinear
@@ -20,6 +21,7 @@ from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.readers import weight_reader
 from fastbound.models.adapted import adapted_blocks, unfused_reason
 from fastbound.operator.block_ops import block_key
+from fastbound.operator.call import trained_weight
 from fastbound.operator.engine import route_for
 from fastbound.operator.partition import GATHER, gathered_modules, partition
 
@@ -155,10 +157,10 @@ def explain(model_or_layer: nn.Module, tokens: int = 4096) -> Explanation:
 
     Returns an :class:`Explanation`: print it, iterate over its layers, or call ``as_dict()``.
 
-    Raises ValueError for tokens below 1 and for a model without bounded layers.
+    Raises ValueError for tokens that are not an integer from 1 on, and for a model without bounded
+    layers.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens must be >= 1, got {tokens}")
+    tokens = counted("tokens", tokens)
     held = adapted_blocks(model_or_layer)
     gathered = gathered_modules(model_or_layer)
     blocks = tuple(_explain_block(name, m, m in gathered, tokens) for name, m in held.items())
@@ -216,7 +218,7 @@ def _block_plan(block: FusedBoundedMLP, tokens: int, part: str) -> Plan:
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
     how = (dtype, backend, named, part, layout_of(first), product)
-    return route_for(*block_key(weight.device, tokens, N, K, ranks, *how)).explained()
+    return _explained(block_key(weight.device, tokens, N, K, ranks, *how))
 
 
 def _explain_layer(
@@ -274,13 +276,24 @@ def _layer_plan(
     dropout = adapter.training and adapter.dropout > 0
     how: dict[str, Any] = {"part": part, "dropout": dropout, "product": adapter.form == "product"}
     if not over_base:
+        trained = trained_weight(layer.weight)
+        if trained is not None:
+            return Plan("refused", trained)
         how["layout"] = layout_of(layer)
-        return route_for(*plan_key(device, *shape, **how)).explained()
+        return _explained(plan_key(device, *shape, **how))
     reason = f"it {obstacle}, so the base layer runs and each adapter's term is added"
     if isinstance(layer, BoundedOverBase):
         reason = layer.reason
-    plan = route_for(*plan_key(device, *shape, over_base=True, **how)).explained()
+    plan = _explained(plan_key(device, *shape, over_base=True, **how))
     return replace(plan, reason=f"{reason}; {plan.reason}")
+
+
+def _explained(key: PlanKey) -> Plan:
+    """The plan of a key; "refused" if its backend cannot run there."""
+    try:
+        return route_for(*key).explained()
+    except ValueError as error:
+        return Plan("refused", str(error))
 
 
 def calls_base(layer: Adapted, gathered: bool = False) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastbound.truth.linear_algebra import without_autocast
+
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 
 
@@ -51,7 +53,12 @@ def _watching(model: nn.Module, sums: Mapping[str, Sum]) -> Iterator[None]:
                     f"{name} receives no gradient from the loss: leave it out of those to adapt"
                 )
             x = inputs[0].detach()
-            y.register_hook(lambda dy: added.add(x, dy))
+
+            def add(dy: Tensor) -> None:
+                with without_autocast(dy.device):
+                    added.add(x, dy)
+
+            y.register_hook(add)
 
         return hook
 

@@ -17,6 +17,7 @@ from fastbound.models.adapted import adapted_layers
 from fastbound.models.files import encoded, model_fields, unwrapped, write_adapter
 from fastbound.models.names import exact_targets, without_shells
 from fastbound.truth.formula import wide_dtype
+from fastbound.truth.linear_algebra import largest_singular, without_autocast
 
 _EXACT = 1024  # a full decomposition takes seconds if the smaller side is at most this
 _OVERSAMPLING, _ITERATIONS = 16, 8  # of the randomised decomposition of larger ones
@@ -172,12 +173,11 @@ def _nearest(name: str, delta: Tensor, rank: int) -> _Lora:
         U, values, V = torch.linalg.svd(delta, full_matrices=False)
         V = V.t()
     else:
-        with torch.random.fork_rng([delta.device] if delta.is_cuda else []):
-            torch.manual_seed(0)
-            most = min(least, rank + _OVERSAMPLING)
-            U, values, V = torch.svd_lowrank(delta, q=most, niter=_ITERATIONS)
+        most = min(least, rank + _OVERSAMPLING)
+        U, values, V = largest_singular(delta, most, iterations=_ITERATIONS)
     root = values[:rank].sqrt()
     A, B = (root[:, None] * V[:, :rank].t()), U[:, :rank] * root
     whole = float(torch.linalg.vector_norm(delta))
-    error = float(torch.linalg.vector_norm(delta - B @ A)) / whole if whole else 0.0
+    with without_autocast(delta.device):
+        error = float(torch.linalg.vector_norm(delta - B @ A)) / whole if whole else 0.0
     return _Lora(A.cpu().contiguous(), B.cpu().contiguous(), float(rank), error)

@@ -211,18 +211,24 @@ def check_operands(
         raise ValueError(f"B {list(B.shape)} does not match A {list(A.shape)}: rank differs")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise _mismatch("bias", bias, weight, base, f"expected [{N}]")
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        remedy = "call weight.requires_grad_(False), or train it through a plain layer"
-        transposed = weight._base is not None and weight._base.dim() == 2  # that of a Conv1D
-        if not weight.is_leaf and not transposed:  # FSDP1 flattens all parameters into one
-            remedy = (
-                "it is part of a tensor that is trained; under FSDP, wrap the adapters in units "
-                "of their own with "
-                "auto_wrap_policy=peft.utils.other.fsdp_auto_wrap_policy(model)"
-            )
-        raise ValueError(
-            f"weight requires grad, but the operator returns no gradient for it: {remedy}"
+    trained = None if weight is None else trained_weight(weight)
+    if trained is not None:
+        raise ValueError(trained)
+
+
+def trained_weight(weight: Tensor) -> str | None:
+    """Why a call refuses a weight that requires grad, with the remedy; None if it does not."""
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    remedy = "call weight.requires_grad_(False), or train it through a plain layer"
+    transposed = weight._base is not None and weight._base.dim() == 2  # that of a Conv1D
+    if not weight.is_leaf and not transposed:  # FSDP1 flattens all parameters into one
+        remedy = (
+            "it is part of a tensor that is trained; under FSDP, wrap the adapters in units "
+            "of their own with "
+            "auto_wrap_policy=peft.utils.other.fsdp_auto_wrap_policy(model)"
         )
+    return f"weight requires grad, but the operator returns no gradient for it: {remedy}"
 
 
 def _mismatch(

@@ -11,7 +11,7 @@ fake tensors see only their shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from fastbound.dispatch.device import describe
 from fastbound.operator.autograd import direct
-from fastbound.operator.call import TERM_SCHEMA, Term, autocast_to
+from fastbound.operator.call import TERM_SCHEMA, Term
 from fastbound.operator.dropout import keep_rate
 from fastbound.operator.engine import Engine, Route, route_for
 from fastbound.operator.product import Delta, adapted_gemm, factor_gradients
 from fastbound.operator.trials import backward_trial, forward_trial
 from fastbound.truth.formula import thin_dtype
+from fastbound.truth.linear_algebra import without_autocast
 
 # Kept for the life of the process: collecting a Library would leave dangling operators behind.
 library = torch.library.Library("fastbound", "DEF")
@@ -143,7 +144,7 @@ def _product_forward(
     engine: Engine,
 ) -> tuple[Tensor, Tensor]:
     delta = Delta(term.A, term.B, term.scaling, term.omega)
-    S = X.new_empty(X.shape[0], 0)
+    S = X.new_empty(X.shape[0], 0, dtype=thin_dtype(X.dtype))
     if weight is not None:
         return rows_as_of(x, adapted_gemm(engine, X, weight, delta, bias)), S
     base = given(result)
@@ -284,15 +285,12 @@ def kept(engine: Engine, term: Term, M: int) -> tuple[Tensor | None, float]:
 
 def scope(x: Tensor) -> AbstractContextManager[object]:
     """Turn autocast off (operands have the compute dtype) and make x's device the current one."""
-    autocast = autocast_to(x) is not None
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    if not autocast and not elsewhere:
-        return nullcontext()
+    autocast_off = without_autocast(x.device)
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return autocast_off
     entered = ExitStack()
-    if autocast:
-        entered.enter_context(torch.autocast(x.device.type, enabled=False))
-    if elsewhere:
-        entered.enter_context(torch.cuda.device(x.device))
+    entered.enter_context(autocast_off)
+    entered.enter_context(torch.cuda.device(x.device))
     return entered
 
 

@@ -89,7 +89,7 @@ def factor_gradients(
     A, B, _, _ = delta
     N, K = B.shape[0], A.shape[1]
     wide = torch.promote_types(torch.float32, A.dtype)
-    dA = A.new_zeros(A.shape, dtype=wide)
+    dA = torch.zeros_like(A, dtype=wide)
     dB = torch.empty_like(B)
     for part in row_parts(N, K * DY.itemsize):
         G = engine.weight_gradient(DY[:, part], X)

@@ -24,6 +24,7 @@ from fastbound.layers.base import (
 )
 from fastbound.layers.over_base import base_merge_obstacle, check_result
 from fastbound.layers.settings import AdapterSettings
+from fastbound.truth.formula import wide_dtype
 
 
 class _Scalings(Mapping[str, float]):
@@ -255,7 +256,7 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
         if obstacle is not None:
             raise TypeError(f"this layer cannot be merged: {obstacle}")
         weight, delta = self.weight, self.get_delta_weight(name)
-        return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
+        return (weight.to(wide_dtype(weight)) + sign * delta).to(weight.dtype)
 
     def __repr__(self) -> str:
         return "fastbound." + super().__repr__()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastbound.dispatch.device import Device, describe
+from fastbound.errors import counted
 from fastbound.layers.base import Adapted, layout_of, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.mlp import FusedBoundedMLP
@@ -65,10 +66,11 @@ def warmup(model: nn.Module, tokens: int | Iterable[int] = 4096) -> Explanation:
         What `fastbound.explain` reports afterwards for the largest number of rows.
 
     Raises:
-        ValueError: tokens is empty or below 1, the model has no bounded layers, or a part of it is
-            on the meta device.
+        ValueError: tokens is empty or holds something else than integers from 1 on, the model has
+            no bounded layers, or a part of it is on the meta device.
     """
-    rows = sorted({tokens} if isinstance(tokens, int) else set(tokens))
+    given = tokens if isinstance(tokens, Iterable) and not isinstance(tokens, str) else [tokens]
+    rows = sorted({counted("tokens", each) for each in given})
     if not rows:
         raise ValueError("tokens must have at least one number of rows, got none")
     explained = [explain(model, M) for M in rows]
@@ -136,8 +138,22 @@ def _once(module: Any, M: int) -> None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
         trained = [p for p in module.parameters() if p.requires_grad]
-        y = type(module).forward(module, x)
+        if isinstance(module, Adapted) and calls_base(module):
+            y = _terms(module, x)
+        else:
+            y = type(module).forward(module, x)
         torch.autograd.grad(y, [x, *trained], torch.randn_like(y), allow_unused=True)
+
+
+def _terms(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The low-rank terms, added to noise in place of the base's result: the base is not called.
+
+    It may have hooks, or a state that a call changes.
+    """
+    y = x.new_empty(len(x), layer.out_features).normal_()
+    for adapter in layer.running():
+        y = adapter.add_to(y, x)
+    return y
 
 
 def _compile(model: nn.Module, explained: Iterable[Explanation], workers: int = WORKERS) -> None:

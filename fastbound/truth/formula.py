@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
+from fastbound.truth.linear_algebra import without_autocast
+
 ADAPTER_FORMS = ("factors", "product")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -110,14 +112,16 @@ def wide_dtype(P: Tensor) -> torch.dtype:
 def delta_weight(
     A: Tensor, B: Tensor, *, scaling: float = 1.0, omega: float = 1.0, form: str = "factors"
 ) -> Tensor:
-    """ΔW [N, K] in fp32, or in fp64 if A or B is fp64.
+    """ΔW [N, K] in fp32, or in fp64 if A or B is fp64, also under autocast.
 
     factors: ``scaling · sin(omega·B) sin(omega·A)``; product: ``scaling · sin(omega·B A)``.
     """
     dtype = torch.promote_types(wide_dtype(A), wide_dtype(B))
-    if form == "product":
-        return scaling * torch.sin(omega * (B.to(dtype) @ A.to(dtype)))
-    return scaling * torch.sin(omega * B.to(dtype)) @ torch.sin(omega * A.to(dtype))
+    A, B = A.to(dtype), B.to(dtype)
+    with without_autocast(A.device):
+        if form == "product":
+            return scaling * torch.sin(omega * (B @ A))
+        return scaling * torch.sin(omega * B) @ torch.sin(omega * A)
 
 
 def apply_activation(x: Tensor, activation: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fastbound
 from fastbound.models.adapted import injected_layers
+from fastbound.truth.linear_algebra import without_autocast
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.training.adapters import target_layers
 
@@ -203,7 +204,8 @@ def _bounded_sum(layer: Any, name: str, state: Mapping[str, Tensor]) -> Tensor:
 def _lora_sum(layer: Any, name: str, state: Mapping[str, Tensor]) -> Tensor:
     (adapter,) = layer.active_adapters
     A, B = (state[f"{name}.lora_{factor}.{adapter}.weight"].float() for factor in "AB")
-    delta = (B @ A) * layer.scaling[adapter]
+    with without_autocast(A.device):
+        delta = (B @ A) * layer.scaling[adapter]
     weight = state[f"{name}.base_layer.weight"]
     total = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
     if not total.isfinite().all():

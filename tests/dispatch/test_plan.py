@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastbound
+from fastbound.dispatch import device
 from fastbound.dispatch.defaults import filled_tiles, padded_rank
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import MAX_TRITON_RANK, WITHOUT_PRODUCT, Plan, plan_key
+from fastbound.operator import engine
 from fastbound.operator.engine import route_for
+from tests.support.models import Gated
 from tests.support.plans import planned
 
 HOPPER = Device("sm_90", 132)
@@ -203,10 +207,38 @@ class TestExplain:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert next(iter(fastbound.explain(layer))).dtype == "torch.bfloat16"
 
+    def test_tells_of_a_call_that_would_be_refused(self) -> None:
+        trained = fastbound.FusedBoundedLinear(32, 48, 4).requires_grad_()
+        double = fastbound.FusedBoundedLinear(48, 32, 4, backend="split").double()
+        block = fastbound.FusedBoundedMLP.from_mlp(Gated(K=32, N=48), rank=4)
+        block.get_submodule(block.fusion.form.up).weight.requires_grad_()
+        strategies = {row.layer: row.plan.strategy for row in fastbound.explain(block)}
+        assert strategies == {"gate": "torch", "up": "refused", "down": "torch"}
+        for row in fastbound.explain(torch.nn.Sequential(trained, double)):
+            assert row.plan.strategy == "refused"
+        for module, width in ((trained, 32), (double, 48)):
+            with pytest.raises(ValueError, match=r"requires grad|cannot run here") as refused:
+                module(torch.randn(2, width, dtype=next(module.parameters()).dtype))
+            reasons = {row.plan.reason for row in fastbound.explain(module)}
+            assert all(reason in str(refused.value) for reason in reasons)
+
+    def test_a_rank_beyond_a_blocks_kernels_is_refused_if_they_are_asked_for(self) -> None:
+        card = Device("gfx1100", 48)
+        made = Gated(K=64, N=128)
+        block = fastbound.FusedBoundedMLP.from_mlp(made, rank=48, backend="split")
+        with mock.patch.object(device, "_describe", lambda *_: card):
+            engine.forget()
+            explained = fastbound.explain(block, tokens=512)
+            with pytest.raises(ValueError, match="ranks up to 32") as refused:
+                block(torch.randn(512, 64))
+        engine.forget()
+        assert {row.plan.strategy for row in explained} == {"refused"}
+        assert {row.plan.reason for row in explained} == {str(refused.value)}
+
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match="no bounded adapter in this model"):
             fastbound.explain(torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
+        with pytest.raises(ValueError, match="tokens must be an integer >= 1, got 0"):
             fastbound.explain(fastbound.FusedBoundedLinear(2, 2, 1), tokens=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,10 +15,12 @@ from fastbound.kernels.tiles import Tile
 from fastbound.dispatch.defaults import default_tiles
 from fastbound.dispatch.device import Device
 from fastbound.dispatch.plan import Plan
+from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.engine import engine_of
 from fastbound.performance.passes import passes_of
 from fastbound.truth.exactness import assert_within_rounding
-from fastbound.truth.operands import block_operands
+from fastbound.truth.formula import ACTIVATIONS
+from fastbound.truth.operands import block_operands, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "interpreted_bf16")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,3 +74,20 @@ def test_backward_gives_the_same_however_it_is_cut(dtype: torch.dtype) -> None:
             else:
                 size = one.double().abs() + one.double().abs().mean()
                 assert_within_rounding(other, one.double(), size)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_stays_one(activation: str, gated: bool) -> None:
+    """In y and in every gradient, as in plain PyTorch: a faulty row must not go unnoticed."""
+    how = {"gated": gated, "activation": activation, "device": DEVICE}
+    o = block_operands((5, 16), 24, (3, 3, 3), torch.float32, **how)
+    o.x[2, 3] = float("nan")
+
+    def spread(backend: str) -> list[torch.Tensor]:
+        made = run(o, partial(bounded_mlp, backend=backend))
+        return [t.isnan() for t in made.values()]
+
+    found, expected = spread("split"), spread("reference")
+    assert any(map(torch.any, expected))
+    assert all(map(torch.equal, found, expected))

@@ -66,6 +66,13 @@ class TestSine:
             step = (torch.nextafter(nearest, torch.full_like(nearest, 2.0)) - nearest).abs()
             assert ((got - nearest).abs() <= step).all()
 
+    @pytest.mark.parametrize("magnitude", [1e16, 1e18, 1e24, 1e38])
+    def test_the_bound_holds_for_arguments_of_any_size(self, magnitude: float) -> None:
+        A, B = magnitude * normal(4, 32), normal(48, 4)
+        x, W = torch.eye(32, device=DEVICE), torch.zeros(48, 32, device=DEVICE)
+        change = bounded_linear(x, W, A, B, scaling=0.25, backend="split")
+        assert change.abs().max() <= 1
+
 
 class TestNarrow:
     """fp32 matrices in fp16, whose columns are times powers of two."""
@@ -292,6 +299,19 @@ class TestThroughAutograd:
             wide = torch.stack([getattr(o, layout)] * 2, dim=-1).flatten(-2)
             o = replace(o, **{layout: wide[..., ::2]})
         assert_as_exact_as_the_formula(o, bounded_linear, backend="fused")
+
+    @pytest.mark.parametrize("kind", ["every second", "a column", "one number"])
+    def test_a_bias_of_any_stride(self, kind: str) -> None:
+        o = layer_operands((33, 32), 48, 4, torch.float32, device=DEVICE)
+        long = normal(96)
+        bias = {
+            "every second": long[::2],
+            "a column": long.view(48, 2)[:, 1],
+            "one number": long[:1].expand(48),
+        }[kind]
+        settings = {"scaling": o.scaling, "omega": o.omega, "backend": "fused"}
+        y = bounded_linear(o.x, o.weight, o.A, o.B, bias, **settings)
+        assert torch.equal(y, bounded_linear(o.x, o.weight, o.A, o.B, bias.clone(), **settings))
 
     def test_two_runs_give_the_same_bits(self) -> None:
         o = layer_operands((100, 96), 160, 8, torch.float16, device=DEVICE)

@@ -54,6 +54,13 @@ def test_no_random_number_of_the_callers_is_drawn_and_every_time_is_alike():
     assert torch.equal(after, torch.rand(4))
 
 
+def test_generators_of_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    FusedBoundedLinear.from_linear(nn.Linear(64, 96), rank=4)
+    assert seeded == []
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (7, 300)])
 @pytest.mark.parametrize("rank", [1, 5])
 @pytest.mark.parametrize("c", [0.1, 0.5, 2.0])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 import fastbound
@@ -13,6 +14,7 @@ from fastbound import bounded_linear
 from fastbound.truth import formula
 from fastbound.truth.exactness import assert_as_exact_as_the_formula
 from fastbound.truth.operands import layer_operands
+from fastbound.unlearning.training.fila import fila_factors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "split", "fused"]
@@ -70,6 +72,64 @@ def test_masters_are_not_rounded_before_the_sine(backend, interpreted_bf16):
 
     assert 5 * error(o) < error(rounded)
     assert_as_exact_as_the_formula(o, bounded_linear, backend=backend)
+
+
+def trained_layer(form: str, weight: Tensor, seed: int = 0) -> fastbound.FusedBoundedLinear:
+    torch.manual_seed(seed)
+    linear = nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype)
+    linear.weight.data = weight.clone()
+    layer = fastbound.FusedBoundedLinear.from_linear(linear, 8, bound="0.5*spectral", form=form)
+    nn.init.normal_(layer.adapter.B)
+    return layer
+
+
+@pytest.mark.parametrize("form", formula.ADAPTER_FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_made_of_weight_and_factors_does_not_depend_on_autocast(form, dtype, tmp_path):
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+
+    def made(folder) -> list[object]:
+        layer = trained_layer(form, weight)
+        model = nn.Sequential(layer)
+        fastbound.export_lora(model, folder, rank=4)
+        return [
+            layer.bound,
+            layer.adapter.bound_in_use(),
+            fila_factors(weight, weight.abs().sum(1), 4, 1.0)[1].tolist(),
+            layer.delta_weight().tolist(),
+            layer.to_linear().weight.tolist(),
+            (folder / "adapter_model.safetensors").read_bytes(),
+        ]
+
+    expected = made(tmp_path / "without")
+    with torch.autocast("cpu", dtype):
+        assert made(tmp_path / "under") == expected
+
+
+@pytest.mark.parametrize("form", formula.ADAPTER_FORMS)
+def test_autocast_leaves_fp64_alone(form):
+    layer = trained_layer(form, torch.randn(48, 32, dtype=torch.float64))
+    x = torch.randn(9, 32, dtype=torch.float64, requires_grad=True)
+
+    def made() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.sum(), [x, layer.adapter.A, layer.adapter.B])]
+
+    expected = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, made(), expected))
+
+
+def test_an_fp64_weight_is_not_rounded_when_fp32_factors_are_merged():
+    weight = torch.randn(48, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layer = trained_layer("factors", weight)
+    nn.init.zeros_(layer.adapter.B)
+    assert torch.equal(layer.to_linear().weight, weight)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(32, 48).double()), fastbound.BoundedConfig(target_modules=["0"])
+    )
+    before = model.base_model.model[0].base_layer.weight.clone()
+    assert torch.equal(model.merge_and_unload()[0].weight, before)
 
 
 @pytest.mark.parametrize("fuse_mlp", [True, False], ids=["block", "layers"])

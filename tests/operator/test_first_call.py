@@ -362,6 +362,14 @@ class TestBlocksOnACpu:
         for a, b in zip(got, again, strict=True):
             torch.testing.assert_close(a, b)
 
+    def test_fp32_factors_of_an_fp64_block_are_measured_too(self, cpu: Clock) -> None:
+        block, x = adapted().double(), torch.randn(512, 16, dtype=torch.float64)
+        for layer in block.adapted_layers().values():
+            layer.adapter.float()  # the sine of an fp32 factor is fp32
+        block(x)
+        assert len(cpu.asked) == 1
+        assert "not measured" not in str(fastbound.explain(block, tokens=512))
+
     @pytest.mark.parametrize("how", ["no_grad", "recompute", "few rows", "compiled", "intercepted"])
     def test_a_call_that_must_not_choose_runs_as_one_operator(self, how: str, cpu: Clock) -> None:
         from torch.utils._python_dispatch import TorchDispatchMode

@@ -230,15 +230,18 @@ class TestCompile:
         for a, b in zip(graph, eager, strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_registered_operators_pass_opcheck(self) -> None:
-        o = layer_operands((2, 7, 12), 10, 4, torch.float32)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("form", ["factors", "product"])
+    def test_registered_operators_pass_opcheck(self, form: str, dtype: torch.dtype) -> None:
+        o = layer_operands((2, 7, 12), 10, 4, dtype)
         utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        dropout = (torch.tensor([7]), 0.25)
-        term = (o.A, o.B, 0.7, 1.3, "torch", *dropout)
+        dropout = (torch.tensor([7]), 0.25) if form == "factors" else (None, 0.0)
+        A, B = (t.t().contiguous().t() for t in (o.A, o.B))  # stored column by column
+        term = (A, B, 0.7, 1.3, "torch", *dropout, form)
         arguments = (o.x, o.weight, o.bias, None, *term)
         torch.library.opcheck(torch.ops.fastbound.forward.default, arguments, test_utils=utilities)
         _, S = torch.ops.fastbound.forward(*arguments)
-        backward = (o.dy, o.x, S, o.weight, torch.float32, True, True, True, *term)
+        backward = (o.dy, o.x, S, o.weight, dtype, True, True, True, *term)
         torch.library.opcheck(torch.ops.fastbound.backward.default, backward, test_utils=utilities)
 
     def test_export_with_a_dynamic_dimension(self) -> None:

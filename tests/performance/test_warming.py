@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from fastbound.kernels.launch import Launch, recorded
@@ -90,9 +92,24 @@ def test_the_others_are_let_go_when_the_first_fails(monkeypatch: pytest.MonkeyPa
     assert done == ["barrier"]
 
 
+def test_a_base_that_is_called_for_its_result_is_not_called_with_noise() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.utils.spectral_norm(torch.nn.Linear(16, 24)), torch.nn.Linear(24, 16)
+    )
+    model[1].register_forward_hook(lambda *_: pytest.fail("the hook saw noise"))
+    fastbound.inject(model, rank=4, target_modules="all-linear", bound=0.01)
+    before = copy.deepcopy(model.state_dict())
+    warmup(model.train(), np.int64(64))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], held) for name, held in before.items())
+
+
 def test_bad_input_is_named() -> None:
     for tokens, said in (
-        (0, "tokens must be >= 1, got 0"),
+        (0, "tokens must be an integer >= 1, got 0"),
+        (2.0, "tokens must be an integer >= 1, got 2.0"),
+        ("4k", "tokens must be an integer >= 1, got '4k'"),
+        ([True], "tokens must be an integer >= 1, got True"),
         ([], "must have at least one number of rows"),
     ):
         with pytest.raises(ValueError, match=said):

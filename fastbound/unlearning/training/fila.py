@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastbound.errors import InputError
 from fastbound.models.gradients import Loss, pass_gradients
 from fastbound.truth.formula import wide_dtype
+from fastbound.truth.linear_algebra import largest_singular, without_autocast
 from fastbound.unlearning.config import SAMPLE_ROWS
 from fastbound.unlearning.data.encoding import Encoded, answer_length
 from fastbound.unlearning.data.sampling import evenly
@@ -112,18 +113,17 @@ def fila_factors(
         importance: I [N], not negative.
         scaling: s, alpha / rank.
 
-    The singular vectors come from `torch.svd_lowrank`: exact for small layers, and deterministic.
+    The singular vectors are exact for small layers, and deterministic.
     """
     W = weight.detach().to(wide_dtype(weight))
     weighted = importance.to(W)[:, None] * W
     directions = min(rank + _OVERSAMPLING, *W.shape)
-    with torch.random.fork_rng([W.device] if W.is_cuda else []):
-        torch.manual_seed(0)
-        _, S, V = torch.svd_lowrank(weighted, q=directions, niter=_ITERATIONS)
+    _, S, V = largest_singular(weighted, directions, iterations=_ITERATIONS)
     S, V = S[:rank], V[:, :rank]
     S = S.clamp_min(torch.finfo(S.dtype).eps * S[0])  # W may be of a lower rank
     root = (S / scaling).sqrt()
-    return (V * root).t().contiguous(), (W @ V) / (scaling * root)
+    with without_autocast(W.device):
+        return (V * root).t().contiguous(), (W @ V) / (scaling * root)
 
 
 def fila_importance(
