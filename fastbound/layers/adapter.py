@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -213,6 +214,22 @@ class BoundedAdapter(nn.Module):
             f"{dropout}"
             f"scaling={self.scaling:g}, omega={self.omega:g}, backend={self.backend!r}"
         )
+
+
+@torch.no_grad()
+def bound_in_use(adapters: Sequence[BoundedAdapter]) -> float:
+    """RMS(ΔW) / bound of adapters that run together, whose ΔW and bounds add up."""
+    if len(adapters) == 1:
+        return adapters[0].bound_in_use()
+    factors = [(whole(a.A), whole(a.B), a._term()) for a in adapters]
+    (_, K), (N, _) = factors[0][0].shape, factors[0][1].shape
+    squares = 0.0
+    for start in range(0, N, rows := max(1, _ENTRIES // K)):
+        part = slice(start, start + rows)
+        delta = sum(formula.delta_weight(A, B[part], **term) for A, B, term in factors)
+        squares += float(cast(Tensor, delta).square().sum())
+    bounds = sum(abs(getattr(each, "scale", 1.0)) * each.bound for each in adapters)
+    return math.sqrt(squares / (N * K)) / bounds if bounds else 0.0
 
 
 class NamedAdapter(BoundedAdapter):

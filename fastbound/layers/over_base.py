@@ -59,7 +59,7 @@ class BoundedOverBase(FusedBoundedLinear):
         self.reason = over_reason(layer) or "base is to be called"
         self.fan_in_fan_out = is_conv1d(layer)
         self.out_features, self.in_features = features(layer)
-        self._make_adapter(_for_weight(settings, layer), _device(layer))
+        self._make_adapter(for_weight(settings, layer), _device(layer))
         # Freeze last, so that a layer refused above is left as it was.
         layer.requires_grad_(False)
         self.base_layer = layer
@@ -183,7 +183,7 @@ def _device(layer: Any) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _for_weight(settings: AdapterSettings, layer: Any) -> AdapterSettings:
+def for_weight(settings: AdapterSettings, layer: Any) -> AdapterSettings:
     """The settings with the bound as a number; dequantises or loads the weight to read it once."""
     bound = settings.bound
     if not isinstance(bound, str):

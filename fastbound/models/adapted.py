@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 from torch import nn
 
 from fastbound.layers.base import Adapted
@@ -23,6 +26,28 @@ def injected_layers(model: nn.Module) -> dict[str, FusedBoundedLinear]:
 def came_with_adapter(model: nn.Module) -> bool:
     """Whether transformers found PEFT adapters beside this model and loaded them with it."""
     return bool(getattr(model, "peft_config", None)) and not hasattr(model, "merge_and_unload")
+
+
+def other_adapters(model: nn.Module) -> dict[str, Any]:
+    """Name -> layer, for every layer with adapters of PEFT's other methods."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    inside = {
+        part
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for part in module.modules()
+    }
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, Adapted)
+        and module not in inside
+    }
 
 
 def fuse(model: nn.Module) -> None:

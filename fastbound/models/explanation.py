@@ -13,6 +13,7 @@ from fastbound.dispatch.device import describe
 from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import Plan, PlanKey, plan_key
 from fastbound.errors import counted
+from fastbound.layers.adapter import bound_in_use
 from fastbound.layers.base import Adapted, layout_of, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.linear import FusedBoundedLinear
@@ -245,7 +246,7 @@ def _explain_layer(
     bounds = [abs(getattr(each, "scale", 1.0)) * each.bound for each in active]  # PEFT adds them
     factors = [factor for adapter in active for factor in (adapter.A, adapter.B)]
     readable = not any(factor.is_meta or partition(factor) for factor in factors)
-    used = max((a.bound_in_use() for a in active), default=None) if readable else None
+    used = bound_in_use(active) if active and readable else None
     return LayerExplanation(
         *(name, shape, rank, str(dtype), device, plan, block),
         bound=sum(bounds) if bounds else None,

@@ -66,6 +66,9 @@ def read_adapter(folder: Path) -> dict[str, SavedLayer]:
     if not names:
         raise InputError(f"{folder / TENSORS} holds no factors: copy the adapter's folder again")
     keys = [tensor_key(name, factor) for name in names for factor in "AB"]
+    # PEFT also writes the frozen weight of an adapted output layer or embedding.
+    frozen = {f"base_model.model.{name}.base_layer." for name in names}
+    tensors = {key: t for key, t in tensors.items() if not key.startswith(tuple(frozen))}
     check_same_names(f"{folder}: tensors {DISAGREE}", tensors, keys)
     return {
         name: _saved_layer(folder, name, config, tensors[key_A], tensors[key_B])
@@ -246,13 +249,14 @@ def model_fields(model: nn.Module) -> dict[str, str | None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers.
+    """The model inside the wrappers of torch.compile, DistributedDataParallel and PEFT.
 
     Those change the names of its layers.
     """
     from accelerate.utils import extract_model_from_parallel
 
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def encoded(tensors: Mapping[str, Tensor]) -> bytes:

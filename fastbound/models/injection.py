@@ -17,7 +17,13 @@ from fastbound.layers.disabling import disabled
 from fastbound.layers.linear import FusedBoundedLinear
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.layers.settings import adapter_settings
-from fastbound.models.adapted import adapted_layers, came_with_adapter, fuse, injected_layers
+from fastbound.models.adapted import (
+    adapted_layers,
+    came_with_adapter,
+    fuse,
+    injected_layers,
+    other_adapters,
+)
 from fastbound.models.gradients import Loss
 from fastbound.models.names import check_same_names
 from fastbound.models.ranks import allocate_ranks, check_ranks, even_rank
@@ -193,18 +199,27 @@ def merge(model: nn.Module) -> nn.Module:
     This is done in place, one layer at a time, and the merged layers stay frozen. A transformers
     model also forgets the name that it was loaded from, because it is a different model now and
     adapters saved later must not name the original as their base. An adapter that transformers
-    found beside a model and loaded with it, through PEFT, is merged as well. Returns the model, or
+    found beside a model and loaded with it, through PEFT, is merged as well, with the modules and
+    tokens that were trained beside it. Returns the model, or
     the plain layer or block if `model` is itself a `FusedBoundedLinear` or `FusedBoundedMLP`.
 
     Raises:
         ValueError: there is no such layer; A, B or W + ΔW is not finite; a weight is spread over
-            processes; or ΔW cannot be merged into the weight of a base layer, for example because
-            it is quantised. Nothing is merged then.
+            processes; an adapter of another method was loaded beside it; or ΔW cannot be merged
+            into the weight of a base layer, for example because it is quantised. Nothing is merged
+            then.
     """
     layers: Mapping[str, Adapted] = injected_layers(model)
     came_with = not layers and came_with_adapter(model)
     if came_with:
         layers = adapted_layers(model)
+        others = other_adapters(model)
+        if layers and others:
+            raise ValueError(
+                f"{next(iter(others))!r} holds an adapter of another method, which would stay: "
+                "load the model through PEFT (PeftModel.from_pretrained) and call "
+                "merge_and_unload()"
+            )
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no FusedBoundedLinear: nothing to merge")
     for name, layer in layers.items():
@@ -222,6 +237,7 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         swap(model, {cast(nn.Module, layer): layer.to_linear(merge=True)})
     if came_with:
+        _unwrap_trained_modules(model)
         _forget_adapter(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "name_or_path", None):
@@ -230,6 +246,18 @@ def merge(model: nn.Module) -> nn.Module:
         return model.to_mlp()
     swap(model, {m: m.to_mlp() for m in model.modules() if isinstance(m, FusedBoundedMLP)})
     return model
+
+
+def _unwrap_trained_modules(model: nn.Module) -> None:
+    """Put what was trained beside the adapter (a head, tokens) in place of PEFT's wrappers."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    wrapped: list[Any] = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for module in wrapped:
+        plain = module.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
+        swap(model, {module: plain})
 
 
 def _forget_adapter(model: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastbound.errors import InputError
 from fastbound.layers.base import Adapted
-from fastbound.models.adapted import adapted_layers
+from fastbound.models.adapted import adapted_layers, other_adapters
 from fastbound.models.files import encoded, model_fields, unwrapped, write_adapter
 from fastbound.models.names import exact_targets, without_shells
 from fastbound.truth.formula import wide_dtype
@@ -48,12 +48,13 @@ def export_lora(
 ) -> LoraExport:
     """Write the adapter of `model` as a LoRA adapter that stock PEFT and LoRA servers load.
 
-        ΔW = s·sin(ωB) sin(ωA):     lora_A = sin(ωA)     lora_B = sin(ωB)     lora_alpha / r = s
+        ΔW = s·sin(ωB) sin(ωA):     lora_A = sin(ωA)     lora_B = s·sin(ωB)     lora_alpha = r
 
-    so that lora_alpha is the layer's bound, as written to `alpha_pattern`. The sines are computed
-    in fp64 and stored as fp32 (fp64 for fp64 factors). `model` is an injected model or a PEFT model
-    with one active adapter. The exported adapter no longer has a bound: further training trains it
-    as LoRA.
+    The factors are computed in fp64 and stored as fp32 (fp64 for fp64 factors). All layers get the
+    same r, that of the largest, by rows and columns of zeros, so that nothing depends on
+    `rank_pattern` and `alpha_pattern`, which vLLM and llama.cpp ignore. `model` is an injected
+    model or a PEFT model with one active adapter. The exported adapter no longer has a bound:
+    further training trains it as LoRA.
 
     ΔW of the form "product" has full rank, so that no LoRA of rank r equals it. With ``rank`` the
     nearest LoRA of that rank is written instead, for either form: the largest singular values of ΔW
@@ -62,15 +63,22 @@ def export_lora(
 
     Raises InputError for an adapter of the form "product" without ``rank``; for a rank below 1 or
     above a layer's smaller side; and if the model holds no adapted layer, more than one adapter is
-    active, a factor is not finite, the model holds a layer under two names, or biases or whole
-    modules were trained beside the adapter.
+    active, an adapter of another method is active beside it, a factor is not finite, the model
+    holds a layer under two names, or biases or whole modules were trained beside the adapter.
     """
-    base: Any = unwrapped(model)
-    if hasattr(base, "get_base_model"):  # a PeftModel's files name layers relative to its base
-        base = base.get_base_model()
-    model = base
+    model = unwrapped(model)
     layers = adapted_layers(model)
     _check_whole(model, layers.values())
+    for name, other in other_adapters(model).items():
+        if (
+            other.disable_adapters
+            or not set(other.active_adapters) & other._get_available_adapters()
+        ):
+            continue
+        raise InputError(
+            f"{name} holds an adapter of another method, which is not part of ΔW: merge that "
+            "one first, or merge both and save the whole model"
+        )
     for name, layer in layers.items():
         if layer.adapter is None and layer.obstacle() is not None:
             raise InputError(
@@ -83,27 +91,24 @@ def export_lora(
     _check_shared(model, layers)
     layers = {without_shells(name): layer for name, layer in layers.items()}
     made = {name: _lora_of(name, layer, rank) for name, layer in layers.items()}
-    tensors = {
-        f"base_model.model.{name}.lora_{factor}.weight": getattr(lora, factor)
-        for name, lora in made.items()
-        for factor in "AB"
-    }
     ranks = {name: lora.A.shape[0] for name, lora in made.items()}
-    # Longest names first: PEFT uses the first pattern that a name ends in.
-    ordered = sorted(layers, key=len, reverse=True)
-    first, layer = next(iter(layers.items()))
+    r = max(ranks.values())
+    tensors = {}
+    for name, lora in made.items():
+        missing = r - ranks[name]
+        key = f"base_model.model.{name}.lora_{{}}.weight"
+        tensors[key.format("A")] = nn.functional.pad(lora.A, (0, 0, 0, missing))
+        tensors[key.format("B")] = nn.functional.pad(lora.B, (0, missing))
     config = {
         "peft_type": "LORA",
         **model_fields(model),
-        "r": ranks[first],
-        "lora_alpha": made[first].alpha,
+        "r": r,
+        "lora_alpha": r,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": layer.fan_in_fan_out,
+        "fan_in_fan_out": next(iter(layers.values())).fan_in_fan_out,
         "inference_mode": True,
         "target_modules": exact_targets(model, layers),
-        "rank_pattern": {name: ranks[name] for name in ordered},
-        "alpha_pattern": {name: made[name].alpha for name in ordered},
     }
     write_adapter(Path(folder), encoded(tensors), config)
     return LoraExport(str(folder), ranks, {name: lora.error for name, lora in made.items()})
@@ -134,11 +139,10 @@ def _check_shared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
 
 
 class _Lora(NamedTuple):
-    """LoRA's A [r, K] and B [N, r], with ΔW = alpha / r · B A, and the relative error of that."""
+    """LoRA's A [r, K] and B [N, r], with ΔW = B A, and the relative error of that."""
 
     A: Tensor
     B: Tensor
-    alpha: float
     error: float = 0.0
 
 
@@ -155,11 +159,10 @@ def _lora_of(name: str, layer: Adapted, rank: int | None) -> _Lora:
             "to it. Give rank= for the nearest LoRA of that rank, or merge and save the model"
         )
     A, B = (
-        torch.sin(adapter.omega * f.detach().double()).to(wide_dtype(f)).cpu().contiguous()
-        for f in (adapter.A, adapter.B)
+        (s * torch.sin(adapter.omega * f.detach().double())).to(wide_dtype(f)).cpu().contiguous()
+        for f, s in ((adapter.A, 1.0), (adapter.B, adapter.scaling))
     )
-    # LoRA's scaling is alpha / r, so alpha is the bound, times the scale of ΔW.
-    return _Lora(A, B, float(adapter.scaling * adapter.rank))
+    return _Lora(A, B)
 
 
 def _nearest(name: str, delta: Tensor, rank: int) -> _Lora:
@@ -180,4 +183,4 @@ def _nearest(name: str, delta: Tensor, rank: int) -> _Lora:
     whole = float(torch.linalg.vector_norm(delta))
     with without_autocast(delta.device):
         error = float(torch.linalg.vector_norm(delta - B @ A)) / whole if whole else 0.0
-    return _Lora(A.cpu().contiguous(), B.cpu().contiguous(), float(rank), error)
+    return _Lora(A.cpu().contiguous(), B.cpu().contiguous(), error)

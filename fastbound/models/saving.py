@@ -58,8 +58,7 @@ def save_pretrained(
     _check(model, layers, peft, push_to_hub)
     if state_dict is None or is_main_process:
         data, config = adapter_files(model, layers, state_dict)
-        if any(p.requires_grad for n, p in model.named_parameters() if ".adapter." not in n):
-            config["base_model_name_or_path"] = None  # the trained base exists only in this folder
+        config["base_model_name_or_path"] = None  # the base in this folder may have been trained
         if is_main_process:
             write_adapter(folder, data, config)
     if state_dict is not None:
@@ -72,6 +71,19 @@ def save_pretrained(
         return plain(model, save_directory, is_main_process, state_dict, False, *args, **kwargs)
     finally:
         hook.remove()
+
+
+def save_peft_pretrained(
+    plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """PEFT's method, ``plain``. Raises InputError if it would leave out injected layers."""
+    if injected_layers(model):
+        raise InputError(
+            f"{type(model).__name__} holds injected layers beside its PEFT adapters, and "
+            "save_pretrained keeps only PEFT's: use fastbound.save_adapter for the injected ones, "
+            "or call merge_and_unload() before inject"
+        )
+    return plain(model, *args, **kwargs)
 
 
 def _check(model: nn.Module, layers: dict[str, Any], peft: bool, push_to_hub: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType
 from torch import nn
 
+from fastbound.layers.over_base import for_weight
 from fastbound.layers.settings import AdapterSettings, adapter_settings, rank_stabilised
 from fastbound.models.files import FORMAT_VERSIONS, PEFT_TYPE
 from fastbound.models.names import lookup
@@ -284,14 +285,8 @@ class BoundedConfig(PeftConfig):
             alpha = rank_stabilised(rank, alpha)
         bound = lookup(self.bound_pattern, name, self.bound)
         settings = self._settings(rank, alpha, bound)
-        weight: Any = base.weight
-        if isinstance(settings.bound, str) and not weight.is_floating_point():
-            raise ValueError(
-                f'bound="{settings.bound}" cannot read the quantised weight of {name}: give a '
-                "number, or load an adapter whose bounds were computed on the unquantised model"
-            )
         try:
-            return settings.for_weight(weight)
+            return for_weight(settings, base)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

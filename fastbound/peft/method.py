@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -68,6 +68,7 @@ from fastbound.peft.checks import (  # noqa: E402
 from fastbound.peft.combination import combined  # noqa: E402
 from fastbound.peft.config import BoundedConfig  # noqa: E402
 from fastbound.peft.layer import BASE_ROWS, BoundedLayer  # noqa: E402
+from fastbound.peft.loading import keeping_numbers  # noqa: E402
 
 __all__ = ["BoundedConfig", "BoundedLayer", "BoundedModel"]
 
@@ -476,6 +477,7 @@ def _check_combination(
                 )
 
 
+setattr(PeftModel, "load_adapter", keeping_numbers(PeftModel.load_adapter))  # noqa: B010
 after_import("peft.optimizers", correct_optimizers)
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=BoundedConfig, model_cls=BoundedModel)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo
 from peft import PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 import fastbound
+from fastbound.layers.bounds import bound_of_weight
 from tests.support.models import example, gradients, logits
 from tests.support.peft_models import adapted, stirred
 
@@ -205,9 +209,11 @@ def test_a_4_bit_base_is_called_and_added_to(tiny_model, tmp_path):
     quantised.load_state_dict(plain.state_dict())
     quantised.to("cpu")  # which is when it is quantised
     base = quantised.eval()(x)
-    with pytest.raises(ValueError, match='bound="auto" cannot read the quantised weight of 0'):
-        get_peft_model(quantised, fastbound.BoundedConfig(bound="auto", **settings))
-    # A bound that was worked out on the plain weight serves the quantised one.
+    own = get_peft_model(copy.deepcopy(quantised), fastbound.BoundedConfig(**settings))
+    weight = dequantize_module_weight(quantised[0])
+    bound = own.base_model.model[0].fastbound_ab["default"].bound
+    assert bound == pytest.approx(bound_of_weight("auto", weight))
+    # A bound that was worked out on the plain weight serves the quantised one, too.
     model = stirred(get_peft_model(plain, fastbound.BoundedConfig(bound="auto", **settings)))
     delta = model.base_model.model[0].get_delta_weight("default")
     model.save_pretrained(tmp_path)

@@ -222,3 +222,44 @@ def test_what_cannot_be_exported(tiny_model, tmp_path):
             adapted(tiny_model("vit"), modules_to_save=["classifier"]), tmp_path / "no"
         )
     assert not (tmp_path / "no").exists()
+
+
+def test_the_exported_lora_needs_no_pattern(tiny_model, tmp_path):
+    """vLLM and llama.cpp read one rank and one alpha for all layers."""
+    model = tiny_model("llama")
+    ranks = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.mlp.down_proj": 5}
+    fastbound.inject(model, rank=ranks, bound="4*rms", target_modules=list(ranks))
+    stir(model)
+    report = fastbound.export_lora(model, tmp_path)
+    assert dict(report.ranks) == ranks
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] == 5
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern")
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_brings_its_bounds_to_an_adapter_that_is_there(tiny_model, tmp_path):
+    """Also where Trainer resumes, or if the base's weights have changed."""
+    model = adapted(tiny_model("llama"), bound="auto")
+    model.save_pretrained(tmp_path / "first")
+    other = get_peft_model(tiny_model("llama"), fastbound.BoundedConfig(r=3, bound="8*spectral"))
+    other.load_adapter(tmp_path / "first", "default", is_trainable=True)
+    assert torch.equal(logits(other), logits(model))
+    other.save_pretrained(tmp_path / "second")
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "second")
+    assert torch.equal(logits(again), logits(model))
+    product = get_peft_model(tiny_model("llama"), fastbound.BoundedConfig(r=3, form="product"))
+    with pytest.raises(ValueError, match="holds form='factors', but 'default' is a bounded"):
+        product.load_adapter(tmp_path / "first", "default")
+
+
+def test_the_frozen_output_layer_that_peft_writes_is_left_out(tiny_model, tmp_path):
+    model = adapted(tiny_model("llama"), target_modules=["lm_head", "up_proj"])
+    model.save_pretrained(tmp_path)
+    assert any(
+        "lm_head.base_layer" in key for key in safetensors.torch.load_file(tmp_path / TENSORS)
+    )
+    loaded = tiny_model("llama")
+    fastbound.load_adapter(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))

@@ -286,3 +286,7 @@ def test_explain_tells_the_bound_of_what_is_added(tiny_model):
     assert layer.get_delta_weight("default").abs().max() <= told()
     model.base_model.set_adapter(["default", "second"])
     assert told() == pytest.approx(5 * bounds[0] + bounds[1])
+    change = sum(layer.get_delta_weight(each) for each in ("default", "second"))
+    rows = fastbound.explain(model).layers
+    used = next(r.bound_in_use for r in rows if name.endswith(r.layer) or r.layer == name)
+    assert used == pytest.approx(float(change.square().mean().sqrt()) / told(), rel=1e-5)
