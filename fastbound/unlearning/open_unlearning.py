@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbound
+from fastbound.errors import InputError
 from fastbound.models.adapted import injected_layers
 from fastbound.truth.linear_algebra import without_autocast
 from fastbound.unlearning.config import UnlearnConfig
@@ -172,8 +173,22 @@ def _ready(model: Any) -> nn.Module:
     model.enable_input_require_grads()
     kind = type(model)
     # The name stays: transformers writes it into config.json and chooses the loss by it.
+    model.register_load_state_dict_pre_hook(_refuse_merged)
     model.__class__ = type(kind.__name__, (_SavesMerged, kind), {"__module__": kind.__module__})
     return cast(nn.Module, model)
+
+
+def _refuse_merged(model: nn.Module, state: Mapping[str, Tensor], *_: Any) -> None:
+    """Raise InputError for weights into which ΔW was merged: the model would add its own again."""
+    for name in (*_bounded(model), *_lora(model)):
+        trained = any(key.startswith((f"{name}.adapter.", f"{name}.lora_")) for key in state)
+        if f"{name}.weight" in state and not trained:
+            raise InputError(
+                f"these weights are of a checkpoint, into which the adapter of {name} is merged, "
+                "and cannot be loaded into a model with an adapter: leave out "
+                "load_best_model_at_end and resume_from_checkpoint, and load the checkpoint's "
+                "folder as a model of its own"
+            )
 
 
 def _bounded(model: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import types
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 import fastbound
@@ -177,6 +178,14 @@ class TestHandlers:
         ]
         # What is trained goes on from the factors, which saving has left as they were.
         assert torch.equal(model(TOKENS).logits, after)
+
+    def test_a_checkpoint_is_not_loaded_onto_a_models_own_adapter(self, get_model, train, handler):
+        """It holds W + ΔW, to which the model would add its own ΔW (load_best_model_at_end)."""
+        model = get_model(handler)
+        train(model)
+        with pytest.raises(ValueError, match="leave out load_best_model_at_end and resume"):
+            model.load_state_dict(load_file("out/model.safetensors"), strict=False)
+        model.load_state_dict(model.state_dict())
 
     def test_gradients_reach_the_factors_under_checkpointing(self, get_model, train, handler):
         model = get_model(handler)

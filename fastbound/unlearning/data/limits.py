@@ -24,7 +24,7 @@ def check_fits(
     Args:
         new: for each row, the largest number of tokens that the model generates; None means none.
     """
-    limit, rotary = _positions(model), _is_rotary(model)
+    limit, rotary = positions(model), _is_rotary(model)
     known = _embedded(model)
     if known is not None:
         _check_token(padding(tokenizer), "the padding token", tokenizer, known)
@@ -66,7 +66,7 @@ def _embedded(model: nn.Module) -> int | None:
     return min(known, default=None)
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions(model: nn.Module) -> int | None:
     """The number of positions in the model's config, with its RoPE scaling; None if not given."""
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "alibi", False):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastbound.unlearning.data.limits import positions
+
 
 @torch.no_grad()
 def continuations(
@@ -32,6 +34,13 @@ def continuations(
         end: end-of-text token, if the model's generation settings name none.
     """
     length = max(map(len, prompts))
+    room = positions(model)
+    if len(prompts) > 1 and room is not None and length + max(most) - 1 > room:
+        # A batch runs until its last row has ended: alone, no row runs beyond what it asks for.
+        return [
+            continuations(model, [prompt], [limit], pad=pad, end=end)[0]
+            for prompt, limit in zip(prompts, most, strict=True)
+        ]
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

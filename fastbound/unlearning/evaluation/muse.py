@@ -152,10 +152,11 @@ def prepare(settings: Settings, tokenizer: Any) -> Prepared:
         )
     }
     for side in ("forget", "retain"):
-        rows, shown = rows_of(f"knowmem/{side}_qa"), rows_of(f"knowmem/{side}_qa_icl")
+        rows = rows_of(f"knowmem/{side}_qa")
+        shown = load(f"{corpus}/knowmem/{side}_qa_icl", settings.data)  # however many are asked
         examples = "".join(f"Question: {r.question}\nAnswer: {r.answer}\n\n" for r in shown)
         prompted[f"{side}_knowmem"] = Prompted(
-            [_prompt(r, f"{examples}Question: {r.question}\nAnswer:", tokenizer) for r in rows],
+            [_prompt(r, f"{examples}Question: {r.question}\nAnswer: ", tokenizer) for r in rows],
             [row.answer for row in rows],
             ANSWER_TOKENS,
             _STOPS,
@@ -286,7 +287,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _first(tokenizer: Any, text: str, tokens: int) -> str:
     text = beginning(text, tokenizer, tokens)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    ids = tokenizer(text)["input_ids"][:tokens]  # a token before the text counts, as in MUSE's code
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 

@@ -9,7 +9,6 @@ evaluation.png             the plots
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from fastbound.unlearning.metrics.logs import read_log
 from fastbound.unlearning.model import evaluating
 from fastbound.unlearning.model import load_adapter as load_adapter
 from fastbound.unlearning.runs.environment import environment
-from fastbound.unlearning.runs.folder import RunFolder, write_json
+from fastbound.unlearning.runs.folder import RunFolder, finite, write_json
 from fastbound.unlearning.runs.identity import fingerprint, model_identity, tokenizer_identity
 from fastbound.unlearning.runs.lines import CheckedLines
 
@@ -162,7 +161,7 @@ def evaluate_benchmark(
         write_json(folder / chosen.LOG, log)
         summary = chosen.summarise(log, retain, config)
         chosen.draw(folder / PICTURE, log, retain, summary)
-        write_json(folder / SUMMARY, _finite({**identity, **summary, "environment": environment()}))
+        write_json(folder / SUMMARY, finite({**identity, **summary, "environment": environment()}))
     return "\n".join([f"{config.benchmark} {config.split}", *chosen.table(summary)])
 
 
@@ -171,10 +170,3 @@ def _settings(config: EvaluationConfig) -> dict[str, Any]:
     settings = {name: value for name, value in vars(config).items() if name != "data"}
     attacks = list(settings.pop("membership"))
     return {**settings, **({"membership": attacks} if attacks else {})}
-
-
-def _finite(value: Any) -> Any:
-    """The value with infinities as None, since JSON has none: log10 of a p-value of 0 is null."""
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

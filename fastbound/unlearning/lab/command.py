@@ -28,7 +28,7 @@ from fastbound.unlearning.lab.grid import (
 from fastbound.unlearning.lab.plots import draw
 from fastbound.unlearning.lab.subject import Pretrained
 from fastbound.unlearning.lab.summary import SMALL, kept_of, lines_of, ranges_of, table_of
-from fastbound.unlearning.runs.folder import write_json
+from fastbound.unlearning.runs.folder import finite, write_json
 
 _QUICK_RATES = (1e-3, 1e-2, 1e-1)
 _QUICK_SEEDS = 2
@@ -95,15 +95,17 @@ def _report(
     lines = lines_of(cells)
     write_json(
         output / "summary.json",
-        {
-            "rows": rows,
-            "grid": dataclasses.asdict(grid),
-            "models": models,
-            "seconds": round(sum(cell["seconds"] for cell in cells), 1),
-            "standard": dataclasses.asdict(standard),
-            "ranges": ranges_of(lines, standard),
-            "lines": [dataclasses.asdict(line) for line in lines],
-        },
+        finite(
+            {
+                "rows": rows,
+                "grid": dataclasses.asdict(grid),
+                "models": models,
+                "seconds": round(sum(cell["seconds"] for cell in cells), 1),
+                "standard": dataclasses.asdict(standard),
+                "ranges": ranges_of(lines, standard),
+                "lines": [dataclasses.asdict(line) for line in lines],
+            }
+        ),
     )
     draw(cells, output, standard)
     measure = standard.measure
@@ -112,6 +114,8 @@ def _report(
         f"mean ± standard deviation over seeds\n"
     )
     print(f"{table_of(lines, standard)}\n\n* a seed did not forget")
+    if any(line.stopped for line in lines):
+        print("! a seed broke off on a number that is not finite")
     print(f"Written to {output}: cells.jsonl, summary.json, utility.png, size.png, gradient.png")
 
 

@@ -58,7 +58,7 @@ def look(model: Any, tokenizer: Any, rows: Rows, config: CellConfig, folder: Pat
         folder / LEARNED,
         {
             "parameters": parameters,
-            "vocabulary": model.config.vocab_size,
+            "vocabulary": model.config.get_text_config().vocab_size,
             "weights": model_identity(model)["weights"],
             **scores,
         },
@@ -105,7 +105,8 @@ def check_memory(
             squares.append(sum(4 * layer.weight.numel() for layer in layers))
     size = (autocast_dtype(config.dtype) or torch.float32).itemsize
     weights = sum(p.numel() for p in model.parameters()) * size
-    logits = 2 * config.batch_size * max_length * settings.vocab_size * (size + 4 + 4)
+    vocabulary = settings.get_text_config().vocab_size
+    logits = 2 * config.batch_size * max_length * vocabulary * (size + 4 + 4)
     rest = max(logits, *squares)
     each, available = weights + rest, psutil.virtual_memory().available
     fitting = available // each

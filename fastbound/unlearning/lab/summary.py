@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class Standard:
-    """When an adapter holds: every seed forgets, and the mean of `measure` is at least `least`.
+    """When an adapter holds: every seed forgets, none breaks off, and the mean of `measure` is at
+    least `least`.
 
     With a mean below `collapsed` an adapter counts as collapsed.
     """
@@ -37,7 +39,8 @@ class Standard:
     collapsed: float
 
     def holds(self, line: Line) -> bool:
-        return line.forgotten == line.seeds and line.mean[self.measure] >= self.least
+        whole = line.forgotten == line.seeds and not line.stopped
+        return whole and line.mean[self.measure] >= self.least
 
 
 SMALL = Standard("utility", 0.45, 0.15)
@@ -87,10 +90,7 @@ def lines_of(cells: Sequence[Mapping[str, Any]]) -> list[Line]:
                 lr,
                 seeds=len(group),
                 mean={name: statistics.fmean(each) for name, each in values.items()},
-                spread={
-                    name: statistics.stdev(each) if len(each) > 1 else 0.0
-                    for name, each in values.items()
-                },
+                spread={name: _spread(each) for name, each in values.items()},
                 lowest_utility=min(values["utility"]),
                 forgotten=sum(cell["forget_loss"] >= cell["forget_target"] for cell in group),
                 stopped=sum(cell["stopped"] is not None for cell in group),
@@ -99,8 +99,15 @@ def lines_of(cells: Sequence[Mapping[str, Any]]) -> list[Line]:
     return lines
 
 
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation: 0 for one value, NaN where a run broke off with one that is."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def ranges_of(lines: Sequence[Line], standard: Standard = SMALL) -> list[dict[str, Any]]:
-    """For each adapter and rank, the longest run of neighbouring rates at which it holds.
+    """For each adapter and rank, the longest run of the map's rates at which it holds.
 
     `fold` is the last rate of the run over the first, 1 for a single rate, 0 for none;
     `collapsed` are the rates at which the mean is below that of the standard.
@@ -109,11 +116,13 @@ def ranges_of(lines: Sequence[Line], standard: Standard = SMALL) -> list[dict[st
     for line in lines:
         by_adapter.setdefault((line.adapter, line.rank), []).append(line)
     found = []
+    rates = sorted({line.lr for line in lines})
     for (adapter, rank), group in by_adapter.items():
         best: list[float] = []
         run: list[float] = []
-        for line in sorted(group, key=lambda each: each.lr):
-            run = [*run, line.lr] if standard.holds(line) else []
+        at = {line.lr: line for line in group}
+        for lr in rates:
+            run = [*run, lr] if lr in at and standard.holds(at[lr]) else []
             best = max(best, run, key=len)
         found.append(
             {
@@ -133,7 +142,8 @@ def ranges_of(lines: Sequence[Line], standard: Standard = SMALL) -> list[dict[st
 def table_of(lines: Sequence[Line], standard: Standard = SMALL) -> str:
     """Markdown: the standard's measure, mean ± spread over seeds, for each adapter and rate.
 
-    `*` marks rates at which a seed did not forget. Where the lines are of different numbers of
+    `*` marks rates at which a seed did not forget, `!` those at which one broke off on a number
+    that is not finite. Where the lines are of different numbers of
     seeds, each says its own in brackets.
     """
     rates = sorted({line.lr for line in lines})
@@ -148,6 +158,7 @@ def table_of(lines: Sequence[Line], standard: Standard = SMALL) -> str:
                 f"{line.mean[standard.measure]:.3f}"
                 + (f" ± {line.spread[standard.measure]:.3f}" if line.seeds > 1 else "")
                 + ("*" if line.forgotten < line.seeds else "")
+                + ("!" if line.stopped else "")
                 + (f" ({line.seeds})" if len(counts) > 1 else "")
                 for line in lines
                 if (line.adapter, line.rank, line.lr) == (found["adapter"], found["rank"], lr)

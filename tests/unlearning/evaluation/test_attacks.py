@@ -353,3 +353,48 @@ class TestRefusals:
                 if isinstance(module, fastbound.BoundedAdapter):
                     module.B.data.fill_(float("nan"))
             merged(model)
+
+
+@pytest.mark.parametrize("fault", ["no list", "too long"])
+def test_a_row_that_the_last_attack_cannot_use_is_refused_before_the_first(
+    attacked, model_folder, tmp_path, fault
+):
+    rows = [json.loads(line) for line in (attacked / "forget.jsonl").read_text().splitlines()]
+    if fault == "no list":
+        rows[-1]["perturbed_answer"] = None
+    else:
+        rows[-1]["paraphrased_answer"] = "so " * 300
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {"unlearned": lambda: pytest.fail("a model was loaded")}
+    tokenizer = load_pretrained(str(model_folder))[1]
+    with pytest.raises(InputError, match=r"must be a list of texts|more than the 256"):
+        attack(models, tokenizer, tmp_path / "rows.jsonl", output=tmp_path / "out",
+               retain=attacked / "retain.jsonl",
+               unrelated=attacked / "unrelated.jsonl")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_loaded_anew_is_refused_and_an_adapter_merged(
+    attacked, model_folder, tmp_path
+):
+    model, tokenizer = load_pretrained(str(model_folder))
+    config = AttackConfig(("relearn",), steps=1)
+    settings = {"retain": attacked / "retain.jsonl", "unrelated": attacked / "unrelated.jsonl"}
+    forget = attacked / "forget.jsonl"
+    with pytest.raises(InputError, match="let it load the model anew each time"):
+        attack({"unlearned": lambda: model}, tokenizer, forget, config, output=tmp_path / "same",
+               **settings)  # fmt: skip
+
+    def adapted():
+        return load_adapter(load_pretrained(str(model_folder))[0], attacked / "run/adapter")
+
+    def whole():
+        return merged(adapted())
+
+    found = []
+    for name, load in {"adapted": adapted, "merged": whole}.items():
+        attack({"unlearned": load}, tokenizer, forget, config, output=tmp_path / name, **settings)
+        curves = json.loads((tmp_path / name / "attack.json").read_text())["relearn"]["curves"]
+        found.append([step["loss"] for curve in curves for step in curve["steps"]])
+    # AdamW's first step is the sign of each gradient, which rounding decides where it is near 0.
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

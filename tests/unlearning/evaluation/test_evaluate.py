@@ -154,6 +154,20 @@ def test_muse(finished, evaluate_arguments, tmp_path, capsys, convention):
     assert (run / "evaluation.png").read_bytes().startswith(PNG)
 
 
+def test_muses_questions_are_put_as_in_its_code(tokenizer, evaluation_data):
+    """With a blank after the tag, and all examples however few questions are scored."""
+    data = evaluation_data / "muse"
+    examples = "".join(
+        f"Question: {row.question}\nAnswer: {row.answer}\n\n"
+        for row in muse.load("news/knowmem/forget_qa_icl", data)
+    )
+    (row, *_) = muse.load("news/knowmem/forget_qa", data)
+    settings = EvaluationConfig("muse", "news", str(data), rows=1)
+    (asked,) = muse.prepare(settings, tokenizer).prompted["forget_knowmem"].prompts
+    expected = tokenizer(f"{examples}Question: {row.question}\nAnswer: ")["input_ids"]
+    assert list(asked.ids) == expected
+
+
 @pytest.mark.slow
 def test_tdec_agrees_with_the_plain_definitions(finished, new_model, tokenizer, evaluation_data):
     log = read(finished("tdec")[0] / tdec.LOG)

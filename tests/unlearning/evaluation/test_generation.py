@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from fastbound.unlearning.evaluation.generation import continuations, stop_tokens
 
@@ -91,3 +91,16 @@ def test_settings_under_a_peft_adapter_change_nothing_and_come_back(model):
 def test_the_models_own_end_of_text_counts(model, own, stops):
     model.generation_config.eos_token_id = own
     assert stop_tokens(model, END) == stops
+
+
+def test_a_row_of_a_batch_runs_no_further_than_it_asks_for():
+    """Else a long prompt runs off a table of positions while a short one gets its long answer."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=32)
+    model = GPT2LMHeadModel(config).eval()
+    prompts, most = [list(range(2, 14)), [5]], [3, 14]
+    found = continuations(model, prompts, most, pad=0, end=31)
+    alone = [
+        continuations(model, [p], [m], pad=0, end=31)[0] for p, m in zip(prompts, most, strict=True)
+    ]
+    assert found == alone and len(found[1]) == 14

@@ -230,6 +230,23 @@ def test_a_table_of_unequal_seeds_says_how_many_each_mean_is_of():
     assert "0.500 ± 0.000 |" in same
 
 
+def test_a_run_that_broke_off_is_marked_and_does_not_hold():
+    broken = {**finished_cell(1e-2, 0.0, math.nan, 1), "retain_loss": math.nan, "stopped": 7}
+    cells = [finished_cell(1e-3, 0.5, 9, seed) for seed in (0, 1)]
+    lines = lines_of([*cells, finished_cell(1e-2, 0.9, 9), broken])
+    assert math.isnan(lines[1].spread["retain_loss"]) and lines[1].spread["accuracy"] == 0
+    (found,) = ranges_of(lines, kept_of({"accuracy": 1.0}))  # every accuracy is 1
+    assert (found["holds_from"], found["holds_to"]) == (1e-3, 1e-3)
+    assert "*! |" in table_of(lines).splitlines()[2]
+
+
+def test_a_range_ends_where_a_rate_of_the_map_was_not_run():
+    other = [{**finished_cell(lr, 0.9, 9), "adapter": "lora"} for lr in (1e-3, 1e-2, 1e-1)]
+    lines = lines_of([finished_cell(1e-3, 0.9, 9), finished_cell(1e-1, 0.9, 9), *other])
+    found = {each["adapter"]: (each["holds_from"], each["holds_to"]) for each in ranges_of(lines)}
+    assert found == {"sine@4": (1e-3, 1e-3), "lora": (1e-3, 1e-1)}
+
+
 def test_marks_are_open_where_a_seed_did_not_forget(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(

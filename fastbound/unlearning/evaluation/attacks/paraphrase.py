@@ -61,6 +61,12 @@ def forms(records: Records) -> dict[str, list[Row]]:
     return found
 
 
+def check(subject: Subject, records: Records) -> None:
+    """Raise InputError for rows without other words, and for any that cannot be encoded."""
+    for each in (*forms(records).values(), *wrong_answers(records)):
+        subject.encode(each)
+
+
 def wrong_answers(records: Records) -> list[list[Row]]:
     """The wrong answers of each row; none where a row has none."""
     if not all("perturbed_answer" in record for _, record in records):

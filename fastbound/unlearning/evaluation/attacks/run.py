@@ -64,7 +64,8 @@ def attack(
         about: names of the models, kept in the report.
 
     Raises:
-        InputError: rows, models or the folder cannot be used; nothing was written.
+        InputError: rows, models or the folder cannot be used. Rows and the folder are checked
+            before anything is written; the figures of finished attacks are kept.
         NonFiniteError: a loss is not finite.
     """
     config = config or AttackConfig()
@@ -76,9 +77,9 @@ def attack(
         quantize.check_installed()
     rows = _rows(forget, retain, unrelated, config)
     records = read_records(forget)
-    if "paraphrase" in config.attacks:
-        paraphrase.forms(records)
     subject = Subject(models, tokenizer, config)
+    if "paraphrase" in config.attacks:
+        paraphrase.check(subject, records)
     encoded = {side: subject.encode(each) for side, each in rows.items()}
     identity = {
         **asdict(config),
@@ -87,8 +88,11 @@ def attack(
     }
     with writing(folder):
         write_json(folder / RUN, identity)
-        results = {name: _ATTACKS[name].run(subject, encoded, records) for name in config.attacks}
-        write_json(folder / RESULT, {**identity, **results, "environment": environment()})
+        results: dict[str, Any] = {}
+        for name in config.attacks:
+            results[name] = _ATTACKS[name].run(subject, encoded, records)
+            # After each attack, so that a later one that fails takes nothing with it.
+            write_json(folder / RESULT, {**identity, **results, "environment": environment()})
         tables = {name: _ATTACKS[name].table(result) for name, result in results.items()}
         text = _markdown(tables, identity, BEFORE in models)
         replace_files({folder / REPORT: text.encode()})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.evaluation.templates import CHAT, FAMILIES
 from fastbound.unlearning.metrics.answers import Score, evaluate
 from fastbound.unlearning.metrics.tokens import answer_scores
-from fastbound.unlearning.model import evaluating, forward
+from fastbound.unlearning.model import evaluating, forward, merged
 
 Load = Callable[[], nn.Module]
 Records = Sequence[tuple[str, Mapping[str, Any]]]  # file and number of a row, and its fields
@@ -92,7 +93,7 @@ class Subject:
     """The models under attack and the tokenizer that they share.
 
     Attributes:
-        models: each loads a plain model (adapters merged) on its device: "unlearned"; "before"
+        models: each loads a model anew, on its device: "unlearned"; "before"
             unlearning, which says how much there is to recover; and "reference", which never saw
             the forget rows, to compare with. Only the first is needed.
     """
@@ -100,6 +101,7 @@ class Subject:
     models: Mapping[str, Load]
     tokenizer: Any
     config: AttackConfig
+    given: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False)
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """As `fastbound.unlearning.encode`. Raises InputError."""
@@ -107,8 +109,15 @@ class Subject:
         return encode_all(rows, self.tokenizer, max_length=config.max_length, template=config.text)
 
     def load(self, name: str, rows: Sequence[Encoded]) -> nn.Module:
-        """A model, anew, that takes these rows. Raises InputError."""
+        """A model, anew and with its adapter merged, that takes these rows. Raises InputError."""
         model = self.models[name]()
+        if model in self.given:
+            raise InputError(
+                f"the function that loads {name!r} returned a model that an attack has already "
+                "had, and may have trained or rounded: let it load the model anew each time"
+            )
+        self.given.add(model)
+        model = merged(model)
         check_fits(model, self.tokenizer, rows)
         return model
 
