@@ -167,9 +167,11 @@ class UnlearnConfig:
             positive("bound", self.bound)
         for name in ("weight_decay", "forget_weight", "retain_weight", "retain_slack"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} must be >= 0 and finite, got {value}")
+            if not (_is_number(value) and math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be >= 0 and finite, got {value!r}")
         if self.losses is not None:
+            if not isinstance(self.losses, Mapping):
+                raise InputError(f"losses must be a dict of names and weights, got {self.losses!r}")
             object.__setattr__(self, "losses", check_losses(self.losses))
             if (self.forget_weight, self.retain_weight) != (1.0, 1.0):
                 raise InputError(
@@ -187,12 +189,23 @@ class UnlearnConfig:
                     f'cross_entropy "{self.cross_entropy}" never forms all logits at once, which '
                     f'{" and ".join(taking)} need: use "auto" or "whole"'
                 )
-        if not 0 <= self.warmup <= 1:
+        if not (_is_number(self.warmup) and 0 <= self.warmup <= 1):
             raise InputError(
-                f"warmup is a share of all steps and must lie between 0 and 1, got {self.warmup}"
+                f"warmup is a share of all steps and must lie between 0 and 1, got {self.warmup!r}"
             )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not (whole and 0 <= self.seed < 2**32):
+            raise InputError(
+                f"seed must lie between 0 and 2**32 - 1, as an integer, got {self.seed!r}"
+            )
+        for name in ("early_stop", "shard", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("epochs", "lr", "forget_ceiling", "alpha", "omega", "bound", "clip",
+                     "forget_target", "retain_limit"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int | float | str | None):  # numpy's, not for JSON
+                object.__setattr__(self, name, float(value))
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         check_template(self.template)
@@ -210,6 +223,10 @@ class UnlearnConfig:
         if not isinstance(self.target_modules, str):
             values["target_modules"] = list(self.target_modules)
         return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at_least_one(name: str, value: object) -> None:

@@ -21,6 +21,7 @@ from fastbound.figures import new_figure, save_figure
 from fastbound.files import writing
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.data.encoding import Encoded, encode_all, padding
+from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint, load_rows
 from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.metrics.answers import Score, evaluate
@@ -107,7 +108,10 @@ def unlearn_requests(
 
     check_free(folder, _of(1), resume=resume)
     with writing(folder):
-        curve = [knowledge(0, load())]
+        first = load()
+        check_fits(first, tokenizer, [row for side in encoded for row in side])
+        curve = [knowledge(0, first)]
+        del first
         for number, rows in enumerate(forget, start=1):
             model = apply_requests(load(), folder, range(1, number))
             result = unlearn(

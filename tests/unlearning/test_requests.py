@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastbound.unlearning import InputError, UnlearnConfig
 from fastbound.unlearning.data.encoding import encode_all, padding
@@ -132,3 +133,17 @@ def test_a_copy_beside_the_requests_is_none_of_them(carried_out, new_model, tmp_
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("side", ["request", "general"])
+def test_rows_beyond_the_models_positions_are_refused_first(
+    forget_rows, retain_rows, tokenizer, tmp_path, side
+):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=4, **sizes))
+    rows = {"request": forget_rows[:1], "general": None} | {side: forget_rows[1:2]}
+    with pytest.raises(InputError, match="more than the 4 positions"):
+        unlearn_requests(lambda: model, tokenizer, [rows["request"]], retain_rows[:1],
+                         output=tmp_path / "out", general=rows["general"])  # fmt: skip
+    assert not (tmp_path / "out" / "requests.json").exists()

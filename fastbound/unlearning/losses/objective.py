@@ -419,8 +419,16 @@ class Objective:
             part: factor of all other losses: 1 / the number of batches per step.
 
         Raises:
-            ValueError: reference, logits or hidden states are missing.
+            ValueError: reference, logits, hidden states or refusals are missing, or `rows` are not
+                those of the batch.
         """
+        needed = 2 + self.needs_refusals  # refusals that no loss needs may be there
+        if not needed <= len(rows) <= 3 or sum(rows) != len(batch.labels):
+            expected = "forget, retain and refusals" if self.needs_refusals else "forget and retain"
+            raise ValueError(
+                f"rows must be the numbers of rows of {expected}, {len(batch.labels)} together, "
+                f"got {rows}"
+            )
         weight = self.weights.get
         signed = (
             -weight("gradient_ascent", 0.0) * shares[0],

@@ -26,7 +26,12 @@ from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import Pairing, evenly
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.metrics.answers import Score, totals
-from fastbound.unlearning.model import autocast_dtype, checkpoint_activations, keeping_modes
+from fastbound.unlearning.model import (
+    autocast_dtype,
+    check_plain,
+    checkpoint_activations,
+    keeping_modes,
+)
 from fastbound.unlearning.runs.folder import (
     ADAPTER,
     RANKS,
@@ -85,6 +90,7 @@ def unlearn(
             checkpoint stays as it was.
     """
     config = config or UnlearnConfig()
+    check_plain(model, type(model).__name__)
     ceiling = forget_ceiling(config, model)
     objective = Objective(config.weighted_losses, config.seed, ceiling=ceiling)
     objective.layer(model)  # refused before any work

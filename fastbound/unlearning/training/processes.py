@@ -29,11 +29,20 @@ def start_processes(config: UnlearnConfig) -> Any:
     check_device(config.device)
     # The loop has its own autocast: that of accelerate would convert all logits to fp32. It also
     # divides each loss itself, which accelerate would do again if its environment says so.
-    return Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    try:
+        return Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise InputError(
+            "this process already uses accelerate with other settings, such as Trainer's bf16 or "
+            "an Accelerator with mixed precision, of which it keeps one set for a process: unlearn "
+            "in a process of its own"
+        ) from error
 
 
 def starts_first() -> bool:

@@ -168,3 +168,8 @@ def test_each_compared_adapter_computes_with_its_delta_in_the_weight(given, name
         assert layer(x).dtype == dtype
         error = (layer(x).double() - exact).abs().max() / exact.abs().max()
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_multimodal_models_vocabulary_is_that_of_its_text(tiny_model, tmp_path):
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    assert check_memory(Pretrained(str(tmp_path)), CellConfig(), 32, 1, 1)[0] >= 1

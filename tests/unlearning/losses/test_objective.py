@@ -170,6 +170,16 @@ def test_a_weighted_sum_is_the_sum_of_its_parts():
     assert len({round(value({name: 1.0}).item(), 9) for name in LOSSES}) == len(LOSSES)
 
 
+@pytest.mark.parametrize(("name", "rows"), [("idk", (2, 2)), ("dpo", (1, 3)), ("retain", (2, 3))])
+def test_rows_that_are_not_those_of_the_batch_are_refused(name, rows):
+    """Without refusals idk would be dropped, and dpo NaN."""
+    labels = torch.randint(0, 9, (4, 5))
+    answers = Answers.of(torch.randn(4, 5, 9), labels)
+    batch = Batch(labels, torch.ones_like(labels), labels)
+    with pytest.raises(ValueError, match="rows must be the numbers of rows of forget"):
+        Objective({name: 1.0})(answers, batch, rows, reference=answers)
+
+
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
 def test_every_loss_trains_in_the_loop(user_folder, adapter):
     import transformers

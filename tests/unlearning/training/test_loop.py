@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fastbound
-from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate
+from fastbound.unlearning import InputError, NonFiniteError, UnlearnConfig, evaluate, unlearn
 from fastbound.unlearning.data.encoding import encode_all
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.runs.report import Run, table
 from fastbound.unlearning.training.ending import ForgottenWarning, forget_target
+from fastbound.unlearning.training.processes import start_processes
 
 FAST = UnlearnConfig(
     bound="4*rms", lr=1e-2, epochs=4, batch_size=3, rank=2, log_every=1, device="cpu"
@@ -338,6 +340,11 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0"),
         ({"seed": -1}, "seed must lie between"),
+        ({"seed": 1.5}, "seed must lie between .*, got 1.5"),
+        ({"warmup": "0.1"}, "warmup is a share .*, got '0.1'"),
+        ({"forget_weight": "2"}, "forget_weight must be >= 0 and finite, got '2'"),
+        ({"early_stop": "no"}, "early_stop must be True or False, got 'no'"),
+        ({"losses": ["npo"]}, "losses must be a dict of names and weights"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once(changes, message):
@@ -375,3 +382,23 @@ def test_a_batch_that_no_memory_holds_is_refused_before_anything_is_written(unle
         with pytest.raises(InputError, match=r"take .* GB, and cpu has .* smaller batch_size"):
             unlearn_rows(config, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_a_model_that_has_an_adapter_is_refused(
+    adapter, new_model, tokenizer, forget_rows, retain_rows
+):
+    """LoRA would train that adapter, and take the bare base for the reference."""
+    model = get_peft_model(new_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="comes with an adapter: merge it first"):
+        unlearn(model, tokenizer, forget_rows, retain_rows, config(adapter=adapter))
+
+
+def test_a_process_that_uses_accelerate_otherwise_is_told_so(monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    Accelerator(mixed_precision="bf16", cpu=True)
+    with pytest.raises(InputError, match="unlearn in a process of its own"):
+        start_processes(config(device="cpu"))
