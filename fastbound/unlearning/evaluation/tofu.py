@@ -216,9 +216,18 @@ def prepare(settings: Settings, tokenizer: Any) -> Sections:
 
 
 def compared(retain: Log, prepared: Sections) -> dict[str, tuple[int, int]]:
-    """The numbers of forget rows."""
+    """The numbers of forget rows. Raises InputError for a log of other questions."""
+    rows = prepared.parts[FORGET].rows
     theirs = forget_ratios(retain, name="retain log")
-    return {FORGET: (len(theirs), len(prepared.parts[FORGET].rows))}
+    asked = retain[FORGET].get("generated_text")
+    if isinstance(asked, Sequence) and len(asked) == len(rows):
+        for number, (row, (question, *_)) in enumerate(zip(rows, asked, strict=True), start=1):
+            if (row.question or "") not in str(question):  # TOFU's own logs hold the whole prompt
+                raise InputError(
+                    f"row {number} of the retain log asks {str(question)[:80]!r}, and here "
+                    f"{str(row.question)[:80]!r}: make it with the same --split and --data"
+                )
+    return {FORGET: (len(theirs), len(rows))}
 
 
 def score(session: Session, prepared: Sections, settings: Settings) -> dict[str, Any]:

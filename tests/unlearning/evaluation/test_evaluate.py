@@ -133,6 +133,17 @@ def test_a_retain_log_of_the_same_model_is_named(
         assert summary["privleak"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_retain_log_of_other_questions_is_refused(finished, evaluate_arguments, tmp_path, capsys):
+    log = read(finished("tofu")[0] / tofu.LOG)
+    texts = log[FORGET]["generated_text"]
+    texts[0], texts[1] = texts[1], texts[0]
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    flags = ("--retain-log", str(tmp_path / "log.json"))
+    assert main(evaluate_arguments("tofu", tmp_path / "run", *flags)) == 2
+    assert "row 1 of the retain log asks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("convention", metrics.MUSE_CONVENTIONS)
 def test_muse(finished, evaluate_arguments, tmp_path, capsys, convention):
     if convention == "open-unlearning":
