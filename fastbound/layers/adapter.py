@@ -99,6 +99,11 @@ class BoundedAdapter(nn.Module):
         """ω: sqrt(alpha / bound) for "factors", alpha / (rank · bound) for "product"."""
         return self._numbers()[1]
 
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that an entry of ΔW can take."""
+        return self.bound
+
     def _numbers(self) -> tuple[float, float]:
         return scaling_and_omega(self.rank, self.alpha, self.bound, self.form)
 
@@ -228,8 +233,8 @@ def bound_in_use(adapters: Sequence[BoundedAdapter]) -> float:
         part = slice(start, start + rows)
         delta = sum(formula.delta_weight(A, B[part], **term) for A, B, term in factors)
         squares += float(cast(Tensor, delta).square().sum())
-    bounds = sum(abs(getattr(each, "scale", 1.0)) * each.bound for each in adapters)
-    return math.sqrt(squares / (N * K)) / bounds if bounds else 0.0
+    bound = sum(each.largest for each in adapters)
+    return math.sqrt(squares / (N * K)) / bound if bound else 0.0
 
 
 class NamedAdapter(BoundedAdapter):
@@ -241,6 +246,11 @@ class NamedAdapter(BoundedAdapter):
     scale: float = 1.0
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
+
+    @property
+    def largest(self) -> float:
+        """|scale|·bound."""
+        return abs(self.scale) * self.bound
 
     @property
     def scaling(self) -> float:

@@ -22,7 +22,7 @@ from fastbound.layers.over_base import BoundedOverBase
 from fastbound.layers.readers import weight_reader
 from fastbound.models.adapted import adapted_blocks, unfused_reason
 from fastbound.operator.block_ops import block_key
-from fastbound.operator.call import trained_weight
+from fastbound.operator.call import autocast_to, trained_weight
 from fastbound.operator.engine import route_for
 from fastbound.operator.partition import GATHER, gathered_modules, partition
 
@@ -215,10 +215,10 @@ def _block_plan(block: FusedBoundedMLP, tokens: int, part: str) -> Plan:
         N //= 2
     product = layers[0].adapter.form == "product"
     ranks = [layer.adapter.rank for layer in layers]
-    dtype, backend = _compute_dtype(weight.dtype, weight.device), layers[0].adapter.backend
+    dtype, backend = autocast_to(weight.dtype, weight.device), layers[0].adapter.backend
     activation = cast(str, activation_name(getattr(block, form.activation)))
     named = block_form(activation, form.gate is not None)
-    how = (dtype, backend, named, part, layout_of(first), product)
+    how = (dtype or weight.dtype, backend, named, part, layout_of(first), product)
     return _explained(block_key(weight.device, tokens, N, K, ranks, *how))
 
 
@@ -236,20 +236,20 @@ def _explain_layer(
     tensors = (layer.weight, layer.bias, *(adapter.A for adapter in active))
     held = [t for t in tensors if t is not None and t.is_floating_point()]
     where = active[0].A.device if active else layer.weight.device
-    dtype = _compute_dtype(held[0].dtype if held else torch.get_default_dtype(), where)
+    dtype = held[0].dtype if held else torch.get_default_dtype()
+    dtype = autocast_to(dtype, where) or dtype
     if plan is None:
         plan = _layer_plan(layer, where, tokens, dtype, gathered, "forward")
         backward = _layer_plan(layer, where, tokens, dtype, gathered, "backward")
     rank = max((adapter.rank for adapter in active), default=0)
     device = describe(where).architecture
     shape = (layer.out_features, layer.in_features)
-    bounds = [abs(getattr(each, "scale", 1.0)) * each.bound for each in active]  # PEFT adds them
     factors = [factor for adapter in active for factor in (adapter.A, adapter.B)]
     readable = not any(factor.is_meta or partition(factor) for factor in factors)
     used = bound_in_use(active) if active and readable else None
     return LayerExplanation(
         *(name, shape, rank, str(dtype), device, plan, block),
-        bound=sum(bounds) if bounds else None,
+        bound=sum(each.largest for each in active) if active else None,  # PEFT adds them
         bound_in_use=used,
         form=active[0].form if active else "factors",
         backward=None if backward == plan else backward,
@@ -302,17 +302,6 @@ def calls_base(layer: Adapted, gathered: bool = False) -> bool:
     if isinstance(layer, FusedBoundedLinear):
         return isinstance(layer, BoundedOverBase)
     return layer.obstacle(gathered) is not None
-
-
-def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    # Autocast does not support the meta device.
-    if (
-        dtype is torch.float64
-        or device.type == "meta"
-        or not torch.is_autocast_enabled(device.type)
-    ):
-        return dtype
-    return torch.get_autocast_dtype(device.type)
 
 
 def _more(plan: Plan, backward: Plan) -> Plan:

@@ -121,7 +121,7 @@ def bounded_mlp(
         raise ValueError(f'unknown recompute {recompute!r}: choose None or "gate_up"')
     projections = {"gate": gate, "up": up, "down": down}
     _check_block(x, projections, backend)
-    dtype = autocast_to(x)
+    dtype = autocast_to(x.dtype, x.device)
     if dtype is not None:
         x = x.to(dtype)
     else:

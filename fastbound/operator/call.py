@@ -137,10 +137,10 @@ def check_form(form: str, backend: str, dropout: float) -> None:
         )
 
 
-def autocast_to(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast casts x, or None if autocast is off or does not apply."""
-    kind = x.device.type
-    if x.dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast casts `dtype`, or None if it is off or does not apply."""
+    kind = device.type
+    if dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -170,7 +170,7 @@ def bounded_linear(
     """
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, weight=weight, bias=bias)
-    dtype = autocast_to(x)
+    dtype = autocast_to(x.dtype, x.device)
     if dtype is None and x.dtype is not weight.dtype:
         raise TypeError(
             f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use torch.autocast"
@@ -220,7 +220,7 @@ def bounded_addition(
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, result=result)
     in_place = give_up and plain(x, A, B) and can_write_into(result, x)
-    return _call(x, None, None, result, in_place, term, autocast_to(x))
+    return _call(x, None, None, result, in_place, term, autocast_to(x.dtype, x.device))
 
 
 def _call(

@@ -35,6 +35,15 @@ def bare_name(name: str) -> str:
     return without_shells(name, COMPILED_OR_FSDP).removeprefix("base_model.model.")
 
 
+def layers_with(model: nn.Module, *adapters: str) -> dict[str, Any]:
+    """Bare name -> layer, for every layer that has one of these adapters."""
+    return {
+        bare_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, BoundedLayer) and any(a in module.fastbound_ab for a in adapters)
+    }
+
+
 def no_match(model: nn.Module, config: Any) -> str:
     wanted = config.target_modules
     one = wanted if isinstance(wanted, str) else min(wanted, default="")

@@ -9,9 +9,8 @@ from typing import Any
 from peft import PeftConfig
 
 from fastbound.models.names import renamed
-from fastbound.peft.checks import bare_name
+from fastbound.peft.checks import layers_with
 from fastbound.peft.config import BoundedConfig
-from fastbound.peft.layer import BoundedLayer
 
 
 def keeping_numbers(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,11 +34,7 @@ def keeping_numbers(plain: Callable[..., Any]) -> Callable[..., Any]:
                 f"form={held.form!r}: load it under another name"
             )
         found = plain(self, model_id, adapter_name, *args, **kwargs)
-        layers: dict[str, Any] = {
-            bare_name(name): module
-            for name, module in self.named_modules()
-            if isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
-        }
+        layers = layers_with(self, adapter_name)
         names = renamed(layers, saved.shapes)
         for name, layer in layers.items():
             settings = saved.of_layer(names[name], layer.base_layer)

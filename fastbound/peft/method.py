@@ -57,9 +57,9 @@ if PEFT_TYPE not in PeftType.__members__:
 # These imports need the new member of the enumeration.
 from fastbound.peft.checks import (  # noqa: E402
     NoMatchingPeftModuleError,
-    bare_name,
     check_each_is_there,
     check_tokens,
+    layers_with,
     no_default,
     no_match,
     plain_name,
@@ -138,11 +138,7 @@ class BoundedModel(BaseTuner):
         combination types other than "cat". LoRA's other arguments belong to those and are ignored.
         """
         _check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
-        held: dict[str, BoundedLayer] = {
-            bare_name(name): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, BoundedLayer) and any(a in module.fastbound_ab for a in adapters)
-        }
+        held = layers_with(self.model, *adapters)
         sums = {}
         for name, layer in held.items():
             terms = {
@@ -336,11 +332,7 @@ class BoundedModel(BaseTuner):
 
         PEFT saves the config next, and it may have been applied to other models since.
         """
-        found: dict[str, Any] = {
-            bare_name(name): module
-            for name, module in model.named_modules()
-            if isinstance(module, BoundedLayer) and adapter_name in module.fastbound_ab
-        }
+        found = layers_with(model, adapter_name)
         adapters = {name: module.fastbound_ab[adapter_name] for name, module in found.items()}
         alphas, bounds = (
             {n: getattr(a, x) for n, a in adapters.items()} for x in ("alpha", "bound")

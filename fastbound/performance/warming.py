@@ -21,6 +21,7 @@ from fastbound.layers.base import Adapted, layout_of, weight_shape
 from fastbound.layers.forms import activation_name
 from fastbound.layers.mlp import FusedBoundedMLP
 from fastbound.models.explanation import Explanation, LayerExplanation, calls_base, explain
+from fastbound.operator.call import autocast_to
 from fastbound.operator.partition import partition
 from fastbound.performance.compilation import binary_of, compile_launch
 from fastbound.performance.recorder import block_calls, layer_calls
@@ -133,8 +134,7 @@ def _once(module: Any, M: int) -> None:
     if partition(held) is not None:
         return  # only the forward of its FSDP unit gathers it
     dtype, device = held.dtype, held.device
-    if dtype is not torch.float64 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = autocast_to(dtype, device) or dtype
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
         trained = [p for p in module.parameters() if p.requires_grad]

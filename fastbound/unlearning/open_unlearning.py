@@ -171,9 +171,9 @@ def _names(target_modules: str | Iterable[str]) -> str | tuple[str, ...]:
 def _ready(model: Any) -> nn.Module:
     """Let gradients reach the adapters under checkpointing, and let saving merge."""
     model.enable_input_require_grads()
+    model.register_load_state_dict_pre_hook(_refuse_merged)
     kind = type(model)
     # The name stays: transformers writes it into config.json and chooses the loss by it.
-    model.register_load_state_dict_pre_hook(_refuse_merged)
     model.__class__ = type(kind.__name__, (_SavesMerged, kind), {"__module__": kind.__module__})
     return cast(nn.Module, model)
 

@@ -24,7 +24,7 @@ def check_fits(
     Args:
         new: for each row, the largest number of tokens that the model generates; None means none.
     """
-    limit, rotary = positions(model), _is_rotary(model)
+    limit, rotary = _positions(model), _is_rotary(model)
     known = _embedded(model)
     if known is not None:
         _check_token(padding(tokenizer), "the padding token", tokenizer, known)
@@ -66,7 +66,7 @@ def _embedded(model: nn.Module) -> int | None:
     return min(known, default=None)
 
 
-def positions(model: nn.Module) -> int | None:
+def _positions(model: nn.Module) -> int | None:
     """The number of positions in the model's config, with its RoPE scaling; None if not given."""
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "alibi", False):
@@ -87,3 +87,8 @@ def positions(model: nn.Module) -> int | None:
 
 def _is_rotary(model: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+
+
+def table_of_positions(model: nn.Module) -> int | None:
+    """The size of the table in which the model looks its positions up; None if it has none."""
+    return None if _is_rotary(model) else _positions(model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbound.unlearning.data.limits import positions
+from fastbound.unlearning.data.limits import table_of_positions
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def continuations(
         end: end-of-text token, if the model's generation settings name none.
     """
     length = max(map(len, prompts))
-    room = positions(model)
+    room = table_of_positions(model)
     if len(prompts) > 1 and room is not None and length + max(most) - 1 > room:
         # A batch runs until its last row has ended: alone, no row runs beyond what it asks for.
         return [

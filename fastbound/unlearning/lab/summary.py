@@ -143,8 +143,8 @@ def table_of(lines: Sequence[Line], standard: Standard = SMALL) -> str:
     """Markdown: the standard's measure, mean ± spread over seeds, for each adapter and rate.
 
     `*` marks rates at which a seed did not forget, `!` those at which one broke off on a number
-    that is not finite. Where the lines are of different numbers of
-    seeds, each says its own in brackets.
+    that is not finite. Where the lines are of different numbers of seeds, each says its own in
+    brackets.
     """
     rates = sorted({line.lr for line in lines})
     ranks, counts = {line.rank for line in lines}, {line.seeds for line in lines}
