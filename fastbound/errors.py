@@ -66,10 +66,24 @@ def positive(name: str, value: object) -> float:
 
 def counted(name: str, value: object) -> int:
     """The value as an int. Raises InputError, which names it, unless it is an integer from 1 on."""
-    number = operator.index(value) if isinstance(value, SupportsIndex) else 0
+    try:
+        number = operator.index(value) if isinstance(value, SupportsIndex) else 0
+    except TypeError:  # an array or a tensor of several numbers, or of no integers
+        number = 0
     if isinstance(value, bool) or number < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}")
     return number
+
+
+def count_fields(settings: object, names: Sequence[str], *, optional: Sequence[str] = ()) -> None:
+    """Let these fields of frozen settings be ints of 1 or more; the optional ones also None.
+
+    Raises InputError, which names the first field that is not.
+    """
+    for name in (*names, *optional):
+        value = getattr(settings, name)
+        if value is not None or name in names:
+            object.__setattr__(settings, name, counted(name, value))
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:

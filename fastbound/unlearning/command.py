@@ -232,6 +232,8 @@ def _loss(text: str) -> tuple[str, Weight]:
         ) from None
     if len(options) < len(pairs):
         raise InputError(f"--loss names an option twice: {text}")
+    if weight and "weight" in options:
+        raise InputError(f"--loss gives two weights: {text}")
     return name.strip(), {"weight": number, **options} if options else number
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastbound.errors import InputError, one_of, positive
+from fastbound.errors import InputError, count_fields, one_of, positive
 from fastbound.layers.bounds import weight_bound
 from fastbound.truth.formula import ADAPTER_FORMS
 from fastbound.unlearning.data.encoding import TEMPLATE, check_template
@@ -142,14 +142,14 @@ class UnlearnConfig:
                 f"alpha={self.alpha!r} and omega={self.omega!r} set the same thing: give one"
             )
         if self.rank != "auto":
-            _at_least_one("rank", self.rank)
+            count_fields(self, ["rank"])
             if self.rank_budget is not None:
                 raise InputError(f'rank_budget is for rank "auto", and rank is {self.rank!r}')
-        for name in ("batch_size", "accumulation", "max_length", "log_every"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("rank_budget", "eval_every", "eval_rows", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
+        count_fields(
+            self,
+            ("batch_size", "accumulation", "max_length", "log_every"),
+            optional=("rank_budget", "eval_every", "eval_rows", "checkpoint_every"),
+        )
         positive("epochs", self.epochs)
         if self.lr != "auto":
             positive('lr, unless "auto",', self.lr)
@@ -227,8 +227,3 @@ class UnlearnConfig:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _at_least_one(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number >= 1, got {value!r}")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastbound.errors import InputError
+from fastbound.errors import InputError, count_fields
 from fastbound.files import writing
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.evaluation import benchmark_named
@@ -82,9 +82,7 @@ class EvaluationConfig:
         object.__setattr__(self, "membership", check_attacks(self.membership))
         if self.membership and self.benchmark == "tdec":
             raise InputError("tdec has no holdout rows for membership attacks: take tofu or muse")
-        for name in ("batch_size", "n", *(["rows"] if self.rows is not None else [])):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        count_fields(self, ("batch_size", "n"), optional=["rows"])
 
     @property
     def chosen(self) -> Benchmark:

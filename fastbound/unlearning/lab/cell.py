@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastbound.errors import count_fields, one_of, positive
+from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import IGNORED, Encoded
 
 WRONG = 2  # wrong answers per row in the truth ratio
@@ -47,6 +49,11 @@ class CellConfig:
     dtype: str = "float32"
     eval_rows: int | None = None
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        count_fields(self, ("steps", "batch_size", "log_every"), optional=["eval_rows"])
+        positive("slope", self.slope)
+        one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)

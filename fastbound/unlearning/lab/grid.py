@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 
-from fastbound.errors import InputError, StoppedError, one_of
+from fastbound.errors import InputError, StoppedError, count_fields, counted, positive
 from fastbound.files import writing
 from fastbound.performance.progress import progress as progress_of
-from fastbound.unlearning.config import DTYPES
 from fastbound.unlearning.data.encoding import encode_all, padding
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint
@@ -109,18 +108,17 @@ class Grid:
     def __post_init__(self) -> None:
         names = tuple(parse_adapter(text).name for text in self.adapters)
         object.__setattr__(self, "adapters", names)
-        for name, values in (("lr", self.rates), ("rank", self.ranks), ("seeds", [self.seeds])):
-            if not values or not all(0 < value < float("inf") for value in values):
-                raise InputError(f"{name} must be positive and finite, got {list(values)}")
+        for name, values in (("lr", self.rates), ("rank", self.ranks)):
+            if not values:
+                raise InputError(f"{name} must have at least one value, got none")
+        for rate in self.rates:
+            positive("lr", rate)
+        object.__setattr__(self, "ranks", tuple(counted("rank", each) for each in self.ranks))
+        count_fields(self, ["seeds"])
         keys = [cell.key for cell in self.cells()]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise InputError(f"cell {twice} appears twice: give each adapter, lr and rank once")
-        for name in ("steps", "batch_size", "eval_rows"):
-            value = getattr(self.cell, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be >= 1, got {value}")
-        one_of("dtype", self.cell.dtype, DTYPES)
 
     def cells(self) -> list[Cell]:
         """Every cell, seed by seed."""
@@ -158,8 +156,8 @@ def run_grid(
         InputError: rows, settings or output folder cannot be used.
         StoppedError: a worker was killed; the finished cells are kept.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers must be >= 1, got {workers}")
+    if workers is not None:
+        workers = counted("workers", workers)
     check_disjoint(forget, retain)
     if len(retain) < 3:
         raise InputError(f"the truth ratio needs at least 3 retain rows, got {len(retain)}")

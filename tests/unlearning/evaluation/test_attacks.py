@@ -14,6 +14,7 @@ from torch import nn
 import fastbound
 from fastbound.cli import main, parse
 from fastbound.unlearning import InputError, UnlearnConfig, unlearn
+from fastbound.unlearning.data.rows import RepeatedRowsWarning
 from fastbound.unlearning.evaluation.attacks.command import check_flags
 from fastbound.unlearning.evaluation.attacks.quantize import quantized
 from fastbound.unlearning.evaluation.attacks.run import attack
@@ -204,6 +205,12 @@ class TestRecovered:
         assert recovered(Score(1, 0.5, 0, 1), Score(1, 0.2, 0, 1), None) is None
 
 
+def _linear_with(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
 class TestQuantized:
     @pytest.mark.parametrize("bits", [8, 4])
     @pytest.mark.parametrize("width", [64, 48, 33])
@@ -230,6 +237,19 @@ class TestQuantized:
         quantized(model, 8)
         assert model.lm_head.weight.data_ptr() == head
         assert type(model.model.layers[0].mlp.up_proj.weight.data) is not torch.Tensor
+
+    def test_the_transposed_layers_of_gpt2_are_rounded_as_linear_ones(self, tiny_model):
+        model = tiny_model("gpt2").eval()
+        ids = torch.arange(12).view(2, 6)
+        with torch.no_grad():
+            before = model(ids).logits
+            kept = model.transformer.h[0].mlp.c_fc.weight.detach().t().clone()
+            near = quantized(model, 8)(ids).logits
+        layer = model.transformer.h[0].mlp.c_fc
+        assert type(layer) is nn.Linear
+        alike = quantized(nn.Sequential(_linear_with(kept)), 8)[0]
+        assert torch.equal(layer.weight.dequantize(), alike.weight.dequantize())
+        assert 0 < (near - before).abs().max() < 0.05 * before.abs().max()
 
     def test_other_bits_and_models_without_layers_are_refused(self):
         with pytest.raises(InputError, match="bits must be one of 8, 4, got 3"):
@@ -271,6 +291,24 @@ def test_relearning_half_of_the_rows_moves_the_other_half(
     assert by_rows["forget"][-1]["loss"] < 0.7 * by_rows["forget"][0]["loss"]
 
 
+def test_a_repeated_row_is_not_both_relearned_and_measured(attacked, model_folder, tmp_path):
+    rows = (attacked / "forget.jsonl").read_text().splitlines()
+    repeated = tmp_path / "repeated.jsonl"
+    repeated.write_text("\n".join([rows[0], rows[1], rows[0], rows[0]]))
+    with pytest.warns(RepeatedRowsWarning):
+        attack(
+            {"unlearned": lambda: load_pretrained(str(model_folder))[0]},
+            load_pretrained(str(model_folder))[1],
+            repeated,
+            AttackConfig(("relearn",), steps=1, share=0.5),
+            unrelated=attacked / "unrelated.jsonl",
+            output=tmp_path / "out",
+        )
+    result = json.loads((tmp_path / "out/attack.json").read_text())
+    assert result["rows"]["forget"] == 2
+    assert result["relearn"]["measured"] == 1 and result["relearn"]["curves"][0]["taught"] == 1
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -280,7 +318,7 @@ class TestRefusals:
                 "attack must be some of relearn, quantize, paraphrase; got 'mel",
             ),
             (("--attack", "relearn", "--split", "forget01"), "--split is for --benchmark"),
-            (("--attack", "relearn", "--steps", "0"), "steps must be a whole number >= 1, got 0"),
+            (("--attack", "relearn", "--steps", "0"), "steps must be an integer >= 1, got 0"),
             (("--attack", "relearn", "--lr", "-1"), "lr must be positive and finite, got -1.0"),
             (
                 ("--attack", "relearn", "--weights", "some"),
@@ -307,7 +345,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"--forget": "one"}, "give two at least, got 1"),
+            ({"--forget": "one"}, "give two different ones at least, got 1"),
             ({"--forget": "plain", "--attack": "paraphrase"}, "needs 'paraphrased_question' or"),
             ({"--unrelated": "retain"}, "--unrelated share 9 rows with retain"),
             ({"--retain": "forget"}, "forget and retain share 6 rows"),

@@ -238,6 +238,7 @@ class TestOptions:
         [
             ("wga=1,beta", "OPTION=NUMBER after commas; got 'wga=1,beta'"),
             ("wga=1,beta=1,beta=2", "--loss names an option twice: wga=1,beta=1,beta=2"),
+            ("wga=2,weight=3", "--loss gives two weights: wga=2,weight=3"),
             ("wga=1,layer=1", "the loss wga has no option 'layer': it has beta"),
             ("rmu=1,layer=2", "no layer 2: the model has 2, numbered 0 to 1"),
         ],

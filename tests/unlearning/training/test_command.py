@@ -78,7 +78,7 @@ def test_bound_alpha_is_the_literal_formula(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--rank 0", "rank must be a whole number >= 1, got 0"),
+        ("--rank 0", "rank must be an integer >= 1, got 0"),
         ("--alpha -2", "alpha must be positive and finite, got -2.0"),
         ("--bound nan", "bound must be positive and finite, got nan"),
         (

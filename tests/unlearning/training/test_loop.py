@@ -326,7 +326,7 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number >= 1, got 0"),
+        ({"rank": 0}, "rank must be an integer >= 1, got 0"),
         ({"alpha": -1.0}, "alpha must be positive and finite, got -1.0"),
         ({"bound": math.nan}, "bound must be positive and finite, got nan"),
         ({"bound": math.inf}, "bound must be positive and finite, got inf"),
@@ -337,7 +337,7 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
         ({"warmup": 1.5}, "warmup is a share"),
         ({"adapter": "dora"}, "adapter must be one of bounded, lora; got 'dora'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
-        ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0"),
         ({"seed": -1}, "seed must lie between"),
         ({"seed": 1.5}, "seed must lie between .*, got 1.5"),

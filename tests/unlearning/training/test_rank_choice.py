@@ -62,9 +62,9 @@ def test_the_command_prints_the_choice(
 def test_bad_budgets(unlearn_rows, tmp_path):
     with pytest.raises(InputError, match='rank_budget is for rank "auto", and rank is 8'):
         UnlearnConfig(rank_budget=1000)
-    with pytest.raises(InputError, match="rank_budget must be a whole number >= 1, got 0"):
+    with pytest.raises(InputError, match="rank_budget must be an integer >= 1, got 0"):
         UnlearnConfig(rank="auto", rank_budget=0)
-    with pytest.raises(InputError, match="rank must be a whole number"):
+    with pytest.raises(InputError, match="rank must be an integer >= 1, got 'most'"):
         UnlearnConfig(rank="most")
     with pytest.raises(InputError, match="is too small for rank 1 in 6 layers, which takes 480"):
         unlearn_rows(config(rank_budget=479), output=tmp_path / "run")

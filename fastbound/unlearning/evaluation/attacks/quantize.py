@@ -6,12 +6,13 @@ Zhang et al. 2024, "Catastrophic failure of LLM unlearning via quantization", ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastbound.errors import InputError, require
+from fastbound.layers.base import is_conv1d
 from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.evaluation.attacks.subject import (
@@ -43,7 +44,8 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
 
     8 bits: a scale for each row of a weight; 4 bits: for each 32 weights of a row (16 and so on
     where 32 does not divide it, the whole row where it is odd). The model goes on computing in its
-    own dtype, on any device.
+    own dtype, on any device. A `Conv1D` of transformers, as in GPT-2, becomes the `nn.Linear` that
+    computes the same.
 
     Raises InputError for other bits, and for a model without such a layer.
     """
@@ -53,6 +55,9 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
         raise InputError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
+    for name, module in [*model.named_modules()]:
+        if is_conv1d(module):
+            model.set_submodule(name, _linear(cast(Any, module)))
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -68,6 +73,14 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
         )
         quantize_(module, config)
     return model
+
+
+def _linear(conv: Any) -> nn.Linear:
+    """The `nn.Linear` with the weights of a `Conv1D`, which holds them transposed."""
+    K, N = conv.weight.shape
+    layer = nn.Linear(K, N, device="meta")
+    layer.weight, layer.bias = nn.Parameter(conv.weight.detach().t().contiguous()), conv.bias
+    return layer
 
 
 def run(

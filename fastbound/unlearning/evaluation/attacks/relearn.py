@@ -43,7 +43,8 @@ def run(
     """Curves of the forget rows that are not relearned, for each kind of rows that is.
 
     Args:
-        rows: "forget", two at least, and "retain" and "unrelated" where there are some.
+        rows: "forget", at least two and none of them twice, and "retain" and "unrelated" where
+            there are some.
 
     Raises NonFiniteError where relearning at this rate does not stay finite.
     """

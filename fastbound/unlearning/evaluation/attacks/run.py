@@ -55,8 +55,8 @@ def attack(
     Args:
         models: functions that load "unlearned" and, where there are such, "before" and
             "reference", see `Subject`; each is called once for every use.
-        forget: the rows that were unlearned, as `load_rows` takes them; for "paraphrase" with the
-            fields of TOFU's perturbed splits.
+        forget: the rows that were unlearned, as `load_rows` takes them; a row that is there twice
+            counts once. For "paraphrase" with the fields of TOFU's perturbed splits.
         retain: rows that were kept, for "relearn" and "quantize".
         unrelated: rows to relearn that have to do with neither; None takes the fictitious authors
             that come with the package, unless these are forget or retain rows.
@@ -106,7 +106,8 @@ def _rows(
     unrelated: str | Path | None,
     config: AttackConfig,
 ) -> dict[str, list[Row]]:
-    found = {"forget": load_rows(forget)}
+    # Each once: a row that is there twice could be both relearned and measured.
+    found = {"forget": list({row.key: row for row in load_rows(forget)}.values())}
     if retain is not None:
         found["retain"] = load_rows(retain)
         check_disjoint(found["forget"], found["retain"])
@@ -114,7 +115,8 @@ def _rows(
         return found
     if len(found["forget"]) < 2:
         raise InputError(
-            "relearn takes some forget rows and measures the others: give two at least, got 1"
+            "relearn takes some forget rows and measures the others: give two different ones at "
+            "least, got 1"
         )
     other = load_rows(authors("retain") if unrelated is None else unrelated)
     for side, each in found.items():

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from fastbound.errors import InputError, did_you_mean, one_of, positive
+from fastbound.errors import InputError, count_fields, did_you_mean, one_of, positive
 from fastbound.unlearning.data.encoding import (
     Encoded,
     check_template,
@@ -67,12 +67,7 @@ class AttackConfig:
             near = did_you_mean(unknown[0], ATTACKS) if unknown else ""
             raise InputError(f"attack must be some of {', '.join(ATTACKS)}; got {got}{near}")
         object.__setattr__(self, "attacks", tuple(n for n in ATTACKS if n in self.attacks))
-        for name in ("steps", "max_length", "batch_size", "rows"):
-            value = getattr(self, name)
-            if name == "rows" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
+        count_fields(self, ("steps", "max_length", "batch_size"), optional=["rows"])
         positive("lr", self.lr)
         if not 0 < self.share < 1:
             raise InputError(f"share of the forget rows must lie between 0 and 1, got {self.share}")
