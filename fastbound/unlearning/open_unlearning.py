@@ -84,7 +84,7 @@ class LoraCausalLM:
         from peft import LoraConfig, inject_adapter_in_model
 
         model = _load(pretrained_model_name_or_path, kwargs)
-        layers = target_layers(model, UnlearnConfig(target_modules=_names(target_modules)))
+        layers, _ = target_layers(model, UnlearnConfig(target_modules=_names(target_modules)))
         settings = LoraConfig(
             r=rank,
             lora_alpha=cast(int, rank if alpha is None else alpha),

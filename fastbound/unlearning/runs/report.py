@@ -190,6 +190,11 @@ def table(runs: Sequence[Run], *, timed: bool = True) -> list[str]:
     if start["forget"]["loss"] >= runs[0].result["forget_target"]:
         lines.append("Before the first step the rows to forget already counted as forgotten.")
     lines += _cross_entropies(runs)
+    lines += dict.fromkeys(
+        f"Skipped {name}: {reason}"
+        for run in runs
+        for name, reason in run.result.get("skipped", {}).items()
+    )
     lines += [f"{run.adapter}: {each}" for run, each in _allocations(runs)]
     minimised = runs[0].result["config"].get("losses")
     if minimised:

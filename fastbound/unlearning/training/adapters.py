@@ -104,7 +104,7 @@ class _Lora:
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
-        layers = target_layers(model, config)
+        layers, _ = target_layers(model, config)
         check_ranks(dict.fromkeys(layers, ranks) if isinstance(ranks, int) else ranks, layers)
         rank = ranks if isinstance(ranks, int) else even_rank(ranks, layers)
         alpha = rank if config.alpha is None else config.alpha
@@ -245,6 +245,12 @@ def attach(
 
 def target_layers(
     model: nn.Module, config: UnlearnConfig, *, loaded: bool = True
-) -> dict[str, tuple[int, int]]:
-    """Names and [N, K] of the layers that a run adapts; see `layers_to_adapt`, which may raise."""
-    return layers_to_adapt(model, config.target_modules, loaded=loaded)[0]
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """As `layers_to_adapt`: [N, K] by name of what a run adapts, and why it skips other layers.
+
+    Raises InputError where that raises TypeError or ValueError.
+    """
+    try:
+        return layers_to_adapt(model, config.target_modules, loaded=loaded)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error

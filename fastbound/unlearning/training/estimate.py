@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -38,6 +38,7 @@ class Estimate:
         too_long: the rows beyond `max_length`, which a run refuses.
         model_parameters: of the frozen model.
         layers: names of the layers to adapt.
+        skipped: name -> reason, for layers that match `target_modules` but cannot be adapted.
         parameters: trained elements of all A and B; the most for `rank="auto"`.
         steps: the most steps; a run may end before.
         processes: how many share a step.
@@ -52,6 +53,7 @@ class Estimate:
     too_long: Sequence[Encoded]
     model_parameters: int
     layers: Sequence[str]
+    skipped: Mapping[str, str]
     parameters: int
     steps: int
     processes: int
@@ -79,6 +81,7 @@ class Estimate:
                 f"{len(self.too_long)} rows of more than {config.max_length} tokens (--max-length)",
             ),
             ("adapted", f"{len(self.layers)} layers, {first} to {last}"),
+            *(("skipped", f"{name}: {reason}") for name, reason in self.skipped.items()),
             ("trained", f"{most}{self.parameters:,} parameters, {rank}, adapter {config.adapter}"),
             (
                 "steps",
@@ -146,7 +149,7 @@ def estimate(
     fitting = [row for side in encoded for row in side if len(row.ids) <= config.max_length]
     too_long = [row for side in encoded for row in side if len(row.ids) > config.max_length]
     check_fits(model, tokenizer, fitting)
-    layers = _layers(model, config)
+    layers, skipped = target_layers(model, config, loaded=False)
     rank = EVEN if config.rank == "auto" else config.rank
     parameters = sum(rank * sum(shape) for shape in layers.values())
     if config.rank_budget is not None:
@@ -168,6 +171,7 @@ def estimate(
         too_long,
         model_parameters,
         tuple(layers),
+        skipped,
         parameters,
         pairing.steps(config.epochs),
         processes,
@@ -179,13 +183,6 @@ def estimate(
 
 def _encode(row: Row, tokenizer: Any, config: UnlearnConfig) -> Encoded:
     return encode(row, tokenizer, max_length=_LONGEST * config.max_length, template=config.template)
-
-
-def _layers(model: nn.Module, config: UnlearnConfig) -> dict[str, tuple[int, int]]:
-    try:
-        return target_layers(model, config, loaded=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
 
 
 def _memory(

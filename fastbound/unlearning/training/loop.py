@@ -139,6 +139,7 @@ class _Run:
         self.eval_every = config.eval_every or each_epoch
         self.checkpoint_every = config.checkpoint_every or self.eval_every
         self.folder = self._folder(model, tokenizer, output, resume)
+        self.skipped = target_layers(model, config)[1]
         self.ranks = self._ranks(model, resume)
         ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
         self.adapter: Adapter = attach(model, config, ranks, self._importance(model, resume))
@@ -239,6 +240,7 @@ class _Run:
             config=self.config,
             history=tuple(self.history),
             cross_entropy=self.training.cross_entropy,
+            skipped=self.skipped,
             ranks=self.ranks,
             stopped=stopped,
             forget_target=self.ending.target,
@@ -327,7 +329,7 @@ class _Run:
             return None
         return fila_importance(
             model,
-            target_layers(model, self.config),
+            target_layers(model, self.config)[0],
             self.sides.forget,
             self.sides.retain,
             self.sides.pad,

@@ -38,7 +38,7 @@ def choose_ranks(
         for rows in samples
     )
     try:
-        layers = target_layers(model, config)
+        layers, _ = target_layers(model, config)
         chosen = allocate_ranks(
             model, layers, forget, retain, budget=config.rank_budget, seed=config.seed
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,6 +37,7 @@ class UnlearnResult:
         forget_ceiling: the loss up to which gradient ascent pushed a token, in nats; None if it had
             no end, or was not part of what was minimised.
         cross_entropy: whether the losses came from whole logits or in chunks, and why.
+        skipped: name -> reason, for layers that match `target_modules` but cannot be adapted.
         ranks: what `rank="auto"` chose and why; None if the rank was given.
         stopped: why the run ended: "all steps", "forget_target" or "retain_limit".
         lr: the highest learning rate of any layer.
@@ -54,6 +55,7 @@ class UnlearnResult:
     config: UnlearnConfig
     history: tuple[Evaluation, ...]
     cross_entropy: CrossEntropy
+    skipped: Mapping[str, str]
     ranks: RankAllocation | None
     stopped: str
     kept: int
@@ -82,6 +84,7 @@ class UnlearnResult:
             "config": self.config.as_dict(),
             "history": [asdict(each) for each in self.history],
             "cross_entropy": self.cross_entropy.as_dict(),
+            "skipped": dict(self.skipped),
             "ranks": None if self.ranks is None else asdict(self.ranks),
             "stopped": self.stopped,
             "kept": self.kept,

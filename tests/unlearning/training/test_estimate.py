@@ -100,6 +100,13 @@ def test_rows_that_are_too_long_are_counted_and_then_refused(shape, forget_rows,
     estimate(*shape, forget_rows, retain_rows, UnlearnConfig(max_length=longest)).check()
 
 
+def test_layers_that_cannot_be_adapted_are_told(shape, forget_rows, retain_rows):
+    config = UnlearnConfig(target_modules=r".*\.(up_proj|embed_tokens)")
+    found = estimate(*shape, forget_rows, retain_rows, config)
+    assert list(found.skipped) == ["model.embed_tokens"]
+    assert "skipped      model.embed_tokens: is a Embedding" in "\n".join(found.lines())
+
+
 def test_a_model_whose_code_needs_values_is_told_without_its_activations(
     shape, forget_rows, retain_rows
 ):

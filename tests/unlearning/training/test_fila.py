@@ -78,7 +78,7 @@ def test_importance_is_made_of_squared_gradients_of_single_rows(
     new_model, tokenizer, forget_rows, retain_rows
 ):
     model = new_model().double()
-    layers = target_layers(model, config())
+    layers, _ = target_layers(model, config())
     forget, retain = (encode_all(rows, tokenizer) for rows in (forget_rows, retain_rows))
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = fila_importance(model, layers, forget, retain, padding(tokenizer))
@@ -127,7 +127,7 @@ def started(new_model, tokenizer, forget_rows, retain_rows):
     """The adapter of a run from FILA before its first step, and a model as it was."""
     model, settings = new_model(), config(alpha=3.0)
     sides = [encode_all(rows, tokenizer) for rows in (forget_rows, retain_rows)]
-    found = fila_importance(model, target_layers(model, settings), *sides, padding(tokenizer))
+    found = fila_importance(model, target_layers(model, settings)[0], *sides, padding(tokenizer))
     return attach(model, settings, 2, found), new_model()
 
 

@@ -323,6 +323,15 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
     assert all(type(m) is not fastbound.FusedBoundedLinear for m in model.modules())
 
 
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_layers_that_cannot_be_adapted_are_told(unlearn_rows, tmp_path, adapter):
+    targets = r".*\.(up_proj|embed_tokens)"
+    result = unlearn_rows(config(adapter=adapter, target_modules=targets), output=tmp_path / "run")
+    assert list(result.skipped) == ["model.embed_tokens"]
+    printed = table([Run.read(tmp_path / "run")])
+    assert f"Skipped model.embed_tokens: {result.skipped['model.embed_tokens']}" in printed
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
