@@ -18,6 +18,7 @@ ADAPTERS: tuple[Literal["bounded", "lora"], ...] = ("bounded", "lora")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 LORA_STARTS = ("zero", "fila")
+EVAL_STEPS = 5  # a few rows make an epoch of one step, and an evaluation costs many steps
 SAMPLE_ROWS = 64  # of each side, for rank="auto" and lora_start="fila"
 CROSS_ENTROPIES = ("auto", "chunked", "liger", "whole")
 
@@ -69,8 +70,9 @@ class UnlearnConfig:
         shard: spread the frozen weights over the processes (`fastbound.shard`) instead of keeping a
             copy in each; needs several processes and the bounded adapter.
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant).
-        eval_every: steps between evaluations; None evaluates once per epoch. The model is always
-            evaluated before the first step and after the last.
+        eval_every: steps between evaluations; None evaluates once per epoch, at intervals of at
+            least `EVAL_STEPS` steps. The model is always evaluated before the first step and after
+            the last.
         eval_rows: the most rows per side in an evaluation, spread evenly; None takes all.
         log_every: steps between log lines that hold the largest |ΔW|; every step has a line with
             its losses.
@@ -209,6 +211,10 @@ class UnlearnConfig:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         check_template(self.template)
+
+    def evaluation_interval(self, epoch: int) -> int:
+        """Steps between two evaluations, where an epoch has so many steps."""
+        return self.eval_every or max(epoch, EVAL_STEPS)
 
     @property
     def weighted_losses(self) -> dict[str, Weight]:

@@ -41,6 +41,7 @@ class Estimate:
         skipped: name -> reason, for layers that match `target_modules` but cannot be adapted.
         parameters: trained elements of all A and B; the most for `rank="auto"`.
         steps: the most steps; a run may end before.
+        eval_every: steps between two evaluations.
         processes: how many share a step.
         memory: bytes by what holds them, at the peak of a training step in one process.
         start_memory: bytes of the squared gradients from which "fila" finds its start, in each
@@ -56,6 +57,7 @@ class Estimate:
     skipped: Mapping[str, str]
     parameters: int
     steps: int
+    eval_every: int
     processes: int
     memory: dict[str, int]
     start_memory: int
@@ -69,9 +71,6 @@ class Estimate:
         most = "at most " if config.rank == "auto" else ""
         first, last = self.layers[0], self.layers[-1]
         parts = ", ".join(f"{name} {_size(held)}" for name, held in self.memory.items())
-        evaluated = "once per epoch"
-        if config.eval_every is not None:
-            evaluated = f"every {config.eval_every} steps"
         lines = [
             ("model", f"{self.model_parameters:,} parameters in {config.dtype}"),
             ("forget rows", _side(self.sides.forget)),
@@ -86,7 +85,7 @@ class Estimate:
             (
                 "steps",
                 f"at most {self.steps}, each of {pairs} forget and {pairs} retain rows; evaluated "
-                f"{evaluated}",
+                f"every {self.eval_every} steps",
             ),
             ("memory", f"about {_size(sum(self.memory.values()))} per process: {parts}"),
             ("", "(an estimate for one training step; PyTorch and its libraries come on top)"),
@@ -174,6 +173,7 @@ def estimate(
         skipped,
         parameters,
         pairing.steps(config.epochs),
+        config.evaluation_interval(pairing.steps(1)),
         processes,
         memory,
         sum(sizes) + 2 * max(sizes) if config.lora_start == "fila" else 0,

@@ -135,8 +135,7 @@ class _Run:
         )
         self.steps = self.pairing.steps(config.epochs)
         self.ending = Ending(config, model, self.steps)
-        each_epoch = self.pairing.steps(1)
-        self.eval_every = config.eval_every or each_epoch
+        self.eval_every = config.evaluation_interval(self.pairing.steps(1))
         self.checkpoint_every = config.checkpoint_every or self.eval_every
         self.folder = self._folder(model, tokenizer, output, resume)
         self.skipped = target_layers(model, config)[1]

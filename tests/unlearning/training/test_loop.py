@@ -323,6 +323,18 @@ def test_nothing_is_written_when_no_layer_matches(unlearn_rows, new_model, tmp_p
     assert all(type(m) is not fastbound.FusedBoundedLinear for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("given", "epoch", "interval"), [(None, 1, 5), (None, 5, 5), (None, 50, 50), (2, 50, 2)]
+)
+def test_an_epoch_of_few_steps_is_not_evaluated_each_time(given, epoch, interval):
+    assert config(eval_every=given).evaluation_interval(epoch) == interval
+
+
+def test_evaluations_lie_that_many_steps_apart(unlearn_rows):
+    result = unlearn_rows(config(batch_size=5, epochs=7, early_stop=False))
+    assert [each.step for each in result.history] == [0, 5, 9]
+
+
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
 def test_layers_that_cannot_be_adapted_are_told(unlearn_rows, tmp_path, adapter):
     targets = r".*\.(up_proj|embed_tokens)"
