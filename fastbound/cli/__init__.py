@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # for terminals without some character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    arguments = None
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         with _warnings_of_one_line():
@@ -51,23 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {_told(error)}", file=sys.stderr)
+        print(f"error: {_told(error, resumable=_resumable(arguments))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # A terminal shows ^C where the cursor was, so that the message needs a line of its own.
         start = "\n" if sys.stderr.isatty() else ""
-        print(
-            f"{start}error: interrupted; --resume continues a run from its last checkpoint",
-            file=sys.stderr,
-        )
+        remedy = "; --resume goes on from what is written" if _resumable(arguments) else ""
+        print(f"{start}error: interrupted{remedy}", file=sys.stderr)
         return 130
 
 
+def _resumable(arguments: argparse.Namespace | None) -> bool:
+    """Whether the command that was given has --resume; an attack refuses it."""
+    return hasattr(arguments, "resume") and getattr(arguments, "attack", None) is None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        "what was written before is intact: make room there, then continue with --resume",
-    ),
+    **dict.fromkeys(_FULL, "what was written before is intact: make room there"),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to"
     ),
@@ -76,12 +78,14 @@ _REMEDIES = {
 }
 
 
-def _told(error: OSError) -> str:
+def _told(error: OSError, *, resumable: bool) -> str:
     """What the system said about which file, and what to do."""
     reason = error.strerror or str(error) or type(error).__name__
     where = "" if error.filename is None else f"{error.filename}: "
-    remedy = _REMEDIES.get(error.errno or 0, "correct that, then continue with --resume")
-    return f"{where}{reason}; {remedy}"
+    number = error.errno or 0
+    remedy = _REMEDIES.get(number, "correct that")
+    goes_on = resumable and (number in _FULL or number not in _REMEDIES)
+    return f"{where}{reason}; {remedy}{', then continue with --resume' * goes_on}"
 
 
 @contextlib.contextmanager

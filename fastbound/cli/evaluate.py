@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--membership",
         metavar="NAMES",
         help="membership attacks to score as well, separated by commas: loss, zlib, min_k, "
-        "min_k_plus_plus, gradnorm and reference, or all for every one but reference (default: "
-        "none)",
+        "min_k_plus_plus, gradnorm and reference, or all, which means each of them but reference "
+        "(default: none)",
     )
     what.add_argument(
         "--reference",
@@ -119,6 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", metavar="KIND", help="relearning trains all weights, or lora (default: all)"
     )
     attack.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="the most tokens of a row; one that has more is refused (default: 256)",
+    )
+    attack.add_argument(
         "--seed", type=int, metavar="N", help="seed of every random choice (default: 0)"
     )
 
@@ -134,13 +140,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="phi",
         metavar="NAME",
         help="how questions are asked: llama2, phi, stablelm, pythia, or chat for the tokenizer's "
-        "own template (default: phi)",
+        "own template; in attacks also text with {question} and {answer} (default: phi)",
     )
     how.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="rows per batch (default: 16)"
     )
     how.add_argument(
-        "--rows", type=int, metavar="N", help="use the first N rows of each set (default: all)"
+        "--rows",
+        type=int,
+        metavar="N",
+        help="use N rows of each set, the first ones, in attacks spread evenly (default: all)",
     )
     how.add_argument(
         "--n",

@@ -20,7 +20,7 @@ entry within 4 x RMS(W), and sine@alpha within alpha. All have LoRA's slope at z
 product@omega=100, which is sin(100 * B A) as in the method's paper.
 
 Options follow in any order, as in lora+attention+ihl:
-  +attention      on the attention projections; with +mlp beside the MLPs, not in their place
+  +attention      on the attention projections instead of the MLPs; with +mlp on both
   +ihl, +simnpo, +flooding, +wga, +satimp, +ceu, +pdu
                   this loss on the rows to forget, in place of gradient ascent (docs/losses.md);
                   numbers follow it, as in +flooding@level=2.7
@@ -30,7 +30,8 @@ Options follow in any order, as in lora+attention+ihl:
   +ranks          the same number of parameters, spread over the layers by gradients
 
 The output folder gets cells.jsonl, summary.json, utility.png, size.png, gradient.png and
-config.yaml, which --config takes. --resume also takes more adapters, rates, ranks or seeds.
+config.yaml, which --config takes. With --resume you may add adapters, rates, ranks or
+seeds.
 
 examples:
   fastbound lab --quick --output map
@@ -91,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="rows to forget per step, with as many rows to keep (default: 8)",
+    )
+    grid.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="the most tokens of a row; one that has more is refused (default: 256)",
     )
     grid.add_argument(
         "--dtype",

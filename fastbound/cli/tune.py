@@ -65,5 +65,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the table at --output (default: measure everything anew)",
+        help="continue the table at --output (default: refuse a table that exists)",
     )

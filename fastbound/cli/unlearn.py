@@ -243,7 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-every",
         type=int,
         metavar="N",
-        help="steps between evaluations (default: one epoch; demonstration: 25)",
+        help="steps between evaluations (default: an epoch, and 5 at least; demonstration: 25)",
     )
     watching.add_argument(
         "--eval-rows",

@@ -122,13 +122,8 @@ def allocate_ranks(
         ValueError: the budget is too small for rank 1 in every layer, a gradient is not finite, or
             a layer receives no gradient.
     """
+    budget = check_budget(budget, layers)
     costs = {name: N + K for name, (N, K) in layers.items()}
-    budget = EVEN * sum(costs.values()) if budget is None else budget
-    if budget < sum(costs.values()):
-        raise ValueError(
-            f"a budget of {budget:,} parameters is too small for rank 1 in {len(layers)} layers, "
-            f"which takes {sum(costs.values()):,}"
-        )
     forgotten, kept = (
         gradients(model, layers, loss, most + _OVERSAMPLING, seed) for loss in (forget, retain)
     )
@@ -181,6 +176,18 @@ def check_ranks(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]])
     """Raise InputError, which names the layer, for a rank out of proportion to its [N, K]."""
     for name, (N, K) in layers.items():
         check_rank(ranks[name], N, K, name)
+
+
+def check_budget(budget: int | None, layers: Mapping[str, tuple[int, int]]) -> int:
+    """The budget, or that of rank `EVEN`. Raises ValueError if it is below rank 1 everywhere."""
+    least = sum(N + K for N, K in layers.values())
+    budget = EVEN * least if budget is None else budget
+    if budget < least:
+        raise ValueError(
+            f"a budget of {budget:,} parameters is too small for rank 1 in {len(layers)} layers, "
+            f"which takes {least:,}"
+        )
+    return budget
 
 
 def even_rank(ranks: Mapping[str, int], layers: Mapping[str, tuple[int, int]]) -> float:

@@ -54,7 +54,8 @@ class BoundedLayer(nn.Module, BaseTunerLayer, Adapted):
     quantised, offloaded or has hooks) the base layer runs and each adapter's term is added to its
     result; :meth:`obstacle` names the reason.
 
-    A and B live in ``fastbound_ab.<adapter>`` and are fp32 whatever the base is.
+    A and B live in ``fastbound_ab.<adapter>``. They are fp32 whatever the base is, unless PEFT is
+    told ``autocast_adapter_dtype=False``.
     """
 
     adapter_layer_names = ("fastbound_ab",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,6 +160,13 @@ class UnlearnConfig:
         for name in ("alpha", "omega", "clip", "forget_target", "retain_limit"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
+        if self.forget_ceiling not in ("auto", "none") and (
+            "gradient_ascent" not in self.weighted_losses
+        ):
+            raise InputError(
+                f"forget_ceiling {self.forget_ceiling:g} limits gradient ascent, which is not one "
+                f"of the losses {', '.join(self.weighted_losses)}: leave it out"
+            )
         if isinstance(self.bound, str):
             try:
                 weight_bound(self.bound)
@@ -209,7 +216,16 @@ class UnlearnConfig:
             if not isinstance(value, int | float | str | None):  # numpy's, not for JSON
                 object.__setattr__(self, name, float(value))
         if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            named = isinstance(self.target_modules, Iterable)
+            targets = tuple(self.target_modules) if named else ()
+            if not targets or not all(isinstance(each, str) for each in targets):
+                raise InputError(
+                    "target_modules must be a name, a regular expression or a list of names, got "
+                    f"{self.target_modules!r}"
+                )
+            object.__setattr__(self, "target_modules", targets)
+        if not isinstance(self.template, str):
+            raise InputError(f"template must be text, got {self.template!r}")
         check_template(self.template)
 
     def evaluation_interval(self, epoch: int) -> int:

@@ -142,9 +142,9 @@ def apply_requests(
 
     Args:
         folder: the output folder of `unlearn_requests`.
-        requests: numbers from 1, in the order in which they are added; None means all.
+        requests: numbers from 1, each once, in the order in which they are added; None means all.
 
-    Raises InputError for a request whose adapter does not exist.
+    Raises InputError for a number that is given twice, or whose adapter does not exist.
     """
     path = Path(folder)
     if requests is None:
@@ -153,7 +153,11 @@ def apply_requests(
             for each in path.glob(f"{_of('*')}/{ADAPTER}")
             if (found := re.fullmatch(_of(r"([1-9]\d*)"), each.parent.name))
         )
-    adapters = [path / _of(number) / ADAPTER for number in requests]
+    chosen = list(requests)
+    twice = next((number for number in chosen if chosen.count(number) > 1), None)
+    if twice is not None:
+        raise InputError(f"request {twice} is given twice, and its change would be added twice")
+    adapters = [path / _of(number) / ADAPTER for number in chosen]
     for adapter in adapters:  # all of them before the first is merged
         if not adapter.is_dir():
             raise InputError(f"{adapter} does not exist: give numbers of requests carried out")

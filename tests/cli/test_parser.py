@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import pkgutil
 import subprocess
 import sys
 
@@ -114,7 +116,30 @@ def test_interruption_has_a_line_of_its_own(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: interrupted")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["unlearn"]) == 130
-    assert capsys.readouterr().err.startswith("\nerror: interrupted")
+    assert capsys.readouterr().err.startswith("\nerror: interrupted; --resume goes on")
+
+
+@pytest.mark.parametrize(
+    ("command", "goes_on"),
+    [
+        ("unlearn", True),
+        ("lab --output map", True),
+        ("evaluate --benchmark tofu --model m --output out", True),
+        ("evaluate --attack relearn --model m --output out", False),
+        ("profile", False),
+    ],
+)
+def test_only_a_command_that_can_be_resumed_is_told_to_be(command, goes_on, capsys, monkeypatch):
+    name = command.split()[0]
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken")):
+
+        def fail(arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(pkgutil, "resolve_name", lambda run, fail=fail: fail)
+        assert main(command.split()) in (1, 130)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and ("--resume" in said) == goes_on, name
 
 
 def test_the_package_lists_its_public_names_alone():

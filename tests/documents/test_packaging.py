@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import fastbound
+import fastbound.unlearning
 from fastbound.cli import main
 from fastbound.errors import InputError, require
 
@@ -351,10 +352,10 @@ def test_evaluate_names_its_extra_before_any_work(monkeypatch, tmp_path, capsys)
 
 def test_the_api_page_shows_every_public_name_and_each_is_documented(repository):
     page = (repository / "docs" / "api.md").read_text()
-    shown = re.findall(r"^::: fastbound\.(\w+)$", page, flags=re.M)
-    assert sorted(shown) == fastbound.__all__
-    undocumented = [name for name in shown if not getattr(fastbound, name).__doc__]
-    assert not undocumented
+    for module in (fastbound, fastbound.unlearning):
+        shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", page, flags=re.M)
+        assert sorted(shown) == module.__all__
+        assert not [name for name in shown if not getattr(module, name).__doc__]
 
 
 def test_the_site_lists_every_guide(repository):

@@ -116,6 +116,11 @@ def test_an_adapter_that_is_not_there_is_named(new_model, tmp_path):
         apply_requests(new_model(), tmp_path, [4])
 
 
+def test_a_request_is_not_added_twice(carried_out, new_model):
+    with pytest.raises(InputError, match="request 2 is given twice"):
+        apply_requests(new_model(), carried_out[0], [2, 1, 2])
+
+
 def test_nothing_is_merged_if_one_of_the_requests_is_not_there(carried_out, new_model):
     model, base = new_model(), new_model()
     with pytest.raises(InputError, match=r"request-9/adapter does not exist"):

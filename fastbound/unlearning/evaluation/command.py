@@ -28,6 +28,8 @@ from fastbound.unlearning.metrics.logs import read_log
 from fastbound.unlearning.model import check_device, load_adapter, load_pretrained, merged
 from fastbound.unlearning.runs.folder import RUN, check_free
 
+_READ_BY = {"template": "tofu", "n": "tdec"}  # flags that one benchmark alone reads
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags ask for, and print the table.
@@ -44,6 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         return run_attack(arguments)
     if arguments.benchmark is None:
         raise InputError("give --benchmark (tofu, muse or tdec) or --attack")
+    for name, reader in _READ_BY.items():
+        if name in arguments.given and arguments.benchmark != reader:
+            raise InputError(f"--{name} is for {reader}, {arguments.benchmark} does not read it")
     config = EvaluationConfig(
         benchmark=arguments.benchmark,
         split=arguments.split,
@@ -56,7 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         membership=_attacks(arguments.membership),
     )
     output = Path(arguments.output)
-    chosen = {**dataclasses.asdict(config), "membership": ",".join(config.membership) or None}
+    chosen = {
+        **dataclasses.asdict(config),
+        **{name: getattr(arguments, name) for name in ("device", "dtype")},
+        "membership": ",".join(config.membership) or None,
+        **{name: None for name, reader in _READ_BY.items() if reader != config.benchmark},
+    }
     with writing(output), arguments.keeping_config(output, RUN, chosen):
         # Before the model is loaded, which can take minutes.
         check_free(output, RUN, resume=arguments.resume)

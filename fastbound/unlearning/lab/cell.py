@@ -38,6 +38,7 @@ class CellConfig:
         batch_size: forget rows per step, with as many retain rows.
         slope: alpha / rank, the slope of every adapter at zero.
         dtype: "float32" or "bfloat16", for the weights and for autocast.
+        max_length: the most tokens of a row.
         eval_rows: score at most this many rows per side, spread evenly; None scores all.
         log_every: steps between two logged ones.
     """
@@ -47,11 +48,14 @@ class CellConfig:
     batch_size: int = 8
     slope: float = 2.0
     dtype: str = "float32"
+    max_length: int = 256
     eval_rows: int | None = None
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        count_fields(self, ("steps", "batch_size", "log_every"), optional=["eval_rows"])
+        count_fields(
+            self, ("steps", "batch_size", "max_length", "log_every"), optional=["eval_rows"]
+        )
         positive("slope", self.slope)
         one_of("dtype", self.dtype, DTYPES)
 

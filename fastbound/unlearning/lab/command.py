@@ -146,7 +146,7 @@ def _grid(arguments: argparse.Namespace) -> Any:
     cell = given.get("cell", CellConfig())
     changed = {
         name: getattr(arguments, name)
-        for name in ("steps", "batch_size", "dtype", "eval_rows")
+        for name in ("steps", "batch_size", "max_length", "dtype", "eval_rows")
         if getattr(arguments, name) is not None
     }
     return Grid(**{**given, "cell": dataclasses.replace(cell, **changed)})

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -52,7 +53,6 @@ from fastbound.unlearning.runs.lines import CheckedLines
 
 MARKER = "lab.json"
 CELLS = "cells.jsonl"
-_MAX_LENGTH = 256
 ADAPTERS = (
     "lora",
     "lora-clamp",
@@ -165,9 +165,7 @@ def run_grid(
         check_free(output, MARKER, resume=resume)
         if isinstance(grid.model, Pretrained):
             cores = os.cpu_count() or 1
-            workers, said = check_memory(
-                grid.model, grid.cell, _MAX_LENGTH, workers, cores, grid.adapters
-            )
+            workers, said = check_memory(grid.model, grid.cell, workers, cores, grid.adapters)
             if progress:
                 print(said, file=sys.stderr)
         _begin(output, forget, retain, general, grid)
@@ -301,7 +299,7 @@ def _learn(output: str, seed: int) -> None:
     folder = folder_of(subject, Path(output), seed)
     if isinstance(subject, Pretrained):
         model, tokenizer = load(subject, Path(output), seed, config)
-        rows = _encode(held, tokenizer)
+        rows = _encode(held, tokenizer, config)
         everything = [*rows.forget, *rows.retain, *rows.wrong, *chain(*rows.general)]
         check_fits(model, tokenizer, everything)
         look(model, tokenizer, rows, config, folder)
@@ -309,11 +307,11 @@ def _learn(output: str, seed: int) -> None:
     learned = learn(
         [*_rows(held, "forget"), *_rows(held, "retain")],
         subject,
-        max_length=_MAX_LENGTH,
+        max_length=config.max_length,
         seed=seed,
         progress=False,
     )
-    rows = _encode(held, learned.tokenizer)
+    rows = _encode(held, learned.tokenizer, config)
     check_fits(learned.model, learned.tokenizer, rows.wrong)
     scores = score_model(learned.model, rows, config, pad=padding(learned.tokenizer))
     learned.save(folder, {"vocabulary": len(learned.tokenizer), **scores})
@@ -326,7 +324,7 @@ def _run(output: str, cell: Cell) -> dict[str, Any]:
     model, tokenizer = load(subject, Path(output), cell.seed, config)
     if isinstance(subject, Pretrained):
         check_same(model, subject, folder_of(subject, Path(output), cell.seed))
-    return run_cell(model, _encode(held, tokenizer), cell, config, pad=padding(tokenizer))
+    return run_cell(model, _encode(held, tokenizer, config), cell, config, pad=padding(tokenizer))
 
 
 def _rows(held: Mapping[str, Any], side: str) -> list[Row]:
@@ -336,13 +334,11 @@ def _rows(held: Mapping[str, Any], side: str) -> list[Row]:
     ]
 
 
-def _encode(held: Mapping[str, Any], tokenizer: Any) -> Rows:
-    forget, retain = (
-        encode_all(_rows(held, side), tokenizer, max_length=_MAX_LENGTH)
-        for side in ("forget", "retain")
-    )
+def _encode(held: Mapping[str, Any], tokenizer: Any, config: CellConfig) -> Rows:
+    encoded = partial(encode_all, tokenizer=tokenizer, max_length=config.max_length)
+    forget, retain = (encoded(_rows(held, side)) for side in ("forget", "retain"))
     general = [
-        encode_all([Row(question, answer, "general") for answer in answers], tokenizer)
+        encoded([Row(question, answer, "general") for answer in answers])
         for question, *answers in held.get("general", ())
     ]
     return Rows(forget, retain, with_wrong_answers(retain), general)

@@ -77,7 +77,6 @@ def check_same(model: Any, subject: Pretrained, folder: Path) -> None:
 def check_memory(
     subject: Pretrained,
     config: CellConfig,
-    max_length: int,
     workers: int | None,
     processes: int,
     adapters: Sequence[str] = (),
@@ -106,7 +105,7 @@ def check_memory(
     size = (autocast_dtype(config.dtype) or torch.float32).itemsize
     weights = sum(p.numel() for p in model.parameters()) * size
     vocabulary = settings.get_text_config().vocab_size
-    logits = 2 * config.batch_size * max_length * vocabulary * (size + 4 + 4)
+    logits = 2 * config.batch_size * config.max_length * vocabulary * (size + 4 + 4)
     rest = max(logits, *squares)
     each, available = weights + rest, psutil.virtual_memory().available
     fitting = available // each

@@ -109,6 +109,23 @@ def choose_cross_entropy(
     return dataclasses.replace(chosen, layer=layer)
 
 
+def check_cross_entropy(setting: str, model: nn.Module, device: torch.device) -> None:
+    """Raise `InputError` where `choose_cross_entropy` would for what can be told without a pass.
+
+    Args:
+        model: with or without weights and adapters.
+        device: the one on which it will run.
+    """
+    if setting in ("chunked", "liger"):
+        obstacle = missing(device) if setting == "liger" else None
+        _refuse(setting, obstacle or _obstacle(model, _head(model), ()))
+
+
+def _refuse(setting: str, obstacle: str | None) -> None:
+    if obstacle is not None:
+        raise InputError(f'cross_entropy "{setting}": {obstacle}; use "auto" or "whole"')
+
+
 def check_memory(
     model: nn.Module,
     device: torch.device,
@@ -159,9 +176,10 @@ def _choose(
         return CrossEntropy("whole", f"auto, up to {WHOLE_BYTES / 1e6:.0f} MB", whole)
     no_liger = missing(example.input_ids.device)
     obstacle = no_liger if setting == "liger" else None
-    obstacle = obstacle or _obstacle(model, head, example, whole_logits, dtype)
-    if obstacle is not None and setting != "auto":
-        raise InputError(f'cross_entropy "{setting}": {obstacle}; use "auto" or "whole"')
+    obstacle = obstacle or _obstacle(model, head, whole_logits)
+    obstacle = obstacle or _differs(model, head, example, dtype)
+    if setting != "auto":
+        _refuse(setting, obstacle)
     if obstacle is not None or whole is None or row is None:
         return CrossEntropy("whole", f"no chunks: {obstacle}", whole)
     reason = "asked for"
@@ -187,28 +205,26 @@ def _head(model: nn.Module) -> Any:
     return None if find is None else find()
 
 
-def _obstacle(
-    model: nn.Module,
-    head: Any,
-    example: Batch,
-    whole_logits: Sequence[str],
-    dtype: torch.dtype | None,
-) -> str | None:
-    """Why chunks are not possible, or None if they are."""
+def _obstacle(model: nn.Module, head: Any, whole_logits: Sequence[str]) -> str | None:
+    """Why chunks are not possible, as far as no pass is needed to tell; None if nothing is."""
     if whole_logits:
         return f"{' and '.join(whole_logits)} take whole logits"
     if head is None:
         return f"{type(model).__name__} names no output embedding (get_output_embeddings)"
-    name = next((n for n, module in model.named_modules() if module is head), "the head")
+    name = _name_of(model, head)
     if type(head) is not nn.Linear:
         return f"{name} is {type(head).__name__}, not a plain nn.Linear"
     if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         return f"{name} has hooks or a forward of its own"
-    return _differs(model, head, name, example, dtype)
+    return None
+
+
+def _name_of(model: nn.Module, head: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is head), "the head")
 
 
 def _differs(
-    model: nn.Module, head: nn.Linear, name: str, example: Batch, dtype: torch.dtype | None
+    model: nn.Module, head: nn.Linear, example: Batch, dtype: torch.dtype | None
 ) -> str | None:
     """Why chunks are not possible according to a pass over a few tokens, or None if they are.
 
@@ -216,6 +232,7 @@ def _differs(
     small the logits of these tokens are.
     """
     seen: list[tuple[str | None, Tensor]] = []
+    name = _name_of(model, head)
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         problem = None

@@ -172,21 +172,19 @@ class RunFolder:
             )
 
 
-def check_free(path: Path, marker: str, *, resume: bool) -> None:
+def check_free(path: Path, marker: str, *, resume: bool | None) -> None:
     """Raise `InputError` unless a run may be written to `path`.
 
     Args:
         marker: the file that shows that the folder holds a run, finished or not.
-        resume: whether a folder with the marker is accepted.
+        resume: whether a folder with the marker is accepted; None if no such run can be continued.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file: give a folder")
     if (path / marker).exists():
         if not resume:
-            raise InputError(
-                f"output folder {path} holds another run: "
-                "continue it with --resume (resume=True), or give another folder"
-            )
+            remedy = "" if resume is None else "continue it with --resume (resume=True), or "
+            raise InputError(f"output folder {path} holds another run: {remedy}give another folder")
     elif path.exists() and not all(map(is_ours, path.iterdir())):
         raise InputError(f"output folder {path} is not empty and holds no run: give another folder")
 

@@ -17,7 +17,7 @@ from fastbound.errors import InputError
 from fastbound.files import whole_folder
 from fastbound.layers.settings import adapter_settings
 from fastbound.models.injection import layers_to_adapt
-from fastbound.models.ranks import check_ranks, even_rank
+from fastbound.models.ranks import check_budget, check_ranks, even_rank
 from fastbound.operator.partition import whole
 from fastbound.unlearning.config import UnlearnConfig
 from fastbound.unlearning.model import quiet
@@ -248,9 +248,16 @@ def target_layers(
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """As `layers_to_adapt`: [N, K] by name of what a run adapts, and why it skips other layers.
 
-    Raises InputError where that raises TypeError or ValueError.
+    Raises InputError where that raises TypeError or ValueError, and for a rank, a budget, an alpha
+    or a bound that these layers cannot have.
     """
     try:
-        return layers_to_adapt(model, config.target_modules, loaded=loaded)
+        layers, skipped = layers_to_adapt(model, config.target_modules, loaded=loaded)
+        adapter_settings(1, config.alpha, config.bound, form=config.form, omega=config.omega)
+        if config.rank == "auto":
+            check_budget(config.rank_budget, layers)
+        else:
+            check_ranks(dict.fromkeys(layers, config.rank), layers)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    return layers, skipped

@@ -20,7 +20,7 @@ from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row, check_disjoint
 from fastbound.unlearning.data.sampling import Pairing
 from fastbound.unlearning.losses.chunked import CHUNK
-from fastbound.unlearning.losses.cross_entropy import WHOLE_BYTES
+from fastbound.unlearning.losses.cross_entropy import WHOLE_BYTES, check_cross_entropy
 from fastbound.unlearning.losses.objective import Objective, refusals
 from fastbound.unlearning.training.adapters import target_layers
 from fastbound.unlearning.training.ending import forget_ceiling
@@ -136,6 +136,9 @@ def estimate(
     ceiling = forget_ceiling(config, model)
     objective = Objective(config.weighted_losses, config.seed, ceiling=ceiling)
     objective.layer(model)
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    check_cross_entropy(config.cross_entropy, model, device)
     check_disjoint(forget, retain)
     refused = refusals(forget) if objective.needs_refusals else ()
     encoded = [[_encode(row, tokenizer, config) for row in rows] for rows in (forget, retain)]

@@ -24,6 +24,7 @@ from fastbound.unlearning.data.encoding import Encoded
 from fastbound.unlearning.data.limits import check_fits
 from fastbound.unlearning.data.rows import Row
 from fastbound.unlearning.data.sampling import Pairing, evenly
+from fastbound.unlearning.losses.cross_entropy import check_cross_entropy
 from fastbound.unlearning.losses.objective import Objective
 from fastbound.unlearning.metrics.answers import Score, totals
 from fastbound.unlearning.model import (
@@ -138,8 +139,10 @@ class _Run:
         self.eval_every = config.evaluation_interval(self.pairing.steps(1))
         self.checkpoint_every = config.checkpoint_every or self.eval_every
         self.folder = self._folder(model, tokenizer, output, resume)
+        check_cross_entropy(config.cross_entropy, model, self.accelerator.device)
         self.skipped = target_layers(model, config)[1]
         self.ranks = self._ranks(model, resume)
+        state = self.folder.load_checkpoint() if self.folder and resume else None
         ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
         self.adapter: Adapter = attach(model, config, ranks, self._importance(model, resume))
         if config.gradient_checkpointing:
@@ -152,7 +155,7 @@ class _Run:
         self.kept: dict[str, torch.Tensor] = {}  # A and B of the best evaluation so far
         self.durations: list[float] = []
         self.progress = progress and self.accelerator.is_main_process
-        state = self._begin(resume)
+        self._begin()
         if state is not None:
             self._restore(state)
 
@@ -299,18 +302,13 @@ class _Run:
             output, identity, resume=resume, writes=bool(self.accelerator.is_main_process)
         )
 
-    def _begin(self, resume: bool) -> dict[str, Any] | None:
-        """Mark the folder as this run's once every process has found it free.
-
-        Returns the state to resume, if there is one.
-        """
+    def _begin(self) -> None:
+        """Mark the folder as this run's once every process has found it free."""
         self.accelerator.wait_for_everyone()
-        if not self.folder:
-            return None
-        self.folder.begin()
-        if self.ranks is not None:
-            self.folder.keep(RANKS, asdict(self.ranks))
-        return self.folder.load_checkpoint() if resume else None
+        if self.folder:
+            self.folder.begin()
+            if self.ranks is not None:
+                self.folder.keep(RANKS, asdict(self.ranks))
 
     def _ranks(self, model: nn.Module, resume: bool) -> RankAllocation | None:
         """The ranks of `rank="auto"`: those of the run to continue, or newly chosen ones."""

@@ -46,6 +46,8 @@ def refused(evaluate_arguments, tmp_path, capsys):
         ("muse", ("--convention", "tofu"), "open-unlearning, muse; got 'tofu'"),
         ("tofu", ("--template", "gpt"), "llama2, phi, stablelm, pythia, chat; got 'gpt'"),
         ("tofu", ("--template", "chat"), "the tokenizer has no chat template"),
+        ("tofu", ("--n", "4"), "--n is for tdec, tofu does not read it"),
+        ("muse", ("--template", "llama2"), "--template is for tofu, muse does not read it"),
         ("tofu", ("--rows", "0"), "rows must be an integer >= 1, got 0"),
         ("tofu", ("--batch-size", "0"), "batch_size must be an integer >= 1, got 0"),
         ("tdec", ("--n", "500"), "are too few for EL_500: lower --n"),

@@ -133,18 +133,18 @@ def test_as_many_processes_as_fit_are_taken(given, monkeypatch):
         available = 3 * each + 1
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Some)
-    assert check_memory(subject, config, 256, None, 8)[0] == 3
-    assert check_memory(subject, config, 256, None, 2)[0] == 2
-    assert check_memory(subject, config, 256, 3, 1)[0] == 3
+    assert check_memory(subject, config, None, 8)[0] == 3
+    assert check_memory(subject, config, None, 2)[0] == 2
+    assert check_memory(subject, config, 3, 1)[0] == 3
     # Three layers of 32 x 48 in fp32 are less than the logits, unless a batch is a single row.
-    assert check_memory(subject, config, 256, None, 8, ["lora+fila"])[0] == 3
-    short = replace(config, batch_size=1)
+    assert check_memory(subject, config, None, 8, ["lora+fila"])[0] == 3
+    short = replace(config, batch_size=1, max_length=1)
     each = weights + 3 * 4 * 32 * 48
     fitting = Some.available // each
-    assert check_memory(subject, short, 1, None, 10 * fitting, ["lora"])[0] > fitting
-    assert check_memory(subject, short, 1, None, 10 * fitting, ["lora+fila"])[0] == fitting
+    assert check_memory(subject, short, None, 10 * fitting, ["lora"])[0] > fitting
+    assert check_memory(subject, short, None, 10 * fitting, ["lora+fila"])[0] == fitting
     with pytest.raises(InputError, match="give --workers 3"):
-        check_memory(subject, config, 256, 4, 8)
+        check_memory(subject, config, 4, 8)
 
 
 def _model(given):
@@ -172,4 +172,4 @@ def test_each_compared_adapter_computes_with_its_delta_in_the_weight(given, name
 
 def test_a_multimodal_models_vocabulary_is_that_of_its_text(tiny_model, tmp_path):
     tiny_model("gemma3").save_pretrained(tmp_path)
-    assert check_memory(Pretrained(str(tmp_path)), CellConfig(), 32, 1, 1)[0] >= 1
+    assert check_memory(Pretrained(str(tmp_path)), CellConfig(), 1, 1)[0] >= 1

@@ -162,6 +162,12 @@ def test_the_command_tells_of_the_demonstration(tmp_path, monkeypatch, capsys):
         ("--resume --output file.txt", "output file.txt is a file"),
         ("--output other", "output folder other is not empty and holds no run"),
         ("--loss rmu=1,layer=9", "rmu: no layer 9"),
+        ("--bound 1e-20", "bound must lie between"),
+        ("--alpha 1e13", "alpha must lie between"),
+        ("--rank 5000", "is out of proportion"),
+        ("--rank 5000 --adapter lora --lora-start fila", "is out of proportion"),
+        ("--rank auto --rank-budget 5", "too small for rank 1 in 6 layers"),
+        ("--cross-entropy liger --device cpu", 'cross_entropy "liger": '),
     ],
 )
 def test_the_command_refuses_what_a_run_refuses(
@@ -174,3 +180,7 @@ def test_the_command_refuses_what_a_run_refuses(
     assert main([*arguments, *flags.split()]) == 2
     said = [li for li in capsys.readouterr().err.splitlines() if not li.startswith("warning: --")]
     assert len(said) == 1 and message in said[0]
+    arguments.remove("--dry-run")
+    assert main([*arguments, *flags.split()]) == 2
+    # A run names the first row that is too long, and counts none.
+    assert ("max_length" if "--max-length" in flags else message) in capsys.readouterr().err

@@ -336,6 +336,43 @@ def test_evaluations_lie_that_many_steps_apart(unlearn_rows):
 
 
 @pytest.mark.parametrize("adapter", ["bounded", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cross_entropy": "liger"},
+        {"rank": 5000},
+        {"rank": "auto", "rank_budget": 5},
+        {"alpha": 1e13},
+    ],
+    ids=str,
+)
+def test_what_is_refused_leaves_the_model_as_it_was(
+    unlearn_rows, new_model, tmp_path, adapter, changes
+):
+    model = new_model()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(InputError):
+        unlearn_rows(config(adapter=adapter, **changes), model, output=tmp_path / "run")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not (tmp_path / "run").exists()
+    unlearn_rows(config(adapter=adapter, epochs=1), model)  # nothing is in its way
+
+
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
+def test_a_damaged_checkpoint_leaves_the_model_as_it_was(
+    unlearn_rows, new_model, tmp_path, adapter
+):
+    settings = config(adapter=adapter, epochs=1)
+    unlearn_rows(settings, output=tmp_path / "run")
+    (tmp_path / "run/checkpoint.pt").write_bytes(b"half a file")
+    model = new_model()
+    names = dict(model.named_parameters()).keys()
+    with pytest.raises(InputError, match=r"checkpoint\.pt is damaged"):
+        unlearn_rows(settings, model, output=tmp_path / "run", resume=True)
+    assert dict(model.named_parameters()).keys() == names
+
+
+@pytest.mark.parametrize("adapter", ["bounded", "lora"])
 def test_layers_that_cannot_be_adapted_are_told(unlearn_rows, tmp_path, adapter):
     targets = r".*\.(up_proj|embed_tokens)"
     result = unlearn_rows(config(adapter=adapter, target_modules=targets), output=tmp_path / "run")
@@ -365,6 +402,13 @@ def test_layers_that_cannot_be_adapted_are_told(unlearn_rows, tmp_path, adapter)
         ({"warmup": "0.1"}, "warmup is a share .*, got '0.1'"),
         ({"forget_weight": "2"}, "forget_weight must be >= 0 and finite, got '2'"),
         ({"early_stop": "no"}, "early_stop must be True or False, got 'no'"),
+        (
+            {"losses": {"npo": 1, "retain": 1}, "forget_ceiling": 3.0},
+            "3 limits gradient ascent, wh",
+        ),
+        ({"target_modules": 5}, "target_modules must be a name, .*, got 5"),
+        ({"target_modules": []}, r"target_modules must be a name, .*, got \[\]"),
+        ({"template": None}, "template must be text, got None"),
         ({"losses": ["npo"]}, "losses must be a dict of names and weights"),
     ],
 )

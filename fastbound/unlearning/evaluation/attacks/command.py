@@ -22,7 +22,8 @@ from fastbound.unlearning.evaluation.attacks.subject import (
 )
 from fastbound.unlearning.model import load_adapter, load_pretrained, merged
 
-OWN = ("forget", "retain", "unrelated", "before", "steps", "lr", "weights", "seed")
+OWN = ("forget", "retain", "unrelated", "before", "steps", "lr", "weights", "max_length",
+       "seed")  # fmt: skip
 NOT_OURS = ("benchmark", "split", "data", "retain_log", "convention", "n", "membership")
 
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         **{
             name: getattr(arguments, name)
-            for name in ("steps", "lr", "weights", "seed")
+            for name in ("steps", "lr", "weights", "max_length", "seed")
             if getattr(arguments, name) is not None
         },
     )
@@ -89,7 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
         models[REFERENCE] = loading(arguments.reference)
     for load in models.values():  # a name or an adapter that is wrong is refused before any work
         load()
-    chosen = {**dataclasses.asdict(config), "attack": ",".join(config.attacks)}
+    chosen = {
+        **dataclasses.asdict(config),
+        **{name: getattr(arguments, name) for name in ("device", "dtype")},
+        "attack": ",".join(config.attacks),
+    }
     with arguments.keeping_config(Path(arguments.output), RESULT, chosen):
         table = attack(
             models,

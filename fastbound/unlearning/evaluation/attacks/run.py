@@ -72,7 +72,7 @@ def attack(
     folder = Path(output)
     if UNLEARNED not in models:
         raise InputError(f"models has no {UNLEARNED!r}: give the function that loads it")
-    check_free(folder, RUN, resume=False)
+    check_free(folder, RUN, resume=None)
     if "quantize" in config.attacks:
         quantize.check_installed()
     rows = _rows(forget, retain, unrelated, config)
