@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastbound
 from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
+from benchmarks.gpu_check.variants import variant_cases
 from fastbound.dispatch.defaults import default_tiles, padded_rank
 from fastbound.dispatch.device import describe, free_bytes
 from fastbound.dispatch.plan import plan_for, plan_key
@@ -271,12 +272,14 @@ class DispatchedCase(LargeCase):
 def cases(device: torch.device, *, tiny: bool = False) -> list[Check]:
     """Every case for the device, the most important first; with ``tiny``, one of each kind."""
     if tiny:
-        return [*_tiny_cases(), *TOOL_CASES[:2]]  # the third starts two processes, which is slow
+        small = [*_tiny_cases(), *variant_cases(tiny=True)]
+        return [*small, *TOOL_CASES[:2]]  # the third starts two processes, which is slow
     return [
         *_dispatched_cases(),
         *TOOL_CASES,
         *_operator_cases(),
         *_block_cases(),
+        *variant_cases(),
         *_gemm_cases(device),
         *_other_kernels(),
         *_large_cases(),

@@ -22,10 +22,10 @@ import torch
 import fastbound
 from benchmarks.gpu_check.cases import Check, LargeCase, cases
 from benchmarks.gpu_check.options import Options
-from benchmarks.gpu_check.session import Session, tail
+from benchmarks.gpu_check.session import Session, answers, tail
 from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
 from benchmarks.report.facts import ROOT
-from fastbound.performance.isolation import Broken, isolated
+from fastbound.performance.isolation import Broken, isolated, stop_group
 from fastbound.truth.interpreter import interpreted_bf16, interpreting, poisoned_empty
 
 CASE_SECONDS = 180.0  # after which a case counts as hung
@@ -65,7 +65,7 @@ def examine(case: Check, device: torch.device) -> Outcome:
         status = "failed"
         message = tail()
     seconds = time.perf_counter() - start
-    return Outcome(str(case), status, seconds, message, broken=not _usable(device))
+    return Outcome(str(case), status, seconds, message, broken=not answers(device))
 
 
 def examine_item(item: tuple[Check, str]) -> Outcome:
@@ -74,17 +74,6 @@ def examine_item(item: tuple[Check, str]) -> Outcome:
     fastbound.set_planning("fixed")  # other processes on the card would distort any timing
     case, device = item
     return examine(case, torch.device(device))
-
-
-def _usable(device: torch.device) -> bool:
-    """Whether the device still answers; also frees its cached memory for other processes."""
-    try:
-        _synchronise(device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _synchronise(device: torch.device) -> None:
@@ -170,13 +159,21 @@ def sanitizer(session: Session, deadline: float) -> dict[str, str]:
     # Without the caching allocator every tensor is an allocation with bounds of its own.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu_check.correctness"]
-    try:
-        run = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"status": "not reached", "message": f"not finished after {seconds:.0f} s"}
-    output = run.stdout + run.stderr
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            output, _ = run.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"status": "not reached", "message": f"not finished after {seconds:.0f} s"}
+        finally:  # the program that it watches as well, which would run on beside every timing
+            stop_group(run.pid)
     summary = [line for line in output.splitlines() if "ERROR SUMMARY" in line]
     if not summary:
         return {"status": "skipped", "message": "it could not run: " + output[-500:]}

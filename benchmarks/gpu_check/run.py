@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,10 +19,10 @@ from benchmarks.gpu_check.ceilings import measure_ceilings
 from benchmarks.gpu_check.choosing import choice_steps
 from benchmarks.gpu_check.correctness import check_correctness
 from benchmarks.gpu_check.options import WEIGHTS, Options
-from benchmarks.gpu_check.session import Session, run_steps, tail
+from benchmarks.gpu_check.session import Session, answers, run_steps, tail
 from benchmarks.gpu_check.stages import benchmark_steps, tile_steps
 from benchmarks.gpu_check.tool_stages import profiled, tuned
-from benchmarks.report.facts import facts
+from benchmarks.report.facts import ROOT, facts
 from benchmarks.report.page import page
 from benchmarks.report.summary import summary
 from fastbound.truth.interpreter import interpreted_bf16
@@ -80,16 +85,38 @@ def check(options: Options) -> Session:
             except Exception:
                 session.fail(f"{name}: {tail()}")
             session.save()
+            if not answers(options.device):
+                _go_on_elsewhere(session, stages[i + 1 :], end)
+                break
     return session
+
+
+def _go_on_elsewhere(session: Session, stages: Sequence[str], end: float) -> None:
+    """Run the remaining stages in another process, as this one has lost the device."""
+    if not stages:
+        return
+    session.say(f"the device no longer answers: {', '.join(stages)} in another process")
+    options = session.options
+    found: dict[str, Any] = {}
+    left = f"{max(0.01, (end - time.monotonic()) / 60):.2f}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--output", folder]
+        only = ",".join(dict.fromkeys(["ceilings", *stages]))
+        command += ["--minutes", left, "--only", only, "--workers", str(options.workers)]
+        subprocess.run([*command, "--device", options.device.type], cwd=ROOT, check=False)
+        for path in Path(folder).glob("*.json"):
+            found = json.loads(path.read_text())
+    session.failures += found.get("failures", [])
+    session.results.update({name: found.get(name, {"not_reached": True}) for name in stages})
+    session.save()
 
 
 def run(options: Options) -> int:
     """Check, print the summary, write and print the report page; returns 1 if anything failed."""
     session = check(options)
     results = json.loads(session.path.read_text())
-    print(summary(results, brief=True) + "\n")
     written = session.path.with_suffix(".md")
     written.write_text(page(results), encoding="utf-8")
-    print(page(results))
+    print(f"{summary(results, brief=True)}\n\n{page(results)}")
     print(f"written: {session.path} and {written}")
     return 1 if session.failures else 0

@@ -58,13 +58,31 @@ class Session:
         replace_files({self.path: (json.dumps(content, indent=1) + "\n").encode()})
 
 
+class DeviceLostError(RuntimeError):
+    """Nothing runs on the device any more in this process, as after an illegal access."""
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still answers; also frees its cached memory for other processes."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
 Step = tuple[str, Callable[[], Mapping[str, Sequence[Any]]]]
 
 
 def run_steps(
     session: Session, stage: str, steps: Sequence[Step], store: dict[str, Any], deadline: float
 ) -> None:
-    """Run steps until the deadline. Each step returns rows for the lists in ``store``."""
+    """Run steps until the deadline. Each step returns rows for the lists in ``store``.
+
+    Raises DeviceLostError after a step that the device does not survive.
+    """
     for done, (name, step) in enumerate(steps):
         if time.monotonic() > deadline:
             store["not_reached"] = [later for later, _ in steps[done:]]
@@ -81,9 +99,12 @@ def run_steps(
         else:
             for key, rows in found.items():
                 store[key] += [asdict(row) for row in rows]
-        if session.options.device.type == "cuda":
-            torch.cuda.empty_cache()
+        works = answers(session.options.device)
+        if not works:
+            store["not_reached"] = [later for later, _ in steps[done + 1 :]]
         session.save()
+        if not works:
+            raise DeviceLostError(f"the device no longer answers after {name}")
 
 
 def tail() -> str:

@@ -18,6 +18,7 @@ from fastbound.dispatch.device import describe
 from fastbound.dispatch.tables import software
 from fastbound.performance.prediction import Ceilings, datasheet_of
 from fastbound.performance.profiling.profile import (
+    OUT_OF_MEMORY,
     Subject,
     describe_mode,
     profile,
@@ -111,7 +112,11 @@ def _one_profile(
             break
         session.say(f"profile: {mode}, {subject.place} at {M} tokens")
         forms = forms or variants(subject, RANK, dtype, device)
-        found += profile(subject, forms, [M], device, rounds=rounds)
+        measured = profile(subject, forms, [M], device, rounds=rounds)
+        for point in measured:
+            if point.failure not in (None, OUT_OF_MEMORY):
+                session.fail(f"profile: {point.variant} at {M} tokens: {point.failure}")
+        found += measured
     name, versions = session.facts.device, session.facts.versions
     return Profile(
         model, mode, describe_mode(mode), name, "bfloat16", RANK, rounds, versions, found

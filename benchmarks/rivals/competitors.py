@@ -23,6 +23,7 @@ from fastbound.dispatch.entries import block_form
 from fastbound.dispatch.plan import plan_for, plan_key
 from fastbound.operator.block_function import bounded_mlp
 from fastbound.operator.block_ops import block_key
+from fastbound.operator.engine import route_for
 from fastbound.performance.profiling import baselines
 from fastbound.truth import formula
 from fastbound.truth.formula import Projection
@@ -36,11 +37,12 @@ class Contender(NamedTuple):
 
     `trained` has the order of the operands' `trained`, and is empty without an adapter. `form` is
     the form of the adapter that it computes, whatever the case's form, or None without an adapter.
+    `path` is asked after the first calls, which may choose it.
     """
 
     forward: Linear
     trained: tuple[Tensor, ...]
-    path: str
+    path: Callable[[], str]
     form: str | None = "factors"
 
 
@@ -67,7 +69,10 @@ def each(
         made = {name: make(p) for name, p in o.leaves().projections.items()}
         trained = tuple(t for _, own in made.values() for t in own)
         return Contender(
-            o.around({name: layer for name, (layer, _) in made.items()}), trained, path, form
+            o.around({name: layer for name, (layer, _) in made.items()}),
+            trained,
+            lambda: path,
+            form,
         )
 
     return build
@@ -93,22 +98,37 @@ def operator(
             forward = partial(bounded_linear, **own.arguments, backend=chosen)
         first, *_ = own.projections.values()
         trained = tuple(own.trained.values())
-        return Contender(forward, trained, _strategy(o, chosen), first.form)
+        whole = isinstance(own, BlockOperands) and recompute is None
+        return Contender(forward, trained, partial(_strategies, o, chosen, whole), first.form)
 
     return build
 
 
-def _strategy(o: Operands, backend: str) -> str:
-    """The strategy that the plan names."""
+def _strategies(o: Operands, backend: str, whole: bool) -> str:
+    """The strategies of the routes that calls of this process take.
+
+    Args:
+        whole: whether `o` is a block that may run layer by layer.
+    """
     first, *_ = o.projections.values()
     N, K = first.weight.shape
     sizes = (o.x.device, o.x.shape[0], N, K)
     ranks = [p.A.shape[0] for p in o.projections.values() if p.A is not None]
-    if isinstance(o, BlockOperands):
-        form = block_form(o.activation, o.gate is not None)
-        return plan_for(block_key(*sizes, ranks, o.x.dtype, backend, form)).strategy
-    product = first.form == "product"
-    return plan_for(plan_key(*sizes, ranks[0], o.x.dtype, backend, product=product)).strategy
+
+    def strategy(part: str) -> str:
+        how = (o.x.dtype, backend)
+        if isinstance(o, BlockOperands):
+            form = block_form(o.activation, o.gate is not None)
+            return route_for(*block_key(*sizes, ranks, *how, form, part=part)).plan.strategy
+        product = first.form == "product"
+        return route_for(
+            *plan_key(*sizes, ranks[0], *how, part=part, product=product)
+        ).plan.strategy
+
+    if whole and strategy("whole") == "layers":
+        return "layer by layer"
+    forward, backward = strategy("forward"), strategy("backward")
+    return forward if forward == backward else f"forward {forward}, backward {backward}"
 
 
 def per_layer(backend: str = "fused", *, forced: bool = False) -> Build:
@@ -224,7 +244,7 @@ def compiled(o: Operands) -> Contender:
     function = torch.compile(own.formula, fullgraph=True, dynamic=False)
     forward = partial(function, **own.arguments)
     path = "torch.compile of fastbound.truth.formula"
-    return Contender(forward, tuple(own.trained.values()), path)
+    return Contender(forward, tuple(own.trained.values()), lambda: path)
 
 
 @cache

@@ -83,7 +83,7 @@ def _prepared(
         for turn in range(1 if device.type == "cpu" else WARMUP_ROUNDS):
             step(turn)
     _check(contender, o, truth_of(contender.form))
-    result.path = contender.path
+    result.path = contender.path()
     result.saved_bytes = saved_bytes(
         partial(contender.forward, inputs[0][0]), (*o.frozen, *contender.trained)
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +89,14 @@ def _start(function: Callable[[Any], Any]) -> _Worker:
     return _Worker(process, ours)
 
 
+def stop_group(leader: int) -> None:
+    """Kill what is left of the process group of a process that leads one, itself included."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
+    os.setsid()  # its own children go with it, see `_stop`
     connection.send(_UP)  # by now everything is imported: unpickling `function` imported its module
     while True:
         try:
@@ -112,5 +122,7 @@ def _stop(worker: _Worker) -> None:
     worker.connection.close()
     worker.process.terminate()
     worker.process.join(5)
-    if worker.process.is_alive():
+    if worker.up:
+        stop_group(worker.process.pid)
+    elif worker.process.is_alive():
         worker.process.kill()

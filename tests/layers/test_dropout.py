@@ -45,6 +45,7 @@ def output_and_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [

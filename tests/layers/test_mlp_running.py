@@ -178,6 +178,7 @@ def test_a_hook_on_all_modules_sees_every_projection(register):
     assert fastbound.explain(block).blocks[0].fused and torch.equal(block(x), expected)
 
 
+@pytest.mark.interpreted
 def test_a_block_takes_the_ranks_that_a_layer_takes():
     settings = {"backend": "fused", "target_modules": ["up", "down"]}
     x = torch.randn(3, 6)

@@ -108,6 +108,7 @@ def test_report_and_explanation_say_why_the_base_is_called(build):
     assert f"  torch: {reason}; " in str(explanation)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["auto", "torch", "split"])
 def test_the_explanation_over_a_base_is_the_plan_that_runs(backend):
     """On the CPU: PyTorch's, and Triton's in the interpreter where it is asked for by name."""

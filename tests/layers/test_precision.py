@@ -30,6 +30,7 @@ def by_autocast(dtype: torch.dtype):
     return call
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,6 +57,7 @@ def test_autocast_computes_as_if_x_came_in_its_dtype(dtype, base_dtype):
         assert got.dtype is leaf.dtype and torch.equal(got, same.to(got.dtype))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masters_are_not_rounded_before_the_sine(backend, interpreted_bf16):
     """At arguments near 20 a bf16 master is off by up to 0.06: the sine would be another one."""

@@ -25,6 +25,7 @@ def over_linear(x, weight, A, B, bias=None, **settings) -> torch.Tensor:
     return bounded_addition(linear(x, weight, bias), x, A, B, **settings)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("give_up", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "split", "reference"])
 @pytest.mark.parametrize("rank", [1, 4, 24])
@@ -203,6 +204,7 @@ def test_dropout_is_the_operators_own():
         torch.testing.assert_close(formula[name], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dropouts_mask_is_one_whoever_makes_the_products(dtype):
     """Backward, too, where Triton's mask is in words and PyTorch's in bytes; K and N are odd."""
@@ -217,6 +219,7 @@ def test_dropouts_mask_is_one_whoever_makes_the_products(dtype):
     )
 
 
+@pytest.mark.interpreted
 def test_the_products_are_tritons_where_they_can_run_and_never_fused():
     cpu = torch.device("cpu")
 

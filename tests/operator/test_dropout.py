@@ -83,6 +83,7 @@ class TestMask:
         assert torch.equal(whole, mask(37, 50, P))
         assert torch.equal(whole[:9], mask(9, 50, P))
 
+    @pytest.mark.interpreted
     @pytest.mark.parametrize("shape", [(1, 1), (37, 31), (33, 64), (200, 97)])
     def test_the_kernel_makes_the_same_bits(self, shape: tuple[int, int]) -> None:
         from fastbound.kernels.dropout import keep_bits
@@ -96,6 +97,7 @@ class TestMask:
         assert mask(0, 9, P).shape == (0, 9)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_forward_and_every_gradient_take_one_mask(backend: str, dtype: torch.dtype) -> None:
@@ -107,6 +109,7 @@ def test_forward_and_every_gradient_take_one_mask(backend: str, dtype: torch.dty
     assert_as_exact_as_the_formula(o, ours, formula)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["split", "fused"])
 def test_odd_sizes_and_wide_ranks(backend: str) -> None:
     o = layer_operands((71, 67), 35, 40, torch.float32)
@@ -114,6 +117,7 @@ def test_odd_sizes_and_wide_ranks(backend: str) -> None:
     assert_as_exact_as_the_formula(o, partial(seeded, 1, dropout=0.5, backend=backend), formula)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_call_draws_from_the_default_generator(backend: str) -> None:
     o = layer_operands((40, 32), 24, 4, torch.float32)
@@ -144,6 +148,7 @@ def test_gradcheck_in_fp64() -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 def test_saves_a_seed_and_no_mask(backend: str) -> None:
     M, K, N = 128, 96, 256

@@ -55,6 +55,7 @@ def chosen() -> dict[str, str]:
     return {route.key.part: route.plan.strategy for route in engine._routes.values()}
 
 
+@pytest.mark.interpreted
 def test_forward_and_backward_choose_apart_and_answer_as_chosen(clock: Clock) -> None:
     ours, fused = both(operands()), both(operands(), backend="fused")
     assert clock.asked == [("split", "torch", "fused")] * 2
@@ -75,6 +76,7 @@ def test_the_next_process_reads_what_this_one_found(clock: Clock, tmp_path: Path
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.interpreted
 def test_explain_shows_what_is_to_come_and_then_the_times(clock: Clock) -> None:
     layer = fastbound.FusedBoundedLinear(K, N, RANK, dtype=torch.bfloat16)
     before = str(fastbound.explain(layer, tokens=M))
@@ -105,6 +107,7 @@ def test_nothing_is_read_from_the_device_where_nothing_can_be_measured(
     assert not clock.asked
 
 
+@pytest.mark.interpreted
 def test_no_key_changes_once_it_is_chosen(clock: Clock) -> None:
     clock.hindrance = "a CUDA graph was being captured"
     both(operands())
@@ -116,6 +119,7 @@ def test_no_key_changes_once_it_is_chosen(clock: Clock) -> None:
     assert row.plan.reason.startswith("not measured, as a CUDA graph was being captured")
 
 
+@pytest.mark.interpreted
 def test_planning_that_is_fixed_measures_and_reads_nothing(clock: Clock, tmp_path: Path) -> None:
     both(operands())
     fastbound.set_planning("fixed")
@@ -125,6 +129,7 @@ def test_planning_that_is_fixed_measures_and_reads_nothing(clock: Clock, tmp_pat
         fastbound.set_planning("fast")
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("rows", [127, 129])
 def test_few_rows_and_waves_that_end_early_never_try_the_fused_path(
     rows: int, clock: Clock
@@ -142,6 +147,7 @@ def without_the_term(X: Tensor, W: Tensor, *_: Any) -> Tensor:
     return X @ W.t()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("fault", "why"),
     [(out_of_resources, "Hardware limit: 101376"), (without_the_term, "result 0 is off by")],
@@ -171,6 +177,7 @@ def test_a_gemm_that_does_not_run_or_is_wrong_is_let_go_for_good(
     assert len(clock.asked) == 2
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("rows", [100, 128])
 def test_a_kernel_that_fails_later_is_answered_by_pytorch(
     rows: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
@@ -206,6 +213,7 @@ def test_a_mask_made_by_triton_is_read_by_pytorch(
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.interpreted
 def test_memory_that_runs_out_is_the_callers_to_know(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +227,7 @@ def test_memory_that_runs_out_is_the_callers_to_know(
     assert chosen() == {"forward": "split", "backward": "split"}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("spoil", ["dy", "x"])
 def test_infinite_gradients_are_measured_with_noise_and_an_infinite_x_is_not(
     spoil: str, clock: Clock
@@ -248,6 +257,7 @@ def test_nothing_of_the_users_is_touched(clock: Clock) -> None:
     assert all(torch.equal(getattr(o, name), value) for name, value in before.items())
 
 
+@pytest.mark.interpreted
 def test_under_a_transform_nothing_is_tried(clock: Clock) -> None:
     o = operands()
 
@@ -274,6 +284,7 @@ def test_every_candidate_of_every_dtype_is_found_right(
     assert clock.asked == [fused] * 2
 
 
+@pytest.mark.interpreted
 def test_over_a_base_and_with_a_strided_x_there_is_no_fused_candidate(clock: Clock) -> None:
     o = operands().leaves()
     result = torch.randn(M, N).bfloat16().requires_grad_()
@@ -287,6 +298,7 @@ def test_over_a_base_and_with_a_strided_x_there_is_no_fused_candidate(clock: Clo
     assert clock.asked == [("split", "torch")] * 3
 
 
+@pytest.mark.interpreted
 def test_the_product_form_chooses_between_its_kernels_and_pytorch(clock: Clock) -> None:
     o = operands(form="product")
     assert_as_exact_as_the_formula(o, bounded_linear)

@@ -71,11 +71,13 @@ def test_a_layer_is_exact(case: str, backend: str) -> None:
     assert_as_exact_as_the_formula(extreme(case), bounded_linear, backend=backend)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", ["S too large", "dS too large", "SB too small, S too large"])
 def test_a_layer_is_exact_in_one_kernel(case: str) -> None:
     assert_as_exact_as_the_formula(extreme(case), bounded_linear, backend="fused")
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", ["S too large", "dS too large", "SB too small"])
 @pytest.mark.parametrize(("backend", "give_up"), [("torch", False), ("split", True)])
 def test_a_term_over_a_base_is_exact(case: str, backend: str, give_up: bool) -> None:
@@ -85,6 +87,7 @@ def test_a_term_over_a_base_is_exact(case: str, backend: str, give_up: bool) -> 
     assert_as_exact_as_the_formula(extreme(case), over_base, backend=backend)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("x_dtype", "result_dtype"), [(HALF, torch.float32), (torch.float32, HALF)]
 )
@@ -103,6 +106,7 @@ def test_beside_another_dtype_nothing_leaves_the_range(x_dtype, result_dtype, ba
         assert (got.double() - truth).norm() <= 1e-3 * truth.norm()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["torch", "split"])
 def test_dropouts_mask_changes_nothing_of_it(backend: str) -> None:
     o = extreme("S too large")
@@ -133,6 +137,7 @@ def extreme_block(case: str) -> BlockOperands:
     return replace(wide, up=up, gate=gate, down=down)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", ["large", "small"])
 @pytest.mark.parametrize(("backend", "recompute"), [("torch", "gate_up"), ("split", None)])
 def test_a_block_is_exact(case: str, backend: str, recompute: str | None) -> None:
@@ -142,6 +147,7 @@ def test_a_block_is_exact(case: str, backend: str, recompute: str | None) -> Non
     assert_block_as_exact(block, bounded_mlp, backend=backend, recompute=recompute)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["torch", "split"])
 def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(backend: str) -> None:
     o = layer_operands((M, 64), N, RANK, HALF)

@@ -29,6 +29,7 @@ def assert_same(o: Operands, other: Operands, function, **settings) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["torch", "split", "fused"])
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "A", "B", "dy"])
 def test_a_layer_reads_the_values_of_a_negative_view(operand: str, backend: str) -> None:
@@ -37,6 +38,7 @@ def test_a_layer_reads_the_values_of_a_negative_view(operand: str, backend: str)
     assert_same(o, other, bounded_linear, backend=backend)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["torch", "split"])
 @pytest.mark.parametrize("give_up", [False, True])
 def test_a_term_over_a_base_reads_the_values_of_negative_views(backend, give_up) -> None:
@@ -56,6 +58,7 @@ def test_a_term_over_a_base_reads_the_values_of_negative_views(backend, give_up)
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("backend", "recompute"), [("torch", None), ("fused", "gate_up")])
 def test_a_block_reads_the_values_of_negative_views(recompute, backend) -> None:
     o = block_operands((5, 16), 24, (2, 3, 2), torch.float32)
@@ -64,6 +67,7 @@ def test_a_block_reads_the_values_of_negative_views(recompute, backend) -> None:
         assert_same(o, other, bounded_mlp, backend=backend, recompute=recompute)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["torch", "split"])
 def test_zeros_that_have_no_memory_are_zeros(backend) -> None:
     o = layer_operands((5, 24), 20, 3, torch.float32, bias=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from fastbound.performance.isolation import Broken, isolated
+from tests.support.processes import ends
 
 
 def test_work_in_processes_survives_death_hanging_and_errors() -> None:
@@ -16,6 +18,15 @@ def test_work_in_processes_survives_death_hanging_and_errors() -> None:
     assert found[1] == Broken("ZeroDivisionError: division by zero")
     assert found[2] == Broken("the process died with exit code 7")
     assert found[4] == Broken("no result after 3 s")
+
+
+def test_what_hanging_work_has_started_ends_with_it(tmp_path: Path) -> None:
+    note = tmp_path / "number"
+    shell = f"sleep 600 & echo $! > {note}; wait"
+    hangs = f"__import__('subprocess').run(['sh', '-c', {shell!r}])"
+    (found,) = isolated(eval, [hangs], workers=1, deadline=time.monotonic() + 60, limit=2)
+    assert found == (0, Broken("no result after 2 s"))
+    assert ends(int(note.read_text()))
 
 
 def test_work_in_processes_ends_at_the_deadline() -> None:

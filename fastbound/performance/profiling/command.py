@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from fastbound.errors import InputError, one_of
 from fastbound.files import writing
 from fastbound.performance.profiling.profile import (
+    OUT_OF_MEMORY,
+    ProfilePoint,
     describe_mode,
     profile,
     subjects,
@@ -45,22 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
 
     with writing(output):
-        points = []
-        with progress(len(tokens) * len(chosen), "profiling", "length") as bar:
-
-            def step(doing: str) -> None:
-                bar.set_postfix_str(doing, refresh=False)
-                bar.update()
-
-            for subject in chosen:
-                forms = variants(subject, arguments.rank, dtypes[dtype], device)
-                found = profile(subject, forms, tokens, device, rounds=rounds, step=step)
-                points += found
-                reached = [p.tokens for p in found if p.variant == "fused" and p.median is not None]
-                if arguments.trace and subject is chosen[0] and reached:
-                    path = output / TRACE
-                    write_trace(subject, forms["fused"], max(reached), device, path)
-                del forms
+        points: list[ProfilePoint] = []
         report = Profile(
             model=model,
             mode=arguments.mode,
@@ -72,10 +60,28 @@ def run(arguments: argparse.Namespace) -> int:
             versions=versions("fastbound", "torch", "peft", "transformers"),
             points=points,
         )
-        write(report, output)
+        with progress(len(tokens) * len(chosen), "profiling", "length") as bar:
+
+            def step(doing: str) -> None:
+                bar.set_postfix_str(doing, refresh=False)
+                bar.update()
+
+            for subject in chosen:
+                forms = variants(subject, arguments.rank, dtypes[dtype], device)
+                found = profile(subject, forms, tokens, device, rounds=rounds, step=step)
+                points += found
+                write(report, output)  # so that a later failure loses nothing of this one
+                reached = [p.tokens for p in found if p.variant == "fused" and p.median is not None]
+                if arguments.trace and subject is chosen[0] and reached:
+                    path = output / TRACE
+                    write_trace(subject, forms["fused"], max(reached), device, path)
+                del forms
         print(f"{report.what}\n\n{table(report)}\n\n{flatness(report)}".rstrip())
         print(f"Written to {output}: profile.json, profile.png")
-        return 0
+        failed = [p for p in points if p.failure not in (None, OUT_OF_MEMORY)]
+        for each in failed:
+            print(f"FAILED {each.variant} at {each.tokens} tokens: {each.failure}", file=sys.stderr)
+        return 1 if failed else 0
 
 
 def _device(name: str) -> torch.device:

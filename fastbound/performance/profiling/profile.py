@@ -48,6 +48,9 @@ class Subject:
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
 
 
+OUT_OF_MEMORY = "out of memory"
+
+
 @dataclass(frozen=True)
 class ProfilePoint:
     """One variant at one length: the seconds of a forward and backward, bytes, or why it failed.
@@ -194,7 +197,7 @@ def profile(
     rounds: int,
     step: Callable[[str], object] = lambda doing: None,
 ) -> list[ProfilePoint]:
-    """Measure every variant at every length. A point that runs out of memory is marked as such.
+    """Measure every variant at every length. A point that fails holds why, and the others go on.
 
     ``tokens`` are the lengths. ``step`` is called once per length, with what is done next.
     """
@@ -222,8 +225,8 @@ def _at_length(
         dtype = next(forms[FLOOR].parameters()).dtype
         x = torch.randn(M, subject.K, device=device, dtype=dtype).requires_grad_()
         dy = torch.randn(M, subject.N, device=device, dtype=dtype)
-    except RuntimeError as error:
-        reason = _out_of_memory(error)
+    except Exception as error:
+        reason = _reason(error)
         return [ProfilePoint(subject.place, M, name, failure=reason) for name in forms]
     for name, form in forms.items():
         run = partial(_forward_and_backward, subject, form, x, dy)
@@ -232,16 +235,16 @@ def _at_length(
                 run(turn)
             saved = saved_bytes(partial(subject.call, form, x), form.parameters())
             held[name] = saved, peak_bytes(partial(run, 0), device)
-        except RuntimeError as error:
-            failures[name] = _out_of_memory(error)
+        except Exception as error:
+            failures[name] = _reason(error)
         else:
             steps[name] = run
         if name in failures:  # only now nothing holds the frames of the error and their tensors
             _release(device)
     try:
         samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch)
-    except RuntimeError as error:
-        failures.update(dict.fromkeys(steps, _out_of_memory(error)))
+    except Exception as error:
+        failures.update(dict.fromkeys(steps, _reason(error)))
         samples = {}
     medians = {name: quartiles(taken) for name, taken in samples.items()}
     floor = medians[FLOOR][1] if FLOOR in medians else None
@@ -263,13 +266,13 @@ def _forward_and_backward(
     return torch.autograd.grad(subject.call(form, x), (x, *trained), dy)
 
 
-def _out_of_memory(error: RuntimeError) -> str:
-    """The failure to record for running out of memory; raises any other error again."""
+def _reason(error: Exception) -> str:
+    """The failure to record: `OUT_OF_MEMORY`, or the first line of the error."""
     message = str(error)
     on_cpu = "can't allocate memory" in message or "not enough memory" in message
-    if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
-        raise error
-    return "out of memory"
+    if isinstance(error, torch.OutOfMemoryError) or on_cpu:
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {message.strip().partition(chr(10))[0]}"
 
 
 def _release(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastbound.figures import adapter_colour, new_figure, save_figure, within_reach
 from fastbound.files import replace_files
-from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, ProfilePoint
+from fastbound.performance.profiling.profile import FLAT_FROM, FLOOR, OUT_OF_MEMORY, ProfilePoint
 
 FORMAT = "fastbound profile 1"
 MIB = 2**20
@@ -280,11 +280,12 @@ def _mark_failures(axes: Any, profile: Profile, place: str) -> None:
                 fontsize=13,
                 fontweight="bold",
             )
+    others = {p.failure for p in profile.points} - {None, OUT_OF_MEMORY}
     if fallen:
         axes.text(
             1,
             1.01,
-            "× out of memory",
+            "× failed" if others else "× out of memory",
             transform=axes.transAxes,
             ha="right",
             va="bottom",

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from fastbound.kernels.tiles import GemmTile
 
-from benchmarks.gpu_check import correctness
+from benchmarks.gpu_check import correctness, variants
 from benchmarks.gpu_check.cases import (
+    Check,
     DispatchedCase,
     GemmCase,
     LargeCase,
@@ -27,7 +28,9 @@ from benchmarks.gpu_check.correctness import examine
 from benchmarks.gpu_check.options import Options
 from benchmarks.gpu_check.session import Session
 from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
+from benchmarks.gpu_check.variants import VARIANTS, VariantCase, variant_cases
 from benchmarks.report.facts import facts
+from tests.support.processes import ends
 
 CPU = torch.device("cpu")
 
@@ -47,8 +50,23 @@ def test_a_case_names_an_unwritten_or_a_wrong_element(monkeypatch: pytest.Monkey
     assert outcome.status == "failed" and "an element was not written" in outcome.message
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", variant_cases(tiny=True), ids=str)
+def test_what_a_call_can_also_be_is_as_exact_as_the_formula(case: Check) -> None:
+    outcome = examine(case, CPU)
+    assert outcome.status == "passed", outcome.message
+
+
+@pytest.mark.interpreted
+def test_a_wrong_rate_of_dropout_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "keep_rate", lambda p: 1.0)
+    outcome = examine(VariantCase("dropout", (3, 5, 24), 40, 8, "fp32"), CPU)
+    assert outcome.status == "failed" and "error" in outcome.message
+
+
 def test_the_cases_of_a_gpu_cover_what_they_must() -> None:
     everything = cases(CPU)
+    assert {case.variant for case in everything if isinstance(case, VariantCase)} == set(VARIANTS)
     assert len({str(case) for case in everything}) == len(everything)
     operator = [case for case in everything if isinstance(case, OperatorCase)]
     assert {(case.dtype, case.rank) for case in operator} >= {
@@ -92,6 +110,19 @@ def test_the_memory_checker_is_judged_by_its_summary(
     session = Session(on_gpu, facts(CPU))
     assert correctness.sanitizer(session, time.monotonic() + 60)["status"] == status
     assert bool(session.failures) == (status == "failed")
+
+
+def test_what_a_memory_checker_watches_ends_with_it(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, tool = tmp_path / "number", tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {note}\nwait\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    session = Session(replace(options, device=torch.device("cuda")), facts(CPU))
+    found = correctness.sanitizer(session, time.monotonic() + 2)
+    assert found["status"] == "not reached" and not session.failures
+    assert ends(int(note.read_text()))
 
 
 def test_a_card_for_one_process_is_given_to_one_and_large_cases_go_last(

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from benchmarks.gpu_check import correctness
 from benchmarks.gpu_check import run as check_run
+from benchmarks.gpu_check import session as check_session
 from benchmarks.gpu_check.cases import OperatorCase
 from benchmarks.gpu_check.options import WEIGHTS, Options, parse
 from benchmarks.gpu_check.session import Session, run_steps
@@ -64,6 +65,26 @@ def test_a_failing_stage_leaves_the_file_and_the_later_stages(
     assert "no such luck" in session.failures[0]
     saved = json.loads(session.path.read_text())
     assert saved["ceilings"]["bandwidth"] > 0 and len(saved["failures"]) == 1
+
+
+def test_a_lost_device_ends_its_stage_and_the_later_ones_run_elsewhere(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(session: Session, deadline: float) -> None:
+        store = session.results["correctness"] = {"rows": []}
+        steps = [(name, lambda: {"rows": []}) for name in ("first", "second", "third")]
+        run_steps(session, "correctness", steps, store, deadline)
+
+    working = iter([True, False, False])
+    for module in (check_session, check_run):
+        monkeypatch.setattr(module, "answers", lambda device: next(working))
+    monkeypatch.setattr(check_run, "STAGES", {**check_run.STAGES, "correctness": stage})
+    session = check_run.check(replace(options, only=("correctness", "ceilings")))
+    saved = json.loads(session.path.read_text())
+    assert saved["correctness"]["not_reached"] == ["third"]
+    (failure,) = saved["failures"]
+    assert "DeviceLostError: the device no longer answers after second" in failure
+    assert saved["ceilings"]["bandwidth"] > 0
 
 
 def test_the_budget_ends_the_run(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report.page import page
+from benchmarks.report.summary import tile_table
 
 FACTS = {
     "device": "a card",
@@ -43,6 +44,16 @@ def test_a_run_that_reached_nothing_says_so() -> None:
     for stage in ("correctness", "ceilings", "choices", "benchmark", "tune", "profile", "tiles"):
         assert f"- {stage}: not reached" in text
     assert "nan" not in text and "None" not in text
+
+
+def test_a_sweep_whose_default_tile_does_not_run_is_still_shown() -> None:
+    tile = {"name": "gemm", "M": 8192, "is_default": False, "over_default": None}
+    swept = [
+        {**tile, "candidate": "128x128", "median": 1e-3, "over_floor": 1.25},
+        {**tile, "candidate": "cuBLAS", "median": 8e-4, "over_floor": 1.0},
+    ]
+    text = " ".join(tile_table(swept).split())
+    assert "| gemm | 8192 | 128x128 | 1000.0 | - | 1.250 |" in text
 
 
 def test_times_stand_over_the_frozen_one_and_blocks_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from benchmarks.rivals.competitors import (
     LAYER_COMPETITORS,
     Competitor,
     Contender,
+    operator,
 )
-from benchmarks.rivals.measuring import measure
+from benchmarks.rivals.measuring import forward_and_backward, measure
 from benchmarks.rivals.products import PRODUCTS, product_operands
 from benchmarks.rivals.replay import play, playback, recorded_time
 from fastbound.performance.memory import saved_bytes
 from fastbound.truth import formula
-from fastbound.truth.operands import LayerOperands, Operands
+from fastbound.truth.operands import LayerOperands, Operands, layer_operands
+from tests.support.first_use import SMALL_GPU, Clock
+from tests.support.first_use import measuring as first_use
 
 CPU = torch.device("cpu")
 TINY = Case(Shape("tiny", "up", 24, 40), 32, "bfloat16", rank=4)
@@ -68,6 +72,24 @@ def test_each_competitor_measures_what_it_claims() -> None:
         }
 
 
+@pytest.mark.parametrize(
+    ("times", "path"),
+    [
+        ({"split": 1.0, "torch": 1.1, "fused": 0.5}, "fused"),
+        ({"split": 1.0, "torch": 0.5, "fused": 1.1}, "torch"),
+        ({"split": 1.0, "torch": 1.1, "fused": 1.1}, "split"),
+    ],
+)
+def test_the_path_of_auto_is_what_its_first_calls_chose(
+    times: dict[str, float], path: str, tmp_path: Path, interpreted_bf16: None
+) -> None:
+    with first_use(tmp_path, Clock(**times), SMALL_GPU):
+        o = layer_operands((128, 256), 256, 8, torch.bfloat16, bias=False)
+        contender = operator("auto", forced=True)(o)
+        forward_and_backward(contender, o.x.detach().requires_grad_(), o.dy)
+        assert contender.path() == path
+
+
 def test_a_wrong_competitor_fails_and_the_others_go_on() -> None:
     def without_sine(o: Operands) -> Contender:
         assert isinstance(o, LayerOperands)
@@ -77,7 +99,7 @@ def test_a_wrong_competitor_fails_and_the_others_go_on() -> None:
             S = x @ own.A.to(x.dtype).T
             return x @ own.weight.T + low_rank * (S @ own.B.to(x.dtype).T)
 
-        return Contender(forward, (own.A, own.B), "no sine")
+        return Contender(forward, (own.A, own.B), lambda: "no sine")
 
     results = measure(TINY, [FROZEN, Competitor("wrong", without_sine)], CPU, rounds=2)
     assert isinstance(results["wrong"].failure, ArithmeticError)
@@ -133,7 +155,7 @@ def test_a_block_without_one_adapter_fails(projection: str) -> None:
         arguments = own.arguments
         arguments[projection] = arguments[projection]._replace(scaling=0.0)
         forward = functools.partial(formula.bounded_mlp, **arguments)
-        return Contender(forward, tuple(own.trained.values()), "incomplete")
+        return Contender(forward, tuple(own.trained.values()), lambda: "incomplete")
 
     results = measure(TINY_BLOCKS[0], [Competitor("wrong", incomplete)], CPU, rounds=1)
     assert isinstance(results["wrong"].failure, ArithmeticError)
