@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,6 +14,7 @@ from fastbound.dispatch.timing import at_most, interleaved, stopwatch_for
 COPY_BYTES = 4 * 2**30  # the size of each of the two buffers
 MATMUL_SIZE = 8192
 ROUNDS = 20
+LOAD_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Measured:
             step(turn)
     rounds = 3 if tiny else ROUNDS
     samples = interleaved(steps, rounds=rounds, stopwatch=stopwatch_for(device))
-    for _ in range(1 if tiny else ROUNDS):  # keeps the device busy while its clocks are read
+    # Keeps the device busy while its clocks are read, by a program that takes a while to start.
+    for _ in range(1 if tiny else math.ceil(LOAD_SECONDS / median(samples["matmul"]))):
         torch.mm(a, b, out=c)
     under_load = readings(device)
     return Measured(

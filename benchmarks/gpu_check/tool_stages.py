@@ -55,23 +55,24 @@ def tuned(session: Session, deadline: float) -> None:
         workers=max(1, options.workers),
         say=session.say,
     )
+    store = session.results["tune"] = {"table": None, "failures": [], "not_reached": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
-        result = tune(
-            todo,
-            bench,
-            machine,
-            start_table(path, machine, resume=False),
-            path,
-            minutes=max(0.0, deadline - time.monotonic()) / 60,
-            step=lambda doing: session.say(f"tune: {doing}"),
-        )
-        table = json.loads(path.read_text()) if path.exists() else None
-    session.results["tune"] = {
-        "table": table,
-        "failures": list(result.failures),
-        "not_reached": [str(point) for point in result.not_reached],
-    }
+        try:
+            result = tune(
+                todo,
+                bench,
+                machine,
+                start_table(path, machine, resume=False),
+                path,
+                minutes=max(0.0, deadline - time.monotonic()) / 60,
+                step=lambda doing: session.say(f"tune: {doing}"),
+            )
+        finally:  # an error loses the point that it met, not those before it
+            if path.exists():
+                store["table"] = json.loads(path.read_text())
+    store["failures"] = list(result.failures)
+    store["not_reached"] = [str(point) for point in result.not_reached]
     for failure in result.failures:
         session.fail(f"tune: {failure}")
 
