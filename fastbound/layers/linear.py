@@ -48,6 +48,9 @@ class FusedBoundedLinear(nn.Module, Adapted):
     A new layer initialises its weight as ``nn.Linear`` does; :meth:`from_linear` adopts an existing
     layer. ``weight`` keeps the layout of that layer: [N, K], or [K, N] for a transformers
     ``Conv1D`` (then ``fan_in_fan_out`` is True).
+
+    Raises TypeError and ValueError, which name the value, for settings as :class:`BoundedAdapter`
+    does; a call raises as :func:`fastbound.bounded_linear` does.
     """
 
     weight: nn.Parameter

@@ -30,8 +30,8 @@ def parameter_groups(model: nn.Module, others: float = 1e-3) -> list[dict[str, A
 
         rate = min(0.01, 0.4 · sqrt(bound / alpha))        sqrt(bound / alpha) = 1 / ω for factors
 
-    A tight bound thus gets a smaller rate than a wide one, and a wide one, which does not act,
-    at most 0.01. docs/stability.md has the runs that the two numbers come from.
+    rounded to two digits. A tight bound thus gets a smaller rate than a wide one, and a wide one,
+    which does not act, at most 0.01. docs/stability.md has the runs that the two numbers come from.
 
     Args:
         model: what `fastbound.inject` or PEFT's `get_peft_model` has adapted.

@@ -69,8 +69,9 @@ def inject(
             own weight.
         target_modules: `"mlp"`, the MLP projections of a model whose `config.model_type` is known
             (GPT-2, GPT-Neo, GPT-NeoX, Phi-1.5/2/3, OPT, Llama, Mistral, Qwen2/3, Gemma 1/2/3,
-            ViT); or, as in PEFT, a list of name suffixes (`["q_proj", "mlp.c_fc"]`, each of one or
-            more whole dotted parts) or a regular expression that matches the whole name.
+            ViT); `"all-linear"`, every linear layer but the output head; or, as in PEFT, a list of
+            name suffixes (`["q_proj", "mlp.c_fc"]`, each of one or more whole dotted parts) or a
+            regular expression that matches the whole name.
         fuse_mlp: run each MLP block of a known form that holds replaced layers as one operator:
             it becomes a `FusedBoundedMLP`. Names, parameters and files are the same either way.
         forget, retain: for `rank="auto"`: functions that take the model and return the loss of a

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fastbound.layers.adapter import BoundedAdapter
@@ -45,7 +47,7 @@ def shard(
 
     Raises ValueError, before anything is changed, for a model without adapters, with parameters
     that are already sharded or on the meta device, or with trained parameters of several dtypes,
-    and for a two-dimensional mesh without `mesh_dim_names`.
+    for a two-dimensional mesh without `mesh_dim_names`, and in a process that no launcher started.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -62,6 +64,10 @@ def shard(
         found = " and ".join(f"{name} in {dtype}" for dtype, name in trained.items())
         raise ValueError(
             f"FSDP2 needs all trained parameters to have one dtype, got {found}: cast them"
+        )
+    if mesh is None and not (torch.distributed.is_initialized() or "RANK" in os.environ):
+        raise ValueError(
+            "shard needs the processes of a launcher: start with torchrun or accelerate launch"
         )
     if mesh is not None and mesh.ndim == 2:
         if mesh.mesh_dim_names is None:

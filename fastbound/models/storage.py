@@ -48,8 +48,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     atomically. If the model is sharded by FSDP2, the factors are gathered: all processes must call
     this, the first one writes, and the files exist when it returns.
 
-    Raises InputError if the model holds no such layer, if a factor is not finite, or if a factor is
-    sharded in another way.
+    Raises InputError if the model holds no such layer, holds adapters of PEFT or layers of both
+    forms, if a factor is not finite, or if a factor is sharded in another way.
     """
     model = unwrapped(model)
     layers = injected_layers(model)

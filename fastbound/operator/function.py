@@ -165,8 +165,9 @@ def bounded_linear(
             outside autocast.
         ValueError: shapes do not match; tensors are on different devices; weight requires grad; a
             tensor is partitioned over processes or has no storage; scaling or omega is not finite;
-            dropout is outside 0 <= p < 1; backend or form is unknown; or form="product" is combined
-            with dropout or backend="fused".
+            dropout is outside 0 <= p < 1; backend or form is unknown; a backend other than "auto"
+            cannot run these operands on this device; or form="product" is combined with dropout or
+            backend="fused".
     """
     term = Term(A, B, float(scaling), float(omega), backend, None, check_dropout(dropout), form)
     check_operands(x, term, weight=weight, bias=bias)

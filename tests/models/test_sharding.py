@@ -185,6 +185,15 @@ class TestShardRefuses:
         with pytest.raises(ValueError, match="Linear holds no adapter"):
             fastbound.shard(nn.Linear(2, 2))
 
+    def test_a_process_that_no_launcher_started(self, monkeypatch):
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+        model = model_of(Gated)
+        fastbound.inject(model, 2, target_modules=["up"])
+        with pytest.raises(ValueError, match="needs the processes of a launcher: start with torch"):
+            fastbound.shard(model)
+        assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+
     def test_a_mesh_of_two_dimensions_without_names(self, mesh):
         from torch.distributed.device_mesh import init_device_mesh
 

@@ -35,6 +35,7 @@ from tests.support.processes import ends
 CPU = torch.device("cpu")
 
 
+@pytest.mark.interpreted
 def test_a_case_names_an_unwritten_or_a_wrong_element(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastbound.kernels import lowrank_gemm
 

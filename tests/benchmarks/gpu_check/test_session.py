@@ -37,6 +37,7 @@ class Planted:
         raise AssertionError(self.message)
 
 
+@pytest.mark.interpreted
 def test_a_failing_case_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def test_each_competitor_measures_what_it_claims() -> None:
         }
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("times", "path"),
     [
