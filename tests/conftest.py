@@ -41,9 +41,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("interpreted") and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip(
-            "runs kernels on CPU tensors, which takes the interpreter: hide the GPU from it"
-        )
+        pytest.skip("runs kernels on CPU tensors, which takes the interpreter: hide the GPU")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastbound
 from benchmarks.gpu_check.tools import TOOL_CASES, Unavailable
-from benchmarks.gpu_check.variants import variant_cases
+from benchmarks.gpu_check.variants import DTYPES, variant_cases
 from fastbound.dispatch.defaults import default_tiles, padded_rank
 from fastbound.dispatch.device import describe, free_bytes
 from fastbound.dispatch.plan import plan_for, plan_key
@@ -31,18 +31,16 @@ from fastbound.truth.exactness import (
     assert_as_exact_as_the_formula,
     assert_block_as_exact,
     assert_same_bits,
+    assert_same_results,
     assert_within_rounding,
     exact,
     require_truth,
 )
 from fastbound.truth.operands import block_operands, drawing, layer_operands, run
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RANKS = (1, 3, 8, 16, 24, 64)
 ALIGNED, ODD = ((2, 96, 256), 384), ((3, 15, 67), 129)  # x's shape, N
 LARGE_TOLERANCE = 2**-6  # relative: rounding to bf16 gives errors of a few thousandths
-
-Results = dict[str, Tensor]
 
 
 class Check(Protocol):
@@ -76,18 +74,11 @@ class OperatorCase:
         o = o.changed(lambda name, t: _strided(t) if name == self.layout else t)
         call = partial(fastbound.bounded_linear, backend=self.backend)
         assert_as_exact_as_the_formula(o, call)
-        _assert_same(run(o, call), run(o, call))
+        assert_same_results(run(o, call), run(o, call))
 
 
 def _strided(t: Tensor) -> Tensor:
     return torch.stack([t] * 2, dim=-1).flatten(-2)[..., ::2]
-
-
-def _assert_same(first: Results, *others: Results) -> None:
-    """Assert that all calls over the same operands gave the same bits."""
-    for other in others:
-        for name, value in first.items():
-            assert_same_bits(value, other[name], name)
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ class BlockCase:
         )
         call = partial(bounded_mlp, backend=self.backend)
         assert_block_as_exact(o, call)
-        _assert_same(run(o, call), run(o, call), run(o, call, recompute="gate_up"))
+        assert_same_results(run(o, call), run(o, call), run(o, call, recompute="gate_up"))
 
 
 def _assert_kernels(

@@ -18,7 +18,6 @@ from fastbound.dispatch.device import describe
 from fastbound.dispatch.tables import software
 from fastbound.performance.prediction import Ceilings, datasheet_of
 from fastbound.performance.profiling.profile import (
-    OUT_OF_MEMORY,
     Subject,
     describe_mode,
     profile,
@@ -115,7 +114,7 @@ def _one_profile(
         forms = forms or variants(subject, RANK, dtype, device)
         measured = profile(subject, forms, [M], device, rounds=rounds)
         for point in measured:
-            if point.failure not in (None, OUT_OF_MEMORY):
+            if point.broken:
                 session.fail(f"profile: {point.variant} at {M} tokens: {point.failure}")
         found += measured
     name, versions = session.facts.device, session.facts.versions

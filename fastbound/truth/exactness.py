@@ -7,7 +7,7 @@ passes if it is within rounding of its product in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -110,6 +110,13 @@ def assert_same_bits(first: Tensor, second: Tensor, name: str = "result") -> Non
     """Assert that two runs over the same operands gave the same bits."""
     if not torch.equal(first, second):
         raise AssertionError(f"{name}: two runs differ")
+
+
+def assert_same_results(first: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> None:
+    """Assert that all calls over the same operands gave the same bits, each by name."""
+    for other in others:
+        for name, value in first.items():
+            assert_same_bits(value, other[name], name)
 
 
 def exact(o: Operands, checked: slice | Tensor) -> dict[str, Tensor]:

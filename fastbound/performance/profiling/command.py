@@ -12,7 +12,6 @@ import torch
 from fastbound.errors import InputError, one_of
 from fastbound.files import writing
 from fastbound.performance.profiling.profile import (
-    OUT_OF_MEMORY,
     ProfilePoint,
     describe_mode,
     profile,
@@ -78,10 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
                 del forms
         print(f"{report.what}\n\n{table(report)}\n\n{flatness(report)}".rstrip())
         print(f"Written to {output}: profile.json, profile.png")
-        failed = [p for p in points if p.failure not in (None, OUT_OF_MEMORY)]
-        for each in failed:
+        broken = [point for point in points if point.broken]
+        for each in broken:
             print(f"FAILED {each.variant} at {each.tokens} tokens: {each.failure}", file=sys.stderr)
-        return 1 if failed else 0
+        return 1 if broken else 0
 
 
 def _device(name: str) -> torch.device:

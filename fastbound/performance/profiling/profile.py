@@ -71,6 +71,11 @@ class ProfilePoint:
     peak_bytes: int | None = None
     failure: str | None = None
 
+    @property
+    def broken(self) -> bool:
+        """Whether it failed, and not for lack of memory."""
+        return self.failure not in (None, OUT_OF_MEMORY)
+
 
 def subjects(mode: str, model: str) -> list[Subject]:
     """The subjects of a mode: a model's MLP layers one by one, its block, or a stack of decoders.

@@ -280,12 +280,12 @@ def _mark_failures(axes: Any, profile: Profile, place: str) -> None:
                 fontsize=13,
                 fontweight="bold",
             )
-    others = {p.failure for p in profile.points} - {None, OUT_OF_MEMORY}
     if fallen:
+        broken = any(point.broken for point in profile.points)
         axes.text(
             1,
             1.01,
-            "× failed" if others else "× out of memory",
+            "× failed" if broken else f"× {OUT_OF_MEMORY}",
             transform=axes.transAxes,
             ha="right",
             va="bottom",

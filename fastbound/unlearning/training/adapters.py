@@ -25,6 +25,7 @@ from fastbound.unlearning.training.fila import fila_factors
 
 LORA_RATE = 3e-3  # for lr="auto": the best of the stability maps, on a small and a real model
 Ranks = int | Mapping[str, int]
+Layers = Mapping[str, tuple[int, int]]  # [N, K] by name
 Importance = Mapping[str, Tensor]  # see fila.fila_importance
 _TRAINED, _START = "default", "start"  # PEFT's names of B A and of −B₀ A₀
 
@@ -235,7 +236,6 @@ def attach(
     """
     torch.manual_seed(config.seed)
     try:
-        adapter_settings(1, config.alpha, config.bound, form=config.form, omega=config.omega)
         if config.adapter == "bounded":
             return _Bounded(model, config, ranks)
         return _Lora(model, config, ranks, importance)

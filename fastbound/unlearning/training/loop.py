@@ -43,7 +43,7 @@ from fastbound.unlearning.runs.folder import (
 from fastbound.unlearning.runs.identity import fingerprint, model_identity, tokenizer_identity
 from fastbound.unlearning.runs.peak_memory import peak_memory, reset_peak_memory
 from fastbound.unlearning.runs.random_state import random_state, set_random_state
-from fastbound.unlearning.training.adapters import Adapter, attach, target_layers
+from fastbound.unlearning.training.adapters import Adapter, Layers, attach, target_layers
 from fastbound.unlearning.training.ending import Ending, forget_ceiling
 from fastbound.unlearning.training.fila import fila_importance
 from fastbound.unlearning.training.processes import (
@@ -140,11 +140,12 @@ class _Run:
         self.checkpoint_every = config.checkpoint_every or self.eval_every
         self.folder = self._folder(model, tokenizer, output, resume)
         check_cross_entropy(config.cross_entropy, model, self.accelerator.device)
-        self.skipped = target_layers(model, config)[1]
-        self.ranks = self._ranks(model, resume)
+        layers, self.skipped = target_layers(model, config)
+        self.ranks = self._ranks(model, layers, resume)
         state = self.folder.load_checkpoint() if self.folder and resume else None
         ranks = cast(int, config.rank) if self.ranks is None else self.ranks.ranks
-        self.adapter: Adapter = attach(model, config, ranks, self._importance(model, resume))
+        importance = self._importance(model, layers, resume)
+        self.adapter: Adapter = attach(model, config, ranks, importance)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.training = Training(
@@ -310,23 +311,25 @@ class _Run:
             if self.ranks is not None:
                 self.folder.keep(RANKS, asdict(self.ranks))
 
-    def _ranks(self, model: nn.Module, resume: bool) -> RankAllocation | None:
+    def _ranks(self, model: nn.Module, layers: Layers, resume: bool) -> RankAllocation | None:
         """The ranks of `rank="auto"`: those of the run to continue, or newly chosen ones."""
         if self.config.rank != "auto":
             return None
         held = self.folder.kept(RANKS) if self.folder and resume else None
         if held is not None:
             return RankAllocation(**held)
-        return choose_ranks(model, self.sides, self.config, self.accelerator)
+        return choose_ranks(model, layers, self.sides, self.config, self.accelerator)
 
-    def _importance(self, model: nn.Module, resume: bool) -> dict[str, torch.Tensor] | None:
+    def _importance(
+        self, model: nn.Module, layers: Layers, resume: bool
+    ) -> dict[str, torch.Tensor] | None:
         """For lora_start "fila", unless a checkpoint holds the start."""
         held = self.folder is not None and resume and self.folder.has_checkpoint
         if self.config.lora_start == "zero" or held:
             return None
         return fila_importance(
             model,
-            target_layers(model, self.config)[0],
+            layers,
             self.sides.forget,
             self.sides.retain,
             self.sides.pad,

@@ -11,17 +11,16 @@ from fastbound.models.ranks import RankAllocation, allocate_ranks
 from fastbound.unlearning.config import SAMPLE_ROWS, UnlearnConfig
 from fastbound.unlearning.data.sampling import evenly
 from fastbound.unlearning.model import autocast_dtype
-from fastbound.unlearning.training.adapters import target_layers
+from fastbound.unlearning.training.adapters import Layers
 from fastbound.unlearning.training.sides import Sides, mean_loss
 
 
 def choose_ranks(
-    model: nn.Module, sides: Sides, config: UnlearnConfig, accelerator: Any
+    model: nn.Module, layers: Layers, sides: Sides, config: UnlearnConfig, accelerator: Any
 ) -> RankAllocation:
-    """Ranks for the layers of an unadapted model, the same in every process.
+    """Ranks for these layers of an unadapted model, the same in every process.
 
-    Raises:
-        InputError: `target_modules` names no layer, or the budget is too small.
+    Raises InputError where `allocate_ranks` raises ValueError.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -38,7 +37,6 @@ def choose_ranks(
         for rows in samples
     )
     try:
-        layers, _ = target_layers(model, config)
         chosen = allocate_ranks(
             model, layers, forget, retain, budget=config.rank_budget, seed=config.seed
         )
